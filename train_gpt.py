@@ -67,7 +67,7 @@ from tqdm import tqdm
 # to be wrong is refused in one line. Environment names are the upper-case field names.
 # =================================================================================================
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT = 1, 2, 3
+EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 class Refusal(ValueError):
@@ -320,11 +320,11 @@ PRESETS: dict[str, dict] = {
     "mini": {
         "data_path": "./data/datasets/docs_sp1024",
         "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
-        "loader": "shuffled", "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8,
-        "bigram_vocab_size": 1024, "bigram_dim": 32, "ve_dim": 32, "train_seq_len": 256,
-        "eval_seq_len": 256, "train_batch_tokens": 2048, "max_wallclock_seconds": 300.0,
-        "warmdown_frac": 0.5, "muon_momentum_warmup_steps": 100, "ema_decay": 0.95,
-        "gptq_calib_batches": 32, "int8_keep_float_max_numel": 4096, "lr_mult": 1.0,
+        "loader": "shuffled", "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 4,
+        "bigram_vocab_size": 1024, "bigram_dim": 16, "ve_dim": 16, "train_seq_len": 256,
+        "eval_seq_len": 256, "train_batch_tokens": 1024, "max_wallclock_seconds": 300.0,
+        "warmdown_frac": 0.5, "muon_momentum_warmup_steps": 1500, "ema_decay": 0.9,
+        "gptq_calib_batches": 32, "int8_keep_float_max_numel": 1024, "lr_mult": 1.0,
     },
 }
 
@@ -449,6 +449,7 @@ class Run:
         self.is_main = rank == 0
         self.folder: Path | None = None
         self.training_clock, self.scoring_clock = Clock(), Clock()
+        self.trained_seconds = 0.0  # of the training clock, before calibration
         self.phase = "starting"
         self.activity: Counter[str] = Counter()
         self.ineligible: list[str] = []
@@ -1264,11 +1265,15 @@ class Schedule:
             whole, left, iters = cfg.iterations, steps_left, float(cfg.warmdown_iters)
         else:
             whole, left, iters = self.budget, self.budget - seconds, 0.0
-            if len(self.step_seconds) >= self.STEPS_TIMED[0]:
-                step_seconds = statistics.median(self.step_seconds)
+            if step_seconds := self.typical_step():
                 left = min(left, steps_left * step_seconds)
                 iters = cfg.warmdown_iters * step_seconds
         return left, cfg.warmdown_frac * whole if cfg.warmdown_frac else min(iters, whole)
+
+    def typical_step(self) -> float:
+        """Median seconds of recent steps; 0 until enough are known."""
+        known = len(self.step_seconds) >= self.STEPS_TIMED[0]
+        return statistics.median(self.step_seconds) if known else 0.0
 
     def at(self, step: int, seconds: float) -> Moment:
         """The schedules before step `step` (from 0), `seconds` into training."""
@@ -1283,7 +1288,9 @@ class Schedule:
         start = cfg.muon_momentum_warmup_start
         # Late QAT stays on once it is on: the scale is measured and may waver.
         self.qat = self.qat or (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
-        done = step >= cfg.iterations or (not cfg.step_driven and seconds >= self.budget)
+        # The last step must end inside the budget, not begin there.
+        done = step >= cfg.iterations or (not cfg.step_driven
+                                          and seconds + self.typical_step() >= self.budget)
         return Moment(scale, (1.0 - ramp) * start + ramp * cfg.muon_momentum, self.qat, done)
 
 
@@ -1423,9 +1430,13 @@ def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation, cos
             pending, step, qat_before = (stats, moment), step + 1, moment.qat
             bar.update((step if cfg.step_driven else seconds) - bar.n)
         log_step(*pending, step, seconds, groups, run, last=True)
-    run.log("stopping train_time:{ms:.0f}ms step:{step}/{iterations} tokens_per_second:{rate:.0f}",
-            "trained", ms=1e3 * run.training_clock.elapsed(), step=step, iterations=cfg.iterations,
-            rate=step * cfg.train_batch_tokens / run.training_clock.elapsed())
+    run.trained_seconds = run.training_clock.elapsed()
+    run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
+            reason="stopping: last step" if step == cfg.iterations
+            else "stopping_early: wallclock_cap",
+            ms=1e3 * run.trained_seconds, iterations=cfg.iterations)
+    if cfg.avg_mode == "ema":
+        run.log("ema:applying EMA weights")
     return (average.module if cfg.avg_mode == "ema" else model), step
 
 
@@ -2066,7 +2077,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
     run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
     run.log(f"XSA:last_{cfg.xsa_last_n} active_layers:{list(blocks)}")
     run.log(f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} "
-            f"micro_batch_rows:{micro_batches(cfg, run)[0][1] if cfg.rows_per_step else 0}")
+            f"micro_batch_rows:{max((n for _, n in micro_batches(cfg, run)), default=0)}")
     run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
             f"kernel:{kernel}")
     for group in route_parameters(cfg, model):
@@ -2079,16 +2090,17 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
 def log_summary(model: GPT, steps: int, model_bytes: int, float_result: EvalResult,
                 score: EvalResult, run: Run) -> None:
     """The last lines of the log: what was trained, how large it is, what it scored, where it is."""
-    cfg, seconds = run.cfg, run.training_clock.elapsed()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" \
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    run.log("peak memory allocated: {mib:.0f} MiB", "memory", mib=peak)
+    cfg = run.cfg
+    if run.device.type == "cuda":
+        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
+                f"reserved: {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")
+    run.log("peak memory resident: {mib:.0f} MiB", "memory",
+            mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     run.log("params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
-            "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}",
-            "summary", steps=steps, seconds=seconds,
-            params=sum(p.numel() for p in model.parameters()),
-            rate=steps * cfg.train_batch_tokens / seconds,
-            eval_seconds=run.scoring_clock.elapsed())
+            "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}", "summary",
+            params=sum(p.numel() for p in model.parameters()), steps=steps,
+            rate=steps * cfg.train_batch_tokens / run.trained_seconds,
+            seconds=run.training_clock.elapsed(), eval_seconds=run.scoring_clock.elapsed())
     run.log("float_chunked val_bpb:{bpb:.8f}", bpb=float_result.bpb)
     total = code_bytes() + model_bytes
     run.log(f"artifact {model_bytes:,} bytes + code {code_bytes():,} = {total:,} of "
@@ -2241,6 +2253,9 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("error: interrupted; what the run folder holds was kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":
