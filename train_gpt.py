@@ -1961,7 +1961,7 @@ def window_batch(val: Validation, rows: np.ndarray, num_targets: int, seq_len: i
             torch.from_numpy(scored), torch.from_numpy(val.target_bytes[at].astype(np.int64)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
              stride: int = 0) -> EvalResult:
     """Score the validation split in windows of EVAL_SEQ_LEN; stride 0 for chunks.
