@@ -1702,7 +1702,7 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
 def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Stored]:
     """Every parameter as it will be stored: GPTQ for linears, nearest for tables, else fp16."""
     run.phase = "quantization"
-    stored, fallbacks = {}, 0
+    stored, fallbacks, objective = {}, 0, 0.0
     parameters = dict(model.named_parameters())
     with run.progress(len(parameters), "tensor", "quantizing") as bar:
         for name, p in parameters.items():
@@ -1713,13 +1713,15 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Sto
                     stored[name] = gptq(W, H, bits, model.cfg.gptq_block_size)
                 except torch.linalg.LinAlgError:
                     stored[name], fallbacks = round_to_nearest(W, bits), fallbacks + 1
+                objective += weighted_error(W, stored[name], H)
             elif bits:
                 stored[name] = int8_rows(W) if bits == 8 else round_to_nearest(W, bits)
             else:
                 stored[name] = Stored(W.half())
             bar.update()
-    run.log("gptq:quantized matrices:{matrices} fallbacks:{fallbacks}", "quantized",
-            matrices=sum(1 for s in stored.values() if s.scale is not None), fallbacks=fallbacks)
+    run.log("gptq:quantized matrices:{matrices} fallbacks:{fallbacks} objective:{objective:.6g}",
+            "quantized", matrices=sum(1 for s in stored.values() if s.scale is not None),
+            fallbacks=fallbacks, objective=objective)
     return {name: Stored(s.values.cpu(), None if s.scale is None else s.scale.cpu())
             for name, s in stored.items()}
 
