@@ -1,0 +1,808 @@
+"""data/prepare.py: shards, byte counts, the built-in corpus and one's own text."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT.parent / "shared" / "data" / "tokenizers" / "fineweb_1024_bpe.model"
+VOCAB = 320
+
+# The shards of the built-in corpus with the versions of requirements.txt.
+DOCS_SHA256 = {
+    "datasets/docs_sp1024/fineweb_train_000000.bin": (
+        "ba65dee81eb7be385783a9fa90fb6c396f501fd83145b3009d1d996f432a250f"
+    ),
+    "datasets/docs_sp1024/fineweb_val_000000.bin": (
+        "4e41cce201987ef688723f33ce39f09e9c9564fa588e820e020f286195e8ee62"
+    ),
+    "tokenizers/docs_1024_bpe.model": (
+        "745c71f19812b2bd2068e05edba21b3a1a6f8b3d5f10859637ffe8c465f5bc42"
+    ),
+}
+
+
+def words(count: int, seed: int) -> str:
+    """Return `count` words of a small language, on lines."""
+    rng = random.Random(seed)
+    syllables = ["ba", "ke", "lo", "mi", "nu", "pra", "sti", "tor", "xy", "17", "\u00e9"]
+    made = ("".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(count))
+    return "".join(word + rng.choice([" ", " ", " ", "\n", "  "]) for word in made)
+
+
+@functools.cache
+def model_bytes() -> bytes:
+    """A small tokenizer of our own."""
+    return prepare.train_tokenizer([words(4000, seed=0)], VOCAB, 0)
+
+
+@functools.cache
+def small_tokenizer():
+    """The same, loaded."""
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model_bytes())
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """The same, as a file."""
+    path = tmp_path / "given.model"
+    path.write_bytes(model_bytes())
+    return path
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of a build that is not a hidden one."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def run_main(capsys, *argv: object) -> tuple[int, str, str]:
+    """Run the command line in this process; return exit status, stdout and stderr."""
+    capsys.readouterr()
+    status = prepare.main([str(arg) for arg in argv])
+    return status, *capsys.readouterr()
+
+
+def assert_one_error(outcome: tuple[int, str, str], status: int, *expected: str) -> None:
+    """Check exit status and that stderr is one line with all `expected` words."""
+    code, _, stderr = outcome
+    assert code == status, outcome
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    for word in expected:
+        assert word in stderr, stderr
+
+
+def read_split(folder: Path, split: str, tokenizer) -> list[str]:
+    """Return the texts of a split, decoded from its shards."""
+    documents = prepare.iter_documents(prepare.shard_paths(folder, split))
+    return [tokenizer.decode([int(i) for i in ids[1:]]) for ids in documents]
+
+
+# Shards
+
+
+def test_shard_bytes_by_hand(tmp_path):
+    path = tmp_path / "fineweb_val_000000.bin"
+    prepare.write_shard(path, np.array([1, 258, 65535]))
+    header = bytes.fromhex("88d83401 01000000 03000000") + bytes(1024 - 12)
+    assert path.read_bytes() == header + bytes.fromhex("0100 0201 ffff")
+    assert int.from_bytes(header[:4], "little") == 20240520
+    assert prepare.read_shard_header(path) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda b: b[:-1], "promises 3 tokens"),
+        (lambda b: b + b"x", "promises 3 tokens"),
+        (lambda b: b[:500], "500 bytes"),
+        (lambda b: b"\0" + b[1:], "magic"),
+        (lambda b: b[:4] + b"\2" + b[5:], "version 2"),
+        (lambda b: b[:8] + b"\0" + b[9:1024], "promises 0 tokens"),
+    ],
+)
+def test_bad_shards_are_refused(tmp_path, change, expected):
+    path = tmp_path / "fineweb_val_000000.bin"
+    prepare.write_shard(path, np.array([1, 2, 3]))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(prepare.BadInput, match=expected):
+        prepare.read_shard_header(path)
+
+
+def test_write_shard_refuses_ids_over_16_bits(tmp_path):
+    with pytest.raises(ValueError, match="65535"):
+        prepare.write_shard(tmp_path / "x.bin", np.array([1, 65536]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("block_tokens", [1, 2, 3, 100])
+def test_iter_documents_crosses_blocks_and_shards(tmp_path, block_tokens):
+    shards = [[1, 5, 6, 1, 7], [8, 9], [1, 1, 4]]
+    for number, tokens in enumerate(shards):
+        prepare.write_shard(prepare.shard_path(tmp_path, "val", number), np.array(tokens))
+    paths = prepare.shard_paths(tmp_path, "val")
+    found = [ids.tolist() for ids in prepare.iter_documents(paths, block_tokens)]
+    assert found == [[1, 5, 6], [1, 7, 8, 9], [1], [1, 4]]
+
+
+def test_iter_documents_needs_a_first_bos(tmp_path):
+    path = prepare.shard_path(tmp_path, "val", 0)
+    prepare.write_shard(path, np.array([5, 1, 5]))
+    with pytest.raises(prepare.BadInput, match="not BOS"):
+        list(prepare.iter_documents([path]))
+
+
+@pytest.mark.parametrize("stop", range(12))
+def test_split_writer_goes_on_from_any_shard(tmp_path, stop):
+    """Cut off after any shard and begun again from the saved state: the same files."""
+    rng = np.random.default_rng(stop)
+    documents = [np.array([1, *rng.integers(4, 99, size=n)]) for n in (0, 3, 25, 1, 9, 4, 4, 0, 13)]
+
+    def write(folder: Path, progress: prepare.SplitProgress, shards_left: int) -> None:
+        saved = [prepare.SplitProgress(**vars(progress))]
+
+        def save() -> None:
+            saved.append(prepare.SplitProgress(**vars(progress)))
+            if len(saved) > shards_left:
+                raise KeyboardInterrupt
+
+        try:
+            writer = prepare.SplitWriter(folder, "train", 5, progress, save)
+            for ids in documents[progress.documents :]:
+                writer.add(ids.astype(np.uint16), len(ids), 2 * len(ids))
+            writer.close()
+        except KeyboardInterrupt:
+            write(folder, saved[-1], 99)
+        else:
+            assert progress.done
+            assert progress.tokens == sum(map(len, documents))
+            assert progress.raw_bytes == progress.tokens
+            assert progress.encoded_bytes == 2 * progress.tokens
+
+    for name, shards_left in (("whole", 99), ("cut", stop + 1)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, prepare.SplitProgress(), shards_left)
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+    paths = prepare.shard_paths(tmp_path / "cut", "train")
+    assert [prepare.read_shard_header(path) for path in paths][:-1] == [5] * (len(paths) - 1)
+
+
+# Tokenizer and bytes
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.one_of(
+        st.text(alphabet=st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])),
+        st.text(alphabet="ab \n\t\0\r\u2585\u00a0\u3000\u00e9\ufb01\u0301\ufeff\ufffd<>0xs/"),
+        st.lists(st.sampled_from(["<s>", "</s>", "<unk>", "<0x0A>", " ", "  ", "bake"])).map(
+            "".join
+        ),
+    )
+)
+def test_tokens_stand_for_exactly_the_bytes_of_the_text(text):
+    tokenizer = small_tokenizer()
+    ids = np.array(tokenizer.encode(text), dtype=np.int64)
+    size = len(text.encode())
+    assert prepare.piece_bytes(tokenizer)[ids].sum() == size
+    assert prepare.DecodedBytes(tokenizer).count(ids) == size
+    assert tokenizer.decode(ids.tolist(), out_type=bytes) == text.encode()
+    assert not set(ids.tolist()) & {0, 1, 2, 3}
+
+
+def test_published_tokenizer_counts_its_normalised_text():
+    if not PUBLISHED.exists():
+        pytest.skip("the challenge's published tokenizer is not here")
+    tokenizer = prepare.load_tokenizer(PUBLISHED)
+    lengths, decoded = prepare.piece_bytes(tokenizer), prepare.DecodedBytes(tokenizer)
+    for text in ("plain words", "  a\t\n b  \ufb01 ", "\u4f60\u597d \U0001f600", " ", "\ufffd x"):
+        ids = np.array([1, *tokenizer.encode(text)])
+        normalised = tokenizer.normalize(text).replace("\u2581", " ")
+        assert lengths[ids].sum() == decoded.count(ids) == len(normalised.encode())
+
+
+def test_trainer_settings_match_the_published_ones():
+    """All fields of the trainer's settings but those that name files, read from the model."""
+    if not PUBLISHED.exists():
+        pytest.skip("the challenge's published tokenizer is not here")
+
+    def fields(blob: bytes) -> dict[int, list]:
+        found: dict[int, list] = {}
+        stream = io.BytesIO(blob)
+
+        def number() -> int:
+            value = shift = 0
+            while (byte := stream.read(1)[0]) & 0x80:
+                value, shift = value | (byte & 0x7F) << shift, shift + 7
+            return value | byte << shift
+
+        while stream.tell() < len(blob):
+            key = number()
+            kind = key & 7
+            value = number() if kind == 0 else stream.read({1: 8, 2: 0, 5: 4}[kind] or number())
+            found.setdefault(key >> 3, []).append(value)
+        return found
+
+    trainer, normalizer = 2, 3
+    ours = fields(prepare.train_tokenizer([words(40_000, seed=0)], 1024, 0))
+    theirs = fields(PUBLISHED.read_bytes())
+    ours_trainer, theirs_trainer = (fields(model[trainer][0]) for model in (ours, theirs))
+    model_prefix, num_threads, shuffle, required_chars = 2, 16, 19, 36
+    changed = {
+        key
+        for key in {*ours_trainer, *theirs_trainer}
+        if ours_trainer.get(key) != theirs_trainer.get(key)
+    }
+    assert changed == {model_prefix, num_threads, shuffle, required_chars}
+    name, charsmap, dummy_prefix, extra_spaces = 1, 2, 3, 4
+    spec = fields(ours[normalizer][0])
+    assert spec[name] == [b"identity"] and not spec.get(charsmap, [b""])[0]
+    assert spec[dummy_prefix] == [0] and spec[extra_spaces] == [0]
+
+
+def test_tokenizer_ids_and_determinism():
+    tokenizer = small_tokenizer()
+    assert tokenizer.vocab_size() == VOCAB
+    special = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
+    assert special == (0, 1, 2, 3)
+    assert all(tokenizer.is_byte(i) for i in range(4, 260))
+    again = prepare.train_tokenizer([words(4000, seed=0)], VOCAB, 0)
+    assert again == model_bytes()
+
+
+def test_space_is_one_byte_after_training_on_text_without_any():
+    import sentencepiece
+
+    model = prepare.train_tokenizer(["\u4f60\u597d\u4e16\u754c\u5f88\u957f" * 40], 270, 0)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert prepare.piece_bytes(tokenizer)[tokenizer.encode("a b")].sum() == 3
+
+
+def test_trainer_sees_all_text_in_short_pieces():
+    text = words(3000, seed=1) + "x" * 5000 + words(10, seed=2)
+    pieces = list(prepare.trainer_sentences([text, "short"], keep_every=1))
+    assert "".join(pieces) == text + "short"
+    assert max(map(len, pieces)) <= 1000
+    assert len(list(prepare.trainer_sentences([text], keep_every=4))) < len(pieces) / 3
+
+
+@pytest.mark.parametrize(("size", "expected"), [(261, "give more than"), (9000, "only yields")])
+def test_vocabulary_that_does_not_fit(size, expected):
+    with pytest.raises(prepare.BadInput, match=expected) as caught:
+        prepare.train_tokenizer([words(300, seed=0)], size, 0)
+    if size == 9000:
+        fitting = int(re.search(r"--vocab-size (\d+)$", str(caught.value))[1])
+        prepare.train_tokenizer([words(300, seed=0)], fitting, 0)
+
+
+# The built-in corpus
+
+MODULE = '''"""Module number {0}.
+
+    An indented line,\\twith a tab.
+Repeated below.
+"""
+class Thing:
+    """{1}"""
+    def method(self):
+        """The same words in every module."""
+        def inner():
+            """Inside a function: {2}"""
+    async def later(self):
+        r"""Raw \\d and async {0}."""
+try:
+    def guarded(): "Single quotes {0}."
+except ValueError:
+    def fallback(): "In a handler {0}."
+x = 1
+"""Not a docstring."""
+'''
+
+
+def make_package(folder: Path, files: list[tuple[str, str]]) -> Path:
+    """Write a package's files in the order given."""
+    for name, content in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+def fake_packages(folder: Path, backwards: bool = False) -> dict[str, Path]:
+    """Write two packages of 40 modules, and files that must not matter; return their folders."""
+    packages = {}
+    for package in ("numpy", "other"):
+        files = [
+            (f"part{i % 4}/m{i}.py", MODULE.format(f"{package}{i}", words(60, i), words(9, i)))
+            for i in range(40)
+        ]
+        files += [
+            ("version.py", '"""Version."""'),
+            ("__config__.py", '"""Config."""'),
+            ("broken.py", '"""Broken."""\ndef broken(:'),
+            ("newer.py", '"""Newer."""\ndef f[T](x: T): pass'),
+            ("empty.py", ""),
+            ("marks.py", '"""A \u2581 mark."""\nclass A:\n    """\\ud800"""'),
+            ("notes.txt", "not a module"),
+        ]
+        if package == "numpy":
+            files.append(("distutils/core.py", '"""Only before Python 3.12."""'))
+        packages[package] = make_package(folder / package, files[::-1] if backwards else files)
+    return packages
+
+
+def test_module_docstrings(tmp_path):
+    files = [("a.py", MODULE.format("A", "Doc.", "deep"))]
+    path = make_package(tmp_path, files) / "a.py"
+    assert prepare.module_docstrings(path) == [
+        "Module number A.\n\n    An indented line,   with a tab.\nRepeated below.",
+        "Doc.",
+        "The same words in every module.",
+        "Inside a function: deep",
+        "Raw \\d and async A.",
+        "Single quotes A.",
+        "In a handler A.",
+    ]
+
+
+def test_collected_documents(tmp_path):
+    documents = prepare.collect_docs(fake_packages(tmp_path), workers=1)
+    assert len(documents) == 80
+    text = "\n\n".join(document.text for document in documents)
+    assert text.count("The same words in every module.") == 1
+    for absent in ("Version", "Config", "Broken", "Newer", "Only before", "mark", "Not a doc"):
+        assert absent not in text
+    digests = [document.digest for document in documents]
+    assert digests == sorted(digests)
+
+
+def build_fake_docs(out: Path, packages: Path, workers: int, seed: str) -> dict[str, str]:
+    """Build the docs corpus of fake packages in a fresh process; return its hashes."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import prepare; from pathlib import Path; "
+        "out, packages, workers = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]); "
+        "folders = {name: packages / name for name in ('numpy', 'other')}\n"
+        "if __name__ == '__main__':\n"
+        "    prepare.build(prepare.docs_plan(out, 320, workers, folders, shard_tokens=4000))"
+    )
+    script = out.with_suffix(".py")
+    script.write_text(code)
+    subprocess.run(
+        [sys.executable, script, ROOT / "data", out, packages, str(workers)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        timeout=120,
+    )
+    return tree(out)
+
+
+def test_docs_bytes_depend_on_nothing_but_the_modules(tmp_path):
+    first = tmp_path / "one"
+    second = tmp_path / "another place" / "deeper"
+    fake_packages(first)
+    fake_packages(second, backwards=True)
+    expected = build_fake_docs(tmp_path / "out1", first, workers=1, seed="0")
+    assert len(expected) >= 5
+    assert build_fake_docs(tmp_path / "out2", second, workers=2, seed="1") == expected
+    assert build_fake_docs(tmp_path / "out3", second, workers=3, seed="77") == expected
+
+
+def test_docs_packages_are_found_without_importing_them():
+    code = (
+        "import sys, prepare; [prepare.package_folder(p) for p in prepare.DOCS_PACKAGES]; "
+        "print([p for p in ('torch', 'sympy', 'networkx', 'mpmath', 'sentencepiece') "
+        "if p in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "data", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def other_versions() -> str:
+    """Say which installed versions are not those that the recorded hashes belong to."""
+    pins = re.findall(r"^([\w-]+)==(\S+)", prepare.REQUIREMENTS.read_text(), re.MULTILINE)
+    wanted = {name: pin for name, pin in pins if name in (*prepare.DOCS_PACKAGES, "sentencepiece")}
+    installed = {name: importlib.metadata.version(name).partition("+")[0] for name in wanted}
+    return ", ".join(f"{n} {installed[n]}" for n in wanted if installed[n] != wanted[n])
+
+
+@pytest.mark.slow
+def test_docs_of_the_pinned_packages(tmp_path, capsys):
+    if other := other_versions():
+        pytest.skip(f"the hashes belong to other versions than {other}")
+    assert run_main(capsys, "docs", "--out", tmp_path)[0] == 0
+    got = tree(tmp_path)
+    assert {name: got[name] for name in DOCS_SHA256} == DOCS_SHA256
+    sidecar = prepare.read_json(tmp_path / "datasets/docs_sp1024" / prepare.SIDECAR)
+    assert sidecar["raw_bytes"] == sidecar["encoded_bytes"] == 365_438
+
+
+def test_other_versions_are_one_warning(monkeypatch, capsys, tmp_path):
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("torch==1.0\nnumpy==2.0  # reason\n# sympy==9\n")
+    monkeypatch.setattr(prepare, "REQUIREMENTS", pins)
+    prepare.warn_of_other_versions({"torch": "1.0", "numpy": "2.1", "sympy": "1"})
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and "numpy 2.1 (pinned 2.0)" in stderr and "torch" not in stderr
+
+
+# One's own text
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    """Return different documents of about 200 words."""
+    return [f"{seed}-{i} " + words(200, seed=1000 * seed + i) for i in range(count)]
+
+
+def json_lines(texts: list[str]) -> bytes:
+    """Return texts as a .jsonl file."""
+    return "".join(
+        json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)
+    ).encode()
+
+
+def test_text_of_every_format(tmp_path, capsys):
+    """One document set in six kinds of file, in nested folders, comes back entire."""
+    texts = make_texts(60)
+    source = tmp_path / "my texts"
+    (source / "deep").mkdir(parents=True)
+    parts = [texts[i::6] for i in range(6)]
+    for i, text in enumerate(parts[0]):
+        (source / f"t{i}.txt").write_bytes(text.encode())
+    for i, text in enumerate(parts[1]):
+        (source / "deep" / f"t{i}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    for i, text in enumerate(parts[2]):
+        (source / f"z{i}.TXT.zst").write_bytes(zstandard.compress(text.encode()))
+    (source / "a.jsonl").write_bytes(json_lines(parts[3]).replace(b"\n", b"\r\n\n"))
+    (source / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(parts[4])))
+    half = json_lines(parts[5][:5]), json_lines(parts[5][5:])
+    (source / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, half)))
+    (source / "ignored.md").write_text("no text file")
+    (source / "empty.txt").write_text("")
+
+    argv = ("text", source, "--out", tmp_path / "out", "--vocab-size", VOCAB)
+    code, stdout, stderr = run_main(capsys, *argv, "--val-fraction", "0.2")
+    assert (code, stderr) == (0, "")
+    folder = tmp_path / "out/datasets/my_texts_sp320"
+    tokenizer = prepare.load_tokenizer(tmp_path / "out/tokenizers/my_texts_320_bpe.model")
+    train, val = (read_split(folder, split, tokenizer) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts)
+    assert len(train) > len(val) > 0 and not set(train) & set(val)
+    keys = [hashlib.sha256(text.encode()).digest()[:8] for text in val]
+    assert all(int.from_bytes(key, "big") < 0.2 * 2**64 for key in keys)
+
+    sidecar = prepare.read_json(folder / "fineweb_val.json")
+    val_bytes = sum(len(text.encode()) for text in val)
+    assert sidecar["documents"] == len(val)
+    assert sidecar["raw_bytes"] == sidecar["encoded_bytes"] == val_bytes
+    assert sidecar["tokens"] == prepare.read_shard_header(folder / "fineweb_val_000000.bin")
+    assert sidecar["train"]["documents"] == len(train)
+    assert sidecar["shared_documents"] == 0
+    assert sidecar["tokenizer"]["file"] == "my_texts_320_bpe.model"
+    assert f"documents:{len(train)}" in stdout and "bytes_per_token" in stdout
+
+    assert "nothing to do" in run_main(capsys, *argv, "--val-fraction", "0.2")[1]
+    assert_one_error(run_main(capsys, *argv, "--val-fraction", "0.3"), 2, "other input, settings")
+    assert tree(folder)["fineweb_val.json"]
+
+
+def test_same_text_elsewhere_gives_the_same_bytes(tmp_path, capsys):
+    texts = make_texts(30)
+    for name, workers in (("one", 1), ("two", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_bytes(json_lines(texts))
+        argv = ("--name", "same", "--vocab-size", VOCAB, "--workers", workers)
+        out = tmp_path / f"out_{name}"
+        assert run_main(capsys, "text", tmp_path / name, *argv, "--out", out)[0] == 0
+    assert tree(tmp_path / "out_one") == tree(tmp_path / "out_two")
+
+
+def test_given_validation_text_and_tokenizer(tmp_path, capsys, model_file):
+    train, val = make_texts(12), make_texts(5, seed=7)
+    (tmp_path / "train.jsonl").write_bytes(json_lines([*train, val[3], val[0], train[0]]))
+    (tmp_path / "val.jsonl").write_bytes(json_lines(val))
+    argv = ["text", tmp_path, "--val", tmp_path / "val.jsonl", "--out", tmp_path / "out"]
+    argv += ["--tokenizer", model_file, "--name", "given"]
+    assert run_main(capsys, *argv)[0] == 0
+    folder = tmp_path / "out/datasets/given_sp320"
+    tokenizer = small_tokenizer()
+    assert read_split(folder, "val", tokenizer) == val
+    assert read_split(folder, "train", tokenizer) == [*train, train[0]]
+    sidecar = prepare.read_json(folder / "fineweb_val.json")
+    assert sidecar["shared_documents"] == 0 and "2 training documents" in sidecar["split"]
+    assert (tmp_path / "out/tokenizers/given.model").read_bytes() == model_file.read_bytes()
+
+
+def test_published_tokenizer_on_own_text(tmp_path, capsys):
+    if not PUBLISHED.exists():
+        pytest.skip("the challenge's published tokenizer is not here")
+    (tmp_path / "a.jsonl").write_bytes(json_lines([f"  two  spaces\t{i}\n" for i in range(9)]))
+    argv = ("text", tmp_path / "a.jsonl", "--tokenizer", PUBLISHED, "--out", tmp_path)
+    assert run_main(capsys, *argv)[0] == 0
+    sidecar = prepare.read_json(tmp_path / "datasets/a_sp1024/fineweb_val.json")
+    assert sidecar["raw_bytes"] == len(b"  two  spaces\t0\n")
+    assert sidecar["encoded_bytes"] == len(b"two spaces 0")
+
+
+def test_at_least_one_document_is_held_out(tmp_path, capsys, model_file):
+    texts = [f"text number {i}" for i in range(3)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+    argv = ("--tokenizer", model_file, "--val-fraction", "0.000001", "--out", tmp_path)
+    assert run_main(capsys, "text", tmp_path / "a.jsonl", *argv)[0] == 0
+    val = read_split(tmp_path / "datasets/a_sp320", "val", small_tokenizer())
+    assert val == [min(texts, key=lambda text: hashlib.sha256(text.encode()).digest())]
+
+
+REFUSED = {
+    "mark.txt": (b"one\ntwo \xe2\x96\x81", ("mark.txt: ", "U+2581", "line 2, column 5")),
+    "latin.txt": (b"caf\xe9", ("latin.txt: not UTF-8 at byte 3",)),
+    "mark.jsonl": (b'{"text": "a"}\n\n{"text": "\\u2581"}', ("mark.jsonl:3: ", "U+2581")),
+    "half.jsonl": (b'{"text": "\\ud83d"}', ("half.jsonl:1: ", "surrogate")),
+    "bad.jsonl": (b'{"text": "a"}\nnot json', ("bad.jsonl:2: not JSON",)),
+    "list.jsonl": (b"[1]", ("list.jsonl:1: ", '{"text": "..."}', "list")),
+    "key.jsonl": (b'{"body": "a"}', ("key.jsonl:1: ", "body")),
+    "latin.jsonl": (b'{"text": "caf\xe9"}', ("latin.jsonl:1: not JSON",)),
+    "cut.jsonl.gz": (gzip.compress(json_lines(make_texts(9)))[:-20], ("cut.jsonl.gz", "damaged")),
+    "no.txt.gz": (b"plain", ("no.txt.gz: damaged",)),
+    "cut.txt.zst": (zstandard.compress(os.urandom(9999))[:-20], ("cut.txt.zst", "not complete")),
+    "no.txt.zst": (b"plain text", ("no.txt.zst: damaged",)),
+    "picture.png": (b"x", ("picture.png: expected a file ending in",)),
+    "blank.jsonl": (b"\n\n", ("no document with any text",)),
+    "one.txt": (b"a single document", ("none left for training", "--val")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_texts(tmp_path, capsys, model_file, name):
+    content, expected = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out"
+    outcome = run_main(capsys, "text", tmp_path / name, "--tokenizer", model_file, "--out", out)
+    assert_one_error(outcome, 2, *expected)
+    assert not list(out.rglob("*.*"))
+
+
+def test_refused_sizes(tmp_path, capsys, model_file, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_DOCUMENT_BYTES", 1 << 20)
+    (tmp_path / "big.txt").write_bytes(b"x" * (1 << 20) + b"y")
+    (tmp_path / "bomb.txt.zst").write_bytes(zstandard.compress(b"x" * (1 << 26)))
+    (tmp_path / "big.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * (2 << 20))
+    argv = ("--tokenizer", model_file, "--out", tmp_path / "out")
+    for name in ("big.txt", "bomb.txt.zst"):
+        outcome = run_main(capsys, "text", tmp_path / name, *argv)
+        assert_one_error(outcome, 2, f"{name}: over 1 MiB", ".jsonl")
+    assert_one_error(run_main(capsys, "text", tmp_path / "big.jsonl", *argv), 2, "big.jsonl:2: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "docs|text|fineweb"),
+        (["docs", "--vocab-size", "100"], "261..65536"),
+        (["docs", "--wrong"], "--wrong"),
+        (["text"], "PATH"),
+        (["text", "missing.txt"], "missing.txt: no such file"),
+        (["text", "folder"], "folder: no .txt"),
+        (["text", "a.txt", "--val-fraction", "0.9"], "at most 0.5"),
+        (["text", "a.txt", "--val-fraction", "nan"], "at most 0.5"),
+        (["text", "a.txt", "--name", "../up"], "--name '../up'"),
+        (["text", "a.txt", "--name", "docs"], "--name 'docs'"),
+        (["text", "a.txt", "--tokenizer", "a.txt"], "a.txt: not a SentencePiece model"),
+        (["text", "a.txt", "--tokenizer", "none.model"], "none.model: no such tokenizer"),
+        (["text", "a.txt", "--tokenizer", "given.model", "--vocab-size", "999"], "has 320"),
+        (["fineweb", "--variant", "sp512"], "sp512"),
+        (["fineweb"], "--variant"),
+        (["fineweb", "--variant", "sp1024", "--train-shards", "-1"], "-1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refused_command_lines(tmp_path, capsys, monkeypatch, model_file, argv, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    Path("folder").mkdir()
+    outcome = run_main(capsys, *argv, *(["--out", "out"] if argv else []))
+    assert_one_error(outcome, 2, expected)
+    assert not Path("out").exists()
+
+
+def test_refused_tokenizers(tmp_path):
+    import sentencepiece
+
+    def train(**changes) -> Path:
+        model = io.BytesIO()
+        defaults = {"model_type": "bpe", "vocab_size": 300, "bos_id": 1, "unk_id": 0}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([words(300, seed=i) for i in range(10)]),
+            model_writer=model,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            **{**defaults, **changes},
+        )
+        (tmp_path / "other.model").write_bytes(model.getvalue())
+        return tmp_path / "other.model"
+
+    with pytest.raises(prepare.BadInput, match="no byte pieces"):
+        prepare.load_tokenizer(train())
+    with pytest.raises(prepare.BadInput, match="BOS is id 2"):
+        prepare.load_tokenizer(train(byte_fallback=True, bos_id=2, eos_id=1))
+    # A dummy prefix is fine: its space is not text.
+    tokenizer = prepare.load_tokenizer(train(byte_fallback=True, add_dummy_prefix=True))
+    ids = np.array([1, *tokenizer.encode("bake lo")])
+    assert prepare.has_dummy_prefix(tokenizer)
+    assert prepare.DecodedBytes(tokenizer).count(ids) == 7
+    assert prepare.piece_bytes(tokenizer)[ids].sum() == 8
+
+
+def test_a_tokenizer_in_use_is_not_replaced(tmp_path, capsys, model_file):
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines(make_texts(9, seed=seed)))
+    out = tmp_path / "out"
+    argv = ("--tokenizer", model_file, "--out", out)
+    assert run_main(capsys, "text", tmp_path / "a.jsonl", *argv)[0] == 0
+    other = prepare.train_tokenizer([words(4000, seed=9)], VOCAB, 0)
+    model_file.write_bytes(other)
+    outcome = run_main(capsys, "text", tmp_path / "b.jsonl", *argv)
+    assert_one_error(outcome, 2, "given.model", "in use by a_sp320")
+    assert (out / "tokenizers/given.model").read_bytes() == model_bytes()
+
+
+# Interruption
+
+
+def own_text_argv(folder: Path, out: Path) -> list[str]:
+    """Return a command line that makes about ten shards of the texts in a folder."""
+    argv = ["text", folder, "--out", out, "--name", "t", "--vocab-size", VOCAB]
+    argv += ["--shard-tokens", 4000, "--val-fraction", 0.2]
+    return [str(arg) for arg in argv]
+
+
+@pytest.fixture(scope="module")
+def texts_and_result(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A folder of texts, and the hashes of what an undisturbed run makes of it."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.jsonl").write_bytes(json_lines(make_texts(60)))
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert prepare.main(own_text_argv(folder, out)) == 0
+    return folder, tree(out)
+
+
+def test_interrupted_before_or_after_any_rename(texts_and_result, tmp_path, monkeypatch):
+    """Ctrl-C around every file's appearance; the next run ends with the same bytes."""
+    folder, expected = texts_and_result
+    assert len(expected) > 8
+    rename = os.replace
+    for stop in range(200):
+        out = tmp_path / str(stop)
+        calls = 0
+
+        def replace(source, target, stop=stop):
+            nonlocal calls
+            calls += 1
+            if calls == stop // 2 + 1 and stop % 2 == 0:
+                raise KeyboardInterrupt
+            rename(source, target)
+            if calls == stop // 2 + 1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare.os, "replace", replace)
+            status = prepare.main(own_text_argv(folder, out))
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.bin")}
+        if status == 0:
+            break
+        assert status == 130
+        assert (out / "datasets/t_sp320/fineweb_val.json").exists() <= (tree(out) == expected)
+        assert prepare.main(own_text_argv(folder, out)) == 0
+        assert tree(out) == expected
+        kept = [path for path, stamp in before.items() if path.stat().st_mtime_ns == stamp]
+        # At most the shard that had appeared but was not yet recorded is written again.
+        assert len(kept) >= len(before) - 1
+    assert 20 < stop < 199
+
+
+def test_killed_at_any_time(texts_and_result, tmp_path):
+    """SIGKILL at several moments of one build; the last run ends with the same bytes."""
+    folder, expected = texts_and_result
+    command = [sys.executable, ROOT / "data" / "prepare.py", *own_text_argv(folder, tmp_path)]
+    for delay in (0.3, 0.4, 0.5, 0.6, 0.7):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert all(expected.get(name) == sha for name, sha in tree(tmp_path).items())
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert tree(tmp_path) == expected
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_other_input_after_an_interruption_starts_anew(texts_and_result, tmp_path, monkeypatch):
+    folder, expected = texts_and_result
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.jsonl").write_bytes(json_lines(make_texts(40, seed=3)))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            prepare, "built_sidecar", lambda *args: (_ for _ in ()).throw(OSError(28, ""))
+        )
+        assert prepare.main(own_text_argv(other, out)) == 1
+    assert prepare.main(own_text_argv(folder, out)) == 0
+    assert tree(out) == expected
+
+
+def test_damage_is_repaired_and_foreign_shards_are_kept(texts_and_result, tmp_path, capsys):
+    folder, expected = texts_and_result
+    argv = own_text_argv(folder, tmp_path)
+    assert prepare.main(argv) == 0
+    data = tmp_path / "datasets/t_sp320"
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        path = data / name
+        path.write_bytes(path.read_bytes()[:-1] + (b"\x07" if "val" in name else b""))
+        code, _, stderr = run_main(capsys, *argv)
+        assert code == 0 and stderr.startswith("warning: ") and name in stderr
+        assert tree(tmp_path) == expected
+    for path in (data / "fineweb_val.json", data / ".build.json"):
+        path.unlink()
+    assert_one_error(run_main(capsys, *argv), 2, "not written by prepare.py")
+    assert len(prepare.shard_paths(data, "train")) > 5
+
+
+def test_two_builds_at_once(texts_and_result, tmp_path, capsys):
+    folder, _ = texts_and_result
+    with prepare.sole_writer(tmp_path / "datasets/t_sp320"):
+        outcome = run_main(capsys, *own_text_argv(folder, tmp_path))
+    assert_one_error(outcome, 1, "another prepare.py")
+
+
+def test_disk_full_is_one_line(texts_and_result, tmp_path, capsys, monkeypatch):
+    folder, _ = texts_and_result
+
+    def full(path, tokens):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(prepare, "write_shard", full)
+    outcome = run_main(capsys, *own_text_argv(folder, tmp_path))
+    assert_one_error(outcome, 1, "No space left", "free some space", "fineweb_val_000000.bin")
+
+
+def test_help_and_start_are_fast_and_light():
+    code = "import sys, prepare; print('torch' in sys.modules, 'sentencepiece' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "data", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "False"]
+    for command in ([], ["docs"], ["text"], ["fineweb"]):
+        with pytest.raises(SystemExit) as caught:
+            prepare.main([*command, "--help"])
+        assert caught.value.code == 0
