@@ -40,7 +40,6 @@ import os
 import re
 import resource
 import secrets
-import shutil
 import statistics
 import struct
 import sys
@@ -211,6 +210,9 @@ class Config:
              f"TRAIN_SEQ_LEN={self.train_seq_len}"),
             (self.eval_stride <= self.eval_seq_len,
              f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}"),
+            (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
+             f"EVAL_BATCH_SEQS={self.eval_batch_seqs} times EVAL_SEQ_LEN={self.eval_seq_len} must "
+             f"be at most {MAX_BATCH_TOKENS:,} tokens"),
             (set(roles) == set(ROLES),
              f"BITS={self.bits!r} must give each of {', '.join(ROLES)} once, as mlp:6,attn:6,..."),
             (re.fullmatch(r"[\w.-]*", self.run_id) and self.run_id not in (".", ".."),
@@ -308,9 +310,11 @@ class Config:
 
 
 ROLES = ("mlp", "attn", "emb", "aux")
+MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
 
 PRESETS: dict[str, dict] = {
-    # openai/parameter-golf PR #1361 as its script ran; late QAT acts, as declared there.
+    # openai/parameter-golf pull request 1361. Where its script and its description differ, late
+    # QAT acts (its script never ran it); GPTQ is the full form.
     "pr1361": {
         "warmdown_iters": 3200, "loader": "sequential", "smear_bos_mask": False,
         "bigram_bos_mask": False, "gptq_calib_batches": 64, "eval_stride": 32,
@@ -330,22 +334,35 @@ PRESETS: dict[str, dict] = {
 
 # Published names of settings we call otherwise: (our name, {published value: ours}), where no
 # table of values means that the value carries over as it is.
-ALIASES: dict[str, tuple[str, dict[str, str] | None]] = {
+ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     "EMA_ENABLED": ("AVG_MODE", {"0": "none", "1": "ema"}),
     "LATE_QAT": ("QAT_MODE", {"0": "off", "1": "late"}),
     "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
-    "NO_COMPILE": ("COMPILE", {"0": "auto", "1": "0"}),
-    "NO_FA3": ("ATTENTION", {"0": "auto", "1": "sdpa"}),
+    "NO_COMPILE": ("COMPILE", {"0": None, "1": "0"}),
+    "NO_FA3": ("ATTENTION", {"0": None, "1": "sdpa"}),
     "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
+    "TORCH_COMPILE_DISABLE": ("COMPILE", {"0": None, "1": "0"}),
 }
 
 # Published names of techniques that are not here: the values at which they are off. None marks
 # a name that has no effect on anything here, whatever its value.
 RETIRED: dict[str, tuple[str, ...] | None] = {
-    "BACKOUT_ENABLED": ("0",), "DTG_ENABLED": ("0",), "GATED_ATTENTION": ("0",),
-    "LAWA_ENABLED": ("0",), "LAWA_FREQ": None, "LAWA_K": None, "MTP_LOSS_WEIGHT": None,
-    "MTP_NUM_HEADS": ("0",), "MUON_BETA2": None, "QAT_ENABLED": ("0",), "SWA_ENABLED": ("0",),
-    "TTT_ENABLED": ("0",), "USE_GPTQ": ("1",), "VALUE_RESIDUAL": ("0",), "VAL_BATCH_SIZE": None,
+    **dict.fromkeys((
+        "BACKOUT_ENABLED", "DTG_ENABLED", "GATED_ATTENTION", "LATE_K_FP16", "LAWA_ENABLED",
+        "MILE_GAMMA", "MTP_NUM_HEADS", "MUON_QUANT_MOMENTUM", "PRUNE_FRAC", "PRUNE_PCT",
+        "QAT_ENABLED", "SWA_ENABLED", "TARGET_MB", "TTT_ENABLED", "VALUE_RESIDUAL", "VRL",
+    ), ("0",)),
+    **dict.fromkeys((
+        "BACKOUT_INIT", "BACKOUT_LAMBDA_INIT", "GPTQ_CALIB_SAMPLES", "GPTQ_RESERVE_MS", "LAWA_FREQ",
+        "LAWA_K", "MILE_CLAMP_MIN", "MTP_LOSS_WEIGHT", "MUON_BETA2", "MUON_QUANT_BLOCK_SIZE",
+        "QAT_CLIP_PCT", "SWA_EVERY", "SWA_INTERVAL", "SWA_PCT", "SWA_START_FRAC", "TTT_BATCH_SEQS",
+        "TTT_CHUNK_TOKENS", "TTT_EPOCHS", "TTT_FREEZE_BLOCKS", "TTT_GRAD_CLIP", "TTT_LR",
+        "TTT_MOMENTUM", "VAL_BATCH_SIZE",
+    )),
+    **dict.fromkeys(("CONTROL_TENSOR_NAME_PATTERNS", "FP16_KEEP_NAME_PATTERNS",
+                     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"), ("",)),
+    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",), "CACHE_LAYER": ("-1",),
+    "USE_GPTQ": ("1",),
 }
 
 # Names that begin like this are ours: one that is no setting is a mistake, not somebody else's.
@@ -365,21 +382,27 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
             raise Refusal(f"{alias}={env[alias]!r}: expected one of {', '.join(values)}; "
                           f"the setting is {name} here")
         value = values[env[alias]] if values else env[alias]
-        if given.setdefault(name, value) != value:
-            raise Refusal(f"{alias}={env[alias]} means {name}={value}, but {name}={given[name]} "
-                          "is set too: keep one")
+        if value is None:  # "not switched off": says nothing about which choice is meant
+            continue
+        stated = given.setdefault(name, value)
+        if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
+            raise Refusal(f"{alias}={env[alias]} means {name}={value}, but {name}={stated} is set "
+                          "too: keep one")
         notes.append(f"{alias}={env[alias]} read as {name}={value}")
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
         if off is not None and env[name] not in off:
-            raise Refusal(f"{name}={env[name]!r}: not available here; only {off[0]} is accepted")
+            raise Refusal(f"{name}={env[name]!r}: not available here; only {name}={off[0]} is "
+                          "accepted")
         notes.append(f"{name}={env[name]} has no effect here")
     return given, notes
 
 
 def refuse_near_miss(name: str, known: dict) -> None:
     """Raise Refusal if an environment name that is no setting was probably meant to be one."""
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.88)
+    # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+    cutoff = 0.88 if len(name) > 8 else 0.95
+    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
     if near or name.startswith(OWNED_PREFIXES):
         near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
@@ -450,9 +473,12 @@ class Run:
         self.folder: Path | None = None
         self.training_clock, self.scoring_clock = Clock(), Clock()
         self.trained_seconds = 0.0  # of the training clock, before calibration
+        self.calibration_tokens = 0
         self.phase = "starting"
         self.activity: Counter[str] = Counter()
         self.ineligible: list[str] = []
+        self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
+        self.last_logged_share = -1
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" and world_size > 1 \
             else None
@@ -466,7 +492,6 @@ class Run:
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")
         elif torch.backends.mps.is_available() and world_size == 1:
             device = torch.device("mps")
         if world_size > 1:
@@ -505,8 +530,41 @@ class Run:
         if self.world_size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
             dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
-            for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                t.copy_(total.view_as(t))
+            totals = flat.split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in
+                                           zip(tensors, totals, strict=True)])
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Turn one rank's Refusal inside into a Refusal on every rank, so that none waits."""
+        refusal = None
+        try:
+            yield
+        except Refusal as error:
+            refusal = error
+        refused = torch.tensor(float(refusal is not None))
+        self.add_up([refused])
+        if refusal is not None:
+            raise refusal
+        if refused:
+            raise Refusal("another rank refused its settings or data")
+
+    def copy_from_main(self, model: nn.Module) -> None:
+        """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
+        if self.world_size > 1:
+            for p in model.parameters():
+                dist.broadcast(p.data, src=0)
+
+    def settle(self) -> None:
+        """Wait until the GPU has done what was asked of it, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def put(self, x: Tensor) -> Tensor:
+        """`x` on the run's device, without waiting for the copy."""
+        if self.device.type == "cuda":
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
 
     def share(self, content: bytes) -> bytes:
         """Rank 0's bytes, on every rank, whether or not they share a file system."""
@@ -535,24 +593,26 @@ class Run:
         if self.is_main:
             self.folder = folder
             write_file(folder / "settings.json", json.dumps(asdict(self.cfg), indent=1).encode())
-            shutil.copyfile(__file__, folder / "train_gpt.py")
+            write_file(folder / "train_gpt.py", self.source)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
         """Write one line on rank 0, to the console and log.txt: `template` filled with `facts`.
 
-        With `event`, the facts go to metrics.jsonl as well, at full precision.
+        With `event`, the facts go to metrics.jsonl as well, at full precision; with an empty
+        template, only there.
         """
         if not self.is_main:
             return
-        line = template.format(**facts) if facts else template
-        tqdm.write(line)
-        sys.stdout.flush()
-        if self.folder is not None:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as log_file:
-                log_file.write(line + "\n")
-            if event:
-                with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
-                    metrics.write(json.dumps({"event": event, **facts}) + "\n")
+        if template:
+            line = template.format(**facts) if facts else template
+            tqdm.write(line)
+            sys.stdout.flush()
+            if self.folder is not None:
+                with open(self.folder / "log.txt", "a", encoding="utf-8") as log_file:
+                    log_file.write(line + "\n")
+        if event and self.folder is not None:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+                metrics.write(json.dumps({"event": event, **facts}) + "\n")
 
     def log_failure(self, error: Exception) -> None:
         """Say in one line what failed while doing what; the traceback goes to log.txt."""
@@ -575,10 +635,7 @@ class Run:
 
     def log_header(self, notes: list[str]) -> None:
         """Log what this run takes: settings, versions, machine, source."""
-        device = self.device.type
-        name = torch.cuda.get_device_name() if device == "cuda" \
-            else f"{torch.get_num_threads()} threads"
-        self.log(f"{self.folder}/log.txt")
+        self.log(f"{self.folder}/log.txt" if self.folder else "")
         for line in (*notes, *self.cfg.listing()):
             self.log(line)
         self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
@@ -586,10 +643,12 @@ class Run:
                  torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
                  zstd=zstandard.__version__)
         self.log("machine device:{device} name:{name} world_size:{world_size} dtype:{dtype} "
-                 "compiled:{compiled}", "machine", device=device, name=name, dtype=str(self.dtype),
-                 world_size=self.world_size, compiled=self.compiled)
-        self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=code_bytes(),
-                 sha256=sha256_of(Path(__file__)))
+                 "compiled:{compiled}", "machine", device=self.device.type, dtype=str(self.dtype),
+                 name=torch.cuda.get_device_name() if self.device.type == "cuda"
+                 else f"{torch.get_num_threads()} threads", world_size=self.world_size,
+                 compiled=self.compiled)
+        self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=len(self.source),
+                 sha256=hashlib.sha256(self.source).hexdigest())
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -610,11 +669,6 @@ def sha256_of(*paths: Path) -> str:
             while chunk := f.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def code_bytes() -> int:
-    """Size of the code that counts: the file that is running."""
-    return Path(__file__).stat().st_size
 
 
 # =================================================================================================
@@ -694,7 +748,10 @@ class TrainingRows:
     def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
-        check_ids(rows, self.vocab_size, "training shards")
+        try:
+            check_ids(rows, self.vocab_size, "training shards")
+        except Refusal as refusal:  # too late to refuse: the run has begun
+            raise RuntimeError(str(refusal)) from None
         ids = torch.from_numpy(rows.astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
 
@@ -757,11 +814,12 @@ class Validation:
     fingerprint: str
     tokenizer_sha256: str
     documents: int
+    recorded_bytes: int
 
-    @property
-    def num_targets(self) -> int:
-        """Targets of the split: every token but the first."""
-        return len(self.tokens) - 1
+    def num_targets(self, cfg: Config) -> int:
+        """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
+        targets = len(self.tokens) - 1
+        return targets - targets % cfg.eval_seq_len if cfg.eval_truncate else targets
 
 
 def read_sidecar(folder: str) -> dict:
@@ -772,9 +830,10 @@ def read_sidecar(folder: str) -> dict:
                       "run data/prepare.py (it keeps shards that are already there)")
     try:
         facts = json.loads(path.read_bytes())
-        if isinstance(facts["tokenizer"]["sha256"], str) and isinstance(facts["val_shards"], dict):
+        hashes = (facts["tokenizer"]["sha256"], *facts["val_shards"].values())
+        if all(isinstance(text, str) for text in hashes) and type(facts["encoded_bytes"]) is int:
             return facts
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
@@ -815,8 +874,13 @@ def load_validation(cfg: Config) -> Validation:
         raise Refusal(f"the pieces of {cfg.data_path}'s validation split add up to {counted:,} "
                       f"bytes, but its {SIDECAR} records {sidecar['encoded_bytes']:,}: no score "
                       "could be trusted; run data/prepare.py again")
-    return Validation(tokens, target_bytes.astype(np.int16), fingerprint_of(list(hashes.values())),
-                      tokenizer_hash, int((tokens == BOS).sum()))
+    val = Validation(tokens, target_bytes.astype(np.int16), fingerprint_of(list(hashes.values())),
+                     tokenizer_hash, int((tokens == BOS).sum()), sidecar["encoded_bytes"])
+    if not target_bytes[: val.num_targets(cfg)].any():
+        raise Refusal(f"the validation split in {cfg.data_path} has no target to score "
+                      f"({len(tokens):,} tokens, EVAL_SEQ_LEN={cfg.eval_seq_len}, "
+                      f"EVAL_TRUNCATE={int(cfg.eval_truncate)})")
+    return val
 
 
 # =================================================================================================
@@ -953,7 +1017,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
-    if q.device.type == "cpu":  # repeated heads take 0.7 of the time of enable_gqa there
+    if q.device.type != "cuda":  # repeated heads take 0.7 of the time of enable_gqa on a CPU
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
@@ -961,17 +1025,24 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """The attention kernel and its name: FlashAttention-3 where it imports, else torch's.
+    """The attention kernel and its name: FlashAttention-3 where it works, else torch's.
 
-    Raises Refusal if ATTENTION=fa3 and it is not to be had.
+    It is tried on one small input, since it can import on GPUs it does not run on. Raises Refusal
+    if ATTENTION=fa3 and it is not to be had.
     """
+    why = "there is no CUDA device"
     if device.type == "cuda" and cfg.attention in ("auto", "fa3"):
-        with contextlib.suppress(ImportError):
+        try:
             from flash_attn_interface import flash_attn_func
-            return "fa3", lambda q, k, v: flash_attn_func(q, k, v, causal=True)
+            q, kv = (torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
+                     for heads in (cfg.num_heads, cfg.num_kv_heads))
+            as_tuple = isinstance(flash_attn_func(q, kv, kv, causal=True), tuple)
+            pick = (lambda out: out[0]) if as_tuple else (lambda out: out)
+            return "fa3", lambda q, k, v: pick(flash_attn_func(q, k, v, causal=True))
+        except (ImportError, RuntimeError, TypeError) as error:
+            why = f"flash_attn_interface does not work here ({error})"
     if cfg.attention == "fa3":
-        raise Refusal("ATTENTION=fa3: needs CUDA and the module flash_attn_interface; "
-                      "use ATTENTION=auto")
+        raise Refusal(f"ATTENTION=fa3: {why}; use ATTENTION=auto")
     return "sdpa", sdpa_attention
 
 
@@ -1264,10 +1335,11 @@ class Schedule:
         if cfg.step_driven:
             whole, left, iters = cfg.iterations, steps_left, float(cfg.warmdown_iters)
         else:
-            whole, left, iters = self.budget, self.budget - seconds, 0.0
+            whole, iters = self.budget, 0.0
             if step_seconds := self.typical_step():
-                left = min(left, steps_left * step_seconds)
+                whole = min(whole, seconds + steps_left * step_seconds)
                 iters = cfg.warmdown_iters * step_seconds
+            left = whole - seconds
         return left, cfg.warmdown_frac * whole if cfg.warmdown_frac else min(iters, whole)
 
     def typical_step(self) -> float:
@@ -1288,9 +1360,10 @@ class Schedule:
         start = cfg.muon_momentum_warmup_start
         # Late QAT stays on once it is on: the scale is measured and may waver.
         self.qat = self.qat or (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
-        # The last step must end inside the budget, not begin there.
-        done = step >= cfg.iterations or (not cfg.step_driven
-                                          and seconds + self.typical_step() >= self.budget)
+        # The last step must end inside the budget, not begin there. A GPU still works on the step
+        # before while the clock is read, hence two.
+        over = seconds + 2 * self.typical_step() >= self.budget and not cfg.step_driven
+        done = step >= cfg.iterations or (step > 0 and over)
         return Moment(scale, (1.0 - ramp) * start + ramp * cfg.muon_momentum, self.qat, done)
 
 
@@ -1303,11 +1376,17 @@ class Schedule:
 Forward = Callable[[nn.Module, Tensor, Tensor, bool], Tensor]
 
 
-def weighed_nats(model: GPT, input_ids: Tensor, target_ids: Tensor, qat: bool) -> Tensor:
+def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor, qat: bool) -> Tensor:
     """Nats of each target (B, T); with `qat`, matrices are seen as they would be exported."""
     if not qat:
         return model(input_ids, target_ids)
     return torch.func.functional_call(model, fake_quantized(model), (input_ids, target_ids))
+
+
+def make_forward(run: Run) -> Forward:
+    """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
+    return torch.compile(training_nats, fullgraph=True, dynamic=False) if run.compiled \
+        else training_nats
 
 
 def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
@@ -1326,7 +1405,7 @@ def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRow
     loss = torch.zeros(1, device=run.device)
     for first, count in micro_batches(cfg, run):
         input_ids, target_ids = rows.batch(step * cfg.rows_per_step + first, count)
-        nats = forward(model, input_ids.to(run.device), target_ids.to(run.device), moment.qat)
+        nats = forward(model, run.put(input_ids), run.put(target_ids), moment.qat)
         part = nats.sum() / cfg.train_batch_tokens
         part.backward()
         loss += part.detach()
@@ -1354,19 +1433,11 @@ def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None
                                  f"{'; '.join(bad) or 'no group'}")
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds measured while priming."""
-
-    eval_batch: float
-    calibration_batch: float
-
-
-def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> Costs:
+def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
     """Compile and warm up every path of the run, untimed, and put everything back.
 
-    Trains a few steps with throw-away optimizers, with and without QAT, and times one batch of
-    calibration and of evaluation.
+    Trains a few steps with throw-away optimizers, with and without QAT. Returns the measured
+    seconds of one calibration batch and of one evaluation batch.
     """
     cfg, run.phase = run.cfg, "priming"
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -1382,9 +1453,8 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> Costs:
             p.copy_(before[name])
     ids = torch.randint(cfg.vocab_size, (cfg.eval_batch_seqs, cfg.eval_seq_len), device=run.device,
                         generator=torch.Generator(run.device).manual_seed(0))
-    costs = Costs(timed(lambda: forward(model, ids, ids, False).sum().item()),
-                  timed(lambda: collect_hessians(model, rows, 0, 1, run)))
-    return Costs(run.agree(costs.eval_batch), run.agree(costs.calibration_batch))
+    return (run.agree(timed(lambda: collect_hessians(model, rows, 0, 1, run))),
+            run.agree(timed(lambda: forward(model, ids, ids, False).sum().item())))
 
 
 @torch.no_grad()
@@ -1396,15 +1466,15 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation, costs: Costs,
-          run: Run) -> tuple[nn.Module, int]:
-    """Train until the budget ends; returns the averaged model and the number of steps done."""
+def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation,
+          reserve_seconds: float, run: Run) -> tuple[nn.Module, int]:
+    """Train until the budget less `reserve_seconds` ends; returns averaged model and steps."""
     cfg, run.phase = run.cfg, "training"
     optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
     average.n_averaged.fill_(1)  # the average starts at the initial weights, not at step 1's
-    schedule = Schedule(cfg, calibration_reserve(costs, run))
+    schedule, matrices = Schedule(cfg, reserve_seconds), len(fake_quantized(model))
     step, pending, qat_before = 0, None, False
     bar = run.progress(cfg.iterations if cfg.step_driven else schedule.budget,
                        "step" if cfg.step_driven else "s", "training")
@@ -1415,21 +1485,23 @@ def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation, cos
             if moment.done:
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
+                run.settle()
                 with run.training_clock.paused():
                     report(f"step:{step}/{cfg.iterations}",
                            evaluate("validation", forward, model, val, run), run, step)
-            if moment.qat and not qat_before:
-                run.log("late_qat:enabled step:{step} scale:{scale:.4f}", "late_qat", step=step,
-                        scale=moment.lr_scale)
+            qat_starts = moment.qat and not qat_before
+            if qat_starts:
+                run.log("late_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+                        "late_qat", step=step, scale=moment.lr_scale, matrices=matrices)
             stats = train_step(forward, model, optimizers, rows, step, moment, run)
             if cfg.avg_mode == "ema":
                 average.update_parameters(model)
-            count_activity(moment, qat_before, run)
+            count_activity(moment, matrices, run)
             if pending is not None:
                 log_step(*pending, step, seconds, groups, run)
-            pending, step, qat_before = (stats, moment), step + 1, moment.qat
+            pending, step, qat_before = (stats, moment, qat_starts), step + 1, moment.qat
             bar.update((step if cfg.step_driven else seconds) - bar.n)
-        log_step(*pending, step, seconds, groups, run, last=True)
+        log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
             reason="stopping: last step" if step == cfg.iterations
@@ -1440,45 +1512,47 @@ def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation, cos
     return (average.module if cfg.avg_mode == "ema" else model), step
 
 
-def log_step(stats: Tensor, moment: Moment, step: int, seconds: float, groups: list[dict],
-             run: Run, last: bool = False) -> None:
-    """Check the loss of the step-th step, which is finished, and log it if its turn has come."""
+def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
+             groups: list[dict], run: Run) -> None:
+    """Check the step-th step, which is finished; note it, and log it if its turn has come."""
     stats = stats.tolist()
     refuse_non_finite(stats, step, groups)
     cfg = run.cfg
     share = step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
     due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
-        int(50 * share) > run.activity["log_fiftieths"]
-    if step <= 10 or due or last:
-        run.activity["log_fiftieths"] = int(50 * share)
-        run.log("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
-                "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s", "step",
-                step=step, iterations=cfg.iterations, train_loss=stats[0], ms=1e3 * seconds,
-                step_avg=1e3 * seconds / max(step, 1), lr_scale=moment.lr_scale,
-                eta=seconds * (1 - share) / max(share, 1e-9))
+        int(50 * share) > run.last_logged_share
+    show = show or step <= 10 or due
+    if show:
+        run.last_logged_share = int(50 * share)
+    template = ("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
+                "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
+    run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
+            train_loss=stats[0], ms=1e3 * seconds, step_avg=1e3 * seconds / step,
+            lr_scale=moment.lr_scale, eta=seconds * (1 - share) / max(share, 1e-9))
 
 
-def count_activity(moment: Moment, qat_before: bool, run: Run) -> None:
-    """Count the steps in which each technique that acts only at some time acted."""
+def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
+    """Count the steps in which each technique that is configured to act at some time acted."""
+    cfg = run.cfg
     run.activity["steps"] += 1
-    run.activity["late_qat"] += moment.qat
-    run.activity["warmdown"] += moment.lr_scale < 1.0
-    run.activity["momentum_ramp"] += moment.momentum != run.cfg.muon_momentum
-    run.activity["ema"] += run.cfg.avg_mode == "ema"
+    for name, configured, acts in (
+        ("late_qat", cfg.qat_mode == "late", moment.qat and qat_matrices > 0),
+        ("warmdown", cfg.warmdown_iters or cfg.warmdown_frac, moment.lr_scale < 1.0),
+        ("momentum_ramp", cfg.muon_momentum_warmup_steps, moment.momentum != cfg.muon_momentum),
+        ("ema", cfg.avg_mode == "ema", True),
+    ):
+        if configured:
+            run.activity[name] += bool(acts)
 
 
 def log_activity(run: Run) -> None:
     """Log how many steps each scheduled technique was active; warn of any that never was."""
-    cfg, acted = run.cfg, run.activity
-    expected = {"late_qat": cfg.qat_mode == "late", "ema": cfg.avg_mode == "ema",
-                "warmdown": bool(cfg.warmdown_iters or cfg.warmdown_frac),
-                "momentum_ramp": cfg.muon_momentum_warmup_steps > 0}
-    for name, configured in expected.items():
-        if configured:
-            run.log("activity {name} steps:{steps} of:{of}", "activity", name=name,
-                    steps=acted[name], of=acted["steps"])
-            if not acted[name]:
-                run.mark_ineligible(f"{name} was configured and never acted")
+    for name, steps in run.activity.items():
+        if name != "steps":
+            run.log("activity {name} steps:{steps} of:{of}", "activity", name=name, steps=steps,
+                    of=run.activity["steps"])
+            if not steps:
+                run.log(f"warning: {name} was configured and never acted")
 
 
 # =================================================================================================
@@ -1644,10 +1718,11 @@ def collect_hessians(model: GPT, rows: TrainingRows, first_row: int, num_batches
     """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
 
     Batches of CALIBRATION_ROWS rows from `first_row` on are dealt to the ranks in turn; when the
-    training budget ends first, those not yet seen are left out.
+    training budget ends first, those not yet seen are left out. An untied head is stored like
+    the embedding, without a Hessian.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)
-               and bits_of(model.cfg, f"{name}.weight", module.weight)}
+               and name != "lm_head" and bits_of(model.cfg, f"{name}.weight", module.weight)}
     sums = {name: torch.zeros(linears[name].in_features, linears[name].in_features,
                               device=run.device) for name in map(hessian_source, linears)}
     seen = torch.zeros(1, device=run.device)
@@ -1662,8 +1737,9 @@ def collect_hessians(model: GPT, rows: TrainingRows, first_row: int, num_batches
     try:
         for batch in range(run.rank, num_batches, run.world_size):
             input_ids, _ = rows.batch(first_row + batch * CALIBRATION_ROWS, CALIBRATION_ROWS)
-            model.hidden(input_ids.to(run.device))
+            model.hidden(run.put(input_ids))
             seen += input_ids.numel()
+            run.settle()
             if run.phase == "calibration" and not model.cfg.step_driven \
                     and run.training_clock.elapsed() > model.cfg.max_wallclock_seconds:
                 break
@@ -1671,14 +1747,14 @@ def collect_hessians(model: GPT, rows: TrainingRows, first_row: int, num_batches
         for hook in hooks:
             hook.remove()
     run.add_up([seen, *sums.values()])
-    run.activity["calibration_tokens"] = int(seen.item())
+    run.calibration_tokens = int(seen.item())
     return {name: total / seen for name, total in sums.items()}
 
 
-def calibration_reserve(costs: Costs, run: Run) -> float:
+def calibration_reserve(batch_seconds: float, run: Run) -> float:
     """Seconds of the training budget to keep for collecting Hessians, from the measured cost."""
     share = math.ceil(run.cfg.gptq_calib_batches / run.world_size)
-    reserve = min(1.15 * share * costs.calibration_batch, 0.5 * run.cfg.max_wallclock_seconds)
+    reserve = min(1.2 * share * batch_seconds, 0.5 * run.cfg.max_wallclock_seconds)
     run.log("calibration reserve:{seconds:.1f}s batches:{batches}", "reserve", seconds=reserve,
             batches=run.cfg.gptq_calib_batches)
     return reserve
@@ -1692,8 +1768,8 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
                                     run.cfg.gptq_calib_batches, run)
     used = run.agree(run.training_clock.elapsed())
     run.log("gptq:calibrated tokens:{tokens} train_time:{ms:.0f}ms", "calibrated",
-            tokens=run.activity["calibration_tokens"], ms=1e3 * used)
-    if used > run.cfg.max_wallclock_seconds + 1.0 and not run.cfg.step_driven:
+            tokens=run.calibration_tokens, ms=1e3 * used)
+    if used > run.cfg.max_wallclock_seconds and not run.cfg.step_driven:
         run.mark_ineligible(f"training and calibration took {used:.1f} s")
     return hessians
 
@@ -1704,11 +1780,16 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Sto
     run.phase = "quantization"
     stored, fallbacks, objective = {}, 0, 0.0
     parameters = dict(model.named_parameters())
+    # Factorisations and float64 sums are not to be had on every other device.
+    device = run.device if run.device.type == "cuda" else torch.device("cpu")
     with run.progress(len(parameters), "tensor", "quantizing") as bar:
         for name, p in parameters.items():
-            W, bits = p.detach().float(), bits_of(model.cfg, name, p)
+            W, bits = p.detach().float().to(device), bits_of(model.cfg, name, p)
+            if not W.half().isfinite().all():
+                raise FloatingPointError(f"{name} is not finite, or too large for fp16")
             H = hessians.get(hessian_source(name.removesuffix(".weight")))
             if bits and H is not None:
+                H = H.to(device)
                 try:
                     stored[name] = gptq(W, H, bits, model.cfg.gptq_block_size)
                 except torch.linalg.LinAlgError:
@@ -1736,8 +1817,15 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION, CODEC_ZSTD = b"TINYGPT\n", 1, 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
 ZSTD_LEVEL = 22
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
+STORAGE_SETTINGS = ("bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = ("eval_seq_len", "eval_stride", "sliding", "eval_batch_seqs",
                        "eval_truncate")
+
+
+def model_settings() -> list[str]:
+    """Settings that an artifact decides: what the model is and how it was stored."""
+    return [f.name for f in fields(Config) if f.metadata["group"] == "Model"] + \
+        list(STORAGE_SETTINGS)
 
 
 def storage_order(name: str) -> tuple[str, list[int]]:
@@ -1747,9 +1835,8 @@ def storage_order(name: str) -> tuple[str, list[int]]:
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
     """What rebuilding the model and repeating the evaluation takes."""
-    model = [f.name for f in fields(cfg) if f.metadata["group"] == "Model"]
     return {"settings": {name.upper(): show_setting(getattr(cfg, name))
-                         for name in (*model, *EVALUATION_SETTINGS)},
+                         for name in (*model_settings(), *EVALUATION_SETTINGS)},
             "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
 
 
@@ -1796,44 +1883,44 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
     try:
         (header_bytes,) = struct.unpack_from("<I", body)
         if header_bytes > MAX_HEADER_BYTES:
-            raise ValueError("header too long")
+            raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
         header = json.loads(body[4 : 4 + header_bytes])
-        tensors = [(str(name), bool(quantized), tuple(int(n) for n in shape))
-                   for name, quantized, *shape in header["tensors"]]
-        sizes = [math.prod(shape) for *_, shape in tensors]
-        rows = [shape[0] if quantized else size
-                for (_, quantized, shape), size in zip(tensors, sizes, strict=True)]
-        if any(n < 0 for *_, shape in tensors for n in shape) \
-                or any(quantized and len(shape) != 2 for _, quantized, shape in tensors):
-            raise ValueError("impossible shape")
-        integers = sum(size for (_, quantized, _), size in zip(tensors, sizes, strict=True)
-                       if quantized)
-        if 4 + header_bytes + integers + 2 * sum(rows) != len(body):
-            raise ValueError("tensors do not add up to the body")
-        header["settings"] = {str(name): str(text) for name, text in header["settings"].items()}
-        header["tokenizer"], header["validation"] = map(
-            str, (header["tokenizer"], header["validation"]))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError,
-            struct.error) as error:
-        raise Refusal(f"the artifact's header is malformed ({error})") from None
-    return header, split_payload(body, 4 + header_bytes, tensors, sizes, rows, integers)
+        texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a setting or fingerprint is not text")
+        return header, cut_payload(body, 4 + header_bytes, header["tensors"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise Refusal(f"the artifact's header is malformed ({error!r})") from None
 
 
-def split_payload(body: bytes, start: int, tensors: list, sizes: list[int], rows: list[int],
-                  integers: int) -> dict[str, Stored]:
-    """Cut the two payloads into tensors; raises Refusal for a name twice or a value not finite."""
-    q = torch.from_numpy(np.frombuffer(body, "<i1", integers, start).astype(np.int8))
-    x = torch.from_numpy(np.frombuffer(body, "<f2", sum(rows), start + integers).astype(np.float16))
-    stored, q_at, x_at = {}, 0, 0
-    for (name, quantized, shape), size, count in zip(tensors, sizes, rows, strict=True):
-        floats, x_at = x[x_at : x_at + count], x_at + count
-        if name in stored or not floats.isfinite().all():
-            raise Refusal(f"the artifact's tensor {name!r} is there twice or is not finite")
-        if quantized:
-            stored[name] = Stored(q[q_at : q_at + size].view(shape), floats)
+def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
+    """Cut integers and floats into the header's tensors, each [name, is integer, *shape].
+
+    Raises ValueError or TypeError for a shape, name or value that cannot be.
+    """
+    sizes = []
+    for name, is_integer, *shape in tensors:
+        whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
+        if type(name) is not str or len(shape) > 2 or not whole or (is_integer and len(shape) < 2):
+            raise ValueError(f"tensor {name!r} of shape {shape!r}")
+        sizes.append((math.prod(shape), shape[0] if is_integer else math.prod(shape)))
+    q_at = start
+    x_at = start + sum(size for (_, is_integer, *_), (size, _) in zip(tensors, sizes, strict=True)
+                       if is_integer)
+    if x_at + 2 * sum(floats for _, floats in sizes) != len(body):
+        raise ValueError("the tensors do not add up to the body")
+    stored = {}
+    for (name, is_integer, *shape), (size, floats) in zip(tensors, sizes, strict=True):
+        x = torch.from_numpy(np.frombuffer(body, "<f2", floats, x_at).astype(np.float16))
+        x_at += 2 * floats
+        if name in stored or not x.isfinite().all():
+            raise ValueError(f"tensor {name!r} is there twice or is not finite")
+        if is_integer:
+            q = torch.from_numpy(np.frombuffer(body, "<i1", size, q_at).astype(np.int8))
             q_at += size
+            stored[name] = Stored(q.view(shape), x)
         else:
-            stored[name] = Stored(floats.view(shape))
+            stored[name] = Stored(x.view(shape))
     return stored
 
 
@@ -1874,12 +1961,12 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
         write_file(path, encode_artifact(artifact_header(run.cfg, val), stored))
         blob = path.read_bytes()
         log_sizes(stored, run)
-        total, limit = code_bytes() + len(blob), run.cfg.artifact_limit_bytes
-        label = f"{grid_label(run.cfg)}+zstd"
+        total, limit = len(run.source) + len(blob), run.cfg.artifact_limit_bytes
+        label = f"{grid_label(run.cfg, stored)}+zstd"
         run.log(f"Serialized model {label}: {len(blob)} bytes")
-        run.log(f"Code size: {code_bytes()} bytes")
+        run.log(f"Code size: {len(run.source)} bytes")
         run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}",
-                "artifact", label=label, model_bytes=len(blob), code_bytes=code_bytes(),
+                "artifact", label=label, model_bytes=len(blob), code_bytes=len(run.source),
                 total=total, limit=limit, left=limit - total,
                 sha256=hashlib.sha256(blob).hexdigest())
         if total > limit:
@@ -1903,9 +1990,10 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
                 integers=sum(map(len, integers)), entropy=entropy, floats=2 * floats)
 
 
-def grid_label(cfg: Config) -> str:
+def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
     """How log lines call the artifact's block matrices."""
-    return f"int{cfg.bits_by_role['mlp']}" if cfg.bits_by_role["mlp"] else "fp16"
+    integers = any(s.scale is not None for name, s in stored.items() if role_of(name) == "mlp")
+    return f"int{cfg.bits_by_role['mlp']}" if integers else "fp16"
 
 
 # =================================================================================================
@@ -1970,10 +2058,7 @@ def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
 
     Sums are float64, one row a batch, added up in the order of batches on every rank.
     """
-    cfg, start = run.cfg, time.perf_counter()
-    num_targets = val.num_targets
-    if cfg.eval_truncate:
-        num_targets -= num_targets % cfg.eval_seq_len
+    cfg, start, num_targets = run.cfg, time.perf_counter(), val.num_targets(run.cfg)
     spans = windows(num_targets, cfg.eval_seq_len, stride)
     num_batches = -(-len(spans) // cfg.eval_batch_seqs)
     unscored = np.repeat(spans[-1:] * [1, 0, 0], num_batches * cfg.eval_batch_seqs - len(spans), 0)
@@ -1983,7 +2068,7 @@ def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
         for index in range(run.rank, num_batches, run.world_size):
             input_ids, target_ids, scored, num_bytes = window_batch(
                 val, batches[index], num_targets, cfg.eval_seq_len)
-            nats = forward(model, input_ids.to(run.device), target_ids.to(run.device), False)
+            nats = forward(model, run.put(input_ids), run.put(target_ids), False)
             sums[index] = torch.stack([(nats.cpu().double() * scored).sum(),
                                        scored.sum().double(), (num_bytes * scored).sum().double()])
             bar.update(run.world_size)
@@ -1993,7 +2078,12 @@ def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0) -> None:
-    """Log a score under what was scored, exact to eight decimals."""
+    """Log a score under what was scored, exact to eight decimals.
+
+    Raises FloatingPointError if it is not finite.
+    """
+    if not math.isfinite(result.nats):
+        raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
     run.log("{label} val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} name:{name} targets:{targets} "
             "bytes:{num_bytes} eval_time:{ms:.0f}ms", "eval", label=label, name=result.name,
             step=step, val_loss=result.loss, val_bpb=result.bpb, targets=result.targets,
@@ -2001,30 +2091,30 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0) -> None:
 
 
 def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forward: Forward,
-                   run: Run, chunked: bool) -> EvalResult:
-    """Rebuild the model from an artifact's tensors and score it; the headline is returned."""
-    run.phase = "scoring the artifact"
+                   run: Run, chunked: bool) -> list[EvalResult]:
+    """Rebuild the model from an artifact's tensors and score it; the last is the headline."""
+    run.phase, results, label = "scoring the artifact", [], grid_label(cfg, stored)
     with run.scoring_clock.running():
         model = rebuild_model(cfg, stored, run)
         if chunked or not cfg.eval_stride:
-            result = evaluate("artifact_chunked", forward, model, val, run)
-            report(f"final_{grid_label(cfg)}_roundtrip_exact", result, run)
+            results.append(evaluate("artifact_chunked", forward, model, val, run))
+            report(f"final_{label}_roundtrip_exact", results[-1], run)
         if cfg.eval_stride:
-            result = evaluate("artifact_sliding", forward, model, val, run, cfg.eval_stride)
-            report(f"final_{grid_label(cfg)}_sliding_window_exact", result, run)
+            results.append(evaluate("artifact_sliding", forward, model, val, run, cfg.eval_stride))
+            report(f"final_{label}_sliding_window_exact", results[-1], run)
     if run.scoring_clock.elapsed() > cfg.eval_wallclock_seconds:
         run.mark_ineligible(f"scoring took {run.scoring_clock.elapsed():.0f} s, "
                             f"EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:.0f}")
-    return result
+    return results
 
 
-def announce_scoring(costs: Costs, val: Validation, run: Run) -> None:
+def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
     """Warn before scoring starts if the measured speed says that it will pass its budget."""
-    cfg = run.cfg
+    cfg, targets = run.cfg, val.num_targets(run.cfg)
     passes = [0, cfg.eval_stride] if cfg.eval_stride else [0]
-    batches = sum(-(-len(windows(val.num_targets, cfg.eval_seq_len, stride)) // cfg.eval_batch_seqs)
+    batches = sum(-(-len(windows(targets, cfg.eval_seq_len, stride)) // cfg.eval_batch_seqs)
                   for stride in passes)
-    seconds = costs.eval_batch * math.ceil(batches / run.world_size)
+    seconds = batch_seconds * math.ceil(batches / run.world_size)
     run.log("scoring expected:{seconds:.0f}s budget:{budget:.0f}s", seconds=seconds,
             budget=cfg.eval_wallclock_seconds)
     if seconds > cfg.eval_wallclock_seconds:
@@ -2041,88 +2131,110 @@ def announce_scoring(costs: Costs, val: Validation, run: Run) -> None:
 def verb_train(cfg: Config, notes: list[str]) -> int:
     """Train, export, and score the exported model; returns the exit code."""
     with Run.start(cfg) as run:
-        rows, val = TrainingRows(cfg), load_validation(cfg)
-        kernel_name, kernel = pick_attention(cfg, run.device)
+        with run.together():
+            rows, val = TrainingRows(cfg), load_validation(cfg)
+            kernel_name, kernel = pick_attention(cfg, run.device)
         run.open_folder()
         run.log_header(notes)
         model = GPT(cfg, kernel, run.dtype)
         initialize(model, cfg)
-        model.to(run.device)
+        run.copy_from_main(model.to(run.device))
         log_work(model, rows, val, kernel_name, run)
-        forward = torch.compile(weighed_nats, fullgraph=True) if run.compiled else weighed_nats
-        costs = prime(forward, model, rows, run)
-        model, steps = train(forward, model, rows, val, costs, run)
+        forward = make_forward(run)
+        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
+        reserve = calibration_reserve(calibration_seconds, run)
+        model, steps = train(forward, model, rows, val, reserve, run)
         hessians = calibrate(model, rows, steps, run)
         run.phase = "scoring the float model"
         float_result = evaluate("float_chunked", forward, model, val, run)
         report("DIAGNOSTIC post_ema" if cfg.avg_mode == "ema" else "DIAGNOSTIC", float_result, run)
         blob = export(model, hessians, val, run)
-        announce_scoring(costs, val, run)
-        score = score_artifact(cfg, decode_artifact(blob)[1], val, forward, run, chunked=True)
+        announce_scoring(eval_seconds, val, run)
+        scores = score_artifact(cfg, decode_artifact(blob)[1], val, forward, run, chunked=True)
         log_activity(run)
-        log_summary(model, steps, len(blob), float_result, score, run)
-        return EXIT_OVER_LIMIT if code_bytes() + len(blob) > cfg.artifact_limit_bytes else 0
+        total = len(run.source) + len(blob)
+        log_summary(model, steps, len(blob), [float_result, *scores], run)
+        if total > cfg.artifact_limit_bytes:
+            run.log(f"error: code and artifact have {total:,} bytes, ARTIFACT_LIMIT_BYTES="
+                    f"{cfg.artifact_limit_bytes:,}; take fewer parameters or BITS")
+            return EXIT_OVER_LIMIT
+        return 0
 
 
 def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: Run) -> None:
     """Log what is about to be trained, on what."""
-    cfg, blocks = run.cfg, range(run.cfg.num_layers - run.cfg.xsa_last_n, run.cfg.num_layers)
+    cfg, first_xsa = run.cfg, run.cfg.num_layers - run.cfg.xsa_last_n
+    machine = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
+    if "H100" not in machine or run.world_size != 8:
+        run.mark_ineligible(f"ran on {run.world_size} x {machine}, the track asks for 8 x H100")
     for reason in static_ineligibility(cfg):
         run.mark_ineligible(reason)
     run.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
     run.log("train_loader:dataset:{dataset} train_shards:{shards} tokens:{tokens}", "train_data",
             dataset=Path(cfg.data_path).name, shards=len(rows.shards), tokens=rows.num_tokens)
     run.log("val_loader:shards pattern={pattern} tokens:{tokens} documents:{documents} "
-            "bytes:{num_bytes} fingerprint:{fingerprint}", "val_data", tokens=len(val.tokens),
-            pattern=f"{cfg.data_path}/fineweb_val_*.bin", documents=val.documents,
-            num_bytes=int(val.target_bytes.sum(dtype=np.int64)), fingerprint=val.fingerprint)
+            "bytes:{num_bytes} recorded_bytes:{recorded} fingerprint:{fingerprint}", "val_data",
+            tokens=len(val.tokens), pattern=f"{cfg.data_path}/fineweb_val_*.bin",
+            documents=val.documents, num_bytes=int(val.target_bytes.sum(dtype=np.int64)),
+            recorded=val.recorded_bytes, fingerprint=val.fingerprint)
     run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
-    run.log(f"XSA:last_{cfg.xsa_last_n} active_layers:{list(blocks)}")
+    run.log(f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}")
     run.log(f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} "
             f"micro_batch_rows:{max((n for _, n in micro_batches(cfg, run)), default=0)}")
     run.log(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
             f"kernel:{kernel}")
-    for group in route_parameters(cfg, model):
-        run.log(f"route {group['optimizer']} lr:{group['base_lr']:g} wd:{group['weight_decay']:g} "
-                f"tensors:{len(group['params'])} "
-                f"params:{sum(p.numel() for p in group['params'])} {group['route']}")
+    run.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+            f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
+            f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")
+    for line in routing_table(cfg, model):
+        run.log(line)
     run.log(f"seed:{cfg.seed}")
 
 
-def log_summary(model: GPT, steps: int, model_bytes: int, float_result: EvalResult,
-                score: EvalResult, run: Run) -> None:
-    """The last lines of the log: what was trained, how large it is, what it scored, where it is."""
+def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
+    """One line a parameter group: how many parameters learn how."""
+    for group in route_parameters(cfg, model):
+        yield (f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
+               f"lr:{group['base_lr']:<8g} wd:{group['weight_decay']:<6g} {group['route']}")
+
+
+def log_summary(model: GPT, steps: int, model_bytes: int, scores: list[EvalResult],
+                run: Run) -> None:
+    """The last lines of the log: what was trained, its size, its scores, where it is."""
     cfg = run.cfg
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     run.log("peak memory resident: {mib:.0f} MiB", "memory",
-            mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+            mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    run.log("eligible:{eligible} {reasons}", "eligibility", eligible=int(not run.ineligible),
+            reasons="; ".join(run.ineligible))
     run.log("params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
             "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}", "summary",
             params=sum(p.numel() for p in model.parameters()), steps=steps,
             rate=steps * cfg.train_batch_tokens / run.trained_seconds,
             seconds=run.training_clock.elapsed(), eval_seconds=run.scoring_clock.elapsed())
-    run.log("float_chunked val_bpb:{bpb:.8f}", bpb=float_result.bpb)
-    total = code_bytes() + model_bytes
-    run.log(f"artifact {model_bytes:,} bytes + code {code_bytes():,} = {total:,} of "
+    total = len(run.source) + model_bytes
+    run.log(f"artifact {model_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
             f"{cfg.artifact_limit_bytes:,} bytes, {cfg.artifact_limit_bytes - total:,} left")
-    run.log("eligible:{eligible} {reasons}", "eligibility", eligible=int(not run.ineligible),
-            reasons="; ".join(run.ineligible))
+    for score in scores[:-1]:
+        run.log(f"{score.name} val_bpb:{score.bpb:.8f}")
     run.log("val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
-            "final", val_bpb=score.bpb, val_loss=score.loss, name=score.name,
+            "final", val_bpb=scores[-1].bpb, val_loss=scores[-1].loss, name=scores[-1].name,
             stride=cfg.eval_stride, sliding=cfg.sliding)
-    run.log(f"log: {run.folder}/log.txt" if run.folder else "")
-    run.log(f"artifact: {run.folder}/artifact.bin" if run.folder else "")
+    run.log(f"log: {run.folder}/log.txt")
+    run.log(f"artifact: {run.folder}/artifact.bin")
 
 
 def static_ineligibility(cfg: Config) -> list[str]:
-    """Settings that keep a run from standing as a record."""
+    """Settings that keep a run from standing as a record of the 10-minute, 16 MB track."""
     return [reason for wrong, reason in (
         (cfg.step_driven, "MAX_WALLCLOCK_SECONDS=0: the run is step-driven"),
         (cfg.max_wallclock_seconds > 600, "MAX_WALLCLOCK_SECONDS is above 600"),
         (cfg.eval_wallclock_seconds > 600, "EVAL_WALLCLOCK_SECONDS is above 600"),
         (cfg.artifact_limit_bytes > 16_000_000, "ARTIFACT_LIMIT_BYTES is above 16,000,000"),
+        (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
     ) if wrong]
 
 
@@ -2143,13 +2255,10 @@ def verb_plan(cfg: Config, notes: list[str]) -> int:
     """Say what a run would do, without data and without training."""
     with torch.device("meta"):
         model = GPT(cfg)
-    groups = route_parameters(cfg, model)
     for note in notes:
         print(note)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    for group in groups:
-        print(f"  {sum(p.numel() for p in group['params']):>12,}  {group['optimizer']}  "
-              f"lr {group['base_lr']:<8g} decay {group['weight_decay']:<6g} {group['route']}")
+    print(*routing_table(cfg, model), sep="\n")
     by_bits = Counter()
     for name, p in model.named_parameters():
         by_bits[bits_of(cfg, name, p)] += p.numel()
@@ -2160,7 +2269,8 @@ def verb_plan(cfg: Config, notes: list[str]) -> int:
     for line in schedule_dates(cfg):
         print(line)
     reasons = static_ineligibility(cfg)
-    print("eligible as a record: " + ("yes" if not reasons else "no: " + "; ".join(reasons)))
+    print("eligible as a record: " + ("no: " + "; ".join(reasons) if reasons else
+                                      "yes, on 8 x H100 within its budgets"))
     return 0
 
 
@@ -2207,22 +2317,21 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
     """Score an artifact again: the model comes from its header alone."""
-    model_names = {f.name.upper() for f in fields(Config) if f.metadata["group"] == "Model"}
+    model_names = {name.upper() for name in model_settings()}
     if repeated := sorted(model_names & set(env)):
         raise Refusal(f"{repeated[0]} is set, but --eval takes the model from the artifact: "
                       "unset it")
     header, stored = read_artifact(path)
     if unknown := sorted(set(header["settings"]) - model_names - {
             name.upper() for name in EVALUATION_SETTINGS}):
-        raise Refusal(f"{path}: its header names settings that are not here: {unknown[0]}")
+        raise Refusal(f"{path}: its header names a setting that is not here: {unknown[0]!r}")
     cfg, notes = Config.from_env({**header["settings"], **env})
     cfg = locate_validation(cfg, header)
     with Run.start(cfg) as run:
-        for note in notes:
-            run.log(note)
-        val = load_validation(cfg)
-        forward = torch.compile(weighed_nats, fullgraph=True) if run.compiled else weighed_nats
-        score = score_artifact(cfg, stored, val, forward, run, chunked=False)
+        run.log_header(notes)
+        with run.together():
+            val = load_validation(cfg)
+        score = score_artifact(cfg, stored, val, make_forward(run), run, chunked=False)[-1]
         run.log(f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
                 f"stride {cfg.eval_stride})")
     return 0

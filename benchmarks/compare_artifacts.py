@@ -13,11 +13,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from train_gpt import ALIASES, RETIRED, Config  # noqa: E402
 
 
 def settings(text: str) -> dict[str, str]:
@@ -30,8 +33,10 @@ def settings(text: str) -> dict[str, str]:
 def artifact_bpb(env: dict[str, str], seed: int, folder: str) -> tuple[float, float, int]:
     """Run once; returns bits per byte of the artifact, of the float model, and steps."""
     run_id = f"run{len(os.listdir(folder))}"
+    ours = {field.name.upper() for field in fields(Config)} | {*ALIASES, *RETIRED}
+    foreign = {name: value for name, value in os.environ.items() if name not in ours}
     subprocess.run([sys.executable, "train_gpt.py"], cwd=ROOT, check=True, stdout=sys.stderr,
-                   env={**os.environ, "EVAL_STRIDE": "0", **env, "SEED": str(seed),
+                   env={**foreign, "EVAL_STRIDE": "0", **env, "SEED": str(seed),
                         "RUNS_DIR": folder, "RUN_ID": run_id})
     lines = Path(folder, run_id, "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]

@@ -22,8 +22,8 @@ def main() -> None:
     with t.Run.start(cfg) as run:
         model = t.GPT(cfg)
         t.initialize(model, cfg)
-        costs = t.prime(t.weighed_nats, model, rows, run)
-        model, done = t.train(t.weighed_nats, model, rows, val, costs, run)
+        reserve = t.calibration_reserve(t.prime(t.training_nats, model, rows, run)[0], run)
+        model, done = t.train(t.training_nats, model, rows, val, reserve, run)
         hessians = t.calibrate(model, rows, done, run)
         solved = t.quantize(model, hessians, run)
         nearest, ratios = dict(solved), {}
@@ -33,15 +33,15 @@ def main() -> None:
             if bits and H is not None:
                 nearest[name] = t.round_to_nearest(W, bits)
                 errors = [t.weighted_error(W, s[name], H) for s in (solved, nearest)]
-                ratios[name] = errors[0] / errors[1]
+                ratios[name] = errors[0] / max(errors[1], 1e-30)
                 print(f"{name:<32} gptq {errors[0]:<12.5g} nearest {errors[1]:<12.5g} "
                       f"ratio {ratios[name]:.3f}")
         print(f"matrices {len(ratios)}, worse under gptq "
               f"{sum(ratio > 1 for ratio in ratios.values())}, largest ratio "
               f"{max(ratios.values()):.3f}")
-        bpb = {"float": t.evaluate("float", t.weighed_nats, model, val, run).bpb}
+        bpb = {"float": t.evaluate("float", t.training_nats, model, val, run).bpb}
         for name, stored in (("gptq", solved), ("nearest", nearest)):
-            bpb[name] = t.evaluate(name, t.weighed_nats, t.rebuild_model(cfg, stored, run), val,
+            bpb[name] = t.evaluate(name, t.training_nats, t.rebuild_model(cfg, stored, run), val,
                                    run).bpb
         print("  ".join(f"{name} {value:.5f} bpb" for name, value in bpb.items()))
 

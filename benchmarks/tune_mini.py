@@ -4,12 +4,11 @@
 
 Each argument is one trial: settings on top of PRESET=mini, trained step-driven for STEPS steps
 (or for SECONDS with STEPS=300s) and scored on the last 192 rows of the first epoch's order, which
-no such run reaches. One JSON line a trial goes to standard output. The validation split is not
-read.
+such runs do not reach. Trials of different TRAIN_SEQ_LEN score different text: do not compare
+them. One JSON line a trial goes to standard output. The validation split is not read.
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -40,10 +39,12 @@ def trial(budget: str, overrides: str) -> dict:
     with t.Run.start(cfg) as run:
         model = t.GPT(cfg)
         t.initialize(model, cfg)
-        costs = t.prime(t.weighed_nats, model, rows, run)
+        reserve = t.calibration_reserve(t.prime(t.training_nats, model, rows, run)[0], run)
         start = time.perf_counter()
-        averaged, steps = t.train(t.weighed_nats, model, rows, None, costs, run)
+        averaged, steps = t.train(t.training_nats, model, rows, None, reserve, run)
         seconds = time.perf_counter() - start
+        if steps * cfg.rows_per_step > rows.num_blocks - HOLDOUT_ROWS:
+            raise SystemExit("this trial trained on its hold-out: take fewer steps")
     return {"settings": overrides, "budget": budget, "steps": steps, "seconds": round(seconds, 1),
             "tokens": steps * cfg.train_batch_tokens, "parameters": sum(
                 p.numel() for p in model.parameters()),
@@ -53,7 +54,6 @@ def trial(budget: str, overrides: str) -> dict:
 
 def main() -> None:
     """Run the trials of the command line one after another."""
-    os.environ.setdefault("RUN_ID", "")
     for overrides in sys.argv[2:]:
         print(json.dumps(trial(sys.argv[1], overrides)), flush=True)
 
