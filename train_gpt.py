@@ -285,7 +285,7 @@ class Config:
         if unknown := [name for name in names if name not in PRESETS]:
             raise Refusal(f"PRESET={unknown[0]!r}: expected one of {', '.join(PRESETS)}")
         if "mini" in names[:-1]:
-            raise Refusal(f"PRESET={given['PRESET']}: mini scales the system before it, so it "
+            raise Refusal(f"PRESET={','.join(names)}: mini scales the system before it, so it "
                           "goes last")
         for name in names:
             values.update(PRESETS[name])
@@ -334,14 +334,14 @@ PRESETS: dict[str, dict] = {
 
 # Published names of settings we call otherwise: (our name, {published value: ours}), where no
 # table of values means that the value carries over as it is.
-ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
+ALIASES: dict[str, tuple[str, dict[str, str] | None]] = {
     "EMA_ENABLED": ("AVG_MODE", {"0": "none", "1": "ema"}),
     "LATE_QAT": ("QAT_MODE", {"0": "off", "1": "late"}),
     "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
-    "NO_COMPILE": ("COMPILE", {"0": None, "1": "0"}),
-    "NO_FA3": ("ATTENTION", {"0": None, "1": "sdpa"}),
+    "NO_COMPILE": ("COMPILE", {"0": "auto", "1": "0"}),
+    "NO_FA3": ("ATTENTION", {"0": "auto", "1": "sdpa"}),
     "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
-    "TORCH_COMPILE_DISABLE": ("COMPILE", {"0": None, "1": "0"}),
+    "TORCH_COMPILE_DISABLE": ("COMPILE", {"0": "auto", "1": "0"}),
 }
 
 # Published names of techniques that are not here: the values at which they are off. None marks
@@ -382,12 +382,10 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
             raise Refusal(f"{alias}={env[alias]!r}: expected one of {', '.join(values)}; "
                           f"the setting is {name} here")
         value = values[env[alias]] if values else env[alias]
-        if value is None:  # "not switched off": says nothing about which choice is meant
-            continue
         stated = given.setdefault(name, value)
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
-            raise Refusal(f"{alias}={env[alias]} means {name}={value}, but {name}={stated} is set "
-                          "too: keep one")
+            raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} is "
+                          "set too: keep one")
         notes.append(f"{alias}={env[alias]} read as {name}={value}")
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
@@ -401,7 +399,7 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
 def refuse_near_miss(name: str, known: dict) -> None:
     """Raise Refusal if an environment name that is no setting was probably meant to be one."""
     # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
-    cutoff = 0.88 if len(name) > 8 else 0.95
+    cutoff = 0.88 if len(name) > 8 else 0.92
     near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
     if near or name.startswith(OWNED_PREFIXES):
         near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -419,7 +417,7 @@ def parse_setting(name: str, text: str, f) -> object:
     if kind is str and accepts and value not in accepts:
         raise Refusal(f"{name}={text!r}: expected one of {', '.join(accepts)}")
     if kind in (int, float) and not accepts[0] <= value <= accepts[1]:  # refuses nan as well
-        raise Refusal(f"{name}={text}: expected {accepts[0]} <= value <= {accepts[1]}")
+        raise Refusal(f"{name}={value}: expected {accepts[0]} <= value <= {accepts[1]}")
     return value
 
 
@@ -833,7 +831,7 @@ def read_sidecar(folder: str) -> dict:
         hashes = (facts["tokenizer"]["sha256"], *facts["val_shards"].values())
         if all(isinstance(text, str) for text in hashes) and type(facts["encoded_bytes"]) is int:
             return facts
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
@@ -1323,8 +1321,8 @@ class Schedule:
 
     STEPS_TIMED = (5, 50)  # needed before the median counts; kept
 
-    def __init__(self, cfg: Config, reserve_seconds: float = 0.0) -> None:
-        self.cfg, self.qat = cfg, False
+    def __init__(self, cfg: Config, reserve_seconds: float = 0.0, queued_steps: int = 0) -> None:
+        self.cfg, self.queued_steps, self.qat = cfg, queued_steps, False
         self.budget = max(cfg.max_wallclock_seconds - reserve_seconds, 0.0)
         self.step_seconds: deque[float] = deque(maxlen=self.STEPS_TIMED[1])
         self.last_seconds = 0.0
@@ -1360,9 +1358,10 @@ class Schedule:
         start = cfg.muon_momentum_warmup_start
         # Late QAT stays on once it is on: the scale is measured and may waver.
         self.qat = self.qat or (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
-        # The last step must end inside the budget, not begin there. A GPU still works on the step
-        # before while the clock is read, hence two.
-        over = seconds + 2 * self.typical_step() >= self.budget and not cfg.step_driven
+        # The last step must end inside the budget, not begin there, after any that a GPU still
+        # has in its queue.
+        ahead = (1 + self.queued_steps) * self.typical_step()
+        over = seconds + ahead >= self.budget and not cfg.step_driven
         done = step >= cfg.iterations or (step > 0 and over)
         return Moment(scale, (1.0 - ramp) * start + ramp * cfg.muon_momentum, self.qat, done)
 
@@ -1474,7 +1473,8 @@ def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation,
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
     average.n_averaged.fill_(1)  # the average starts at the initial weights, not at step 1's
-    schedule, matrices = Schedule(cfg, reserve_seconds), len(fake_quantized(model))
+    schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
+    matrices = len(fake_quantized(model))
     step, pending, qat_before = 0, None, False
     bar = run.progress(cfg.iterations if cfg.step_driven else schedule.budget,
                        "step" if cfg.step_driven else "s", "training")
