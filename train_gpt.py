@@ -326,7 +326,7 @@ PRESETS: dict[str, dict] = {
         "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
         "loader": "shuffled", "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8,
         "bigram_vocab_size": 1024, "bigram_dim": 32, "ve_dim": 32, "train_seq_len": 256,
-        "eval_seq_len": 256, "train_batch_tokens": 1024, "max_wallclock_seconds": 300.0,
+        "eval_seq_len": 256, "train_batch_tokens": 2048, "max_wallclock_seconds": 300.0,
         "warmdown_frac": 0.5, "muon_momentum_warmup_steps": 1500, "ema_decay": 0.9,
         "gptq_calib_batches": 32, "int8_keep_float_max_numel": 1024, "lr_mult": 1.0,
     },
