@@ -215,8 +215,8 @@ class Config:
              f"be at most {MAX_BATCH_TOKENS:,} tokens"),
             (set(roles) == set(ROLES),
              f"BITS={self.bits!r} must give each of {', '.join(ROLES)} once, as mlp:6,attn:6,..."),
-            (re.fullmatch(r"[\w.-]*", self.run_id) and self.run_id not in (".", ".."),
-             f"RUN_ID={self.run_id!r} must be letters, digits, '_', '-' and '.'"),
+            (re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),
+             f"RUN_ID={self.run_id!r} must be up to 100 letters, digits, '_', '-' and '.'"),
         ):
             if not holds:
                 raise Refusal(complaint)
@@ -384,8 +384,8 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
         value = values[env[alias]] if values else env[alias]
         stated = given.setdefault(name, value)
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
-            raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} is "
-                          "set too: keep one")
+            raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
+                          "is set too: keep one")
         notes.append(f"{alias}={env[alias]} read as {name}={value}")
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]

@@ -1,0 +1,186 @@
+"""Muon, AdamW and the routing table, against naive loops and torch's own optimizers."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_model import SIZES, VARIANTS
+from torch import Tensor, nn
+
+from train_gpt import GPT, ROUTES, Config, Muon, build_optimizers, orthogonalize, route_parameters
+
+SHAPES = [(6, 6), (12, 5), (4, 10), (6, 6), (4, 10), (1, 7)]
+
+
+def with_singular_values(values: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random matrix of the given singular values, and its singular vectors U, V."""
+    U = torch.linalg.qr(torch.randn(rows, len(values), dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(cols, len(values), dtype=torch.float64))[0]
+    return (U * values) @ V.T, U, V
+
+
+def naive_orthogonalize(G: np.ndarray, steps: int = 5) -> np.ndarray:
+    """Newton-Schulz on the singular values, which is what it does to the matrix."""
+    U, s, Vt = np.linalg.svd(G, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (U * s) @ Vt
+
+
+def naive_muon(W: np.ndarray, M: np.ndarray, g: np.ndarray, lr: float, mu: float,
+               wd: float) -> tuple[np.ndarray, np.ndarray]:
+    """One step of one matrix; returns the new weight and momentum."""
+    M = mu * M + g
+    aspect = math.sqrt(max(1.0, W.shape[0] / W.shape[1]))
+    return (1 - lr * wd) * W - lr * aspect * naive_orthogonalize(g + mu * M), M
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_orthogonalize_raises_singular_values_and_keeps_directions(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values = torch.logspace(0, math.log10(0.003), 16, dtype=torch.float64)
+    G, U, V = with_singular_values(values / values.norm(), *shape)
+    raised = U.T @ orthogonalize(7.0 * G, 5) @ V
+    assert (raised - raised.diag().diag()).abs().max() < 1e-9
+    at_least = values / values.norm() >= 0.003
+    assert raised.diag()[at_least].min() > 0.68
+    assert raised.diag().max() < 1.21
+
+
+def test_orthogonalize_leaves_what_is_not_there() -> None:
+    torch.manual_seed(0)
+    assert not orthogonalize(torch.zeros(2, 3, 4), 5).any()
+    G, U, V = with_singular_values(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), 9, 14)
+    values = torch.linalg.svdvals(orthogonalize(G, 5))
+    assert values[:3].min() > 0.68
+    assert values[3:].max() < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (8, 3), (1, 4)])
+def test_a_stack_is_orthogonalized_matrix_by_matrix(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(2, 3, *shape, dtype=torch.float64) * torch.logspace(-3, 3, 3)[:, None, None]
+    result = orthogonalize(stack, 5)
+    for index in np.ndindex(2, 3):
+        expected = naive_orthogonalize(stack[index].numpy())
+        np.testing.assert_allclose(result[index].numpy(), expected, atol=1e-3)
+
+
+def test_muon_is_its_equation_for_each_matrix() -> None:
+    """Two groups, shapes that repeat, momentum and rate that change from step to step."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in SHAPES]
+    groups = [{"params": weights[:4], "weight_decay": 0.3}, {"params": weights[4:],
+                                                             "weight_decay": 0.0}]
+    muon = Muon(groups, 5, torch.float64)
+    expected = [(w.detach().numpy().copy(), np.zeros(w.shape)) for w in weights]
+    for step in range(4):
+        lr, mu = 0.1 / (step + 1), 0.5 + 0.1 * step
+        for n, weight in enumerate(weights):
+            weight.grad = torch.randn_like(weight)
+            expected[n] = naive_muon(*expected[n], weight.grad.numpy(), lr, mu, 0.3 * (n < 4))
+        for group in muon.param_groups:
+            group.update(lr=lr, momentum=mu)
+        muon.step()
+        for weight, (W, _) in zip(weights, expected, strict=True):
+            np.testing.assert_allclose(weight.detach().numpy(), W, atol=1e-6)
+
+
+def test_muon_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch averages gradients where ours adds them up, a factor that the norm takes out while the
+    momentum stays the same; its products are bf16 whatever the weights, here made float32."""
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    theirs = [nn.Parameter(w.detach().clone()) for w in ours]
+    muon = Muon([{"params": ours, "weight_decay": 0.2}], 5, torch.float32)
+    muon.param_groups[0].update(lr=0.05, momentum=0.9)
+    torch_muon = torch.optim.Muon(theirs, lr=0.05, momentum=0.9, weight_decay=0.2, nesterov=True,
+                                  ns_coefficients=(3.4445, -4.7750, 2.0315), ns_steps=5,
+                                  adjust_lr_fn="original")
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = other.grad = torch.randn_like(mine)
+        muon.step()
+        torch_muon.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=2e-6)
+
+
+def test_adamw_is_its_equation() -> None:
+    """Decay first and with the scheduled rate, then the step with both means unbiased."""
+    torch.manual_seed(0)
+    cfg = Config(**SIZES, adam_wd=0.3)
+    groups = route_parameters(cfg, GPT(cfg))
+    adam = build_optimizers(cfg, groups, torch.float32)[0]
+    weights = [p for group in adam.param_groups for p in group["params"]]
+    assert len(weights) == sum(len(g["params"]) for g in groups if g["optimizer"] == "adam")
+    expected = [p.detach().double() for p in weights]
+    means, squares = ([torch.zeros_like(p) for p in expected] for _ in range(2))
+    for step in range(1, 5):
+        lr = 0.1 / step
+        for n, p in enumerate(weights):
+            p.grad = torch.randn_like(p)
+            g = p.grad.double()
+            means[n] = 0.9 * means[n] + 0.1 * g
+            squares[n] = 0.95 * squares[n] + 0.05 * g * g
+            unbiased = means[n] / (1 - 0.9**step), squares[n] / (1 - 0.95**step)
+            expected[n] = (1 - lr * 0.3) * expected[n] - lr * unbiased[0] / (
+                unbiased[1].sqrt() + 1e-8)
+        for group in adam.param_groups:
+            group["lr"] = lr
+        adam.step()
+    for p, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(p.detach().double(), value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_is_routed_once(variant: str) -> None:
+    cfg = Config(**{**SIZES, **VARIANTS[variant]})
+    model = GPT(cfg)
+    groups = route_parameters(cfg, model)
+    routed = {name: p for g in groups for name, p in zip(g["names"], g["params"], strict=True)}
+    assert sum(len(group["names"]) for group in groups) == len(routed)
+    assert routed.keys() == dict(model.named_parameters()).keys()
+    assert all(routed[name] is p for name, p in model.named_parameters())
+    for name in routed:
+        assert sum(bool(re.fullmatch(row[0], name)) for row in ROUTES) == 1, name
+    adam, muon = build_optimizers(cfg, groups, torch.float32)
+    assert {p.ndim for group in muon.param_groups for p in group["params"]} == {2}
+    assert sum(len(g["params"]) for o in (adam, muon) for g in o.param_groups) == len(routed)
+
+
+def test_every_route_is_in_use() -> None:
+    settings = (Config(**SIZES, tie_embeddings=tied) for tied in (True, False))
+    used = {group["route"] for cfg in settings for group in route_parameters(cfg, GPT(cfg))}
+    assert used == {row[0] for row in ROUTES}
+
+
+def test_an_unrouted_parameter_is_an_error() -> None:
+    cfg = Config(**SIZES)
+    model = GPT(cfg)
+    model.blocks[0].forgotten = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"blocks\.0\.forgotten"):
+        route_parameters(cfg, model)
+
+
+def test_rates_and_decay_come_from_their_settings() -> None:
+    rates = {"matrix_lr": 2.0, "scalar_lr": 3.0, "tied_embed_lr": 5.0, "embed_lr": 7.0,
+             "head_lr": 11.0, "adam_wd": 0.1, "muon_wd": 0.2, "lr_mult": 0.5}
+    of = {}
+    for tied in (True, False):
+        cfg = Config(**SIZES, **rates, tie_embeddings=tied)
+        of[tied] = {name: (group["base_lr"], group["weight_decay"])
+                    for group in route_parameters(cfg, GPT(cfg)) for name in group["names"]}
+    assert of[True]["tok_emb.weight"] == (2.5, 0.1)
+    assert of[False]["tok_emb.weight"] == (3.5, 0.1)
+    assert of[False]["lm_head.weight"] == (5.5, 0.1)
+    for tied in (True, False):
+        assert of[tied]["blocks.0.mlp.fc.weight"] == of[tied]["bigram.proj.weight"] == (1.0, 0.2)
+        assert of[tied]["blocks.4.attn.q_gain"] == of[tied]["skip_weights"] == (1.5, 0.1)
+        assert of[tied]["bigram.embed.weight"] == of[tied]["ve_shared.embed.weight"] == (2.5, 0.1)

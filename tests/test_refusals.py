@@ -1,0 +1,152 @@
+"""What a run cannot use is refused before any work, in one line, and nothing on disk changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyData
+from jobs import TINY, environment, launch, snapshot, write_tokens
+
+from train_gpt import Stored, encode_artifact, main
+
+
+@pytest.fixture
+def place(tiny_data: TinyData, tmp_path: Path) -> Path:
+    """A folder with the data, an empty runs/ and an artifact, all of it a test may damage."""
+    shutil.copytree(tiny_data.data_path.parents[1], tmp_path / "data")
+    (tmp_path / "runs").mkdir()
+    header = {"settings": {}, "tokenizer": "", "validation": ""}
+    (tmp_path / "artifact.bin").write_bytes(
+        encode_artifact(header, {"w": Stored(torch.ones(64).half())}))
+    return tmp_path
+
+
+def settings_of(place: Path, data: TinyData, **changed: str) -> dict[str, str]:
+    """A tiny run's settings on a place's own data."""
+    root = data.data_path.parents[1]
+    return {**TINY, "VOCAB_SIZE": data.env["VOCAB_SIZE"], "RUNS_DIR": str(place / "runs"),
+            "DATA_PATH": str(place / "data" / data.data_path.relative_to(root)),
+            "TOKENIZER_PATH": str(place / "data" / data.tokenizer_path.relative_to(root)),
+            **changed}
+
+
+def shard(place: Path) -> Path:
+    """The second training shard of a place."""
+    return next(place.glob("data/datasets/*/fineweb_train_000001.bin"))
+
+
+def cut_shard(place: Path) -> None:
+    """Leave a training shard as an interrupted copy would."""
+    os.truncate(shard(place), shard(place).stat().st_size - 1000)
+
+
+def cut_artifact(place: Path) -> None:
+    """Leave the artifact as an interrupted copy would."""
+    os.truncate(place / "artifact.bin", 100)
+
+
+def make_run(place: Path) -> None:
+    """Leave a run of another day."""
+    (place / "runs" / "mine").mkdir()
+    (place / "runs" / "mine" / "log.txt").write_text("a result\n")
+
+
+def nothing(place: Path) -> None:
+    """Damage nothing."""
+
+
+REFUSED = {
+    "misspelled": (nothing, {"MATIRX_LR": "0.1"}, ["MATIRX_LR", "MATRIX_LR"]),
+    "nan": (nothing, {"EMA_DECAY": "nan"}, ["EMA_DECAY=", "nan", "0.999999"]),
+    "False": (nothing, {"TIE_EMBEDDINGS": "False"}, ["TIE_EMBEDDINGS='False'", "0 or 1"]),
+    "truncated shard": (cut_shard, {}, ["fineweb_train_000001.bin", "prepare.py"]),
+    "token beyond the vocabulary": (lambda place: write_tokens(shard(place), [1, 320] * 99), {},
+                                    ["fineweb_train_000001.bin", "320", "VOCAB_SIZE=320"]),
+    "tokenizer of another vocabulary": (nothing, {"VOCAB_SIZE": "512"}, ["320 pieces", "512"]),
+    "missing data folder": (lambda place: shutil.rmtree(shard(place).parent), {},
+                            ["DATA_PATH=", "prepare.py"]),
+    "existing RUN_ID": (make_run, {"RUN_ID": "mine"}, ["RUN_ID=mine", "exists already"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_run_is_refused_in_one_line_before_anything_is_written(
+        case: str, place: Path, tiny_data: TinyData, capfd: pytest.CaptureFixture[str]) -> None:
+    damage, changed, said = REFUSED[case]
+    damage(place)
+    before, settings = snapshot(place), settings_of(place, tiny_data, **changed)
+    job = launch(cwd=place, **settings)
+    assert (job.returncode, job.stdout) == (2, "")
+    assert job.stderr.startswith("error: ")
+    assert len(job.stderr.splitlines()) == 1
+    assert all(part in job.stderr for part in said), job.stderr
+    with environment(**settings):
+        assert main(["--check"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
+    assert all(part in err for part in said), err
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("damage", [
+    cut_artifact, lambda place: (place / "artifact.bin").unlink(),
+], ids=["truncated", "missing"])
+def test_a_damaged_artifact_is_refused_in_one_line(damage: Callable, place: Path) -> None:
+    damage(place)
+    before = snapshot(place)
+    job = launch("--eval", "artifact.bin", cwd=place)
+    assert (job.returncode, job.stdout) == (2, "")
+    assert job.stderr.startswith("error: artifact.bin: ")
+    assert len(job.stderr.splitlines()) == 1
+    assert snapshot(place) == before
+
+
+def test_one_process_of_several_says_why(place: Path, tiny_data: TinyData) -> None:
+    job = launch(processes=2, cwd=place, **settings_of(place, tiny_data, DATA_PATH="not/here"))
+    assert job.returncode != 0
+    assert [line[:23] for line in job.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: DATA_PATH=not/he"]
+    assert list((place / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("changed", [
+    {"EVAL_TRUNCATE": "1", "EVAL_SEQ_LEN": "8192"},
+    {"TRAIN_SEQ_LEN": "65536", "TRAIN_BATCH_TOKENS": "65536"},
+    {"RUN_ID": "x" * 300}, {"ATTENTION": "fa3"},
+], ids=["no target left", "no row", "long RUN_ID", "no kernel"])
+def test_check_finds_what_would_fail_later(changed: dict[str, str], place: Path,
+                                           tiny_data: TinyData,
+                                           capfd: pytest.CaptureFixture[str]) -> None:
+    with environment(**settings_of(place, tiny_data, **changed)):
+        assert main(["--check"]) == 2
+    err = capfd.readouterr().err
+    assert (err.count("\n"), err[:7]) == (1, "error: ")
+    assert any(name in err for name in changed), err
+
+
+def test_check_of_what_can_run_changes_nothing(place: Path, tiny_data: TinyData,
+                                               capfd: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(place)
+    with environment(**settings_of(place, tiny_data, RUN_ID="new", EMA_ENABLED="1")):
+        assert main(["--check"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "EMA_ENABLED=1 read as AVG_MODE=ema" in out
+    assert "training tokens in 2 shards" in out
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--chekc"], ["--check", "--plan"], ["--eval"], ["SEED=1"], ["--eval", "a", "b"]])
+def test_an_unknown_argument_is_refused(arguments: list[str], place: Path,
+                                        capfd: pytest.CaptureFixture[str]) -> None:
+    with environment():
+        assert main(arguments) == 2
+    err = capfd.readouterr().err
+    assert (err.count("\n"), err[:7]) == (1, "error: ")
+    assert arguments[0] in err

@@ -1,0 +1,149 @@
+"""Learning rate, momentum and late QAT over whole imagined runs, step by step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train_gpt import Config, Moment, Schedule, decay_scale
+
+
+def imagine(cfg: Config, step_seconds, reserve: float = 0.0) -> list[Moment]:
+    """What the schedules say at each step of a run whose step n takes step_seconds(n)."""
+    schedule, seconds, moments = Schedule(cfg, reserve), 0.0, []
+    while not moments or not moments[-1].done:
+        moments.append(schedule.at(len(moments), seconds))
+        seconds += step_seconds(len(moments) - 1)
+    return moments[:-1]
+
+
+def scales(cfg: Config, step_seconds=lambda n: 1.0, reserve: float = 0.0) -> list[float]:
+    """The learning-rate scale of each step."""
+    return [moment.lr_scale for moment in imagine(cfg, step_seconds, reserve)]
+
+
+def clocked(**changes: object) -> Config:
+    """A run of 600 s."""
+    return Config(**{"max_wallclock_seconds": 600.0, "warmdown_iters": 200, **changes})
+
+
+def stepped(**changes: object) -> Config:
+    """A run of 100 steps without a clock."""
+    return Config(**{"max_wallclock_seconds": 0.0, "iterations": 100, "warmdown_iters": 40,
+                     **changes})
+
+
+@pytest.mark.parametrize(("remaining", "warmdown", "linear"), [
+    (10, 5, 1), (5, 5, 1), (4, 5, 0.8), (2.5, 5, 0.5), (0, 5, 0), (-1, 5, 0), (3, 0, 1), (0, 0, 1),
+    (6, 1e9, 6e-9)])
+def test_decay_is_linear_or_half_a_cosine(remaining: float, warmdown: float, linear: float) -> None:
+    assert decay_scale(remaining, warmdown, "linear") == pytest.approx(linear)
+    cosine = (1 - math.cos(math.pi * linear)) / 2
+    assert decay_scale(remaining, warmdown, "cosine") == pytest.approx(cosine)
+
+
+@given(step_seconds=st.floats(0.01, 40), reserve=st.floats(0, 300),
+       warmdown_iters=st.integers(0, 10**5), warmdown_frac=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+       warmdown_type=st.sampled_from(["linear", "cosine"]), budget=st.sampled_from([0.0, 600.0]),
+       iterations=st.integers(1, 300))
+@settings(deadline=None, max_examples=60)
+def test_the_rate_never_rises_at_a_steady_pace(step_seconds: float, reserve: float,
+                                               budget: float, **changes: object) -> None:
+    moments = imagine(Config(max_wallclock_seconds=budget, **changes), lambda n: step_seconds,
+                      reserve)
+    rates = [moment.lr_scale for moment in moments]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert all(after <= before + 1e-9 for before, after in zip(rates, rates[1:], strict=False))
+    assert sorted(moment.qat for moment in moments) == [moment.qat for moment in moments]
+    if budget and len(moments) > 6:  # the time of a step is known: the last one ends in time
+        assert len(moments) * step_seconds <= budget - reserve + 1e-6
+
+
+def test_a_run_of_steps_decays_over_its_last_steps() -> None:
+    assert scales(stepped()) == pytest.approx([1.0] * 60 + [n / 40 for n in range(40, 0, -1)])
+    assert scales(stepped(warmdown_frac=0.2))[79:82] == pytest.approx([1.0, 1.0, 0.95])
+
+
+def test_a_run_by_the_clock_decays_over_its_last_steps() -> None:
+    rates = scales(clocked())
+    assert 597 <= len(rates) <= 600
+    assert rates == pytest.approx([min(1, (600 - n) / 200) for n in range(len(rates))])
+
+
+def test_a_share_of_the_budget_needs_no_step_time() -> None:
+    for pace in (0.2, 7.0):
+        rates = scales(clocked(warmdown_frac=0.5), lambda n, pace=pace: pace)
+        assert rates == pytest.approx([min(1, (600 - n * pace) / 300) for n in range(len(rates))])
+
+
+def test_what_calibration_keeps_back_is_not_trained_in() -> None:
+    rates = scales(clocked(), reserve=50.0)
+    assert 547 <= len(rates) <= 550
+    assert rates == pytest.approx([min(1, (550 - n) / 200) for n in range(len(rates))])
+
+
+@pytest.mark.parametrize("slow_steps", [1, 2])
+@pytest.mark.parametrize("slow", [1.0, 5.0, 60.0])
+def test_slow_first_steps_change_nothing(slow: float, slow_steps: int) -> None:
+    """The published rule would take a first step of 5 s for the end of the run."""
+    cfg = clocked(warmdown_iters=3500)
+    moments = imagine(cfg, lambda n: slow if n < slow_steps else 0.1)
+    late = [n for n, moment in enumerate(moments) if moment.qat]
+    start = slow * slow_steps - 0.1 * slow_steps
+    assert all(moment.lr_scale == 1.0 for moment in moments[: int((250 - start) / 0.1) - 5])
+    assert late
+    assert len(moments) - late[0] == pytest.approx(0.15 * 3500, abs=2)
+
+
+def test_a_pause_in_the_middle_does_not_end_the_run() -> None:
+    moments = imagine(clocked(warmdown_iters=3500), lambda n: 20.0 if n == 500 else 0.1)
+    assert moments[501].lr_scale == 1.0
+    assert not moments[501].qat
+
+
+@pytest.mark.parametrize("pace", [2.0, 30.0])
+def test_a_machine_too_slow_for_its_warmdown_decays_all_along(pace: float) -> None:
+    """3,500 steps do not fit; the warmdown is then the run, not longer."""
+    moments = imagine(clocked(warmdown_iters=3500), lambda n: pace)
+    expected = [1.0 - n * pace / 600 for n in range(len(moments))]
+    assert [m.lr_scale for m in moments[5:]] == pytest.approx(expected[5:])
+    assert [m.qat for m in moments[5:]] == [scale < 0.15 for scale in expected[5:]]
+
+
+@pytest.mark.parametrize("warmdown", [{"warmdown_iters": 40}, {"warmdown_iters": 3500},
+                                      {"warmdown_frac": 0.4}])
+def test_iterations_that_end_before_the_clock_decay_to_nothing(warmdown: dict) -> None:
+    """A run of 100 s, whatever its budget: it decays at its own end, and over no more than it."""
+    rates = scales(clocked(iterations=100, **warmdown))
+    assert len(rates) == 100
+    assert rates[-1] <= 1 / 40 + 1e-9
+    whole = 40 if warmdown != {"warmdown_iters": 3500} else 100
+    assert rates[5:] == pytest.approx([min(1.0, (100 - n) / whole) for n in range(5, 100)])
+
+
+def test_late_qat_stays_on() -> None:
+    """A run that speeds up has more steps ahead than it thought, and its rate rises again."""
+    moments = imagine(clocked(), lambda n: 4.0 if n < 142 else 0.01)
+    rates = [moment.lr_scale for moment in moments]
+    first = next(n for n, moment in enumerate(moments) if moment.qat)
+    assert max(rates[first:]) > 0.15
+    assert all(moment.qat for moment in moments[first:])
+    assert not any(moment.qat for moment in imagine(clocked(qat_mode="off"), lambda n: 4.0))
+
+
+def test_momentum_ramps_and_stays() -> None:
+    cfg = stepped(muon_momentum_warmup_steps=20, muon_momentum_warmup_start=0.5, muon_momentum=0.9)
+    momenta = [moment.momentum for moment in imagine(cfg, lambda n: 1.0)]
+    assert momenta == pytest.approx([0.5 + 0.02 * min(n, 20) for n in range(100)])
+    at_once = imagine(stepped(muon_momentum_warmup_steps=0), lambda n: 1.0)
+    assert {moment.momentum for moment in at_once} == {0.99}
+
+
+def test_a_run_ends_at_its_first_limit() -> None:
+    assert 854 <= len(imagine(clocked(), lambda n: 0.7)) <= 857
+    assert len(imagine(clocked(iterations=30), lambda n: 0.7)) == 30
+    assert len(imagine(stepped(), lambda n: 1e6)) == 100
+    assert len(imagine(stepped(iterations=1), lambda n: 1.0)) == 1

@@ -1,0 +1,228 @@
+"""One optimizer step, priming and the averaged weights, on a tiny model and data set."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_model import SIZES, random_model
+from test_optimizers import naive_muon
+from torch import Tensor, nn
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    Config,
+    Moment,
+    Run,
+    Schedule,
+    TrainingRows,
+    build_optimizers,
+    prime,
+    refuse_non_finite,
+    route_parameters,
+    train,
+    train_step,
+    training_nats,
+)
+
+MOMENT = Moment(lr_scale=0.5, momentum=0.8, qat=False, done=False)
+
+
+class Recorder:
+    """Stands in for the optimizers: keeps the gradients it is given, changes nothing."""
+
+    def __init__(self, groups: list[dict]) -> None:
+        self.param_groups, self.gradients = groups, {}
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                self.gradients[name] = p.grad.clone()
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+@pytest.fixture
+def setting(tiny_data):
+    """Makes settings, random model, rows and run: 6 rows of 16 tokens a step, no clock."""
+    def make(**changes: object) -> tuple[Config, GPT, TrainingRows, Run]:
+        sizes = {**SIZES, "vocab_size": 320, "train_seq_len": 16, "train_batch_tokens": 96,
+                 "data_path": str(tiny_data.data_path), "max_wallclock_seconds": 0.0,
+                 "iterations": 5, "warmdown_iters": 3, "val_loss_every": 0, "seed": 3,
+                 "eval_seq_len": 16, "eval_stride": 4, "eval_batch_seqs": 2,
+                 "int8_keep_float_max_numel": 300, "muon_momentum_warmup_steps": 4}
+        cfg = Config(**{**sizes, **changes})
+        run = Run(cfg, rank=0, world_size=1, device=torch.device("cpu"))
+        return cfg, random_model(cfg, dtype=torch.float32), TrainingRows(cfg), run
+    return make
+
+
+def gradients(setting, moment: Moment = MOMENT, **changes: object) -> tuple[dict, Tensor]:
+    """What the optimizers get in step 2, and what the step reports."""
+    cfg, model, rows, run = setting(**changes)
+    recorder = Recorder(route_parameters(cfg, model))
+    return recorder, train_step(training_nats, model, [recorder], rows, 2, moment, run)
+
+
+def plain_gradients(setting, qat: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradient of the mean over the batch of step 2, and that mean."""
+    _, model, rows, _ = setting()
+    loss = training_nats(model, *rows.batch(12, 6), qat).mean()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, loss.detach()
+
+
+@pytest.mark.parametrize("rows_at_once", [0, 1, 4, 6, 100])
+@pytest.mark.parametrize("qat", [False, True])
+def test_micro_batches_share_the_gradient_of_the_batch_mean(setting, rows_at_once: int,
+                                                            qat: bool) -> None:
+    moment = Moment(1.0, 0.9, qat, False)
+    recorder, stats = gradients(setting, moment, micro_batch_seqs=rows_at_once, grad_clip_norm=0.0)
+    expected, loss = plain_gradients(setting, qat)
+    assert recorder.gradients.keys() == expected.keys()
+    assert float(stats[0]) == pytest.approx(float(loss), rel=1e-6)
+    for name, gradient in recorder.gradients.items():
+        largest = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6 * (1 + largest))
+
+
+@pytest.mark.parametrize("bound", [0.01, 1e5])
+def test_clipping_is_that_of_torch(setting, bound: float) -> None:
+    recorder, stats = gradients(setting, grad_clip_norm=bound)
+    _, model, rows, _ = setting()
+    model(*rows.batch(12, 6)).mean().backward()
+    total = nn.utils.clip_grad_norm_(model.parameters(), bound)
+    assert 0.01 < float(total) < 1e5
+    assert float(stats[1:].norm()) == pytest.approx(float(total), rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(recorder.gradients[name], p.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_two_steps_are_those_written_by_hand(setting) -> None:
+    """AdamW of torch one parameter at a time, Muon as its equation, rates from the settings."""
+    cfg, model, rows, run = setting(grad_clip_norm=0.5, muon_wd=0.3, adam_wd=0.2, lr_mult=2.0)
+    reference = copy.deepcopy(model)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), torch.float32)
+    muon = {name: np.zeros(p.shape) for name, p in reference.named_parameters()
+            if p.ndim == 2 and not name.endswith(("embed.weight", "emb.weight", "resid_mix",
+                                                  "skip_weights"))}
+    adam = {name: torch.optim.AdamW([p], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2)
+            for name, p in reference.named_parameters() if name not in muon}
+    for step in range(2):
+        train_step(training_nats, model, optimizers, rows, step, MOMENT, run)
+        reference.zero_grad()
+        reference(*rows.batch(6 * step, 6)).mean().backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        for name, p in reference.named_parameters():
+            if name in muon:
+                W, muon[name] = naive_muon(p.detach().numpy(), muon[name], p.grad.numpy(),
+                                           2.0 * 0.025 * 0.5, 0.8, 0.3)
+                p.data.copy_(torch.from_numpy(W))
+            else:
+                rate = 0.035 if "emb" in name else 0.025
+                adam[name].param_groups[0]["lr"] = 2.0 * rate * 0.5
+                adam[name].step()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
+        assert ours.grad is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_name(setting) -> None:
+    cfg, model, rows, run = setting()
+    groups = route_parameters(cfg, model)
+    with torch.no_grad():
+        model.blocks[2].mlp.fc.weight[0, 0] = math.nan
+    recorder = Recorder(groups)
+    stats = train_step(training_nats, model, [recorder], rows, 0, MOMENT, run).tolist()
+    with pytest.raises(FloatingPointError, match=r"step 7: loss nan.*mlp"):
+        refuse_non_finite(stats, 7, groups)
+    refuse_non_finite([1.0] * (1 + len(groups)), 7, groups)
+    for bad, group in enumerate(groups):
+        stats = [1.0] * (1 + len(groups))
+        stats[1 + bad] = math.inf
+        with pytest.raises(FloatingPointError) as error:
+            refuse_non_finite(stats, 7, groups)
+        named = [g["route"] for g in groups if g["route"] in str(error.value)]
+        assert named == [group["route"]]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trained(setting, primed: bool = False, **changes: object) -> tuple[dict, dict, Run]:
+    """Weights that train() returns, those it leaves in the model, and the run."""
+    cfg, model, rows, run = setting(**changes)
+    if primed:
+        prime(training_nats, model, rows, run)
+    result, steps = train(training_nats, model, rows, None, 0.0, run)
+    assert steps == cfg.iterations
+    return weights(result), weights(model), run
+
+
+def test_priming_leaves_no_trace(setting) -> None:
+    """Nor does it skip a variant: each forward that the run will compile has run."""
+    variants = []
+
+    def forward(model, input_ids, target_ids, qat):
+        variants.append((qat, torch.is_grad_enabled()))
+        return training_nats(model, input_ids, target_ids, qat)
+
+    _, model, rows, run = setting()
+    before = weights(model)
+    seconds = prime(forward, model, rows, run)
+    assert {(False, True), (True, True), (False, False)} == set(variants)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert min(seconds) > 0
+    primed, fresh = trained(setting, primed=True)[0], trained(setting)[0]
+    assert all(torch.equal(primed[name], fresh[name]) for name in fresh)
+
+
+@pytest.mark.parametrize("mode", ["ema", "none"])
+def test_training_returns_the_average_from_the_initial_weights_on(setting, mode: str) -> None:
+    cfg, model, rows, run = setting()
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype)
+    average = {name: p.double() for name, p in weights(model).items()}
+    schedule, moments = Schedule(cfg), []
+    for step in range(cfg.iterations):
+        moments.append(schedule.at(step, 0.0))
+        train_step(training_nats, model, optimizers, rows, step, moments[-1], run)
+        average = {name: 0.7 * average[name] + 0.3 * p for name, p in weights(model).items()}
+    result, last, run = trained(setting, avg_mode=mode, ema_decay=0.7)
+    for name, p in weights(model).items():
+        assert torch.equal(last[name], p)
+        expected = average[name].float() if mode == "ema" else p
+        torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-6)
+    assert run.activity["late_qat"] == sum(moment.qat for moment in moments)
+    assert run.activity["warmdown"] == sum(moment.lr_scale < 1 for moment in moments) == 2
+    assert run.activity["ema"] == (5 if mode == "ema" else 0)
+
+
+def test_late_qat_changes_what_is_trained(setting) -> None:
+    """From the step on at which it is logged."""
+    with_it, _, run = trained(setting, late_qat_threshold=0.5)
+    without, _, never = trained(setting, qat_mode="off")
+    assert run.activity["late_qat"] == 1
+    assert never.activity["late_qat"] == 0
+    assert any(not torch.equal(with_it[name], without[name]) for name in without)
+
+
+def test_ranks_share_the_rows_of_a_step(setting) -> None:
+    """Every row once, whatever the number of ranks and rows a forward; more ranks than rows too."""
+    for ranks in (1, 2, 4, 9):
+        for at_once in (0, 1, 4):
+            cfg = setting(micro_batch_seqs=at_once)[0]
+            parts = [part for rank in range(ranks) for part in train_gpt.micro_batches(
+                cfg, Run(cfg, rank, ranks, torch.device("cpu")))]
+            assert [row for first, count in parts for row in range(first, first + count)] == list(
+                range(6))
+            assert all(1 <= count <= (at_once or 6) for _, count in parts)
