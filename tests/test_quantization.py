@@ -132,6 +132,14 @@ def test_int8_rows_are_rounded_below_their_quantile(seed: int, rows: int, cols: 
     assert np.abs(stored.values.numpy() - exact).max() <= 0.5 + 1e-3
 
 
+def test_int8_rows_cut_off_their_few_largest_weights() -> None:
+    W = torch.linspace(-0.6, 0.6, 2_000_000)[None]
+    W[0, :2] = 50.0
+    stored = int8_rows(W)
+    assert float(stored.scale) == pytest.approx(1 / 127, rel=1e-3)
+    assert stored.values[0, :3].tolist() == [76, 76, -76]  # cut at the third largest weight
+
+
 @pytest.mark.parametrize("quantizer", [
     int8_rows, lambda W: round_to_nearest(W, 6), lambda W: gptq(W, some_hessian(24, 0), 6, 8)])
 def test_a_row_of_zeros_stays_zero(quantizer) -> None:

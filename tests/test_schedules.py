@@ -69,7 +69,7 @@ def test_a_run_of_steps_decays_over_its_last_steps() -> None:
 
 def test_a_run_by_the_clock_decays_over_its_last_steps() -> None:
     rates = scales(clocked())
-    assert 597 <= len(rates) <= 600
+    assert len(rates) in (599, 600)
     assert rates == pytest.approx([min(1, (600 - n) / 200) for n in range(len(rates))])
 
 
@@ -81,7 +81,7 @@ def test_a_share_of_the_budget_needs_no_step_time() -> None:
 
 def test_what_calibration_keeps_back_is_not_trained_in() -> None:
     rates = scales(clocked(), reserve=50.0)
-    assert 547 <= len(rates) <= 550
+    assert len(rates) in (549, 550)
     assert rates == pytest.approx([min(1, (550 - n) / 200) for n in range(len(rates))])
 
 
@@ -89,13 +89,12 @@ def test_what_calibration_keeps_back_is_not_trained_in() -> None:
 @pytest.mark.parametrize("slow", [1.0, 5.0, 60.0])
 def test_slow_first_steps_change_nothing(slow: float, slow_steps: int) -> None:
     """The published rule would take a first step of 5 s for the end of the run."""
-    cfg = clocked(warmdown_iters=3500)
-    moments = imagine(cfg, lambda n: slow if n < slow_steps else 0.1)
-    late = [n for n, moment in enumerate(moments) if moment.qat]
-    start = slow * slow_steps - 0.1 * slow_steps
-    assert all(moment.lr_scale == 1.0 for moment in moments[: int((250 - start) / 0.1) - 5])
-    assert late
-    assert len(moments) - late[0] == pytest.approx(0.15 * 3500, abs=2)
+    moments = imagine(clocked(warmdown_iters=3500), lambda n: slow if n < slow_steps else 0.1)
+    steps_before = slow_steps + round((600 - slow * slow_steps) / 0.1) - 3500
+    assert all(moment.lr_scale == 1.0 for moment in moments[: steps_before - 1])
+    assert moments[steps_before + 5].lr_scale < 1.0
+    late = sum(moment.qat for moment in moments)
+    assert late == pytest.approx(0.15 * 3500, abs=3)
 
 
 def test_a_pause_in_the_middle_does_not_end_the_run() -> None:
@@ -143,7 +142,7 @@ def test_momentum_ramps_and_stays() -> None:
 
 
 def test_a_run_ends_at_its_first_limit() -> None:
-    assert 854 <= len(imagine(clocked(), lambda n: 0.7)) <= 857
+    assert len(imagine(clocked(), lambda n: 0.7)) == math.floor(600 / 0.7)
     assert len(imagine(clocked(iterations=30), lambda n: 0.7)) == 30
     assert len(imagine(stepped(), lambda n: 1e6)) == 100
     assert len(imagine(stepped(iterations=1), lambda n: 1.0)) == 1
