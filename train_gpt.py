@@ -2322,9 +2322,10 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
         raise Refusal(f"{repeated[0]} is set, but --eval takes the model from the artifact: "
                       "unset it")
     header, stored = read_artifact(path)
-    if unknown := sorted(set(header["settings"]) - model_names - {
-            name.upper() for name in EVALUATION_SETTINGS}):
-        raise Refusal(f"{path}: its header names a setting that is not here: {unknown[0]!r}")
+    expected = model_names | {name.upper() for name in EVALUATION_SETTINGS}
+    if wrong := sorted(set(header["settings"]) ^ expected):
+        raise Refusal(f"{path}: its header must name the settings of this train_gpt.py; "
+                      f"{wrong[0]!r} is not here or missing there")
     cfg, notes = Config.from_env({**header["settings"], **env})
     cfg = locate_validation(cfg, header)
     with Run.start(cfg) as run:

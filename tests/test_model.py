@@ -33,6 +33,15 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small only make a second thread wait, for long where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_model(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT:
     """A model whose every parameter is random, so that no part hides behind its initial value."""
     torch.manual_seed(seed)
