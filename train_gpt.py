@@ -1279,8 +1279,9 @@ class Muon(torch.optim.Optimizer):
         mu, lr, (rows, cols) = group["momentum"], group["lr"], weights[0].shape
         grads = torch.stack([weight.grad for weight in weights])
         state = self.state[weights[0]]
-        momentum = state.setdefault("momentum", torch.zeros_like(grads))
-        momentum.mul_(mu).add_(grads)
+        if not state:
+            state["momentum"] = torch.zeros_like(grads)
+        momentum = state["momentum"].mul_(mu).add_(grads)
         update = orthogonalize(grads.add(momentum, alpha=mu).to(self.dtype), self.steps)
         torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
         torch._foreach_add_(weights, update.to(weights[0].dtype).unbind(),
@@ -1734,14 +1735,17 @@ def collect_hessians(model: GPT, rows: TrainingRows, first_row: int, num_batches
         return hook
 
     hooks = [linears[name].register_forward_pre_hook(observe(name)) for name in sums]
+    limit = math.inf if model.cfg.step_driven or run.phase != "calibration" \
+        else model.cfg.max_wallclock_seconds
     try:
         for batch in range(run.rank, num_batches, run.world_size):
+            start = run.training_clock.elapsed()
             input_ids, _ = rows.batch(first_row + batch * CALIBRATION_ROWS, CALIBRATION_ROWS)
             model.hidden(run.put(input_ids))
             seen += input_ids.numel()
             run.settle()
-            if run.phase == "calibration" and not model.cfg.step_driven \
-                    and run.training_clock.elapsed() > model.cfg.max_wallclock_seconds:
+            end = run.training_clock.elapsed()
+            if end + 2 * (end - start) > limit:  # another could end too late
                 break
     finally:
         for hook in hooks:

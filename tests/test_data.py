@@ -358,27 +358,32 @@ def flip_last_token(data: TinyData) -> None:
 
 
 DISAGREEMENTS = {
-    "another shard": flip_last_token,
-    "another hash": lambda data: edit_sidecar(data, lambda facts: facts["val_shards"].update(
-        {"fineweb_val_000000.bin": "0" * 64})),
-    "one shard more": lambda data: shutil.copy(data.data_path / "fineweb_val_000000.bin",
-                                               data.data_path / "fineweb_val_000001.bin"),
-    "no shard": lambda data: (data.data_path / "fineweb_val_000000.bin").unlink(),
-    "a byte more": lambda data: edit_sidecar(data, lambda facts: facts.update(
-        encoded_bytes=facts["encoded_bytes"] + 1)),
-    "another tokenizer": lambda data: data.tokenizer_path.write_bytes(
-        data.tokenizer_path.read_bytes() + b"\0"),
-    "no tokenizer": lambda data: data.tokenizer_path.unlink(),
-    "not a tokenizer": lambda data: other_tokenizer(data, b"This is no model."),
-    "no side file": lambda data: (data.data_path / "fineweb_val.json").unlink(),
+    "another shard": (flip_last_token, "not those its fineweb_val.json records"),
+    "another hash": (lambda data: edit_sidecar(data, lambda facts: facts["val_shards"].update(
+        {"fineweb_val_000000.bin": "0" * 64})), "not those its fineweb_val.json records"),
+    "one shard more": (lambda data: shutil.copy(data.data_path / "fineweb_val_000000.bin",
+                                                data.data_path / "fineweb_val_000001.bin"),
+                       "not those its fineweb_val.json records"),
+    "no shard": (lambda data: (data.data_path / "fineweb_val_000000.bin").unlink(), "DATA_PATH"),
+    "a byte more": (lambda data: edit_sidecar(data, lambda facts: facts.update(
+        encoded_bytes=facts["encoded_bytes"] + 1)), "bytes"),
+    # Field 1000 means nothing to SentencePiece: the same tokenizer in another file.
+    "another tokenizer": (lambda data: data.tokenizer_path.write_bytes(
+        data.tokenizer_path.read_bytes() + b"\xc0\x3e\x01"), "sha256"),
+    "no tokenizer": (lambda data: data.tokenizer_path.unlink(), "no such file"),
+    "not a tokenizer": (lambda data: other_tokenizer(data, b"This is no model."),
+                        "not a SentencePiece model"),
+    "no side file": (lambda data: (data.data_path / "fineweb_val.json").unlink(), "is missing"),
 }
 
 
-@pytest.mark.parametrize("disagree", DISAGREEMENTS.values(), ids=DISAGREEMENTS)
-def test_validation_data_that_disagrees_is_refused(disagree: Callable, copied: TinyData) -> None:
+@pytest.mark.parametrize("case", DISAGREEMENTS)
+def test_validation_data_that_disagrees_is_refused(case: str, copied: TinyData) -> None:
+    disagree, said = DISAGREEMENTS[case]
     disagree(copied)
     message = refusal(lambda: load_validation(tiny_config(copied)))
     assert str(copied.data_path) in message or str(copied.tokenizer_path) in message
+    assert said in message
 
 
 def test_a_tokenizer_of_another_size_or_bos_is_refused(tiny_data: TinyData,

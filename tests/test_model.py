@@ -304,7 +304,7 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
 # Properties of the whole.
 
 
-@pytest.mark.parametrize("length", [2, 7, 33, 100])
+@pytest.mark.parametrize("length", [2, 7, 33, 65])
 def test_no_later_token_changes_an_earlier_logit(length: int) -> None:
     """Row i of a batch differs from the others at position i alone; compared bit for bit."""
     cfg = Config(**{**SIZES, "num_layers": 6, "xsa_last_n": 6, "rope_ntk_ref": 16})
