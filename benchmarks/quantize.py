@@ -31,7 +31,7 @@ def main() -> None:
             H = hessians.get(t.hessian_source(name.removesuffix(".weight")))
             bits, W = t.bits_of(cfg, name, p), p.detach().float()
             if bits and H is not None:
-                nearest[name] = t.round_to_nearest(W, bits)
+                nearest[name] = t.round_to_nearest(W, bits, cfg)
                 errors = [t.weighted_error(W, s[name], H) for s in (solved, nearest)]
                 ratios[name] = errors[0] / max(errors[1], 1e-30)
                 print(f"{name:<32} gptq {errors[0]:<12.5g} nearest {errors[1]:<12.5g} "

@@ -23,6 +23,7 @@ from jobs import environment
 import train_gpt
 from train_gpt import (
     ARTIFACT_MAGIC,
+    CODECS,
     GPT,
     PRELUDE,
     Config,
@@ -31,7 +32,9 @@ from train_gpt import (
     Stored,
     Validation,
     artifact_header,
+    compress,
     decode_artifact,
+    decompress,
     encode_artifact,
     main,
     read_artifact,
@@ -103,7 +106,7 @@ def test_the_header_rebuilds_model_and_evaluation_settings(cfg: Config) -> None:
     read, notes = Config.from_env(header["settings"])
     assert notes == []
     for f in fields(Config):
-        if f.metadata["group"] == "Model" or f.name in ("bits", *train_gpt.EVALUATION_SETTINGS):
+        if f.name in (*train_gpt.MODEL_SETTINGS, *train_gpt.EVALUATION_SETTINGS):
             assert getattr(read, f.name) == getattr(cfg, f.name), f.name
     assert (header["validation"], header["tokenizer"]) == ("the split", "the tokenizer")
 
@@ -123,8 +126,8 @@ def test_the_rebuilt_model_holds_the_stored_values() -> None:
         **artifact_header(SMALL, SPLIT)}, stored))[1], run)
     for name, p in model.named_parameters():
         assert torch.equal(p.data, stored[name].restore())
-    assert model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).shape \
-        == (1, 4)
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    assert model(ids, ids + 1)[0].shape == (1, 4)
 
 
 # What is refused
@@ -210,6 +213,44 @@ def test_a_header_that_lies_is_refused(header: object, payload: bytes) -> None:
 @pytest.mark.parametrize("header_bytes", [0, 1, 10_000, (1 << 20) + 1, (1 << 32) - 1])
 def test_a_header_length_that_lies_is_refused(header_bytes: int) -> None:
     refused(lambda: decode_artifact(forged(with_tensors(), header_bytes=header_bytes)))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_gives_back_what_it_was_given(codec: str) -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 1000, 100_000):
+        body = rng.integers(0, 9, size).astype(np.uint8).tobytes()
+        packed = compress(body, codec)
+        assert compress(body, codec) == packed
+        assert decompress(packed, codec, size) == body
+        for damaged, claimed in ((packed, size + 1), (packed, size - 1), (packed[:-1], size),
+                                 (packed + b"\0", size), (b"", size), (packed[::-1], size)):
+            with pytest.raises(ValueError, match="."):
+                decompress(damaged, codec, claimed)
+    assert decompress(compress(b"", codec), codec, 0) == b""
+    stored = small_tensors()
+    blob = encode_artifact(artifact_header(SMALL, SPLIT), stored, codec)
+    assert bits_of_tensors(decode_artifact(blob)[1]) == bits_of_tensors(stored)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_bomb_of_any_codec_allocates_little(codec: str) -> None:
+    packed = compress(bytes(1 << 26), codec)
+    blob = PRELUDE.pack(ARTIFACT_MAGIC, 1, CODECS[codec], 1 << 16,
+                        hashlib.sha256(packed).digest()) + packed
+    tracemalloc.start()
+    try:
+        refused(lambda: decode_artifact(blob))
+        # Of 64 MiB: LZMA holds a dictionary of 8.
+        assert tracemalloc.get_traced_memory()[1] < 16 * MEBIBYTE
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    for number in (0, 4, 65535):
+        blob = PRELUDE.pack(ARTIFACT_MAGIC, 1, number, 0, hashlib.sha256(b"").digest())
+        assert f"codec {number}" in refused(lambda blob=blob: decode_artifact(blob))
 
 
 BODY = struct.pack("<I", 2) + b"{}" + bytes(994)

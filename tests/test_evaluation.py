@@ -76,10 +76,10 @@ def test_a_stride_of_one_row_gives_chunks(num_rows: int, seq_len: int) -> None:
 
 
 def toy_nats(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
-             qat: bool) -> torch.Tensor:
+             qat: bool) -> tuple[torch.Tensor, None]:
     """Nats that depend on the target and on all that its window shows up to it."""
     seen = torch.cumsum(input_ids * torch.arange(1, 1 + input_ids.size(1)), dim=1)
-    return ((31 * seen + 17 * target_ids) % 101).float() / 16
+    return ((31 * seen + 17 * target_ids) % 101).float() / 16, None
 
 
 def random_split(num_tokens: int, seed: int = 0, vocab_size: int = 1000) -> Validation:
@@ -160,8 +160,8 @@ def test_bits_per_byte_of_three_tokens_by_hand() -> None:
     nats = {5: math.log(4), 6: math.log(16)}
 
     def forward(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
-                qat: bool) -> torch.Tensor:
-        return torch.tensor([[nats[int(t)] for t in row] for row in target_ids])
+                qat: bool) -> tuple[torch.Tensor, None]:
+        return torch.tensor([[nats[int(t)] for t in row] for row in target_ids]), None
 
     for stride in (0, 1, 2):
         result = score(val, evaluation(2), stride, forward)
@@ -210,6 +210,7 @@ def test_the_batch_size_does_not_change_the_models_score(model: GPT) -> None:
 @torch.inference_mode()
 def test_the_probabilities_of_all_tokens_add_up_to_one(model: GPT) -> None:
     ids = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0))
-    for_each_token = torch.stack([model(ids, torch.full_like(ids, token)) for token in range(32)])
+    for_each_token = torch.stack([model(ids, torch.full_like(ids, token))[0]
+                                  for token in range(32)])
     assert torch.exp(-for_each_token.double()).sum(0).numpy() == pytest.approx(1.0, abs=1e-6)
     assert (for_each_token > 0).all()

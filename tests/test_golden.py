@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import check_golden
 import numpy as np
 import pytest
 import torch
-from test_model import full_size
+from test_model import arrays, naive_logits, random_ids, random_model
 
 from train_gpt import (
     GPT,
@@ -21,8 +23,12 @@ from train_gpt import (
     Schedule,
     bits_of,
     decay_scale,
+    fake_quantized,
     gptq,
+    gptq_simple,
+    initialize,
     int8_rows,
+    mile_weights,
     orthogonalize,
     rotary_tables,
     rotate,
@@ -34,10 +40,9 @@ from train_gpt import (
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden numbers in {GOLDEN}")
 
-# The published late QAT sees every linear at 6 bits, however small.
-SMALL = {**PRESETS["pr1361"], "vocab_size": 128, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2,
-         "rope_dims": 8, "bigram_vocab_size": 96, "bigram_dim": 24, "ve_dim": 16,
-         "int8_keep_float_max_numel": 0, "bits": "mlp:6,attn:6,emb:8,aux:6"}
+SYSTEMS = ("1361", "703")
+TINY = {"vocab_size": 128, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8,
+        "bigram_vocab_size": 96, "bigram_dim": 24, "ve_dim": 16}
 
 
 @functools.cache
@@ -54,11 +59,12 @@ def facts(name: str) -> dict:
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-def published_model(**changes: object) -> GPT:
+def published_model(system: str, **changes: object) -> GPT:
     """The small model of the golden numbers, with their weights."""
-    model = GPT(Config(**{**SMALL, **changes}))
-    model.load_state_dict({key.removeprefix("param/"): value
-                           for key, value in numbers("model_1361").items() if "param/" in key})
+    model = GPT(Config(**{**PRESETS[f"pr{system}"], **TINY, **changes}))
+    model.load_state_dict({re.sub("^param(_unbanked)?/", "", key): value
+                           for key, value in numbers(f"model_{system}").items()
+                           if key.startswith("param")})
     return model
 
 
@@ -70,26 +76,29 @@ def assert_near(ours: torch.Tensor, published: torch.Tensor, within: float) -> N
 # Model
 
 
-def test_logits_and_nats() -> None:
-    golden, model = numbers("model_1361"), published_model()
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_logits_and_nats(system: str) -> None:
+    golden, model = numbers(f"model_{system}"), published_model(system)
     assert_near(model.logits(model.hidden(golden["input_ids"])), golden["logits"], 2e-4)
-    assert_near(model(golden["input_ids"], golden["target_ids"]), golden["nll"], 2e-4)
+    assert_near(model(golden["input_ids"], golden["target_ids"])[0], golden["nll"], 2e-4)
 
 
-def test_logits_beyond_the_rotary_reference() -> None:
-    golden, model = numbers("model_1361"), published_model(rope_ntk_ref=24)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_logits_beyond_the_rotary_reference(system: str) -> None:
+    golden, model = numbers(f"model_{system}"), published_model(system, rope_ntk_ref=24)
     logits = model.logits(model.hidden(golden["input_ids"]))
     assert_near(logits, golden["logits_ntk24"], 2e-4)
     assert (golden["logits"] - golden["logits_ntk24"]).abs().max() > 1
 
 
-def test_every_activation() -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_activation(system: str) -> None:
     """x0 is what each block is given beside the stream, the final norm is `hidden`."""
-    golden, model = numbers("model_1361"), published_model()
+    golden, model = numbers(f"model_{system}"), published_model(system)
     seen = {}
     for layer, block in enumerate(model.blocks):
         def keep(block, inputs, output, layer=layer):
-            seen[f"block_{layer}"], seen["x0"] = output, inputs[1]
+            seen[f"block_{layer}"], seen["x0"] = output, inputs[1].x0
         block.register_forward_hook(keep)
     seen["final_norm"] = model.hidden(golden["input_ids"])
     published = {key.removeprefix("act/"): value for key, value in golden.items() if "act/" in key}
@@ -98,21 +107,101 @@ def test_every_activation() -> None:
         assert_near(seen[name] / value.abs().max(), value / value.abs().max(), 2e-5)
 
 
-@pytest.mark.parametrize(("loss", "qat"), [("ce", False), ("ce_qat", True)])
-def test_loss_and_every_gradient(loss: str, qat: bool) -> None:
-    golden, model = numbers("model_1361"), published_model()
-    mean = training_nats(model, golden["input_ids"], golden["target_ids"], qat).mean()
+@pytest.mark.parametrize(("system", "loss", "qat", "gamma"), [
+    ("1361", "ce", False, None), ("1361", "ce_qat", True, None), ("703", "ce", False, None),
+    ("703", "ce_qat", True, None), ("703", "mile_1.1", False, 1.1),
+    ("703", "mile_0.55", False, 0.55), ("703", "mile_1.10156", False, 1.1015625),
+    ("703", "mile_0.550781", False, 0.55078125)])
+def test_loss_and_every_gradient(system: str, loss: str, qat: bool, gamma: float | None) -> None:
+    golden, model = numbers(f"model_{system}"), published_model(system)
+    nats, weights = training_nats(model, golden["input_ids"], golden["target_ids"], qat,
+                                  None if gamma is None else torch.tensor(gamma))
+    mean = (weights * nats).sum() / weights.sum()
     mean.backward()
     assert_near(mean, golden[f"loss/{loss}"], 2e-5)
-    for name, parameter in model.named_parameters():
-        published = golden[f"grad/{loss}/{name}"]
+    gradients = {key.split("/", 2)[2]: value for key, value in golden.items()
+                 if re.match(rf"grad(_unbanked)?/{re.escape(loss)}/", key)}
+    rounded = loss in ("mile_1.10156", "mile_0.550781")  # given without gradients
+    assert len(gradients) == (121 if system == "1361" else 0 if rounded else 66)
+    for name, published in gradients.items():
         assert published.any(), name
-        assert_near(parameter.grad, published, 1e-3 * float(published.abs().max()))
+        assert_near(model.get_parameter(name).grad, published,
+                    1e-3 * float(published.abs().max()))
 
 
+def test_mile_weights() -> None:
+    golden = numbers("model_703")
+    for gamma in ("1.1", "0.55"):
+        ours = mile_weights(golden["logits"], torch.tensor(float(gamma)), 0.1)
+        assert_near(ours, golden[f"mile_weights/{gamma}"], 1e-5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_weights_that_late_qat_shows(system: str) -> None:
+    """On all test matrices, ties and tiny rows included."""
+    golden, seen = numbers(f"quant_{system}"), 0
+    for key in [key for key in golden if key.startswith("W/")]:
+        W = golden[key]
+        model = GPT(Config(**{**PRESETS[f"pr{system}"], **TINY}))
+        model.bigram.proj.weight = torch.nn.Parameter(W)
+        shown = fake_quantized(model)["bigram.proj.weight"]
+        assert_near(shown, golden[key.replace("W/", "ste/")], 1e-6)
+        seen += not torch.equal(shown, W)
+    assert seen > 3
+
+
+@pytest.mark.parametrize("folder", ["golden", "changed", "empty", "other"])
+def test_the_checking_script(folder: str, tmp_path: Path, capsys) -> None:
+    path = GOLDEN if folder == "golden" else tmp_path
+    if folder in ("changed", "other"):
+        with np.load(GOLDEN / "model_703.npz") as arrays:
+            kept = {key: arrays[key] for key in arrays.files}
+        if folder == "changed":
+            kept["logits"] = kept["logits"] + 1e-3 * np.eye(*kept["logits"].shape[1:])
+        else:
+            del kept["param_unbanked/smear.gate"]
+        np.savez(tmp_path / "model_703.npz", **kept)
+    assert check_golden.main([str(path)]) == {"golden": 0, "changed": 1}.get(folder, 2)
+    out, err = capsys.readouterr()
+    assert err.count("\n") == (folder in ("empty", "other"))
+    assert ("pr703 logits" in out) == (folder in ("golden", "changed"))
+
+
+@pytest.mark.parametrize("system", ["pr569", "pr334", "pr295"])
+def test_the_checking_script_on_the_other_systems(system: str, tmp_path: Path) -> None:
+    """With logits of the naive network, and a gradient by finite differences."""
+    sizes = {**TINY, "rope_dims": PRESETS[system].get("rope_dims", 8) % 64 or 16}
+    sizes["num_layers"] = PRESETS[system].get("num_layers", 11)
+    cfg = Config(**{**PRESETS[system], **sizes})
+    model, ids = random_model(cfg), random_ids(cfg, 1, 9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+
+    def loss() -> tuple[np.ndarray, float]:
+        logits = naive_logits(arrays(model), ids[0, :-1].tolist(), cfg)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return logits, -log_p[np.arange(8), ids[0, 1:].numpy()].mean()
+
+    logits, mean = loss()
+    kept = {f"param/{name}": p.detach().numpy().copy() for name, p in model.named_parameters()}
+    slopes = np.zeros(4)
+    for at in range(4):
+        q_gain = model.blocks[6].attn.q_gain.data
+        for sign in (1, -1):
+            q_gain[at] += sign * 1e-4
+            slopes[at] += sign * loss()[1] / 2e-4
+            q_gain[at] -= sign * 1e-4
+    np.savez(tmp_path / f"model_{system[2:]}.npz", config_json=json.dumps({"constructor": sizes}),
+             input_ids=ids[:, :-1].numpy(), target_ids=ids[:, 1:].numpy(), logits=logits[None],
+             **kept, **{"loss/ce": mean, "grad/ce/blocks.6.attn.q_gain": slopes})
+    assert check_golden.main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("buckets", [96, 1536, 2048, 3072, 10240])
-def test_bigram_buckets(buckets: int) -> None:
-    golden = numbers("hash_rope_1361")
+def test_bigram_buckets(buckets: int, system: str) -> None:
+    golden = numbers(f"hash_rope_{system}")
     module = BigramHash(Config(bigram_vocab_size=buckets, bigram_bos_mask=False))
     assert torch.equal(module.buckets(golden["hash/tokens"]), golden[f"hash/idx_{buckets}"])
 
@@ -136,33 +225,45 @@ def test_rotation() -> None:
     """Published with 8 of 16 dimensions and the reference at half the row."""
     golden = numbers("hash_rope_1361")
     x = golden["rope/apply_in_BTHd"]
-    tables = rotary_tables(Config(**SMALL | {"rope_ntk_ref": 24}), x.size(1), x.device)
+    cfg = Config(**{**PRESETS["pr1361"], **TINY, "rope_ntk_ref": 24})
+    tables = rotary_tables(cfg, x.size(1), x.device)
     assert_near(rotate(x, tables), golden["rope/apply_out_BTHd"], 2e-6)
 
 
 # Initial values
 
 
-def test_initial_statistics() -> None:
+def unbanked(name: str, fact: dict) -> list[tuple[str, dict]]:
+    """The matrices that a bank of #703 stacks, with what is known of each slice."""
+    first, second = {"qo_bank": ("attn.c_q", "attn.proj"), "kv_bank": ("attn.c_k", "attn.c_v"),
+                     "mlp_up_bank": ("mlp.fc", ""), "mlp_down_bank": ("mlp.proj", "")}[name]
+    return [(f"blocks.{piece['i'] % 11}.{first if piece['i'] < 11 else second}.weight",
+             {**piece, "shape": fact["shape"][1:]}) for piece in fact["slices"]]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_initial_statistics(system: str) -> None:
     """Constants are equal, random tables have the moments, matrices the extreme singular values."""
-    published, model = facts("init_1361")["as_constructed_fp32"], full_size()
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == published.keys()
-    for name, fact in published.items():
-        p = parameters[name].detach()
-        assert list(p.shape) == fact["shape"], name
-        if fact["std"] == 0.0 or "resid_mix" in name:
-            got = [float(f(p)) for f in (torch.min, torch.max, torch.mean)]
-            assert got == pytest.approx([fact["min"], fact["max"], fact["mean"]], abs=1e-7), name
-        else:
-            assert float(p.std()) == pytest.approx(fact["std"], rel=0.02), name
+    cfg = Config(**PRESETS[f"pr{system}"])
+    initialize(model := GPT(cfg), cfg)
+    parameters, seen = {name: p.detach() for name, p in model.named_parameters()}, set()
+    for key, whole in facts(f"init_{system}")["as_constructed_fp32"].items():
+        pieces = unbanked(key, whole) if key.endswith("_bank") else [(key, whole)]
+        for name, fact in pieces:
+            p = parameters[name]
+            seen.add(name)
+            assert list(p.shape) == fact["shape"], name
             assert float(p.norm()) == pytest.approx(fact["fro"], rel=0.02), name
-    for name in ("tok_emb.weight", "bigram.proj.weight", "ve_shared.proj.weight",
-                 "blocks.3.attn.c_k.weight", "blocks.10.mlp.fc.weight"):
-        largest, *_, smallest = torch.linalg.svdvals(parameters[name].detach()).tolist()
-        within = 0.02 if name == "tok_emb.weight" else 1e-4
-        assert largest == pytest.approx(published[name]["smax"], rel=within), name
-        assert smallest == pytest.approx(published[name]["smin"], rel=within), name
+            if fact.get("std") == 0.0 or "resid_mix" in name:
+                got = [float(f(p)) for f in (torch.min, torch.max, torch.mean)]
+                assert got == pytest.approx([fact["min"], fact["max"], fact["mean"]], abs=1e-7)
+            if name in ("tok_emb.weight", "bigram.proj.weight", "ve_shared.proj.weight",
+                        "blocks.3.attn.c_k.weight", "blocks.10.mlp.fc.weight"):
+                largest, *_, smallest = torch.linalg.svdvals(p).tolist()
+                within = 0.02 if name == "tok_emb.weight" else 1e-4
+                assert largest == pytest.approx(fact["smax"], rel=within), name
+                assert smallest == pytest.approx(fact["smin"], rel=within), name
+    assert seen == parameters.keys()
 
 
 # Optimizers and schedules
@@ -197,37 +298,60 @@ def test_newton_schulz() -> None:
         assert_near(orthogonalize(golden[key], 5), published, 1e-5)
 
 
-def test_momentum_ramp() -> None:
-    published, cfg = facts("sched_1361"), Config(**PRESETS["pr1361"])
-    for step, *_, momentum in (*published["rows"], *published["no_cap_rows"]):
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_momentum_ramp(system: str) -> None:
+    published, cfg = facts(f"sched_{system}"), Config(**PRESETS[f"pr{system}"])
+    for row in published["rows"]:
+        assert Schedule(cfg).at(row[0], 0.0).momentum == pytest.approx(row[3], rel=1e-15)
+    for step, _, momentum in published["no_cap_rows"]:
         assert Schedule(cfg).at(step, 0.0).momentum == pytest.approx(momentum, rel=1e-15)
 
 
-def test_warmdown_by_the_clock() -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_warmdown_by_the_clock(system: str) -> None:
     """The published rule, which takes the mean step so far for the step time."""
-    for step, elapsed_ms, lr_scale, _ in facts("sched_1361")["rows"]:
-        warmdown = 3200 * elapsed_ms / max(step, 1)
+    iters = Config(**PRESETS[f"pr{system}"]).warmdown_iters
+    for step, elapsed_ms, lr_scale, *_ in facts(f"sched_{system}")["rows"]:
+        warmdown = iters * elapsed_ms / max(step, 1)
         ours = decay_scale(600_000 - elapsed_ms, warmdown, "linear")
         assert ours == pytest.approx(lr_scale, rel=1e-12)
 
 
-def test_warmdown_by_steps() -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_warmdown_by_steps(system: str) -> None:
     """Rows from the last iteration on are left out: there is no such step, and the published
     script goes back to full rate there."""
-    cfg = Config(**PRESETS["pr1361"], max_wallclock_seconds=0.0)
-    rows = [row for row in facts("sched_1361")["no_cap_rows"] if row[0] < cfg.iterations]
-    assert len(rows) == 6
+    cfg = Config(**PRESETS[f"pr{system}"], max_wallclock_seconds=0.0)
+    rows = [row for row in facts(f"sched_{system}")["no_cap_rows"] if row[0] < cfg.iterations]
+    assert len(rows) >= 6
     for step, lr_scale, _ in rows:
         assert Schedule(cfg).at(step, 0.0).lr_scale == pytest.approx(lr_scale, rel=1e-12)
 
 
-def test_optimizer_of_every_parameter() -> None:
+def test_mile_gamma_follows_the_rate() -> None:
+    """A step-driven run that decays from its first step on passes every published scale."""
+    cfg = Config(**PRESETS["pr703"] | {"iterations": 1000, "warmdown_iters": 1000},
+                 max_wallclock_seconds=0.0)
+    for scale, gamma, _ in facts("sched_703")["mile_gamma_of_scale"]:
+        moment = Schedule(cfg).at(round(1000 * (1 - scale)), 0.0)
+        assert moment.lr_scale == pytest.approx(scale, abs=1e-12)
+        assert moment.mile_gamma == pytest.approx(gamma, abs=1e-6)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_optimizer_of_every_parameter(system: str) -> None:
     with torch.device("meta"):
-        model = GPT(Config(**PRESETS["pr1361"]))
-    published = facts("optgroups_1361")
+        model = GPT(Config(**PRESETS[f"pr{system}"]))
+    published = facts(f"optgroups_{system}")
     assert not published["in_no_optimizer"]
     expected = {name: (group["opt"].lower().removesuffix("w"), group["lr"], group["weight_decay"])
                 for group in published["groups"] for name in group["params"]}
+    banks = {name: expected.pop(name) for name in list(expected) if name.endswith("_bank")}
+    matrices = [name for name, p in model.named_parameters() if name.startswith("blocks")
+                and p.ndim == 2 and "resid_mix" not in name]
+    if banks:
+        assert len(set(banks.values())) == 1
+        expected |= dict.fromkeys(matrices, banks["qo_bank"])
     ours = {name: (group["optimizer"], group["base_lr"], group["weight_decay"])
             for group in route_parameters(model.cfg, model) for name in group["names"]}
     assert ours == expected
@@ -237,7 +361,7 @@ def test_optimizer_of_every_parameter() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "quantizer"), [
-    ("int6_percentile", lambda W: round_to_nearest(W, 6)), ("int8", int8_rows)])
+    ("int6_percentile", lambda W: round_to_nearest(W, 6, Config())), ("int8", int8_rows)])
 @pytest.mark.parametrize("system", ["1361", "703"])
 def test_nearest_integers_and_scales(system: str, scheme: str, quantizer: Callable) -> None:
     golden = numbers(f"quant_{system}")
@@ -250,18 +374,21 @@ def test_nearest_integers_and_scales(system: str, scheme: str, quantizer: Callab
 
 
 @pytest.mark.parametrize("problem", ["w96x64", "w96x64_small", "w48x300", "dead_cols"])
-def test_full_gptq_integers_and_scales(problem: str) -> None:
-    golden = numbers("quant_703")
-    ours = gptq(golden[f"gptq/{problem}/W"], golden[f"gptq/{problem}/H"], bits=6, block=128)
+@pytest.mark.parametrize(("system", "solver"), [("703", gptq), ("1361", gptq_simple)])
+def test_gptq_integers_and_scales(problem: str, system: str, solver: Callable) -> None:
+    golden = numbers(f"quant_{system}")
+    ours = solver(golden[f"gptq/{problem}/W"], golden[f"gptq/{problem}/H"], 6, Config())
     assert torch.equal(ours.values, golden[f"gptq/{problem}/direct/q"])
     assert torch.equal(ours.scale, golden[f"gptq/{problem}/direct/scale"])
 
 
-def test_storage_of_every_parameter() -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_storage_of_every_parameter(system: str) -> None:
     with torch.device("meta"):
-        model = GPT(Config(**PRESETS["pr1361"]))
-    published = {name: 0 if kept["meta"] == "passthrough" else int(kept["meta"]["type"][3:])
-                 for name, kept in facts("init_1361")["export_category"].items()}
+        model = GPT(Config(**PRESETS[f"pr{system}"]))
+    published = {name: 0 if str(kept["meta"]).startswith("passthrough")
+                 else int(kept["meta"]["type"][3:])
+                 for name, kept in facts(f"init_{system}")["export_category"].items()}
     assert set(published.values()) == {0, 6, 8}
     ours = {name: bits_of(model.cfg, name, p) for name, p in model.named_parameters()}
     assert ours == published

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,17 @@ import torch
 from torch import nn
 
 import train_gpt
-from train_gpt import BOS, GPT, PRESETS, Config, initialize, rms_norm, rotary_tables, rotate
+from train_gpt import (
+    BOS,
+    GPT,
+    PRESETS,
+    Config,
+    initialize,
+    mile_weights,
+    rms_norm,
+    rotary_tables,
+    rotate,
+)
 
 SIZES = {
     "vocab_size": 64, "num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
@@ -22,7 +33,7 @@ VARIANTS = {
     "all": {}, "unmasked": {"smear_bos_mask": False, "bigram_bos_mask": False},
     "smear off": {"smear_enabled": False}, "bigram off": {"bigram_vocab_size": 0},
     "values off": {"ve_enabled": False}, "XSA off": {"xsa_last_n": 0},
-    "XSA everywhere": {"xsa_last_n": 5}, "LN scale off": {"ln_scale": False},
+    "XSA everywhere": {"xsa_last_n": 5}, "LN scale off": {"ln_scale": "0"},
     "untied": {"tie_embeddings": False}, "NTK": {"rope_ntk_ref": 4}, "no NTK": {"rope_ntk_ref": 0},
     "all rotated": {"rope_dims": 0}, "one kv head": {"num_kv_heads": 1},
     "no grouping": {"num_kv_heads": 4},
@@ -30,6 +41,18 @@ VARIANTS = {
     "1 layer": {"num_layers": 1, "xsa_last_n": 1, "ve_layers": "0"},
     "2 layers": {"num_layers": 2, "xsa_last_n": 1, "ve_layers": "1"},
     "3 layers": {"num_layers": 3, "ve_layers": "0,2"}, "6 layers": {"num_layers": 6},
+    "relu2": {"mlp_act": "relu2"}, "LN scale learned": {"ln_scale": "learned"},
+    "sum hash": {"bigram_hash": "sum"}, "scalar skips": {"skip_per_dim": False},
+    "sum hash unmasked": {"bigram_hash": "sum", "bigram_bos_mask": False},
+    "VRL add": {"vrl_mode": "add", "ve_layers": "0,4"},
+    "VRL mix": {"vrl_mode": "mix", "ve_layers": "0,4"},
+    "backout": {"backout_mode": "mid"}, "cache late": {"backout_mode": "cache", "cache_layer": 3},
+    "cache early": {"backout_mode": "cache", "cache_layer": 0, "vrl_mode": "add"},
+    # The published systems, their layers and techniques kept.
+    **{system: {**preset, **SIZES, "num_layers": preset.get("num_layers", 11),
+                "xsa_last_n": preset.get("xsa_last_n", 11), "ve_layers": "9,8",
+                "rope_dims": 0 if preset.get("rope_dims") == 64 else 4}
+       for system, preset in PRESETS.items() if system != "mini"},
 }
 
 
@@ -92,11 +115,11 @@ def naive_rotate(x: np.ndarray, position: int, seq_len: int, cfg: Config) -> np.
     return y
 
 
-def naive_attention(p: dict, h: np.ndarray, extra_v: np.ndarray, exclusive: bool,
+def naive_attention(p: dict, h: np.ndarray, v_flat: np.ndarray, exclusive: bool,
                     cfg: Config) -> np.ndarray:
-    """(T, D) -> (T, D), with extra_v (T, G*K) added to the values."""
+    """(T, D) -> (T, D), with values v_flat (T, G*K)."""
     length, width = len(h), cfg.model_dim // cfg.num_heads
-    v_flat, out = h @ p["c_v.weight"].T + extra_v, np.zeros_like(h)
+    out = np.zeros_like(h)
     for head in range(cfg.num_heads):
         group = head // (cfg.num_heads // cfg.num_kv_heads)
         mine = slice(head * width, (head + 1) * width)
@@ -117,14 +140,15 @@ def naive_attention(p: dict, h: np.ndarray, extra_v: np.ndarray, exclusive: bool
 
 def naive_mlp(p: dict, h: np.ndarray, cfg: Config) -> np.ndarray:
     z = h @ p["fc.weight"].T
-    return np.where(z > 0, z, cfg.leaky_slope * z) ** 2 @ p["proj.weight"].T
+    slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0
+    return np.where(z > 0, z, slope * z) ** 2 @ p["proj.weight"].T
 
 
 def naive_bucket(ids: list[int], i: int, cfg: Config) -> int:
-    last = cfg.bigram_vocab_size - 1
-    if i == 0 or (cfg.bigram_bos_mask and ids[i] == BOS):
-        return last
-    return ((36313 * ids[i]) ^ (27191 * ids[i - 1])) % last
+    last, alone = cfg.bigram_vocab_size - 1, i == 0 or (cfg.bigram_bos_mask and ids[i] == BOS)
+    if cfg.bigram_hash == "sum":
+        return 0 if alone else (36313 * ids[i] + 27191 * ids[i - 1]) % (last + 1)
+    return last if alone else ((36313 * ids[i]) ^ (27191 * ids[i - 1])) % last
 
 
 def naive_smear(gate: np.ndarray, x: np.ndarray, ids: list[int], cfg: Config) -> np.ndarray:
@@ -147,6 +171,8 @@ def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
     if value_layers:
         values = p["ve_shared.scale"] * (p["ve_shared.embed.weight"][ids]
                                          @ p["ve_shared.proj.weight"].T)
+    v0, kept = None, None
+    middle = {"mid": cfg.num_layers // 2, "cache": cfg.cache_layer, "none": None}[cfg.backout_mode]
     for layer in range(cfg.num_layers):
         of = {name.removeprefix(f"blocks.{layer}."): value for name, value in p.items()
               if name.startswith(f"blocks.{layer}.")}
@@ -154,15 +180,30 @@ def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
                      for part in ("attn.", "mlp."))
         if layer >= cfg.num_layers // 2 and stack:
             x = x + p["skip_weights"][layer - cfg.num_layers // 2] * stack.pop()
-        extra = values * p[f"ve_layer_scales.{value_layers.index(layer)}"] \
-            if layer in value_layers else 0
-        scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1
-        x = of["resid_mix"][0] * x + of["resid_mix"][1] * x0
+        scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale == "1" else 1
+        seen = of["resid_mix"][0] * x + of["resid_mix"][1] * x0
+        x = seen
+        if cfg.backout_mode == "cache" and kept is not None and layer >= cfg.num_layers // 2:
+            seen = of["resid_mix"][0] * kept + of["resid_mix"][1] * x0
+        h = scale * naive_rms(seen)
+        v = own = h @ attn["c_v.weight"].T
+        if layer in value_layers:
+            v = v + values * p[f"ve_layer_scales.{value_layers.index(layer)}"]
+        if layer == 0:
+            v0 = own if cfg.vrl_mode == "add" else v
+        elif cfg.vrl_mode == "add":
+            v = v + v0 / (1 + np.exp(-p[f"vrl_alphas.{layer - 1}"]))
+        elif cfg.vrl_mode == "mix":
+            v = attn["vr_lambda"][0] * v0 + attn["vr_lambda"][1] * v
         xsa = layer >= cfg.num_layers - cfg.xsa_last_n
-        x = x + of["attn_scale"] * naive_attention(attn, scale * naive_rms(x), extra, xsa, cfg)
+        x = x + of["attn_scale"] * naive_attention(attn, h, v, xsa, cfg)
         x = x + of["mlp_scale"] * naive_mlp(mlp, scale * naive_rms(x), cfg)
         if layer < cfg.num_layers // 2:
             stack.append(x)
+        if layer == middle:
+            kept = x
+    if kept is not None:
+        x = x - p["backout_lambda"] * kept
     z = naive_rms(x) @ p["tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"].T
     return cfg.logit_softcap * np.tanh(z / cfg.logit_softcap)
 
@@ -185,7 +226,8 @@ def test_nats_are_the_negative_log_probability_of_each_target() -> None:
     cfg = Config(**SIZES)
     model, ids = random_model(cfg), random_ids(cfg, 2, 7)
     targets = random_ids(cfg, 2, 7, seed=1)
-    nats = model(ids, targets).detach().numpy()
+    nats, weights = (y.detach().numpy() for y in model(ids, targets))
+    assert (weights == 1).all()
     for row in range(2):
         p = np.exp(naive_logits(arrays(model), ids[row].tolist(), cfg))
         expected = [-math.log(p[i, target] / p[i].sum()) for i, target in enumerate(targets[row])]
@@ -202,12 +244,14 @@ def test_rms_norm_is_its_equation_for_small_and_large_rows() -> None:
 def test_attention_is_its_equation(heads: tuple[int, int], exclusive: bool) -> None:
     cfg = Config(**{**SIZES, "num_heads": heads[0], "num_kv_heads": heads[1]})
     torch.manual_seed(0)
-    attention = train_gpt.Attention(cfg, train_gpt.sdpa_attention, exclusive).double()
+    cfg = replace(cfg, xsa_last_n=cfg.num_layers if exclusive else 0)
+    attention = train_gpt.Attention(cfg, 0, train_gpt.sdpa_attention).double()
     nn.init.normal_(attention.q_gain, mean=1.0)
     h = torch.randn(1, 8, 32, dtype=torch.float64)
     extra_v = torch.randn(1, 8, heads[1] * cfg.head_dim, dtype=torch.float64)
-    y = attention(h, rotary_tables(cfg, 8, h.device), extra_v)[0].detach().numpy()
-    expected = naive_attention(arrays(attention), h[0].numpy(), extra_v[0].numpy(), exclusive, cfg)
+    y = attention(h, rotary_tables(cfg, 8, h.device), extra_v, None)[0].detach().numpy()
+    v = (attention.c_v(h) + extra_v)[0].detach().numpy()
+    expected = naive_attention(arrays(attention), h[0].numpy(), v, exclusive, cfg)
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -275,6 +319,36 @@ def test_bigram_buckets_are_the_published_ones(buckets: int, expected: list[int 
     assert [None if e is None else s for s, e in zip(second, expected, strict=True)] == expected
 
 
+def test_sum_buckets_are_the_published_ones() -> None:
+    hash_of = train_gpt.BigramHash(Config(bigram_vocab_size=2048, bigram_bos_mask=False,
+                                          bigram_hash="sum")).buckets
+    pairs = torch.tensor([(1, 2), (1, 17), (1023, 1023), (500, 731)])
+    assert hash_of(pairs).tolist() == [[0, 1513], [0, 1440], [0, 2032], [0, 1551]]
+
+
+def test_mile_weights_are_their_equation() -> None:
+    """The published vector is the weight of a distribution by its entropy alone."""
+    logits = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * 4
+    for gamma, least in ((1.1, 0.1), (0.55, 0.3), (0.0, 0.1)):
+        ours = mile_weights(logits, torch.tensor(gamma), least)
+        for at in np.ndindex(3, 5):
+            p = np.exp(logits[at].double().numpy())
+            p /= p.sum()
+            expected = max((1 - math.exp((p * np.log(p + 1e-8)).sum())) ** gamma, least)
+            assert ours[at] == pytest.approx(expected, abs=1e-5)
+    for nats, weight in ((0.05, 0.1), (0.1, 0.1), (0.5, 0.3584), (1, 0.6038), (2, 0.8522),
+                         (3, 0.9454), (5, 0.9926)):
+        # Two-level distributions reach any entropy: find the one of this many nats.
+        low, high = 0.0, 30.0
+        for _ in range(60):
+            top = torch.zeros(1, 1, 1024, dtype=torch.float64)
+            top[..., 0] = (low + high) / 2
+            p = top.softmax(-1)
+            entropy = -(p * p.log()).sum()
+            low, high = (top[0, 0, 0], high) if entropy > nats else (low, top[0, 0, 0])
+        assert mile_weights(top, torch.tensor(1.1), 0.1).item() == pytest.approx(weight, abs=2e-4)
+
+
 @pytest.mark.parametrize(("layers", "skips"), [
     (1, {}), (2, {1: 0}), (3, {1: 0}), (10, {5: 4, 6: 3, 7: 2, 8: 1, 9: 0}),
     (11, {5: 4, 6: 3, 7: 2, 8: 1, 9: 0})])
@@ -285,7 +359,7 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
             super().__init__()
             self.layer = layer
 
-        def forward(self, x, x0, rotation, extra_v):
+        def forward(self, x, context):
             received[self.layer] = x[0, 0].tolist()
             return torch.eye(32)[self.layer].expand_as(x)
 
@@ -304,10 +378,17 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
 # Properties of the whole.
 
 
+EVERYTHING = {**SIZES, "num_layers": 6, "xsa_last_n": 6, "rope_ntk_ref": 16}
+
+
+@pytest.mark.parametrize("techniques", [
+    {}, {"vrl_mode": "add", "backout_mode": "mid"},
+    {"vrl_mode": "mix", "backout_mode": "cache", "cache_layer": 3, "bigram_hash": "sum"},
+], ids=["defaults", "VRL and backout", "mixed and cached"])
 @pytest.mark.parametrize("length", [2, 7, 33, 65])
-def test_no_later_token_changes_an_earlier_logit(length: int) -> None:
+def test_no_later_token_changes_an_earlier_logit(length: int, techniques: dict) -> None:
     """Row i of a batch differs from the others at position i alone; compared bit for bit."""
-    cfg = Config(**{**SIZES, "num_layers": 6, "xsa_last_n": 6, "rope_ntk_ref": 16})
+    cfg = Config(**{**EVERYTHING, **techniques})
     model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 1, length)
     rows, at = ids.repeat(length, 1), torch.arange(length)
     for new in (BOS, 5):
@@ -320,10 +401,12 @@ def test_no_later_token_changes_an_earlier_logit(length: int) -> None:
             assert not torch.equal(before[i, i], after[i, i])
 
 
-def test_the_published_system_has_its_published_size() -> None:
-    with torch.device("meta"):
-        model = GPT(Config(**PRESETS["pr1361"]))
-    assert sum(p.numel() for p in model.parameters()) == 27_067_484
+def test_the_published_systems_have_their_published_sizes() -> None:
+    for system, size in (("pr1361", 27_067_484), ("pr569", 26_993_766), ("pr703", 26_928_221),
+                         ("pr334", 26_666_073), ("pr295", 25_517_138)):
+        with torch.device("meta"):
+            model = GPT(Config(**PRESETS[system]))
+        assert sum(p.numel() for p in model.parameters()) == size, system
 
 
 def test_before_training_every_token_is_about_equally_likely() -> None:
@@ -334,7 +417,9 @@ def test_before_training_every_token_is_about_equally_likely() -> None:
     assert abs(-log_odds.mean() - math.log(1024)) < 0.02
 
 
-@pytest.mark.parametrize("variant", ["all", "untied", "2 layers", "3 layers"])
+@pytest.mark.parametrize("variant", ["all", "untied", "2 layers", "3 layers", "VRL add", "VRL mix",
+                                     "backout", "cache late", "cache early", "scalar skips",
+                                     "pr569", "pr703", "pr334", "pr295"])
 def test_a_gradient_reaches_every_parameter(variant: str) -> None:
     """At once where all is random, and from the third step on where blocks start as identity."""
     cfg = Config(**{**SIZES, **VARIANTS[variant]})
@@ -342,7 +427,7 @@ def test_a_gradient_reaches_every_parameter(variant: str) -> None:
     for steps in (0, 2):
         for _ in range(steps + 1):
             model.zero_grad()
-            model(ids[:, :-1], ids[:, 1:]).mean().backward()
+            model(ids[:, :-1], ids[:, 1:])[0].mean().backward()
             for p in model.parameters():
                 p.data -= 0.1 * p.grad
         silent = [name for name, p in model.named_parameters() if not p.grad.any()]
@@ -357,8 +442,76 @@ def test_blocks_start_as_the_identity(variant: str) -> None:
     model = GPT(cfg)
     initialize(model, cfg)
     x, x0 = torch.randn(2, 1, 6, 32)
-    rotation = rotary_tables(cfg, 6, x.device)
-    assert all(torch.equal(block(x, x0, rotation, None), x) for block in model.blocks)
+    context = train_gpt.Context(x0, rotary_tables(cfg, 6, x.device), {})
+    assert all(torch.equal(block(x, context), x) for block in model.blocks)
+
+
+def initial(**changes: object) -> GPT:
+    """A model of tiny sizes as training finds it."""
+    cfg = Config(**{**SIZES, **changes})
+    initialize(model := GPT(cfg), cfg)
+    return model
+
+
+def test_the_shares_of_stream_and_embedding_start_by_depth() -> None:
+    """The published values of eleven layers, to the digits given."""
+    shares = (0.1824, 0.2315, 0.2891, 0.3543, 0.4256, 0.5, 0.5744, 0.6457, 0.7109, 0.7685, 0.8176)
+    for block, share in zip(initial(num_layers=11, resid_mix_init="phase").blocks, shares,
+                            strict=True):
+        np.testing.assert_allclose(block.resid_mix[0].detach(), share, atol=5e-5)
+        np.testing.assert_allclose(block.resid_mix.detach().sum(0), 1.0, atol=1e-6)
+    for block in initial().blocks:
+        assert block.resid_mix.detach().unique(dim=1).tolist() == [[1.0], [0.0]]
+
+
+def test_the_spectral_embedding_keeps_its_directions() -> None:
+    plain, ours = (initial(emb_svd_init=on).tok_emb.weight.detach().double().numpy()
+                   for on in (False, True))
+    U, S, Vh = np.linalg.svd(plain, full_matrices=False)
+    np.testing.assert_allclose(np.linalg.svd(ours)[1], S[0] / np.sqrt(1 + np.arange(len(S))),
+                               rtol=1e-4)
+    turned = U.T @ ours @ Vh.T
+    np.testing.assert_allclose(turned, np.diag(np.diag(turned)), atol=1e-6)
+
+
+def orthogonality(W: nn.Parameter) -> float:
+    """The common length of the rows or columns of a matrix with orthogonal ones; else nan."""
+    W = W.detach().double()
+    gram = W @ W.T if W.size(0) <= W.size(1) else W.T @ W
+    even = torch.allclose(gram, gram[0, 0] * torch.eye(len(gram), dtype=gram.dtype),
+                          atol=1e-5)
+    return float(gram[0, 0].sqrt()) if even else math.nan
+
+
+@pytest.mark.parametrize(("proj_init", "routing", "bigram_init"), [
+    ("zero", "standard", "zero_embed"), ("ortho_mup", "banks", "zero_embed"),
+    ("ortho_mup", "by_ndim", "zero_proj")])
+def test_matrices_start_orthogonal_some_scaled_some_zero(proj_init: str, routing: str,
+                                                         bigram_init: str) -> None:
+    model = initial(proj_init=proj_init, optimizer_routing=routing, bigram_init=bigram_init,
+                    backout_mode="mid", backout_init=0.3, tie_embeddings=False)
+    scaled = 1 / math.sqrt(10)
+    for name, p in model.named_parameters():
+        if name.startswith("blocks") and p.ndim == 2 and "resid_mix" not in name:
+            output = name.endswith("proj.weight")
+            expected = 1.0 if not output else scaled if proj_init == "ortho_mup" else 0.0
+            assert orthogonality(p) == pytest.approx(expected, abs=1e-5), name
+    assert orthogonality(model.ve_shared.proj.weight) == pytest.approx(
+        1.0 if routing == "banks" else scaled, abs=1e-5)
+    zero, other = (model.bigram.embed.weight, model.bigram.proj.weight)[
+        :: 1 if bigram_init == "zero_embed" else -1]
+    assert not zero.any()
+    assert orthogonality(other) == pytest.approx(
+        1.0 if bigram_init == "zero_proj" or routing == "banks" else scaled, abs=1e-5)
+    assert model.backout_lambda.item() == pytest.approx(0.3)
+    assert not model.lm_head.weight.any()
+
+
+def test_a_learned_scale_starts_as_the_fixed_one() -> None:
+    for layer, block in enumerate(initial(ln_scale="learned").blocks):
+        for gain in (block.attn_scale, block.mlp_scale):
+            np.testing.assert_allclose(gain.detach(), 1 / math.sqrt(layer + 1), rtol=1e-6)
+        assert block.depth_scale == 1.0
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:

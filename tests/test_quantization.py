@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from train_gpt import (
     GPT,
     Config,
     Run,
+    Stored,
     TrainingRows,
     bits_of,
     collect_hessians,
@@ -54,6 +57,22 @@ def cpu_run(cfg: Config) -> Run:
     return Run(cfg, rank=0, world_size=1, device=torch.device("cpu"))
 
 
+def nearest_of(W: Tensor, bits: int, **changed: object) -> Stored:
+    """Nearest integers under settings."""
+    return round_to_nearest(W, bits, Config(**changed))
+
+
+def solved(W: Tensor, H: Tensor, bits: int, block: int = 128, **changed: object) -> Stored:
+    """GPTQ's integers under settings."""
+    return gptq(W, H, bits, Config(gptq_block_size=block, **changed))
+
+
+def hessians_of(model: GPT, rows: TrainingRows, first: int, batches: int, run: Run) -> dict:
+    """Hessians of batches of eight rows from row `first` on."""
+    return collect_hessians(model, lambda n: rows.batch(first + 8 * n, 8)[0], batches, math.inf,
+                            run)
+
+
 # Late QAT
 
 
@@ -89,10 +108,10 @@ def test_late_qat_trains_on_the_weights_it_shows(tied: bool) -> None:
     model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 2, 12)
     batch = ids[:, :-1], ids[:, 1:]
     with torch.no_grad():
-        plain, shown = (training_nats(model, *batch, qat) for qat in (False, True))
-        assert torch.equal(plain, model(*batch))
+        plain, shown = (training_nats(model, *batch, qat)[0] for qat in (False, True))
+        assert torch.equal(plain, model(*batch)[0])
         model.load_state_dict(fake_quantized(model), strict=False)
-        torch.testing.assert_close(shown, model(*batch), rtol=0, atol=1e-5)
+        torch.testing.assert_close(shown, model(*batch)[0], rtol=0, atol=1e-5)
     assert (shown - plain).abs().max() > 0.01
 
 
@@ -104,7 +123,7 @@ def test_late_qat_trains_on_the_weights_it_shows(tied: bool) -> None:
 def test_nearest_takes_the_best_clip_of_the_matrix(seed: int, rows: int, cols: int,
                                                    bits: int) -> None:
     W, levels = some_matrix(rows, cols, seed), 2 ** (bits - 1) - 1
-    stored = round_to_nearest(W, bits)
+    stored = nearest_of(W, bits)
     W = W.numpy().astype(np.float64)
     errors = {}
     for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
@@ -141,7 +160,7 @@ def test_int8_rows_cut_off_their_few_largest_weights() -> None:
 
 
 @pytest.mark.parametrize("quantizer", [
-    int8_rows, lambda W: round_to_nearest(W, 6), lambda W: gptq(W, some_hessian(24, 0), 6, 8)])
+    int8_rows, lambda W: nearest_of(W, 6), lambda W: solved(W, some_hessian(24, 0), 6, 8)])
 def test_a_row_of_zeros_stays_zero(quantizer) -> None:
     stored = quantizer(some_matrix(5, 24, seed=1))
     assert not stored.values[0].any()
@@ -174,7 +193,8 @@ def naive_gptq(W: Tensor, H: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]
     W, H = W.double().numpy(), H.double().numpy().copy()
     H += np.eye(len(H)) * 0.01 * np.diag(H).mean()
     order = np.argsort(-np.diag(H), kind="stable")
-    for scales in train_gpt.clip_candidates(torch.tensor(W, dtype=torch.float32), bits):
+    for scales in train_gpt.clip_candidates(
+            torch.tensor(W, dtype=torch.float32), bits, Config()).half():
         s, rest, Q = scales.double().numpy(), W.copy(), np.zeros_like(W)
         for at, col in enumerate(order):
             left = order[at:]
@@ -193,7 +213,7 @@ def naive_gptq(W: Tensor, H: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]
 def test_gptq_is_optimal_brain_surgery_by_columns(shape: tuple[int, int], bits: int) -> None:
     for seed in range(3):
         W, H = some_matrix(*shape, seed), some_hessian(shape[1], seed)
-        stored = gptq(W, H, bits, block=7)
+        stored = solved(W, H, bits, block=7)
         Q, s = naive_gptq(W, H, bits)
         np.testing.assert_array_equal(stored.scale.double(), s)
         assert (stored.values.numpy() != Q).mean() < 0.01  # float32 rounds a few ties elsewhere
@@ -204,7 +224,7 @@ def test_gptq_is_optimal_brain_surgery_by_columns(shape: tuple[int, int], bits: 
 def test_gptq_of_unrelated_inputs_is_nearest(seed: int, rows: int, cols: int) -> None:
     W = some_matrix(rows, cols, seed)
     for H in (torch.eye(cols), torch.rand(cols).add(0.1).diag()):
-        ours, nearest = gptq(W, H, 6, block=16), round_to_nearest(W, 6)
+        ours, nearest = solved(W, H, 6, block=16), nearest_of(W, 6)
         assert torch.equal(ours.values, nearest.values)
         assert torch.equal(ours.scale, nearest.scale)
 
@@ -215,22 +235,22 @@ def test_gptq_beats_nearest_at_its_own_objective(seed: int, rows: int, cols: int
                                                  bits: int) -> None:
     """Not a theorem, as clips are chosen by the error of the weights, but so on many of them."""
     W, H = some_matrix(rows, cols, seed), some_hessian(cols, seed)
-    nearest = weighted_error(W, round_to_nearest(W, bits), H)
-    assert weighted_error(W, gptq(W, H, bits, block=16), H) <= nearest
+    nearest = weighted_error(W, nearest_of(W, bits), H)
+    assert weighted_error(W, solved(W, H, bits, block=16), H) <= nearest
 
 
 @pytest.mark.parametrize("block", [1, 7, 32, 200])
 def test_blocks_of_gptq_change_nothing(block: int) -> None:
     W, H = some_matrix(20, 50, 3), some_hessian(50, 3)
-    whole, blocked = gptq(W, H, 6, block=50), gptq(W, H, 6, block=block)
+    whole, blocked = solved(W, H, 6, block=50), solved(W, H, 6, block=block)
     assert torch.equal(whole.scale, blocked.scale)
     assert (whole.values != blocked.values).float().mean() < 0.005
 
 
 def test_gptq_does_not_depend_on_the_order_of_columns() -> None:
     W, H, shuffled = some_matrix(20, 50, 4), some_hessian(50, 4), torch.randperm(50)
-    straight = gptq(W, H, 6, block=16)
-    turned = gptq(W[:, shuffled], H[shuffled][:, shuffled], 6, block=16)
+    straight = solved(W, H, 6, block=16)
+    turned = solved(W[:, shuffled], H[shuffled][:, shuffled], 6, block=16)
     assert (turned.values != straight.values[:, shuffled]).float().mean() < 0.005
 
 
@@ -238,9 +258,9 @@ def test_columns_that_no_input_reaches_become_zero() -> None:
     """... and take no part in the others' errors."""
     W, H, dead = some_matrix(12, 20, 5), some_hessian(20, 5), [3, 7, 19]
     H[dead], H[:, dead] = 0, 0
-    stored = gptq(W, H, 6, block=8)
+    stored = solved(W, H, 6, block=8)
     assert not stored.values[:, dead].any()
-    assert weighted_error(W, stored, H) < weighted_error(W, round_to_nearest(W, 6), H)
+    assert weighted_error(W, stored, H) < weighted_error(W, nearest_of(W, 6), H)
 
 
 @pytest.mark.parametrize(("smallest", "damping"),
@@ -261,14 +281,14 @@ def test_a_hopeless_hessian_is_an_error_and_export_rounds_to_nearest(capsys) -> 
         with pytest.raises(torch.linalg.LinAlgError):
             inverse_factor(hopeless)
         stored = quantize(model, {name: hopeless}, cpu_run(cfg))[f"{name}.weight"]
-        nearest = round_to_nearest(model.get_parameter(f"{name}.weight").detach(), 6)
+        nearest = nearest_of(model.get_parameter(f"{name}.weight").detach(), 6)
         assert torch.equal(stored.values, nearest.values)
         assert "fallbacks:1" in capsys.readouterr().out
 
 
 def test_the_objective_is_the_error_of_the_outputs() -> None:
     W, x = some_matrix(6, 10, 0), torch.randn(50, 10)
-    stored = round_to_nearest(W, 4)
+    stored = nearest_of(W, 4)
     outputs = (x @ (W - stored.restore()).T).double()
     assert weighted_error(W, stored, x.T @ x) == pytest.approx(float(outputs.square().sum()), 1e-4)
 
@@ -289,7 +309,7 @@ def calibrated(tiny_data):
 
 def test_hessians_are_those_of_the_inputs_of_each_linear(calibrated, monkeypatch) -> None:
     cfg, model, rows, run = calibrated(int8_keep_float_max_numel=200)
-    hessians = collect_hessians(model, rows, 3, 2, run)
+    hessians = hessians_of(model, rows, 3, 2, run)
     inputs: dict[str, np.ndarray] = {}
     names = {id(module.weight): name for name, module in model.named_modules()
              if isinstance(module, train_gpt.Linear)}
@@ -314,7 +334,7 @@ def test_hessians_are_those_of_the_inputs_of_each_linear(calibrated, monkeypatch
 @pytest.mark.parametrize("bits", ["mlp:6,attn:6,emb:8,aux:8", "mlp:5,attn:6,emb:6,aux:fp16"])
 def test_every_exported_tensor_stands_for_its_parameter(calibrated, bits: str, tied: bool) -> None:
     cfg, model, rows, run = calibrated(bits=bits, tie_embeddings=tied)
-    stored = quantize(model, collect_hessians(model, rows, 0, 4, run), run)
+    stored = quantize(model, hessians_of(model, rows, 0, 4, run), run)
     parameters = dict(model.named_parameters())
     assert stored.keys() == parameters.keys()
     for name, p in parameters.items():
@@ -329,11 +349,11 @@ def test_every_exported_tensor_stands_for_its_parameter(calibrated, bits: str, t
 def test_gptq_at_export_is_worth_its_while(calibrated) -> None:
     """Each linear's own objective, with Hessians of the data."""
     cfg, model, rows, run = calibrated()
-    hessians = collect_hessians(model, rows, 0, 8, run)
+    hessians = hessians_of(model, rows, 0, 8, run)
     stored, better = quantize(model, hessians, run), []
     for name, H in hessians.items():
         W, bits = model.get_parameter(f"{name}.weight").detach(), 8 if "blocks" not in name else 6
         better.append(weighted_error(W, stored[f"{name}.weight"], H)
-                      / weighted_error(W, round_to_nearest(W, bits), H))
+                      / weighted_error(W, nearest_of(W, bits), H))
     assert max(better) <= 1
     assert np.median(better) < 0.8

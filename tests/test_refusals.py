@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyData
+from conftest import ROOT, TinyData
 from jobs import TINY, environment, launch, snapshot, write_tokens
 
 from train_gpt import Stored, encode_artifact, main
@@ -91,6 +94,36 @@ def test_a_run_is_refused_in_one_line_before_anything_is_written(
     assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
     assert all(part in err for part in said), err
     assert snapshot(place) == before
+
+
+@pytest.fixture
+def checkout(place: Path) -> Path:
+    """The place with run.sh and the trainer in it, set up with the Python that runs the tests."""
+    for name in ("run.sh", "train_gpt.py", "requirements.txt"):
+        shutil.copy(ROOT / name, place / name)
+    (place / ".venv" / "bin").mkdir(parents=True)
+    python = place / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    packages = (place / "requirements.txt").read_text()
+    stamp = place / ".venv" / "requirements.txt.stamp"
+    stamp.write_text(f"Python {platform.python_version()}\n{packages}")
+    return place
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_run_sh_passes_a_refusal_through(case: str, checkout: Path, tiny_data: TinyData) -> None:
+    damage, changed, said = REFUSED[case]
+    damage(checkout)
+    before = snapshot(checkout)
+    ours = settings_of(checkout, tiny_data, **changed)
+    job = subprocess.run([str(checkout / "run.sh")], capture_output=True, text=True, timeout=300,
+                         env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **ours})
+    assert (job.returncode, job.stdout) == (2, "")
+    assert job.stderr.startswith("error: ")
+    assert len(job.stderr.splitlines()) == 1, job.stderr
+    assert all(part in job.stderr for part in said), job.stderr
+    assert snapshot(checkout) == before
 
 
 @pytest.mark.parametrize("damage", [

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 from dataclasses import asdict, fields
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,8 @@ MINI_MAY_SET = {
     "model_dim", "num_heads", "num_kv_heads", "rope_dims", "train_seq_len", "eval_seq_len",
     "train_batch_tokens", "bigram_dim", "ve_dim", "bigram_vocab_size", "max_wallclock_seconds",
     "warmdown_frac", "muon_momentum_warmup_steps", "ema_decay", "gptq_calib_batches",
-    "ttt_chunk_tokens", "int8_keep_float_max_numel", "loader", "data_path", "tokenizer_path",
+    "swa_every", "ttt_chunk_tokens", "int8_keep_float_max_numel", "loader", "data_path",
+    "tokenizer_path",
     "lr_mult",
 }
 
@@ -46,7 +48,9 @@ LOADEDMODULES AWS_REGION SM_MODEL_DIR RUNPOD_POD_ID http_proxy HTTPS_PROXY NO_CO
 """)
 
 # A value for each alias that carries its value over.
-UNTRANSLATED = {"MUON_NS_STEPS": {"7": "7"}, "QAT_THRESHOLD": {"0.5": "0.5"}}
+UNTRANSLATED = {"MUON_NS_STEPS": {"7": "7"}, "QAT_THRESHOLD": {"0.5": "0.5"},
+                "BACKOUT_LAMBDA_INIT": {"0.3": "0.3"}, "SWA_INTERVAL": {"7": "7"},
+                "SWA_PCT": {"0.3": "0.3"}}
 
 # Names in published command lines and scripts that change what is trained, stored or scored.
 PUBLISHED_NAMES = re.findall(r"\w+", """
@@ -124,7 +128,7 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
     ({"SEED": ""}, ["SEED=", "a whole number"]),
     ({"TIE_EMBEDDINGS": "False"}, ["TIE_EMBEDDINGS=False", "0 or 1"]),
     ({"ATTENTION": "flash"}, ["ATTENTION=flash", "auto, fa3, sdpa"]),
-    ({"PRESET": "pr1362"}, ["PRESET=pr1362", "pr1361, mini"]),
+    ({"PRESET": "pr1362"}, ["PRESET=pr1362", "pr1361, pr569"]),
     ({"PRESET": "mini,pr1361"}, ["PRESET=mini,pr1361", "last"]),
     # Contradictions
     ({"NUM_HEADS": "7"}, ["MODEL_DIM=512", "NUM_HEADS=7"]),
@@ -145,6 +149,13 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
     ({"BITS": "mlp:6,attn:6,emb:8,aux:9"}, ["aux:9", "2 to 8 or fp16"]),
     ({"BITS": "mlp:6,mlp:6,attn:6,emb:8,aux:8"}, ["BITS=", "mlp:6"]),
     ({"BITS": "mlp:6,attn:6,emb:8,aux:8,all:8"}, ["BITS=", "mlp, attn, emb, aux"]),
+    ({"BITS": "mlp:6,attn:6,emb:8,aux:8,blocks.3.attn.c_x:8"}, ["blocks.3.attn.c_x:8", "a tensor"]),
+    ({"BITS": "mlp:6,attn:6,emb:8,aux:8,blocks.11.attn.c_k:8"}, ["BITS=", "NUM_LAYERS=11"]),
+    ({"BACKOUT_MODE": "cache", "CACHE_LAYER": "10"}, ["CACHE_LAYER=10", "NUM_LAYERS=11"]),
+    ({"CACHE_LAYER": "-1"}, ["CACHE_LAYER=-1", "0 <= value"]),
+    ({"TTT_MODE": "score_first", "EVAL_STRIDE": "0"}, ["TTT_MODE=score_first", "EVAL_STRIDE"]),
+    ({"TTT_MODE": "score_first", "TTT_FREEZE_BLOCKS": "11"},
+     ["TTT_FREEZE_BLOCKS=11", "NUM_LAYERS=11"]),
     ({"RUN_ID": "../elsewhere"}, ["RUN_ID=../elsewhere", "letters"]),
     ({"RUN_ID": ".."}, ["RUN_ID=..", "letters"]),
     ({"RUN_ID": "x" * 300}, ["RUN_ID=", "xxx"]),
@@ -175,7 +186,7 @@ def test_a_choice_is_accepted_by_its_own_names_only(name: str) -> None:
     assert f.default in f.metadata["accepts"]
     assert [parse_setting(name, text, f) for text in f.metadata["accepts"]] == [
         *f.metadata["accepts"]]
-    for text in ("", "None", f.default.upper(), f"{f.default} "):
+    for text in {"", "None", f.default.upper(), f"{f.default} "} - {*f.metadata["accepts"]}:
         with pytest.raises(Refusal, match=f"{name}=.*expected one of {f.metadata['accepts'][0]}"):
             parse_setting(name, text, f)
 
@@ -236,7 +247,7 @@ def test_any_accepted_model_can_be_planned(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(("alias", "theirs", "name", "ours"), [
     (alias, theirs, name, ours) for alias, (name, values) in ALIASES.items()
-    for theirs, ours in (values or UNTRANSLATED[alias]).items()
+    for theirs, ours in (values or UNTRANSLATED[alias]).items() if ours is not None
 ])
 def test_an_alias_sets_our_setting_and_is_noted(alias: str, theirs: str, name: str,
                                                 ours: str) -> None:
@@ -257,7 +268,10 @@ def test_an_alias_sets_our_setting_and_is_noted(alias: str, theirs: str, name: s
     ({"QAT_THRESHOLD": "nan"}, ["LATE_QAT_THRESHOLD=nan", "0.0 <= value <= 1.0"]),
     ({"MTP_NUM_HEADS": "2"}, ["MTP_NUM_HEADS=2", "0"]),
     ({"DTG_ENABLED": "1"}, ["DTG_ENABLED=1", "0"]),
-    ({"USE_GPTQ": "0"}, ["USE_GPTQ=0", "1"]),
+    ({"TARGET_MB": "15.9"}, ["TARGET_MB=15.9", "0"]),
+    ({"SWA_ENABLED": "1", "EMA_ENABLED": "1"}, ["SWA_ENABLED=1", "AVG_MODE=swa", "AVG_MODE=ema"]),
+    ({"VRL": "1", "VALUE_RESIDUAL": "1"}, ["VRL_MODE=add", "VRL_MODE=mix"]),
+    ({"BACKOUT_ENABLED": "1", "BACKOUT_MODE": "cache"}, ["BACKOUT_MODE=mid", "BACKOUT_MODE=cache"]),
 ])
 def test_an_alias_that_contradicts_and_a_technique_not_here_are_refused(
         env: dict, said: list[str]) -> None:
@@ -279,7 +293,14 @@ def test_the_tables_of_names_do_not_contradict_each_other() -> None:
     assert not set(RETIRED) & {*FIELDS, *ALIASES}
     for name, values in ALIASES.values():
         for ours in (values or {}).values():
-            parse_setting(name, ours, FIELDS[name])
+            assert ours is None or parse_setting(name, ours, FIELDS[name]) is not None
+
+
+def test_switching_off_what_is_not_on_changes_nothing() -> None:
+    for others in ({}, {"AVG_MODE": "none"}, {"PRESET": "pr334"}):
+        cfg, notes = Config.from_env({"SWA_ENABLED": "0", **others})
+        assert cfg == given_settings(**others)
+        assert "SWA_ENABLED=0" in notes[0]
 
 
 def test_no_published_name_is_passed_over_in_silence() -> None:
@@ -288,7 +309,8 @@ def test_no_published_name_is_passed_over_in_silence() -> None:
             return Config.from_env(env) == (Config(), [])
         return False
 
-    assert [name for name in PUBLISHED_NAMES if any(ignored({name: x}) for x in "01")] == []
+    assert [name for name in PUBLISHED_NAMES
+            if name not in FIELDS and any(ignored({name: x}) for x in "01")] == []
 
 
 # Presets
@@ -297,10 +319,27 @@ def test_no_published_name_is_passed_over_in_silence() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_names_settings_and_values_they_accept(preset: str) -> None:
     for name, value in PRESETS[preset].items():
+        if isinstance(value, Fraction):
+            assert type(FIELDS[name.upper()].default) is int
+            continue
         assert parse_setting(name.upper(), show_setting(value), FIELDS[name.upper()]) == value
         assert type(value) is type(FIELDS[name.upper()].default)
-    assert asdict(given_settings(PRESET=preset)) == {
-        **asdict(Config()), **PRESETS[preset], "preset": preset}
+    fixed = {n: v for n, v in PRESETS[preset].items() if not isinstance(v, Fraction)}
+    ours = asdict(given_settings(PRESET=preset))
+    scaled = {n: ours[n] for n, v in PRESETS[preset].items() if isinstance(v, Fraction)}
+    assert ours == {**asdict(Config()), **fixed, **scaled, "preset": preset}
+    assert bool(scaled) == (preset == "mini")
+
+
+@pytest.mark.parametrize("system", [name for name in PRESETS if name != "mini"])
+def test_mini_scales_a_systems_own_sizes(system: str) -> None:
+    """In proportion: 64 rotated dimensions of 64 stay all of 32, and what is off stays off."""
+    whole, mini = given_settings(PRESET=system), given_settings(PRESET=f"{system},mini")
+    assert mini.rotary_dims / mini.head_dim == whole.rotary_dims / whole.head_dim
+    assert mini.bigram_vocab_size == round(whole.bigram_vocab_size / 3)
+    assert mini.bigram_dim == round(whole.bigram_dim * 2 / 7)
+    assert mini.swa_every == max(1, round(whole.swa_every / 10))
+    assert given_settings(PRESET=system + ",mini", BIGRAM_VOCAB_SIZE="0").bigram_vocab_size == 0
 
 
 def test_mini_sets_a_scale_and_nothing_else() -> None:

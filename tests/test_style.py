@@ -336,6 +336,8 @@ def check_settings_used(source: str) -> list[str]:
             used |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
     methods = {n.name: fields_read(n, {"self", "cls"}) for n in config.body
                if isinstance(n, Function) and n.name not in NOT_A_USE}
+    methods |= {name: fields_read(n, {"self"}) for n in config.body if isinstance(n, ast.Assign)
+                for name in assigned_names(n)}
     used |= {"preset"}  # from_env acts on it, by its environment name
     while reached := [name for name in methods if name in used]:
         for name in reached:

@@ -74,7 +74,7 @@ def gradients(setting, moment: Moment = MOMENT, **changes: object) -> tuple[dict
 def plain_gradients(setting, qat: bool = False) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient of the mean over the batch of step 2, and that mean."""
     _, model, rows, _ = setting()
-    loss = training_nats(model, *rows.batch(12, 6), qat).mean()
+    loss = training_nats(model, *rows.batch(12, 6), qat)[0].mean()
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, loss.detach()
 
@@ -97,7 +97,7 @@ def test_micro_batches_share_the_gradient_of_the_batch_mean(setting, rows_at_onc
 def test_clipping_is_that_of_torch(setting, bound: float) -> None:
     recorder, stats = gradients(setting, grad_clip_norm=bound)
     _, model, rows, _ = setting()
-    model(*rows.batch(12, 6)).mean().backward()
+    model(*rows.batch(12, 6))[0].mean().backward()
     total = nn.utils.clip_grad_norm_(model.parameters(), bound)
     assert 0.01 < float(total) < 1e5
     assert float(stats[1:].norm()) == pytest.approx(float(total), rel=1e-5)
@@ -118,7 +118,7 @@ def test_two_steps_are_those_written_by_hand(setting) -> None:
     for step in range(2):
         train_step(training_nats, model, optimizers, rows, step, MOMENT, run)
         reference.zero_grad()
-        reference(*rows.batch(6 * step, 6)).mean().backward()
+        reference(*rows.batch(6 * step, 6))[0].mean().backward()
         nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         for name, p in reference.named_parameters():
             if name in muon:
@@ -172,9 +172,9 @@ def test_priming_leaves_no_trace(setting) -> None:
     """Nor does it skip a variant: each forward that the run will compile has run."""
     variants = []
 
-    def forward(model, input_ids, target_ids, qat):
+    def forward(model, input_ids, target_ids, qat, mile_gamma=None):
         variants.append((qat, torch.is_grad_enabled()))
-        return training_nats(model, input_ids, target_ids, qat)
+        return training_nats(model, input_ids, target_ids, qat, mile_gamma)
 
     _, model, rows, run = setting()
     before = weights(model)

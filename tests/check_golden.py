@@ -1,0 +1,130 @@
+"""Compare train_gpt.py with numbers that a published system's own script produced.
+
+    python tests/check_golden.py FOLDER
+
+FOLDER holds model_<PR>.npz for one or more of the five systems: config_json (the script's
+constructor arguments), input_ids and target_ids, every parameter as param/<name> or
+param_unbanked/<name>, logits, loss/<kind> and grad/<kind>/<name> or grad_unbanked/<kind>/<name>;
+kind is ce, ce_qat or mile_<gamma>. Prints the largest error of logits and losses, and of each
+gradient as a share of the tensor's largest element. Exit 0 if logits are within 2e-4, losses
+within 2e-4 and gradients within 1e-3; 1 if not; 2 with one line if the folder cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gpt import GPT, PRESETS, Config, training_nats
+
+LOGITS_WITHIN, LOSSES_WITHIN, GRADIENTS_WITHIN = 2e-4, 2e-4, 1e-3
+# Constructor arguments that change shapes or scales, which a folder may choose freely.
+SIZES = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
+         "logit_softcap", "rope_base", "bigram_vocab_size", "bigram_dim", "ve_dim", "ve_layers",
+         "rope_dims", "rope_ntk_ref", "xsa_last_n", "cache_layer")
+
+
+class Unusable(ValueError):
+    """A folder that cannot be compared; the message is one line."""
+
+
+def read_numbers(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The script's arguments and the arrays of a model_<PR>.npz; raises Unusable."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            numbers = {name: torch.from_numpy(arrays[name]) for name in arrays.files
+                       if arrays[name].dtype.kind in "iuf"}
+            config = json.loads(str(arrays["config_json"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise Unusable(f"{path}: {error}") from None
+    return {**config, **config.get("constructor", {})}, numbers
+
+
+def build(system: str, arguments: dict, numbers: dict[str, torch.Tensor]) -> GPT:
+    """The system's preset at the folder's sizes, with its weights; raises Unusable."""
+    sizes = {name: type(getattr(Config(), name))(arguments[name]) for name in SIZES
+             if isinstance(arguments.get(name), int | float | str)}
+    rows = {"train_seq_len": 2, "train_batch_tokens": 2, "eval_seq_len": 2, "eval_stride": 0,
+            "ttt_mode": "off"}
+    model = GPT(Config(**{**PRESETS[system], **rows, **sizes}))
+    given = {re.sub(r"^param(_unbanked)?/", "", name): value for name, value in numbers.items()
+             if name.startswith("param")}
+    expected = dict(model.named_parameters())
+    if given.keys() != expected.keys():
+        odd = sorted(given.keys() ^ expected.keys())
+        raise Unusable(f"{system}: parameters differ, {', '.join(odd[:5])} on one side only")
+    for name, p in expected.items():
+        if p.numel() != given[name].numel() or (p.numel() > 1 and p.shape != given[name].shape):
+            raise Unusable(f"{system}: {name} has shape {tuple(given[name].shape)}, expected "
+                           f"{tuple(p.shape)}")
+        p.data.copy_(given[name].view_as(p))
+    return model
+
+
+def loss_of(model: GPT, numbers: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    """The mean loss of the batch, of kind ce, ce_qat or mile_<gamma>."""
+    gamma = torch.tensor(float(kind.removeprefix("mile_"))) if kind.startswith("mile_") else None
+    nats, weights = training_nats(model, numbers["input_ids"].long(), numbers["target_ids"].long(),
+                                  kind == "ce_qat", gamma)
+    return (weights * nats).sum() / weights.sum()
+
+
+def compare(system: str, model: GPT, numbers: dict[str, torch.Tensor]) -> list[tuple]:
+    """Rows (what, error, bound) of all that the folder states."""
+    with torch.no_grad():
+        logits = model.logits(model.hidden(numbers["input_ids"].long()))
+    rows = [(f"{system} logits", float((logits - numbers["logits"]).abs().max()), LOGITS_WITHIN)]
+    for name in numbers:
+        if not name.startswith("loss/"):
+            continue
+        kind = name.removeprefix("loss/")
+        model.zero_grad()
+        loss = loss_of(model, numbers, kind)
+        rows.append((f"{system} {name}", abs(loss.item() - numbers[name].item()), LOSSES_WITHIN))
+        loss.backward()
+        for key, published in numbers.items():
+            if match := re.fullmatch(rf"grad(_unbanked)?/{re.escape(kind)}/(.+)", key):
+                ours = model.get_parameter(match[2]).grad.view_as(published)
+                largest = max(float(published.abs().max()), 1e-30)
+                rows.append((f"{system} {key}", float((ours - published).abs().max()) / largest,
+                             GRADIENTS_WITHIN))
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    """Compare every system of the folder; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(arguments).folder
+    try:
+        found = {f"pr{path.stem.removeprefix('model_')}": path
+                 for path in sorted(folder.glob("model_*.npz"))}
+        known = {system: path for system, path in found.items() if system in PRESETS}
+        if not known:
+            raise Unusable(f"{folder}: no model_<PR>.npz of {', '.join(PRESETS)[:-6]}")
+        rows = []
+        for system, path in known.items():
+            constructor, numbers = read_numbers(path)
+            rows += compare(system, build(system, constructor, numbers), numbers)
+    except Unusable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for what, error, bound in rows:
+        print(f"{what:<64} {error:.2e}  {'ok' if error <= bound else f'above {bound:g}'}")
+    bad = [what for what, error, bound in rows if not (math.isfinite(error) and error <= bound)]
+    print(f"{len(rows)} compared, {len(bad)} outside")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
