@@ -244,7 +244,7 @@ class Config:
             (all(int(n) < self.num_layers for n in re.findall(r"blocks\.(\d+)", self.bits)),
              "BITS names a layer beyond NUM_LAYERS"),
             (self.ttt_mode == "off" or self.eval_stride > 0,
-             "TTT_MODE needs sliding windows: EVAL_STRIDE above 0"),
+             "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (self.ttt_mode == "off" or self.ttt_freeze_blocks < self.num_layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
             (re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),

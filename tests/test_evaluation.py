@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from train_gpt import (
     GPT,
+    Adapter,
     Config,
     EvalResult,
     Run,
@@ -214,3 +216,181 @@ def test_the_probabilities_of_all_tokens_add_up_to_one(model: GPT) -> None:
                                   for token in range(32)])
     assert torch.exp(-for_each_token.double()).sum(0).numpy() == pytest.approx(1.0, abs=1e-6)
     assert (for_each_token > 0).all()
+
+
+# The published forms
+
+
+@settings(max_examples=200, deadline=None)
+@given(SHAPES)
+def test_published_windows_are_those_of_the_scripts(shape: tuple[int, int, int]) -> None:
+    """S1: a window at every stride, cut at the end; S3: full windows and one anchored at the
+    end. Both score the last `stride` targets of all but the first."""
+    num_targets, seq_len, stride = shape
+    assume(stride > 0)
+    first = [(start, min(start + seq_len, num_targets)) for start in range(0, num_targets, stride)]
+    expected = [(start, max(end - stride, start) if start else 0, end) for start, end in first]
+    assert windows(*shape, "published_s1").tolist() == [list(row) for row in expected]
+    if num_targets > seq_len:
+        starts = list(range(0, num_targets - seq_len + 1, stride))
+        starts += [num_targets - seq_len] * (starts[-1] != num_targets - seq_len)
+        expected = [[start, start + seq_len - stride if start else 0, start + seq_len]
+                    for start in starts]
+        assert windows(*shape, "published_s3").tolist() == expected
+
+
+@given(st.integers(2, 20), st.integers(1, 6), st.integers(1, 8))
+def test_the_forms_agree_where_windows_cover_exactly(stride: int, per_row: int,
+                                                     rows: int) -> None:
+    """But for S1's cut windows, which score the last targets once more each."""
+    seq_len, num_targets = stride * per_row, stride * (per_row + rows)
+    cover = windows(num_targets, seq_len, stride).tolist()
+    assert windows(num_targets, seq_len, stride, "published_s3").tolist() == cover
+    s1 = windows(num_targets, seq_len, stride, "published_s1").tolist()
+    assert s1[: len(cover)] == cover
+    assert all(end == num_targets and end - first == stride for _, first, end in s1[len(cover) :])
+    assert len(s1) - len(cover) == per_row - 1
+
+
+# Test-time training
+
+TTT = {"eval_stride": 8, "eval_batch_seqs": 3, "ttt_mode": "score_first", "ttt_chunk_tokens": 20,
+       "ttt_lr": 0.05, "ttt_epochs": 2, "ttt_batch_seqs": 2, "ttt_freeze_blocks": 1,
+       "ttt_grad_clip": 0.5, "eval_wallclock_seconds": 1e6, "num_layers": 3, "ve_layers": "1,2",
+       "xsa_last_n": 2}
+
+
+def adapted(model: GPT, val: Validation, ranks: int = 1, rank: int = 0,
+            **changed: object) -> tuple[GPT, EvalResult, Run]:
+    """A copy of the model after scoring with adaptation, its score, and the run."""
+    cfg, copy_of = Config(eval_seq_len=16, **{**TTT, **changed}), copy.deepcopy(model)
+    run = Run(cfg, rank, ranks, CPU)
+    adapter = Adapter(training_nats, copy_of, val, run)
+    with run.scoring_clock.running():
+        result = evaluate("test", training_nats, copy_of, val, run, 8, "cover", adapter)
+    return copy_of, result, run
+
+
+def naive_score_first(model: GPT, val: Validation, cfg: Config) -> tuple[GPT, float]:
+    """Chunk after chunk: add up its windows' nats, then SGD on its rows, by hand."""
+    model, nats, num_targets = copy.deepcopy(model), 0.0, len(val.tokens) - 1
+    spans, chunk = windows(num_targets, 16, 8), cfg.ttt_chunk_tokens
+    parameters = {name: p for name, p in model.named_parameters()
+                  if not name.startswith("blocks.0.")}
+    momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    chunks = int(spans[-1, 1]) // chunk + 1
+    for number in range(chunks):
+        for start, first, end in spans.tolist():
+            if number * chunk <= first < (number + 1) * chunk:
+                with torch.no_grad():
+                    ids = torch.from_numpy(val.tokens[start : end + 1].astype(int))[None]
+                    nats += float(model(ids[:, :-1], ids[:, 1:])[0][0, first - start :].sum())
+        if number == chunks - 1:
+            break
+        rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (chunks - 1)))
+        starts = range(number * chunk, (number + 1) * chunk, 16)
+        rows = [(start, min(start + 16, (number + 1) * chunk)) for start in starts]
+        for _ in range(cfg.ttt_epochs):
+            for at in range(0, len(rows), cfg.ttt_batch_seqs):
+                batch, total = rows[at : at + cfg.ttt_batch_seqs], 0
+                model.zero_grad()
+                for start, end in batch:
+                    ids = torch.from_numpy(val.tokens[start : end + 1].astype(int))[None]
+                    model(ids[:, :-1], ids[:, 1:])[0].sum().backward()
+                    total += end - start
+                norm = math.sqrt(sum(float((p.grad / total).square().sum())
+                                     for p in parameters.values()))
+                for name, p in parameters.items():
+                    g = p.grad / total * min(1.0, cfg.ttt_grad_clip / (norm + 1e-6))
+                    momentum[name] = cfg.ttt_momentum * momentum[name] + g
+                    p.data -= rate * momentum[name]
+    return model, nats
+
+
+def test_score_first_is_scoring_then_sgd_chunk_by_chunk(model: GPT) -> None:
+    val = random_split(72, vocab_size=32)
+    ours, result, run = adapted(model, val)
+    theirs, nats = naive_score_first(model, val, run.cfg)
+    assert result.targets == 71
+    assert result.nats == pytest.approx(nats, rel=1e-4)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-3, msg=name)
+        same = torch.equal(mine, model.get_parameter(name))
+        assert same == name.startswith("blocks.0."), name
+    chunks = int(windows(71, 16, 8)[-1, 1]) // 20
+    assert dict(run.activity) == dict(run.occasions) == {"ttt": chunks}
+
+
+def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
+    """Nats of each window as they are summed; a chunk's text changes no window before it ends."""
+    def window_nats(val: Validation) -> list[tuple[int, float]]:
+        seen, spans = [], {tuple(row[:1]) for row in windows(71, 16, 8).tolist()}
+
+        def forward(net, ids, targets, qat, gamma=None):
+            nats, weights = training_nats(net, ids, targets, qat, gamma)
+            if not torch.is_grad_enabled():
+                seen.extend(nats.double().sum(1).tolist())
+            return nats, weights
+
+        cfg, net = Config(eval_seq_len=16, **{**TTT, "eval_batch_seqs": 1}), copy.deepcopy(model)
+        run = Run(cfg, 0, 1, CPU)
+        evaluate("test", forward, net, val, run, 8, "cover", Adapter(forward, net, val, run))
+        assert len(seen) == len(spans)
+        return seen
+
+    one, other = random_split(72, vocab_size=32), random_split(72, vocab_size=32)
+    other.tokens[45:] = (other.tokens[45:] + 1) % 32
+    starts = windows(71, 16, 8)[:, 0]
+    for start, before, after in zip(starts, window_nats(one), window_nats(other), strict=True):
+        assert (before == after) == (start + 16 < 45), start
+
+
+def test_the_first_chunk_is_scored_without_adaptation(model: GPT) -> None:
+    val = random_split(72, vocab_size=32)
+    plain = score(val, evaluation(16, eval_batch_seqs=3), 8, training_nats, model)
+    assert adapted(model, val, ttt_chunk_tokens=1000)[1].nats == plain.nats
+    assert adapted(model, val)[1].nats != plain.nats
+
+
+def test_ranks_share_the_rows_of_an_adaptation_step(model: GPT) -> None:
+    """Contributions of three ranks add up to the one process's gradient; one has no row."""
+    val, cfg = random_split(72, vocab_size=32), Config(eval_seq_len=16, **TTT)
+    shares: dict[int, list] = {1: [], 3: []}
+    for ranks, kept in shares.items():
+        for rank in range(ranks):
+            net = copy.deepcopy(model)
+            run = Run(cfg, rank, ranks, CPU)
+            run.agree, sums = (lambda value: value), []
+            run.add_up = lambda tensors, sums=sums: sums.append([t.clone() for t in tensors])
+            adapter = Adapter(training_nats, net, val, run)
+            adapter.optimizer.step = lambda: None
+            assert adapter.learn(0, 20, 0.1, math.inf) == 1
+            kept.append(sums[0])
+    total = [sum(parts) for parts in zip(*shares[3], strict=True)]
+    for ours, whole in zip(total, shares[1][0], strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+    assert not any(part.any() for part in shares[3][2])
+
+
+def test_adaptation_stops_for_the_budget_and_scoring_does_not(model: GPT) -> None:
+    val = random_split(72, vocab_size=32)
+    net, result, run = adapted(model, val, eval_wallclock_seconds=0.0)
+    plain = score(val, evaluation(16, eval_batch_seqs=3), 8, training_nats, model)
+    assert result.nats == pytest.approx(plain.nats, rel=1e-9)
+    assert (run.activity["ttt"], run.occasions["ttt"]) == (0, 3)
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in net.named_parameters())
+
+
+def test_train_then_score_learns_from_all_of_it_first(model: GPT) -> None:
+    val = random_split(72, vocab_size=32)
+    cfg = Config(eval_seq_len=16, **{**TTT, "ttt_mode": "train_then_score", "ttt_batch_seqs": 1})
+    run, net = Run(cfg, 0, 1, CPU), copy.deepcopy(model)
+    Adapter(training_nats, net, val, run).learn_all(0.0)
+    assert dict(run.activity) == dict(run.occasions) == {"ttt": 2 * 5}
+    for name, p in net.named_parameters():
+        frozen = name.startswith(("blocks.0.", "tok_emb.", "bigram.", "smear."))
+        assert torch.equal(p, model.get_parameter(name)) == frozen, name
+    late = Run(Config(**{**vars(cfg), "eval_wallclock_seconds": 0.0}), 0, 1, CPU)
+    with late.scoring_clock.running():
+        Adapter(training_nats, copy.deepcopy(model), val, late).learn_all(0.0)
+    assert (late.activity["ttt"], late.occasions["ttt"]) == (0, 10)

@@ -11,7 +11,19 @@ import torch
 from test_model import SIZES, VARIANTS
 from torch import Tensor, nn
 
-from train_gpt import GPT, ROUTES, Config, Muon, build_optimizers, orthogonalize, route_parameters
+from train_gpt import (
+    GPT,
+    PRESETS,
+    ROUTES,
+    ROUTES_FIRST,
+    Config,
+    Muon,
+    build_optimizers,
+    orthogonalize,
+    pack_momentum,
+    route_parameters,
+    unpack_momentum,
+)
 
 SHAPES = [(6, 6), (12, 5), (4, 10), (6, 6), (4, 10), (1, 7)]
 
@@ -184,3 +196,118 @@ def test_rates_and_decay_come_from_their_settings() -> None:
         assert of[tied]["blocks.0.mlp.fc.weight"] == of[tied]["bigram.proj.weight"] == (1.0, 0.2)
         assert of[tied]["blocks.4.attn.q_gain"] == of[tied]["skip_weights"] == (1.5, 0.1)
         assert of[tied]["bigram.embed.weight"] == of[tied]["ve_shared.embed.weight"] == (2.5, 0.1)
+
+
+# What the published systems chose otherwise
+
+
+def grouped(**changes: object) -> dict[str, tuple[str, float, float]]:
+    """Optimizer, rate and decay of each parameter of a small model."""
+    cfg = Config(**{**SIZES, **changes})
+    return {name: (group["optimizer"], group["base_lr"], group["weight_decay"])
+            for group in route_parameters(cfg, GPT(cfg)) for name in group["names"]}
+
+
+def test_routing_variants_move_what_they_say() -> None:
+    rates = {"matrix_lr": 2.0, "scalar_lr": 3.0, "tied_embed_lr": 5.0, "adam_wd": 0.1,
+             "muon_wd": 0.2, "vrl_mode": "mix", "backout_mode": "mid"}
+    muon, scalar, table = ("muon", 2.0, 0.2), ("adam", 3.0, 0.1), ("adam", 5.0, 0.1)
+    shapes = {name: p.ndim for name, p in GPT(Config(**SIZES)).named_parameters()}
+    for routing in ROUTES_FIRST:
+        routes = grouped(**rates, optimizer_routing=routing)
+        aux = scalar if routing == "banks" else muon
+        assert routes["bigram.proj.weight"] == routes["ve_shared.proj.weight"] == aux
+        assert routes["tok_emb.weight"] == table
+        assert routes["backout_lambda"] == routes["blocks.3.attn.vr_lambda"] == scalar
+        assert routes["blocks.2.mlp.proj.weight"] == routes["blocks.0.attn.c_k.weight"] == muon
+        if routing == "by_ndim":
+            assert {name for name, route in routes.items() if route[0] == "muon"} == {
+                name for name, dims in shapes.items() if dims == 2} - {"tok_emb.weight"}
+        else:
+            assert routes["bigram.embed.weight"] == routes["ve_shared.embed.weight"] == table
+            assert routes["skip_weights"] == routes["blocks.0.resid_mix"] == scalar
+
+
+@pytest.mark.parametrize(("system", "matrix", "token", "scalar", "adam_wd"), [
+    ("pr1361", 0.025, 0.035, 0.025, 0.04), ("pr569", 0.025, 0.035, 0.025, 0.04),
+    ("pr703", 0.026, 0.0364, 0.026, 0.04), ("pr334", 0.04, 0.05, 0.04, 0.0),
+    ("pr295", 0.02, 0.03, 0.02, 0.01)])
+def test_published_rates_and_decays(system: str, matrix: float, token: float, scalar: float,
+                                    adam_wd: float) -> None:
+    with torch.device("meta"):
+        model = GPT(Config(**PRESETS[system]))
+    for group in route_parameters(model.cfg, model):
+        decay = 0.04 if group["optimizer"] == "muon" else adam_wd
+        assert group["weight_decay"] == decay
+        rate = matrix if group["optimizer"] == "muon" else token if "emb" in group["route"] \
+            else scalar
+        assert group["base_lr"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("decay_first", [True, False])
+def test_decay_before_or_after_the_step(decay_first: bool) -> None:
+    torch.manual_seed(0)
+    W = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    before, W.grad = W.detach().numpy().copy(), torch.randn(6, 4, dtype=torch.float64)
+    muon = Muon([{"params": [W], "weight_decay": 0.5}], 5, torch.float64, decay_first=decay_first)
+    muon.param_groups[0].update(lr=0.1, momentum=0.9)
+    muon.step()
+    step, _ = naive_muon(before, np.zeros_like(before), W.grad.numpy(), 0.1, 0.9, 0.0)
+    expected = step - 0.05 * before if decay_first else 0.95 * step
+    np.testing.assert_allclose(W.detach().numpy(), expected, atol=1e-7)
+
+
+def test_adam_without_decay_is_plain_adam() -> None:
+    torch.manual_seed(0)
+    cfg = Config(**SIZES, adam_wd=0.0)
+    adam, _ = build_optimizers(cfg, route_parameters(cfg, GPT(cfg)), torch.float32)
+    ours = [p for group in adam.param_groups for p in group["params"]]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    plain = torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
+    for group in adam.param_groups:
+        group["lr"] = 0.1
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = other.grad = torch.randn_like(mine)
+        adam.step()
+        plain.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (2, 16, 16), (3, 10, 30)])
+def test_packed_momentum_is_blockwise_int8(shape: tuple[int, ...]) -> None:
+    """Blocks of 256 over the flattened stack, the last one padded with zeros."""
+    torch.manual_seed(0)
+    M = torch.randn(shape) * torch.logspace(-6, 3, shape[-1])
+    q, scale = pack_momentum(M)
+    assert q.dtype == torch.int8
+    flat, back = M.flatten().numpy(), unpack_momentum((q, scale), M).flatten().numpy()
+    for start in range(0, len(flat), 256):
+        block = flat[start : start + 256]
+        s = max(np.abs(block).max() / 127, 1e-12)
+        expected = np.clip(np.round(block / s), -127, 127) * s
+        np.testing.assert_allclose(back[start : start + 256], expected, rtol=1e-5, atol=1e-2 * s)
+        assert np.abs(back[start : start + 256] - block).max() <= 0.501 * s
+    zeros = torch.zeros(2, 3, 4)
+    assert torch.equal(unpack_momentum(pack_momentum(zeros), zeros), zeros)
+
+
+def test_packed_momentum_acts_unrounded_and_is_kept_rounded() -> None:
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(5, 70)) for _ in range(2)]
+    muon = Muon([{"params": weights, "weight_decay": 0.1}], 5, torch.float32, packed=True)
+    muon.param_groups[0].update(lr=0.1, momentum=0.9)
+    kept = torch.zeros(2, 5, 70)
+    for _ in range(4):
+        grads = torch.randn(2, 5, 70)
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad.clone()
+        M = 0.9 * kept + grads
+        expected = [0.99 * w.detach().numpy() - 0.1 * naive_orthogonalize((g + 0.9 * m).numpy())
+                    for w, g, m in zip(weights, grads, M, strict=True)]
+        muon.step()
+        for weight, W in zip(weights, expected, strict=True):
+            np.testing.assert_allclose(weight.detach().numpy(), W, atol=2e-4)
+        kept = unpack_momentum(pack_momentum(M), M)
+        assert not torch.equal(kept, M)

@@ -23,11 +23,15 @@ from train_gpt import (
     collect_hessians,
     fake_quantized,
     gptq,
+    gptq_simple,
     int8_rows,
     inverse_factor,
     largest_integer,
+    magnitude_pruned,
+    prune_integers,
     quantize,
     round_to_nearest,
+    sample_rows,
     training_nats,
     weighted_error,
 )
@@ -357,3 +361,264 @@ def test_gptq_at_export_is_worth_its_while(calibrated) -> None:
                       / weighted_error(W, nearest_of(W, bits), H))
     assert max(better) <= 1
     assert np.median(better) < 0.8
+
+
+# What the published systems chose otherwise
+
+
+@pytest.mark.parametrize("clip", ["absmax", "quantile"])
+@pytest.mark.parametrize("floor", ["inv_clip", "tiny"])
+@pytest.mark.parametrize("targets", ["stored", "linears", "aux"])
+def test_qat_shows_the_grid_of_its_settings(clip: str, floor: str, targets: str) -> None:
+    """Row by row; bigram.proj and ve_shared.proj are stored as fp16 here, so seen at 6 bits."""
+    cfg = Config(**SIZES, bits=BITS, int8_keep_float_max_numel=400, qat_clip=clip,
+                 q_scale_floor=floor, qat_targets=targets)
+    model = random_model(cfg, dtype=torch.float32)
+    seen = fake_quantized(model)
+    aux = {"bigram.proj.weight", "ve_shared.proj.weight"}
+    blocks = {name for name, p in model.named_parameters() if p.numel() > 400
+              and name.startswith("blocks")}
+    assert seen.keys() == {"stored": blocks, "linears": blocks | aux, "aux": aux}[targets]
+    for name, shown in seen.items():
+        levels = 15 if ".mlp." in name else 31
+        for row, ours in zip(model.get_parameter(name).detach().double().numpy(),
+                             shown.detach().double().numpy(), strict=True):
+            top = np.abs(row).max() if clip == "absmax" else np.quantile(np.abs(row), 0.9995)
+            s = max(top / levels, 1 / levels if floor == "inv_clip" else 2.0**-14)
+            expected = np.clip(np.round(row / s), -levels, levels) * s
+            off = np.abs(ours - expected)
+            assert (off > 1e-5).mean() < 0.02  # a tie may fall to the other side
+            assert off.max() < 1.01 * s
+
+
+@given(seed=seeds, rows=st.integers(1, 9), cols=st.integers(2, 60), bits=st.integers(3, 8))
+@settings(deadline=None, max_examples=30)
+def test_rows_that_choose_alone_are_never_worse(seed: int, rows: int, cols: int,
+                                                bits: int) -> None:
+    W = some_matrix(rows, cols, seed)
+    errors = {}
+    for search in ("absmax", "matrix", "row"):
+        stored = nearest_of(W, bits, clip_search=search)
+        errors[search] = (W - stored.restore()).square().mean(1)
+    assert (errors["row"] <= errors["matrix"] + 1e-12).all()
+    assert errors["matrix"].sum() <= errors["absmax"].sum() * (1 + 1e-5) + 1e-12
+    levels, top = 2 ** (bits - 1) - 1, W.abs().amax(1)
+    assert torch.equal(nearest_of(W, bits, clip_search="absmax").scale,
+                       (top / levels).clamp(min=1 / levels).half())
+
+
+def test_tiny_steps_have_no_floor_but_fp16s() -> None:
+    W = torch.tensor([[1e-3, -5e-4], [1e-9, 0.0], [20.0, 1.0]])
+    stored = nearest_of(W, 6, clip_search="absmax", q_scale_floor="tiny")
+    expected = torch.tensor([2.0**-14, 2.0**-14, 20 / 31])
+    torch.testing.assert_close(stored.scale.float(), expected, rtol=1e-3, atol=0)
+    coarse = nearest_of(W, 6, clip_search="absmax")
+    assert coarse.scale.float().tolist() == pytest.approx([1 / 31, 1 / 31, 20 / 31], rel=1e-3)
+
+
+@given(seed=seeds, rows=st.integers(1, 8), cols=st.integers(3, 30))
+@settings(deadline=None, max_examples=25)
+def test_the_hessian_chooses_what_costs_the_outputs_least(seed: int, rows: int,
+                                                          cols: int) -> None:
+    """Among the same candidates, so never above the choice by the error of the weights."""
+    W, H = some_matrix(rows, cols, seed), some_hessian(cols, seed)
+    by = {(select, search): weighted_error(W, solved(W, H, 4, gptq_select=select,
+                                                     clip_search=search), H)
+          for select in ("mse", "hessian") for search in ("matrix", "row")}
+    for search in ("matrix", "row"):
+        assert by["hessian", search] <= by["mse", search] * (1 + 1e-4) + 1e-9
+    assert by["hessian", "row"] <= by["hessian", "matrix"] * (1 + 1e-4) + 1e-9
+
+
+def test_without_act_order_columns_are_rounded_as_they_stand() -> None:
+    W, H = some_matrix(8, 20, 1), some_hessian(20, 1)
+    falling = torch.argsort(H.diagonal(), descending=True)
+    ordered = solved(W, H, 5)
+    plain = solved(W[:, falling], H[falling][:, falling], 5, gptq_actorder=False)
+    assert torch.equal(plain.values, ordered.values[:, falling])
+    assert not torch.equal(solved(W, H, 5, gptq_actorder=False).values, ordered.values)
+
+
+@pytest.mark.parametrize("block", [4, 128])
+def test_simple_gptq_is_its_equation(block: int) -> None:
+    W, H, levels = some_matrix(7, 18, 2), some_hessian(18, 2), 31
+    ours = gptq_simple(W, H, 6, Config(gptq_block_size=block))
+    rest, damped = W.double().numpy().copy(), H.double().numpy()
+    inverse = np.linalg.inv(damped + 0.01 * np.diag(damped).mean() * np.eye(18))
+    candidates = train_gpt.clip_candidates(W, 6, Config()).double().numpy()
+    errors = [((W.numpy() - np.clip(np.round(W.numpy() / s[:, None]), -31, 31) * s[:, None]) ** 2
+               ).mean() for s in candidates]
+    s = candidates[int(np.argmin(errors))]
+    Q = np.zeros_like(rest)
+    for col in range(18):
+        Q[:, col] = np.clip(np.round(rest[:, col] / s), -levels, levels)
+        error = rest[:, col] - Q[:, col] * s
+        for later in range(col + 1, 18):
+            rest[:, later] -= error * inverse[col, later] / inverse[col, col]
+    assert (ours.values.numpy() != Q).mean() < 0.02  # float32 rounds a few ties elsewhere
+    np.testing.assert_array_equal(ours.scale.numpy(), s.astype(np.float16))
+
+
+def test_bits_of_single_tensors_come_before_their_roles() -> None:
+    """The published 10-layer system keeps its embedding and the last two layers' keys as fp16."""
+    with torch.device("meta"):
+        model = GPT(Config(**train_gpt.PRESETS["pr295"]))
+    bits = {name: bits_of(model.cfg, name, p) for name, p in model.named_parameters()}
+    assert bits["tok_emb.weight"] == 0
+    assert [bits[f"blocks.{n}.attn.c_k.weight"] for n in range(10)] == [6] * 8 + [0, 0]
+    assert {bits[f"blocks.{n}.mlp.{part}.weight"] for n in range(10)
+            for part in ("fc", "proj")} == {5}
+    assert bits["bigram.embed.weight"] == 6
+    assert bits["bigram.proj.weight"] == 0
+
+
+@given(seed=seeds, share=st.floats(0, 0.98))
+@settings(deadline=None, max_examples=30)
+def test_magnitude_pruning_zeroes_the_smallest_share(seed: int, share: float) -> None:
+    W = some_matrix(6, 30, seed)
+    pruned = magnitude_pruned(W, share)
+    kept, gone = W[pruned != 0].abs(), W[pruned == 0].abs()
+    assert torch.equal(pruned[pruned != 0], W[pruned != 0])
+    assert gone.max() <= kept.min()
+    assert len(gone) >= math.floor(share * 180)
+
+
+@given(seed=seeds, share=st.floats(0, 0.98))
+@settings(deadline=None, max_examples=30)
+def test_integer_pruning_zeroes_exactly_its_share(seed: int, share: float) -> None:
+    """Of what is not zero yet, smallest weights first, over all tensors together."""
+    rng = np.random.default_rng(seed)
+    stored = {name: Stored(torch.tensor(rng.integers(-9, 10, (5, size)), dtype=torch.int8),
+                           torch.tensor(rng.uniform(0.01, 1, 5)).half())
+              for name, size in (("a", 4), ("b", 17))}
+    before = {name: s.restore() for name, s in stored.items()}
+    count = prune_integers(stored, share)
+    weights = sorted(abs(float(w)) for W in before.values() for w in W.flatten() if w)
+    assert count == min(int(share * 105), len(weights))
+    after = sorted(abs(float(w)) for s in stored.values() for w in s.restore().flatten() if w)
+    assert after == pytest.approx(weights[count:])
+    for name, s in stored.items():
+        changed = s.restore() != before[name]
+        assert not s.restore()[changed].any()
+
+
+def test_export_prunes_before_and_after(calibrated, capsys) -> None:
+    cfg, model, rows, run = calibrated(prune_frac=0.3, bits="mlp:6,attn:6,emb:fp16,aux:8")
+    stored = quantize(model, hessians_of(model, rows, 0, 2, run), run)
+    embedding = stored["tok_emb.weight"].restore()
+    assert (embedding == 0).float().mean() == pytest.approx(0.3, abs=0.01)
+    cfg, model, rows, run = calibrated(prune_pct=0.25)
+    pruned, plain = (quantize(model, hessians_of(model, rows, 0, 2, r), r)
+                     for r in (run, cpu_run(Config(**{**vars(cfg), "prune_pct": 0.0}))))
+    model.cfg = Config(**{**vars(cfg), "prune_pct": 0.0})
+    plain = quantize(model, hessians_of(model, rows, 0, 2, run), run)
+    low = [name for name in plain if ".attn.c_" in name or ".proj.w" in name or ".fc." in name]
+    low = [name for name in low if name.startswith("blocks")]
+    total = sum(plain[name].values.numel() for name in low)
+    more = sum(int((pruned[name].values == 0).sum() - (plain[name].values == 0).sum())
+               for name in low)
+    assert more == int(0.25 * total)
+    assert f"prune:zeroed {more} of {total}" in capsys.readouterr().out
+    for name in plain.keys() - set(low):
+        assert torch.equal(pruned[name].values, plain[name].values)
+
+
+def test_hessians_are_those_of_a_banked_computation(calibrated) -> None:
+    """Weights of all layers stacked into banks and the blocks written with plain slices."""
+    cfg, model, rows, run = calibrated(
+        num_layers=4, backout_mode="cache", cache_layer=2, ve_layers="2,3", xsa_last_n=2,
+        smear_bos_mask=False, bigram_bos_mask=False, optimizer_routing="banks")
+    ours = hessians_of(model, rows, 0, 3, run)
+    parts = {name: torch.stack([b.get_parameter(f"{name}.weight") for b in model.blocks])
+             for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
+    qo, kv = (torch.cat([parts[f"attn.{a}"], parts[f"attn.{b}"]]).detach()
+              for a, b in (("c_q", "proj"), ("c_k", "c_v")))
+    up, down = parts["mlp.fc"].detach(), parts["mlp.proj"].detach()
+    inputs: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        inputs.setdefault(name, []).append(x.detach().flatten(0, 1))
+        return x
+
+    norm, L = train_gpt.rms_norm, 4
+    for batch in range(3):
+        ids = rows.batch(8 * batch, 8)[0]
+        x = norm(model.tok_emb(ids) + model.bigram(ids))
+        x = x0 = model.smear(x, ids)
+        c, outputs = model.context(ids, x0), []
+        for n, block in enumerate(model.blocks):
+            if n >= 2:
+                x = x + model.skip_weights[n - 2] * outputs[3 - n]
+            m0, m1 = block.resid_mix
+            u = m0 * x + m1 * x0
+            read = m0 * outputs[2] + m1 * x0 if n > 2 else u
+            h = keep(f"blocks.{n}.attn.c_q", norm(read) * block.depth_scale)
+            v = h @ kv[L + n].T + c.extra_v.get(n, 0.0)
+            q, k, v = (y.unflatten(-1, (-1, cfg.head_dim)) for y in
+                       (h @ qo[n].T, h @ kv[n].T, v))
+            q = train_gpt.rotate(norm(q), c.rotation) * block.attn.q_gain[:, None]
+            y = train_gpt.sdpa_attention(q, train_gpt.rotate(norm(k), c.rotation), v)
+            y = keep(f"blocks.{n}.attn.proj", block.attn.xsa(y, v).flatten(2))
+            x = u + block.attn_scale * (y @ qo[L + n].T)
+            h = keep(f"blocks.{n}.mlp.fc", norm(x) * block.depth_scale)
+            h = keep(f"blocks.{n}.mlp.proj",
+                     torch.nn.functional.leaky_relu(h @ up[n].T, 0.5).square())
+            x = x + block.mlp_scale * (h @ down[n].T)
+            outputs.append(x)
+    for name, parts_of in inputs.items():
+        X = torch.cat(parts_of).double()
+        torch.testing.assert_close(ours[name].double(), X.T @ X / len(X), rtol=1e-3, atol=1e-4)
+    assert inputs.keys() == {name for name in ours if name.startswith("blocks")}
+
+
+def test_rows_drawn_by_the_model_follow_its_distribution() -> None:
+    """At temperature 0.8, each token from all before it, the same for the same seed."""
+    cfg = Config(**{**SIZES, "vocab_size": 8})
+    model = random_model(cfg, dtype=torch.float32)
+    drawn = torch.cat([sample_rows(model, 3, seed, torch.device("cpu")) for seed in range(400)])
+    assert torch.equal(drawn[:8], sample_rows(model, 3, 0, torch.device("cpu")))
+    assert (drawn[:, 0] == 1).all()
+    with torch.no_grad():
+        for given in (torch.tensor([[1]]), torch.tensor([[1, int(drawn[:, 1].mode()[0])]])):
+            width = given.size(1)
+            mine = drawn[(drawn[:, :width] == given).all(1)][:, width]
+            p = (model.logits(model.hidden(given))[0, -1] / 0.8).softmax(-1)
+            expected = p * len(mine)
+            likely = expected > 5
+            counts = torch.bincount(mine, minlength=8)
+            chi2 = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+            assert chi2 < 4 * int(likely.sum()) + 12
+
+
+def test_self_generated_calibration_touches_no_data(calibrated) -> None:
+    cfg, model, _, run = calibrated(gptq_calib="selfgen", gptq_calib_batches=2, train_seq_len=8,
+                                    max_wallclock_seconds=0.0)
+    hessians = train_gpt.calibrate(model, None, 5, run)
+    ids = torch.cat([sample_rows(model, 8, cfg.seed + n, run.device) for n in range(2)])
+    expected = collect_hessians(model, lambda n: ids, 1, math.inf, run)
+    for name, H in hessians.items():
+        torch.testing.assert_close(H, expected[name], rtol=1e-3, atol=1e-4)
+    assert run.calibration_tokens == 2 * 8 * 8
+    assert run.training_clock.elapsed() == 0.0
+
+
+def test_rounding_to_nearest_needs_no_calibration(calibrated) -> None:
+    cfg, model, _, run = calibrated(gptq_variant="off")
+    assert train_gpt.calibrate(model, None, 5, run) == {}
+    assert train_gpt.calibration_reserve(1.0, run) == 0.0
+    stored = quantize(model, {}, run)
+    W = model.get_parameter("blocks.0.mlp.fc.weight").detach()
+    assert torch.equal(stored["blocks.0.mlp.fc.weight"].values, nearest_of(W, 6).values)
+
+
+def test_calibration_stops_before_its_deadline(calibrated) -> None:
+    _, model, rows, run = calibrated()
+    batches: list[int] = []
+
+    def batch_of(n: int) -> Tensor:
+        batches.append(n)
+        return rows.batch(0, 8)[0]
+
+    with run.training_clock.running():
+        collect_hessians(model, batch_of, 1000, run.training_clock.elapsed() + 0.3, run)
+        assert 1 <= len(batches) < 1000

@@ -146,3 +146,30 @@ def test_a_run_ends_at_its_first_limit() -> None:
     assert len(imagine(clocked(iterations=30), lambda n: 0.7)) == 30
     assert len(imagine(stepped(), lambda n: 1e6)) == 100
     assert len(imagine(stepped(iterations=1), lambda n: 1.0)) == 1
+
+
+def test_mile_fades_to_cross_entropy_at_its_rate_scale() -> None:
+    moments = imagine(stepped(warmdown_iters=100, mile_gamma=1.1), lambda n: 1.0)
+    for moment in moments:
+        expected = 1.1 * max(moment.lr_scale - 0.15, 0.0) / 0.85
+        assert moment.mile_gamma == pytest.approx(expected)
+    assert moments[0].mile_gamma == pytest.approx(1.1)
+    assert moments[-1].mile_gamma == 0.0
+    assert all(moment.mile_gamma == 0.0 for moment in imagine(stepped(), lambda n: 1.0))
+
+
+@pytest.mark.parametrize(("every", "start", "count"), [
+    (1, 0.4, 16), (5, 0.4, 4), (7, 0.2, 1), (50, 0.01, 0), (1, 1.0, 39)])
+def test_snapshots_come_every_so_often_below_their_rate_scale(every: int, start: float,
+                                                              count: int) -> None:
+    """Counted in finished steps: step n has scale (100 - n) / 40 before it."""
+    moments = imagine(stepped(swa_every=every, swa_start_frac=start), lambda n: 1.0)
+    taken = [n + 1 for n, moment in enumerate(moments) if moment.snapshot]
+    naive = [n for n in range(1, 101) if min(1, (101 - n) / 40) < start and n % every == 0]
+    assert taken == naive
+    assert len(taken) == pytest.approx(count, abs=1)
+
+
+def test_qat_that_is_always_on_and_never() -> None:
+    assert all(moment.qat for moment in imagine(stepped(qat_mode="always"), lambda n: 1.0))
+    assert not any(moment.qat for moment in imagine(stepped(qat_mode="off"), lambda n: 1.0))

@@ -226,3 +226,120 @@ def test_ranks_share_the_rows_of_a_step(setting) -> None:
             assert [row for first, count in parts for row in range(first, first + count)] == list(
                 range(6))
             assert all(1 <= count <= (at_once or 6) for _, count in parts)
+
+
+# What the published systems chose otherwise
+
+
+def naive_mile(setting, gamma: float, least: float) -> tuple[dict[str, Tensor], float]:
+    """Gradient and value of sum(w nats) / sum(w) over the batch of step 2, weights held fixed."""
+    _, model, rows, _ = setting()
+    ids, targets = rows.batch(12, 6)
+    logits = model.logits(model.hidden(ids))
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    w = (1 - (-entropy).exp()).pow(gamma).clamp(min=least)
+    nats = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    loss = (w * nats).sum() / w.sum()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, loss.item()
+
+
+@pytest.mark.parametrize("rows_at_once", [0, 1, 4])
+@pytest.mark.parametrize(("gamma", "least"), [(1.1, 0.1), (3.0, 0.6), (0.0, 0.1)])
+def test_mile_divides_by_the_weights_of_the_whole_batch(setting, gamma: float, least: float,
+                                                        rows_at_once: int) -> None:
+    moment = Moment(1.0, 0.9, False, False, mile_gamma=gamma)
+    recorder, stats = gradients(setting, moment, micro_batch_seqs=rows_at_once, mile_gamma=1.1,
+                                mile_clamp_min=least, grad_clip_norm=0.0)
+    expected, loss = naive_mile(setting, gamma, least)
+    assert float(stats[0]) == pytest.approx(loss, rel=1e-4)
+    for name, gradient in recorder.gradients.items():
+        largest = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-4 * (1 + largest))
+
+
+def test_mile_is_summed_over_ranks(setting) -> None:
+    """Two ranks' contributions, added up by hand, give the one process's step."""
+    moment = Moment(1.0, 0.9, False, False, mile_gamma=1.1)
+    whole, stats = gradients(setting, moment, mile_gamma=1.1, grad_clip_norm=0.0)
+    shares: list[list[Tensor]] = []
+    for rank in range(2):
+        cfg, model, rows, _ = setting(mile_gamma=1.1, grad_clip_norm=0.0)
+        run = Run(cfg, rank, 2, torch.device("cpu"))
+        run.add_up = lambda tensors: shares.append([t.clone() for t in tensors])
+        train_step(training_nats, model, [Recorder(route_parameters(cfg, model))], rows, 2, moment,
+                   run)
+    loss, weight, *grads = (a + b for a, b in zip(*shares, strict=True))
+    assert float(loss / weight) == pytest.approx(float(stats[0]), rel=1e-6)
+    for name, grad in zip(dict(model.named_parameters()), grads, strict=True):
+        torch.testing.assert_close(grad / weight[0], whole.gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_each_rank_clips_its_own_mean(setting) -> None:
+    """Rank 1 of 2 has the last three of six rows; what it adds up is half its clipped mean."""
+    bound = 0.05
+    cfg, model, rows, _ = setting(clip_before_reduce=True, grad_clip_norm=bound)
+    shares: list[list[Tensor]] = []
+    run = Run(cfg, 1, 2, torch.device("cpu"))
+    run.add_up = lambda tensors: shares.append([t.clone() for t in tensors])
+    train_step(training_nats, model, [Recorder(route_parameters(cfg, model))], rows, 2, MOMENT, run)
+    reference = setting()[1]
+    reference(*rows.batch(15, 3))[0].mean().backward()
+    total = nn.utils.clip_grad_norm_(reference.parameters(), bound)
+    assert float(total) > 2 * bound
+    for p, share in zip(reference.parameters(), shares[0][2:], strict=True):
+        torch.testing.assert_close(share, p.grad / 2, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", ["ema", "swa", "swa_of_ema", "none"])
+def test_averages_are_those_of_a_naive_loop(setting, mode: str) -> None:
+    cfg, model, _, run = setting(avg_mode=mode, ema_decay=0.7)
+    averages, torch_seed = train_gpt.Averages(model, cfg), torch.manual_seed(0)
+    ema = {name: p.double() for name, p in weights(model).items()}
+    snapshots: list[dict[str, Tensor]] = []
+    for step in range(6):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=torch_seed))
+        ema = {name: 0.7 * ema[name] + 0.3 * p for name, p in weights(model).items()}
+        averages.update(snapshot=step in (2, 3, 5))
+        if step in (2, 3, 5):
+            snapshots.append(ema if mode == "swa_of_ema" else weights(model))
+    mean = {name: sum(s[name].double() for s in snapshots) / 3 for name in ema}
+    expected = {"ema": ema, "swa": mean, "swa_of_ema": mean, "none": weights(model)}[mode]
+    for name, p in weights(averages.result(run)).items():
+        assert p.dtype == torch.float32
+        torch.testing.assert_close(p.double(), expected[name].double(), rtol=0, atol=1e-5)
+
+
+def test_without_a_snapshot_swa_falls_back(setting, capsys) -> None:
+    for mode, expected in (("swa", "model"), ("swa_of_ema", "ema")):
+        cfg, model, _, run = setting(avg_mode=mode, ema_decay=0.7)
+        averages = train_gpt.Averages(model, cfg)
+        averages.update(snapshot=False)
+        assert averages.result(run) is (model if expected == "model" else averages.ema.module)
+    assert "swa:applying" not in capsys.readouterr().out
+
+
+def test_the_ledger_counts_what_acted(setting, capsys) -> None:
+    """Five steps, the last three in the warmdown: scales 1, 1, 1, 2/3, 1/3."""
+    run = trained(setting, avg_mode="swa", swa_start_frac=0.7, swa_every=1, mile_gamma=1.1,
+                  qat_mode="always")[2]
+    assert dict(run.activity) == {"always_qat": 5, "warmdown": 2, "momentum_ramp": 4, "mile": 5,
+                                  "swa": 2}
+    assert dict(run.occasions) == dict.fromkeys(run.activity, 5)
+    out = capsys.readouterr().out
+    assert "swa:start step:4" in out
+    assert "swa:applying averaged 2 checkpoints" in out
+    assert "always_qat:enabled step:0" in out
+    silent = trained(setting, avg_mode="swa", swa_every=100)[2]
+    train_gpt.log_activity(silent)
+    assert "warning: swa was configured and never acted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("calib", "reason"), [("train_after_cap", True), ("train", False),
+                                               ("selfgen", False)])
+def test_training_data_after_the_budget_is_not_eligible(calib: str, reason: bool) -> None:
+    reasons = train_gpt.static_ineligibility(Config(gptq_calib=calib))
+    assert any("GPTQ_CALIB" in text for text in reasons) == reason
