@@ -13,7 +13,7 @@ import pytest
 from conftest import TinyData
 from jobs import TRAINER, environment, events, launch, snapshot, tiny_job
 
-from train_gpt import Config, main
+from train_gpt import PRESETS, Config, main
 
 STEPS = 20
 
@@ -282,3 +282,77 @@ def test_a_run_that_diverges_stops_and_names_step_and_tensors(
     assert "FloatingPointError" in (tmp_path / "diverges" / "log.txt").read_text().splitlines()[-1]
     assert 1 < int(re.search(r"step (\d+)", line)[1]) < STEPS
     assert "artifact.bin" not in snapshot(tmp_path / "diverges")
+
+
+# The published systems
+
+OF_A_SYSTEM = ("NUM_LAYERS", "XSA_LAST_N", "VE_LAYERS", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM",
+               "VE_DIM")
+
+
+def system_job(system: str, data: TinyData, runs_dir: Path, **changed: str) -> dict[str, str]:
+    """A tiny run of a published system, its layers and techniques kept."""
+    job = tiny_job(data, runs_dir, system, PRESET=f"{system},mini", MODEL_DIM="32", NUM_HEADS="2",
+                   NUM_KV_HEADS="1", ROPE_DIMS="16" if system == "pr295" else "8", LOADER="shuffled",
+                   SWA_EVERY="2", TTT_EPOCHS="1", ITERATIONS="12")
+    return {**{k: v for k, v in job.items() if k not in OF_A_SYSTEM}, **changed}
+
+
+@pytest.mark.parametrize("system", [name for name in PRESETS if name != "mini"])
+def test_a_published_system_trains_exports_and_scores(
+        system: str, tiny_data: TinyData, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """Every technique it schedules acts, and the score is repeated from the artifact alone."""
+    job = system_job(system, tiny_data, tmp_path)
+    assert main_job(job) == 0
+    folder, (final,) = tmp_path / system, events(tmp_path / system, "final")
+    activity = {e["name"]: e["steps"] for e in events(folder, "activity")}
+    techniques = {
+        "pr1361": {"late_qat", "ema"}, "pr569": {"late_qat", "ema"},
+        "pr703": {"late_qat", "ema", "mile"}, "pr334": {"swa", "ttt"},
+        "pr295": {"always_qat", "swa"}}[system] | {"warmdown", "momentum_ramp"}
+    assert activity.keys() == techniques
+    assert all(activity.values()), activity
+    assert "never acted" not in capsys.readouterr().out
+    scores = {e["name"]: e for e in events(folder, "eval")}
+    published = Config.from_env(job)[0].sliding
+    assert (f"artifact_{published}" in scores) == (published != "cover")
+    assert {name for name, e in scores.items() if not e["legal"]} == (
+        {"artifact_sliding_train_then_score"} if system == "pr334" else set())
+    assert final["val_bpb"] == scores["artifact_sliding"]["val_bpb"]
+    if system == "pr334":
+        assert scores["artifact_sliding_train_then_score"]["val_bpb"] != final["val_bpb"]
+        assert "no legal score follows" in (folder / "log.txt").read_text()
+    with environment(DATA_PATH=str(tiny_data.data_path),
+                     TOKENIZER_PATH=str(tiny_data.tokenizer_path)):
+        assert main(["--eval", str(folder / "artifact.bin")]) == 0
+    assert f"val_bpb:{final['val_bpb']:.8f} " in capsys.readouterr().out
+
+
+def test_adaptation_to_scored_text_is_the_headline_and_is_repeated(
+        tiny_data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tiny_job(tiny_data, tmp_path, "ttt", TTT_MODE="score_first", TTT_CHUNK_TOKENS="512",
+                   TTT_FREEZE_BLOCKS="1", TTT_LR="0.05", ITERATIONS="8", CODEC="lzma")
+    assert main_job(job) == 0
+    folder, (final,) = tmp_path / "ttt", events(tmp_path / "ttt", "final")
+    scores = {e["name"]: e["val_bpb"] for e in events(folder, "eval")}
+    assert final["val_bpb"] == scores["artifact_sliding"] < scores["artifact_sliding_no_ttt"]
+    assert "legal_ttt_exact" in (folder / "log.txt").read_text()
+    with environment(DATA_PATH=str(tiny_data.data_path),
+                     TOKENIZER_PATH=str(tiny_data.tokenizer_path)):
+        assert main(["--eval", str(folder / "artifact.bin")]) == 0
+    assert f"val_bpb:{final['val_bpb']:.8f} " in capsys.readouterr().out
+
+
+def test_adaptation_on_several_processes_ends_with_the_same_score(
+        tiny_data: TinyData, tmp_path: Path) -> None:
+    """Three processes, two rows a chunk: one has none and must not keep the others waiting."""
+    ttt = {"TTT_MODE": "score_first", "TTT_CHUNK_TOKENS": "128", "TTT_FREEZE_BLOCKS": "0",
+           "TTT_LR": "0.02", "TTT_EPOCHS": "1", "ITERATIONS": "4", "MICRO_BATCH_SEQS": "1"}
+    one, three = (finish(tiny_data, tmp_path, n, **ttt) for n in (0, 3))
+    assert (one.exit_code, three.exit_code) == (0, 0), three.err
+    scores = [events(run.folder, "final")[0]["val_bpb"] for run in (one, three)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    acted = [next(e for e in events(run.folder, "activity") if e["name"] == "ttt")["steps"]
+             for run in (one, three)]
+    assert acted[0] == acted[1] > 3
