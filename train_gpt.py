@@ -232,8 +232,8 @@ class Config:
             (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
             (all(layer < self.num_layers for layer in self.value_layers),
              "VE_LAYERS names a layer beyond NUM_LAYERS"),
-            (self.backout_mode != "cache" or self.cache_layer < self.num_layers - 1,
-             "CACHE_LAYER leaves no later layer of NUM_LAYERS; use another BACKOUT_MODE"),
+            (self.backout_layer < self.num_layers - 1,
+             "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps"),
             (self.train_batch_tokens % self.train_seq_len == 0,
              "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
@@ -348,14 +348,15 @@ MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header ma
 # What all five published systems share: no masks at document starts, text in stream order, the
 # last short validation row dropped.
 PUBLISHED = {"loader": "sequential", "smear_bos_mask": False, "bigram_bos_mask": False,
-             "eval_truncate": True, "train_log_every": 500}
+             "eval_truncate": True}
 
 PRESETS: dict[str, dict] = {
     # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
     # #1361: its SWA was computed and never applied, so it is not computed here.
     "pr1361": PUBLISHED | {
         "warmdown_iters": 3200, "qat_targets": "linears", "gptq_variant": "simple",
-        "gptq_calib_batches": 64, "eval_stride": 32, "sliding": "published_s1",
+        "gptq_actorder": False, "gptq_calib_batches": 64, "eval_stride": 32,
+        "sliding": "published_s1", "attention": "sdpa",
     },
     # #569: its SWA was never applied; its pruning threshold was 0, here 2 % are pruned.
     "pr569": PUBLISHED | {
@@ -382,7 +383,7 @@ PRESETS: dict[str, dict] = {
         "warmdown_iters": 3000, "avg_mode": "swa", "swa_every": 1, "qat_mode": "off",
         "bits": "mlp:5,attn:5,emb:8,aux:8", "q_scale_floor": "tiny", "gptq_variant": "off",
         "clip_search": "absmax", "sliding": "published_s3", "ttt_mode": "train_then_score",
-        "ttt_grad_clip": 0.0, "ttt_batch_seqs": 1, "compile": "0",
+        "ttt_grad_clip": 0.0, "ttt_batch_seqs": 1, "compile": "0", "attention": "sdpa",
     },
     "pr295": PUBLISHED | {
         "num_layers": 10, "mlp_act": "relu2", "rope_dims": 64, "rope_ntk_ref": 2048,
@@ -392,7 +393,7 @@ PRESETS: dict[str, dict] = {
         "tied_embed_lr": 0.03, "adam_wd": 0.01, "warmdown_iters": 3000, "avg_mode": "swa",
         "qat_mode": "always", "q_scale_floor": "tiny", "gptq_variant": "off",
         "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
-        "clip_search": "absmax", "prune_frac": 0.08,
+        "clip_search": "absmax", "prune_frac": 0.08, "attention": "sdpa",
     },
     # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
     # are of the system's own value.

@@ -152,6 +152,8 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
     ({"BITS": "mlp:6,attn:6,emb:8,aux:8,blocks.3.attn.c_x:8"}, ["blocks.3.attn.c_x:8", "a tensor"]),
     ({"BITS": "mlp:6,attn:6,emb:8,aux:8,blocks.11.attn.c_k:8"}, ["BITS=", "NUM_LAYERS=11"]),
     ({"BACKOUT_MODE": "cache", "CACHE_LAYER": "10"}, ["CACHE_LAYER=10", "NUM_LAYERS=11"]),
+    ({"BACKOUT_MODE": "mid", "NUM_LAYERS": "2", "XSA_LAST_N": "1", "VE_LAYERS": "0"},
+     ["BACKOUT_MODE=mid", "NUM_LAYERS=2"]),
     ({"CACHE_LAYER": "-1"}, ["CACHE_LAYER=-1", "0 <= value"]),
     ({"TTT_MODE": "score_first", "EVAL_STRIDE": "0"}, ["TTT_MODE=score_first", "EVAL_STRIDE"]),
     ({"TTT_MODE": "score_first", "TTT_FREEZE_BLOCKS": "11"},
