@@ -33,7 +33,6 @@ V vocabulary, N tokens of a stream. Linear weights are (out, in).
 import contextlib
 import difflib
 import functools
-import glob
 import hashlib
 import json
 import lzma
@@ -41,8 +40,6 @@ import math
 import os
 import re
 import resource
-import secrets
-import statistics
 import struct
 import sys
 import time
@@ -97,8 +94,7 @@ class Config:
     artifact_limit_bytes: int = knob(16_000_000, (1, 1 << 40), "Code plus artifact, decimal bytes.")
 
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", (), "Folder of the shards.")
-    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", (),
-        "SentencePiece model the shards were made with.")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", (), "Of the shards.")
     loader: str = knob("shuffled", ("shuffled", "sequential"), "Order of training rows.")
 
     vocab_size: int = knob(1024, (4, 65536), "Pieces of the tokenizer.")
@@ -221,8 +217,7 @@ class Config:
         """Raise Refusal for settings that contradict each other, with the values of those named."""
         for holds, complaint in (
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
-            (self.num_heads % self.num_kv_heads == 0,
-             "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
+            (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
             (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
              f"ROPE_DIMS must be even and at most the head width {self.head_dim}"),
             (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
@@ -333,11 +328,10 @@ GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
 
 def settings_of(group: str) -> list[str]:
     """Names of the settings under a heading of GROUPS."""
-    heading, names = "", []
-    for f in fields(Config):
-        heading = GROUPS.get(f.name, heading)
-        names += [f.name] * (heading == group)
-    return names
+    names = [f.name for f in fields(Config)]
+    starts = sorted(map(names.index, GROUPS)) + [len(names)]
+    first = names.index(next(name for name in GROUPS if GROUPS[name] == group))
+    return names[first : starts[starts.index(first) + 1]]
 
 
 ROLES = ("mlp", "attn", "emb", "aux")
@@ -579,6 +573,7 @@ class Run:
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
     compiled = property(lambda self: self.cfg.compile == "1" or (
         self.cfg.compile == "auto" and self.device.type == "cuda"))
+    adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
 
     def agree(self, value: float) -> float:
         """Rank 0's value, on every rank."""
@@ -639,7 +634,7 @@ class Run:
     def open_folder(self) -> None:
         """Make runs/<RUN_ID>/ with settings and source; raises Refusal if it exists already."""
         now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        name, taken = self.cfg.run_id or f"{now}-{secrets.token_hex(3)}", 0.0
+        name, taken = self.cfg.run_id or f"{now}-{os.urandom(3).hex()}", 0.0
         folder = Path(self.cfg.runs_dir, name)
         if self.is_main:
             try:
@@ -717,14 +712,9 @@ def write_file(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def sha256_of(*paths: Path) -> str:
-    """sha256 of the files' contents, one after another, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # =================================================================================================
@@ -768,7 +758,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
 
 def shard_paths(folder: str, split: str) -> list[Path]:
     """The shards of a split in order; raises Refusal if there are none."""
-    paths = [Path(p) for p in sorted(glob.glob(f"{glob.escape(folder)}/fineweb_{split}_*.bin"))]
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; make the data with "
                       "data/prepare.py, or point DATA_PATH at it")
@@ -1324,11 +1314,11 @@ def initialize(model: GPT, cfg: Config) -> None:
 # of the norm upward end within 0.68 to 1.21 after five steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
 MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
 
-BLOCK_GAINS = r"blocks\.\d+\.(attn\.(q_gain|vr_lambda)|attn_scale|mlp_scale|resid_mix)"
-OTHER_GAINS = r"skip_weights|smear\.gate|(bigram|ve_shared)\.scale|backout_lambda|" \
-              r"(ve_layer_scales|vrl_alphas)\.\d+"
+GAINS = r"blocks\.\d+\.(attn\.(q_gain|vr_lambda)|attn_scale|mlp_scale|resid_mix)|skip_weights|" \
+        r"smear\.gate|(bigram|ve_shared)\.scale|backout_lambda|(ve_layer_scales|vrl_alphas)\.\d+"
 AUXILIARY = r"(bigram|ve_shared)\.proj\.weight"
 # Rows that OPTIMIZER_ROUTING puts before the common ones.
 ROUTES_FIRST = {
@@ -1345,8 +1335,7 @@ ROUTES = (
     (r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight", "muon", "matrix_lr",     "muon_wd"),
     (r"blocks\.\d+\.mlp\.(fc|proj)\.weight",           "muon", "matrix_lr",     "muon_wd"),
     (AUXILIARY,                                         "muon", "matrix_lr",     "muon_wd"),
-    (BLOCK_GAINS,                                       "adam", "scalar_lr",     "adam_wd"),
-    (OTHER_GAINS,                                       "adam", "scalar_lr",     "adam_wd"),
+    (GAINS,                                             "adam", "scalar_lr",     "adam_wd"),
 )
 
 
@@ -1379,9 +1368,6 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
-
-
-MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
 
 
 def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
@@ -1502,7 +1488,7 @@ class Schedule:
     def typical_step(self) -> float:
         """Median seconds of recent steps; 0 until enough are known."""
         known = len(self.step_seconds) >= self.STEPS_TIMED[0]
-        return statistics.median(self.step_seconds) if known else 0.0
+        return float(np.median(self.step_seconds)) if known else 0.0
 
     def at(self, step: int, seconds: float) -> Moment:
         """The schedules before step `step` (from 0), `seconds` into training."""
@@ -1537,11 +1523,13 @@ class Schedule:
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
 
-def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor, qat: bool,
+def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
+                  grids: dict[str, int] | None = None,
                   mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Nats of each target and its weight in the loss (B, T); with `qat`, as export would see it."""
+    """Nats of each target and its weight in the loss (B, T), QAT rounding weights to `grids`."""
     given = (input_ids, target_ids, mile_gamma)
-    return torch.func.functional_call(model, fake_quantized(model), given) if qat else model(*given)
+    return torch.func.functional_call(model, fake_quantized(model, grids), given) if grids \
+        else model(*given)
 
 
 def make_forward(run: Run) -> Forward:
@@ -1575,9 +1563,10 @@ def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRow
     cfg, groups = run.cfg, [group for opt in optimizers for group in opt.param_groups]
     loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
     gamma = torch.tensor(moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
+    grids = qat_grids(model) if moment.qat else None
     for first, count in micro_batches(cfg, run):
         input_ids, target_ids = rows.batch(step * cfg.rows_per_step + first, count)
-        nats, weights = forward(model, run.put(input_ids), run.put(target_ids), moment.qat, gamma)
+        nats, weights = forward(model, run.put(input_ids), run.put(target_ids), grids, gamma)
         part = (weights * nats).sum() / cfg.train_batch_tokens
         part.backward()
         loss += part.detach()
@@ -1627,32 +1616,34 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(before[name])
-    ids = torch.full((cfg.eval_batch_seqs, cfg.eval_seq_len), BOS, device=run.device)
-    first_rows = rows.batch(0, CALIBRATION_ROWS)[0]
-    return (run.agree(timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf,
-                                                     run))),
-            run.agree(timed(lambda: forward(model, ids, ids, False)[0].sum().item())))
 
+    def blank(rows: int) -> tuple[Tensor, Tensor]:  # not one tensor twice: that compiles anew
+        return torch.full((2, rows, cfg.eval_seq_len), BOS, device=run.device).unbind()
 
-@torch.no_grad()
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of the second of two calls, so that compilation and first use are left out."""
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    @torch.no_grad()
+    def timed(work: Callable[[], object]) -> float:  # the second of two calls, all compiled
+        work()
+        start = time.perf_counter()
+        work()
+        return run.agree(time.perf_counter() - start)
+
+    if cfg.ttt_mode != "off":
+        forward(model, *blank(run.adaptation_rows))[0].sum().backward()
+        model.zero_grad(set_to_none=True)
+    first_rows, evaluated = rows.batch(0, CALIBRATION_ROWS)[0], blank(cfg.eval_batch_seqs)
+    return (timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf, run)),
+            timed(lambda: forward(model, *evaluated)[0].sum().item()))
 
 
 class Averages:
     """The weight averages of AVG_MODE: EMA, mean of snapshots (SWA), or SWA of the EMA."""
 
     def __init__(self, model: GPT, cfg: Config) -> None:
-        self.model, self.ema, self.swa = model, None, None
+        self.model, self.ema = model, None
         if "ema" in cfg.avg_mode:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
             self.ema.n_averaged.fill_(1)  # it starts at the initial weights, not at step 1's
-        if "swa" in cfg.avg_mode:
-            self.swa = AveragedModel(model)
+        self.swa = AveragedModel(model) if "swa" in cfg.avg_mode else None
 
     def update(self, snapshot: bool) -> None:
         if self.ema is not None:
@@ -1679,7 +1670,7 @@ def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation,
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     averages = Averages(model, cfg)
     schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
-    matrices = len(fake_quantized(model))
+    matrices = len(qat_grids(model))
     step, pending, before = 0, None, Moment(1.0, 0.0, False, False)
     bar = run.progress("training", total=cfg.iterations if cfg.step_driven else schedule.budget,
                        unit="step" if cfg.step_driven else "s")
@@ -1812,26 +1803,36 @@ def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
     return (clip / levels).clamp_min(1.0 / levels if floor == "inv_clip" else TINY_STEP)
 
 
-def qat_linears(model: GPT) -> Iterator[tuple[str, Tensor, int]]:
-    """Name, weight and bits (6 for what is stored as fp16) of each linear that QAT reaches."""
+def qat_grids(model: GPT) -> dict[str, int]:
+    """Name and bits (6 for what is stored as fp16) of each linear weight that QAT reaches."""
+    grids = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name != "lm_head":
             bits = bits_of(model.cfg, f"{name}.weight", module.weight)
             if {"stored": bits, "linears": True, "aux": not name.startswith("blocks.")}[
                     model.cfg.qat_targets]:
-                yield f"{name}.weight", module.weight, bits or 6
+                grids[f"{name}.weight"] = bits or 6
+    return grids
 
 
-def fake_quantized(model: GPT) -> dict[str, Tensor]:
-    """The linear weights that QAT reaches, on their grid, gradients passing through.
+def row_quantile(x: Tensor, q: float) -> Tensor:
+    """torch.quantile of rows, (r, c) -> (r, 1), by the few largest: quick, and it compiles."""
+    place = q * (x.size(1) - 1)
+    top = x.topk(x.size(1) - int(place), dim=1).values
+    return torch.lerp(top[:, -1:], top[:, -2:][:, :1], place - int(place))
+
+
+def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
+    """The weights of `grids` rounded to so many bits, gradients passing through.
 
     W' = clamp(round(W / s)) s, dW' / dW = 1, s from the row's QAT_CLIP.
     """
     seen = {}
-    for name, weight, bits in qat_linears(model):
+    for name, bits in grids.items():
+        weight = model.get_parameter(name)
         levels, magnitude = largest_integer(bits), weight.detach().abs()
-        clip = torch.quantile(magnitude, QAT_QUANTILE, dim=1, keepdim=True) \
-            if model.cfg.qat_clip == "quantile" else magnitude.amax(dim=1, keepdim=True)
+        clip = row_quantile(magnitude, QAT_QUANTILE) if model.cfg.qat_clip == "quantile" \
+            else magnitude.amax(dim=1, keepdim=True)
         scale = row_scales(clip, levels, model.cfg.q_scale_floor)
         grid = torch.round(weight.detach() / scale).clamp(-levels, levels) * scale
         seen[name] = weight + (grid - weight.detach())
@@ -1980,13 +1981,12 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
                               device=run.device) for name in map(hessian_source, linears)}
     seen = torch.zeros(1, device=run.device)
 
-    def observe(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].flatten(0, -2).float()
-            sums[name].addmm_(x.T, x)
-        return hook
+    def observe(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        sums[name].addmm_(x.T, x)
 
-    hooks = [linears[name].register_forward_pre_hook(observe(name)) for name in sums]
+    hooks = [linears[name].register_forward_pre_hook(functools.partial(observe, name))
+             for name in sums]
     mine = range(run.rank, num_batches, run.world_size)
     for batch in run.progress("calibrating", iterable=mine, unit="batch"):
         start = run.training_clock.elapsed()
@@ -2368,6 +2368,11 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
     return np.stack([starts, firsts, ends], axis=1)
 
 
+def padded(spans: np.ndarray, count: int) -> np.ndarray:
+    """The windows `spans` and, up to `count`, some that score nothing: batches of one shape."""
+    return np.concatenate([spans, np.zeros((count - len(spans), 3), spans.dtype)])
+
+
 def window_batch(val: Validation, rows: np.ndarray, num_targets: int, seq_len: int) -> tuple:
     """Input ids, target ids, scored mask, bytes of the windows `rows`: (B, T) each."""
     at = rows[:, :1] + np.arange(seq_len)
@@ -2387,13 +2392,12 @@ def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarr
     """
     cfg, num_targets = run.cfg, val.num_targets(run.cfg)
     num_batches = -(-len(spans) // cfg.eval_batch_seqs)
-    unscored = np.repeat(spans[-1:] * [1, 0, 0], num_batches * cfg.eval_batch_seqs - len(spans), 0)
-    batches = np.concatenate([spans, unscored]).reshape(num_batches, cfg.eval_batch_seqs, 3)
+    batches = padded(spans, num_batches * cfg.eval_batch_seqs).reshape(num_batches, -1, 3)
     sums = torch.zeros(num_batches, 3, dtype=torch.float64)
     for index in range(run.rank, num_batches, run.world_size):
         input_ids, target_ids, scored, num_bytes = window_batch(
             val, batches[index], num_targets, cfg.eval_seq_len)
-        nats, _ = forward(model, run.put(input_ids), run.put(target_ids), False)
+        nats, _ = forward(model, run.put(input_ids), run.put(target_ids))
         sums[index] = torch.stack([(nats.cpu().double() * scored).sum(),
                                    scored.sum().double(), (num_bytes * scored).sum().double()])
         bar.update(run.world_size)
@@ -2432,9 +2436,7 @@ class Adapter:
         frozen = tuple(f"blocks.{layer}." for layer in range(cfg.ttt_freeze_blocks))
         if cfg.ttt_mode == "train_then_score":
             frozen += ("tok_emb.", "bigram.", "smear.")
-        for name, p in model.named_parameters():
-            p.requires_grad_(not name.startswith(frozen))
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.forward, self.model, self.val, self.run, self.seconds = forward, model, val, run, 0.0
 
@@ -2466,17 +2468,16 @@ class Adapter:
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
                 break
             batch = rows[at : at + cfg.ttt_batch_seqs]
-            mine = batch[run.rank :: run.world_size]
-            if len(mine):
-                ids, targets, learned, _ = map(run.put, window_batch(self.val, mine, num_targets,
-                                                                     cfg.eval_seq_len))
-                nats, _ = self.forward(self.model, ids, targets, False)
-                ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
+            mine = padded(batch[run.rank :: run.world_size], run.adaptation_rows)
+            ids, targets, learned, _ = map(run.put, window_batch(self.val, mine, num_targets,
+                                                                 cfg.eval_seq_len))
+            nats, _ = self.forward(self.model, ids, targets)
+            ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
             reduce_gradients(self.parameters, [], run)
             if cfg.ttt_grad_clip:
                 torch.nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             steps += 1
         return steps
 
@@ -2724,7 +2725,7 @@ def schedule_dates(cfg: Config) -> Iterator[str]:
 
 def locate_validation(cfg: Config, header: dict) -> Config:
     """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
-    for folder in (cfg.data_path, *sorted(glob.glob("data/datasets/*"))):
+    for folder in (cfg.data_path, *sorted(Path("data/datasets").glob("*"))):
         with contextlib.suppress(Refusal):
             hashes = read_sidecar(folder)["val_shards"]
             if fingerprint_of([hashes[name] for name in sorted(hashes)]) == header["validation"]:
@@ -2732,9 +2733,9 @@ def locate_validation(cfg: Config, header: dict) -> Config:
     else:
         raise Refusal(f"no validation split with fingerprint {header['validation'][:12]} in "
                       f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py")
-    for tokenizer in (cfg.tokenizer_path, *sorted(glob.glob("data/tokenizers/*.model"))):
+    for tokenizer in (cfg.tokenizer_path, *sorted(Path("data/tokenizers").glob("*.model"))):
         if Path(tokenizer).is_file() and sha256_of(Path(tokenizer)) == header["tokenizer"]:
-            return replace(cfg, data_path=folder, tokenizer_path=tokenizer)
+            return replace(cfg, data_path=str(folder), tokenizer_path=str(tokenizer))
     raise Refusal(f"no tokenizer with sha256 {header['tokenizer'][:12]} at "
                   f"TOKENIZER_PATH={cfg.tokenizer_path} or in data/tokenizers/")
 

@@ -23,6 +23,7 @@ from train_gpt import (
     encode_artifact,
     initialize,
     load_validation,
+    qat_grids,
     quantize,
     rebuild_model,
     route_parameters,
@@ -122,7 +123,8 @@ def check(combination: dict, data: TinyData) -> None:
             p.add_(torch.randn_like(p), alpha=0.1)
     ids = random_ids(cfg, 3, 17)
     gamma = torch.tensor(cfg.mile_gamma) if cfg.mile_gamma else None
-    nats, weights = training_nats(model, ids[:, :-1], ids[:, 1:], moment.qat, gamma)
+    nats, weights = training_nats(model, ids[:, :-1], ids[:, 1:],
+                                  qat_grids(model) if moment.qat else None, gamma)
     (nats * weights).mean().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent

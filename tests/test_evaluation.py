@@ -77,8 +77,8 @@ def test_a_stride_of_one_row_gives_chunks(num_rows: int, seq_len: int) -> None:
 # The loop over windows
 
 
-def toy_nats(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
-             qat: bool) -> tuple[torch.Tensor, None]:
+def toy_nats(model: None, input_ids: torch.Tensor,
+             target_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
     """Nats that depend on the target and on all that its window shows up to it."""
     seen = torch.cumsum(input_ids * torch.arange(1, 1 + input_ids.size(1)), dim=1)
     return ((31 * seen + 17 * target_ids) % 101).float() / 16, None
@@ -161,8 +161,8 @@ def test_bits_per_byte_of_three_tokens_by_hand() -> None:
     val = Validation(np.array([1, 5, 6], np.uint16), np.array([1, 2], np.int16), "", "", 1, 3)
     nats = {5: math.log(4), 6: math.log(16)}
 
-    def forward(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
-                qat: bool) -> tuple[torch.Tensor, None]:
+    def forward(model: None, input_ids: torch.Tensor,
+                target_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.tensor([[nats[int(t)] for t in row] for row in target_ids]), None
 
     for stride in (0, 1, 2):
@@ -326,8 +326,8 @@ def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
     def window_nats(val: Validation) -> list[tuple[int, float]]:
         seen, spans = [], {tuple(row[:1]) for row in windows(71, 16, 8).tolist()}
 
-        def forward(net, ids, targets, qat, gamma=None):
-            nats, weights = training_nats(net, ids, targets, qat, gamma)
+        def forward(net, ids, targets):
+            nats, weights = training_nats(net, ids, targets)
             if not torch.is_grad_enabled():
                 seen.extend(nats.double().sum(1).tolist())
             return nats, weights

@@ -30,6 +30,7 @@ from train_gpt import (
     int8_rows,
     mile_weights,
     orthogonalize,
+    qat_grids,
     rotary_tables,
     rotate,
     round_to_nearest,
@@ -114,7 +115,8 @@ def test_every_activation(system: str) -> None:
     ("703", "mile_0.550781", False, 0.55078125)])
 def test_loss_and_every_gradient(system: str, loss: str, qat: bool, gamma: float | None) -> None:
     golden, model = numbers(f"model_{system}"), published_model(system)
-    nats, weights = training_nats(model, golden["input_ids"], golden["target_ids"], qat,
+    nats, weights = training_nats(model, golden["input_ids"], golden["target_ids"],
+                                  qat_grids(model) if qat else None,
                                   None if gamma is None else torch.tensor(gamma))
     mean = (weights * nats).sum() / weights.sum()
     mean.backward()
@@ -144,7 +146,7 @@ def test_weights_that_late_qat_shows(system: str) -> None:
         W = golden[key]
         model = GPT(Config(**{**PRESETS[f"pr{system}"], **TINY}))
         model.bigram.proj.weight = torch.nn.Parameter(W)
-        shown = fake_quantized(model)["bigram.proj.weight"]
+        shown = fake_quantized(model, qat_grids(model))["bigram.proj.weight"]
         assert_near(shown, golden[key.replace("W/", "ste/")], 1e-6)
         seen += not torch.equal(shown, W)
     assert seen > 3

@@ -29,6 +29,7 @@ from train_gpt import (
     largest_integer,
     magnitude_pruned,
     prune_integers,
+    qat_grids,
     quantize,
     round_to_nearest,
     sample_rows,
@@ -84,7 +85,7 @@ def test_weights_in_late_qat_are_on_the_export_grid() -> None:
     """Linears that export makes integers, and no other parameter; bigram.proj is too small."""
     cfg = Config(**SIZES, bits=BITS, int8_keep_float_max_numel=400)
     model = random_model(cfg, dtype=torch.float32)
-    seen = fake_quantized(model)
+    seen = fake_quantized(model, qat_grids(model))
     assert seen.keys() == {f"blocks.{layer}.{part}.weight" for layer in range(5) for part in (
         "attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
     for name, W in seen.items():
@@ -100,7 +101,7 @@ def test_weights_in_late_qat_are_on_the_export_grid() -> None:
 
 def test_gradients_pass_through_late_qat_unchanged() -> None:
     model = random_model(Config(**SIZES, int8_keep_float_max_numel=0), dtype=torch.float32)
-    for name, W in fake_quantized(model).items():
+    for name, W in fake_quantized(model, qat_grids(model)).items():
         slopes = torch.randn_like(W)
         (gradient,) = torch.autograd.grad((W * slopes).sum(), model.get_parameter(name))
         assert torch.equal(gradient, slopes)
@@ -112,9 +113,10 @@ def test_late_qat_trains_on_the_weights_it_shows(tied: bool) -> None:
     model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 2, 12)
     batch = ids[:, :-1], ids[:, 1:]
     with torch.no_grad():
-        plain, shown = (training_nats(model, *batch, qat)[0] for qat in (False, True))
+        plain, shown = (training_nats(model, *batch, grids)[0]
+                        for grids in (None, qat_grids(model)))
         assert torch.equal(plain, model(*batch)[0])
-        model.load_state_dict(fake_quantized(model), strict=False)
+        model.load_state_dict(fake_quantized(model, qat_grids(model)), strict=False)
         torch.testing.assert_close(shown, model(*batch)[0], rtol=0, atol=1e-5)
     assert (shown - plain).abs().max() > 0.01
 
@@ -374,7 +376,7 @@ def test_qat_shows_the_grid_of_its_settings(clip: str, floor: str, targets: str)
     cfg = Config(**SIZES, bits=BITS, int8_keep_float_max_numel=400, qat_clip=clip,
                  q_scale_floor=floor, qat_targets=targets)
     model = random_model(cfg, dtype=torch.float32)
-    seen = fake_quantized(model)
+    seen = fake_quantized(model, qat_grids(model))
     aux = {"bigram.proj.weight", "ve_shared.proj.weight"}
     blocks = {name for name, p in model.named_parameters() if p.numel() > 400
               and name.startswith("blocks")}

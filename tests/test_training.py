@@ -22,6 +22,7 @@ from train_gpt import (
     TrainingRows,
     build_optimizers,
     prime,
+    qat_grids,
     refuse_non_finite,
     route_parameters,
     train,
@@ -74,7 +75,7 @@ def gradients(setting, moment: Moment = MOMENT, **changes: object) -> tuple[dict
 def plain_gradients(setting, qat: bool = False) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient of the mean over the batch of step 2, and that mean."""
     _, model, rows, _ = setting()
-    loss = training_nats(model, *rows.batch(12, 6), qat)[0].mean()
+    loss = training_nats(model, *rows.batch(12, 6), qat_grids(model) if qat else None)[0].mean()
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, loss.detach()
 
@@ -172,9 +173,9 @@ def test_priming_leaves_no_trace(setting) -> None:
     """Nor does it skip a variant: each forward that the run will compile has run."""
     variants = []
 
-    def forward(model, input_ids, target_ids, qat, mile_gamma=None):
-        variants.append((qat, torch.is_grad_enabled()))
-        return training_nats(model, input_ids, target_ids, qat, mile_gamma)
+    def forward(model, input_ids, target_ids, grids=None, mile_gamma=None):
+        variants.append((bool(grids), torch.is_grad_enabled()))
+        return training_nats(model, input_ids, target_ids, grids, mile_gamma)
 
     _, model, rows, run = setting()
     before = weights(model)

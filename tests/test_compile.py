@@ -1,0 +1,110 @@
+"""torch.compile: one graph without a break, and no graph that priming has not made."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, TinyData
+from test_composition import SIZES, at_random
+from test_model import random_ids
+
+from train_gpt import (
+    GPT,
+    PRESETS,
+    Config,
+    Run,
+    TrainingRows,
+    evaluate,
+    initialize,
+    load_validation,
+    make_forward,
+    prime,
+    qat_grids,
+    quantize,
+    score_artifact,
+    train,
+    training_nats,
+)
+
+COUNTERS = torch._dynamo.utils.counters
+TINY = {**SIZES, "num_layers": 5, "xsa_last_n": 2, "ve_layers": "3,4", "cache_layer": 1,
+        "bigram_vocab_size": 48, "int8_keep_float_max_numel": 300, "rope_dims": 4,
+        "eval_stride": 4, "late_qat_threshold": 0.5}
+SYSTEMS = {name: {**PRESETS[name], **TINY} for name in ("pr1361", "pr569", "pr703", "pr334")} | {
+    "pr295": {**PRESETS["pr295"], **TINY,
+              "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.3.attn.c_k:fp16"}}
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch: pytest.MonkeyPatch):
+    """Trace as for a GPU, but run the graphs as they are: no compiler for this processor."""
+    torch._dynamo.reset()
+    COUNTERS.clear()
+    compile_for_device = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_for_device, backend="eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return COUNTERS["stats"]["unique_graphs"]
+
+
+def compiled_run(cfg: Config) -> Run:
+    return Run(replace(cfg, compile="1"), 0, 1, torch.device("cpu"))
+
+
+def check_traces(cfg: Config) -> None:
+    """The compiled forward gives what the plain one gives, loss and gradients, QAT off and on."""
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    initialize(model, cfg)
+    ids, forward = random_ids(cfg, 2, 17), make_forward(compiled_run(cfg))
+    gamma = torch.tensor(cfg.mile_gamma) if cfg.mile_gamma else None
+    for grids in (None, qat_grids(model) or None):
+        found = []
+        for function in (forward, training_nats):
+            model.zero_grad()
+            nats, weights = function(model, ids[:, :-1], ids[:, 1:], grids, gamma)
+            (nats * weights).mean().backward()
+            found.append([nats.detach(), *(p.grad for p in model.parameters())])
+        for ours, plain in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert graphs() == 1 + bool(qat_grids(model))
+
+
+@pytest.mark.parametrize("preset", SYSTEMS)
+def test_each_system_is_one_graph(preset: str) -> None:
+    check_traces(Config(**SYSTEMS[preset]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(40))
+def test_any_composition_is_one_graph(number: int) -> None:
+    check_traces(Config(**{**SIZES, **at_random(1, seed=number)[0]}))
+
+
+@pytest.mark.parametrize(("preset", "changed"), [
+    ("pr703", {}), ("pr295", {"swa_every": 1}), ("pr1361", {"ttt_mode": "score_first"})])
+def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: TinyData) -> None:
+    """Through warmdown, QAT start, MiLe, averages, uneven micro-batches, export, all scores."""
+    cfg = Config(**{**SYSTEMS[preset], "iterations": 12, "warmdown_iters": 8, "swa_start_frac": 0.8,
+                    "warmup_steps": 2, "train_batch_tokens": 80, "micro_batch_seqs": 2,
+                    "eval_seq_len": 24, "eval_stride": 8, "ttt_chunk_tokens": 100,
+                    "data_path": str(tiny_data.data_path), "vocab_size": VOCAB_SIZE,
+                    "tokenizer_path": str(tiny_data.tokenizer_path), **changed})
+    run, model = compiled_run(cfg), GPT(cfg)
+    initialize(model, cfg)
+    rows, val, forward = TrainingRows(cfg), load_validation(cfg), make_forward(run)
+    prime(forward, model, rows, run)
+    primed = graphs()
+    assert primed >= 2
+    model, _ = train(forward, model, rows, val, 0.0, run)
+    evaluate("float_chunked", forward, model, val, run)
+    score_artifact(cfg, quantize(model, {}, run), val, forward, run, diagnostics=True)
+    assert all(run.activity.values())
+    assert graphs() == primed
+    assert not COUNTERS["graph_break"]
