@@ -1,0 +1,2800 @@
+"""Train a tiny language model under a byte and a time budget, and score its artifact.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    8 GPUs, FineWeb, the defaults
+    PRESET=mini python train_gpt.py                          two CPU cores, built-in corpus
+    python train_gpt.py --help                               every setting
+    python train_gpt.py --check                              look at settings and data, do nothing
+    python train_gpt.py --plan                               what a run would do and cost
+    python train_gpt.py --eval runs/<id>/artifact.bin        score an artifact again
+
+The number to bring down is val_bpb: bits per byte of the validation text, of the model read
+back from the artifact. Code plus artifact must fit in ARTIFACT_LIMIT_BYTES, training and
+calibration in MAX_WALLCLOCK_SECONDS, scoring in EVAL_WALLCLOCK_SECONDS. Hyperparameters are
+environment variables; a run leaves its log, metrics, settings, source and artifact in
+runs/<RUN_ID>/.
+
+Sections, in the order of a run:
+
+  1  Settings                     what can be set, presets, refusals
+  2  Run                          ranks, device, clock, log, run folder
+  3  Data                         shards, training rows, validation split, bytes per token
+  4  Model                        the network, one forward for everything
+  5  Optimizers and schedules     Muon, AdamW, routing table, learning rate at a given time
+  6  Training                     priming, one step, the loop
+  7  Quantization                 int6/int8 grids, Hessians, GPTQ
+  8  Artifact                     bytes to model and back
+  9  Evaluation                   windows, bits per byte
+ 10  Main                         the story, and the verbs above
+
+Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
+V vocabulary, N tokens of a stream. Linear weights are (out, in).
+"""
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import resource
+import struct
+import sys
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+# =================================================================================================
+# Settings
+# A run is decided here, before any work: every name, value and contradiction that can be known
+# to be wrong is refused in one line. Environment names are the upper-case field names.
+# =================================================================================================
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class Refusal(ValueError):
+    """Settings, data or an artifact that a run cannot use; the message is one line."""
+
+
+def knob(default, accepts: tuple, doc: str):
+    """A setting: default, (low, high) or choices, and one line of meaning for --help."""
+    return field(default=default, metadata={"accepts": accepts, "doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run, checked; the defaults are the recommended combination."""
+
+    preset: str = knob("", (), "Named settings, comma-separated, later ones win.")
+    run_id: str = knob("", (), "Folder under RUNS_DIR; empty picks UTC time and a suffix.")
+    runs_dir: str = knob("runs", (), "Where run folders are made.")
+    seed: int = knob(1337, (0, 2**31 - 1), "Seed of weights and data order.")
+    attention: str = knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
+    compile: str = knob("auto", ("auto", "0", "1"), "torch.compile; auto is on with CUDA.")
+    train_log_every: int = knob(0, (0, math.inf), "Steps between log lines; 0: about 50 lines.")
+    val_loss_every: int = knob(4000, (0, math.inf), "Steps between validations; 0 only at the end.")
+    eval_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Budget of scoring the artifact.")
+    artifact_limit_bytes: int = knob(16_000_000, (1, 1 << 40), "Code plus artifact, decimal bytes.")
+
+    data_path: str = knob("./data/datasets/fineweb10B_sp1024", (), "Folder of the shards.")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", (), "Of the shards.")
+    loader: str = knob("shuffled", ("shuffled", "sequential"), "Order of training rows.")
+
+    vocab_size: int = knob(1024, (4, 65536), "Pieces of the tokenizer.")
+    num_layers: int = knob(11, (1, 64), "Transformer blocks.")
+    model_dim: int = knob(512, (8, 8192), "Width of the residual stream.")
+    num_heads: int = knob(8, (1, 128), "Query heads; divides MODEL_DIM.")
+    num_kv_heads: int = knob(4, (1, 128), "Key/value heads; divides NUM_HEADS.")
+    mlp_mult: float = knob(3.0, (0.25, 16.0), "MLP width over model width.")
+    mlp_act: str = knob("leaky2", ("leaky2", "relu2"), "Squared (leaky) ReLU.")
+    leaky_slope: float = knob(0.5, (0.0, 1.0), "Negative slope of MLP_ACT=leaky2.")
+    tie_embeddings: bool = knob(True, (), "One matrix for token embedding and head.")
+    logit_softcap: float = knob(30.0, (1.0, 1e4), "Bound c of c tanh(logit / c).")
+    qk_gain_init: float = knob(1.5, (0.0, 100.0), "Initial gain of normalised queries.")
+    rope_base: float = knob(10000.0, (2.0, 1e9), "Base of the rotary frequencies.")
+    rope_dims: int = knob(16, (0, 1024), "Rotated dimensions a head; 0 is all.")
+    rope_ntk_ref: int = knob(1024, (0, 1 << 20), "Row length from which the base grows; 0: never.")
+    xsa_last_n: int = knob(11, (0, 64), "Last layers with exclusive self attention (XSA).")
+    vrl_mode: str = knob("off", ("off", "add", "mix"), "Layer 0's values in later layers (VRL).")
+    backout_mode: str = knob("none", ("none", "mid", "cache"),
+        "Subtract a middle stream at the end; with cache later attention reads it too.")
+    cache_layer: int = knob(7, (0, 63), "Layer whose output BACKOUT_MODE=cache keeps.")
+    skip_per_dim: bool = knob(True, (), "A U-Net skip weight a channel, not a layer.")
+    ln_scale: str = knob("1", ("0", "1", "learned"), "Scale 1/sqrt(l+1) of the inputs of layer l.")
+    smear_enabled: bool = knob(True, (), "SmearGate: blend in the previous embedding.")
+    smear_bos_mask: bool = knob(True, (), "No SmearGate across a document start.")
+    bigram_vocab_size: int = knob(3072, (0, 1 << 20), "Buckets of BigramHash; 0: off.")
+    bigram_hash: str = knob("xor", ("xor", "sum"), "How a pair is hashed.")
+    bigram_dim: int = knob(112, (1, 8192), "Width of a BigramHash bucket.")
+    bigram_bos_mask: bool = knob(True, (), "No BigramHash across a document start.")
+    ve_enabled: bool = knob(True, (), "Value embeddings in VE_LAYERS.")
+    ve_dim: int = knob(128, (1, 8192), "Width of the value embedding table.")
+    ve_layers: str = knob("9,10", (), "Layers with value embeddings, counted from 0.")
+
+    tied_embed_init_std: float = knob(0.005, (0.0, 1.0), "Initial deviation of the embedding.")
+    emb_svd_init: bool = knob(False, (), "Embedding starts with spectrum k^(-1/2).")
+    proj_init: str = knob("zero", ("zero", "ortho_mup"), "Output projections at the start.")
+    bigram_init: str = knob("zero_embed", ("zero_embed", "zero_proj"),
+        "Which factor of BigramHash starts at zero; the other is orthogonal.")
+    resid_mix_init: str = knob("identity", ("identity", "phase"), "Share of x0: 0, or by depth.")
+    backout_init: float = knob(0.2, (-1.0, 1.0), "Initial weight of the backout.")
+    iterations: int = knob(20000, (1, 10**8), "Steps at most.")
+    max_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Train and calibrate; 0: step-driven.")
+    warmup_steps: int = knob(20, (0, 1000), "Untimed priming steps of a compiled run.")
+    train_batch_tokens: int = knob(786432, (2, 1 << 30), "Tokens a step, over all ranks.")
+    train_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a training row.")
+    micro_batch_seqs: int = knob(0, (0, 1 << 20), "Rows a forward; 0: 98,304 tokens (CPU 8,192).")
+    warmdown_iters: int = knob(3500, (0, 10**8), "Last steps in which the rate decays to 0.")
+    warmdown_frac: float = knob(0.0, (0.0, 1.0), "The same as a share of the run; 0: not used.")
+    warmdown_type: str = knob("linear", ("linear", "cosine"), "Shape of the decay.")
+    mile_gamma: float = knob(0.0, (0.0, 10.0), "MiLe loss weight (1 - e^-entropy)^gamma; 0: off.")
+    mile_clamp_min: float = knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
+    avg_mode: str = knob("ema", ("ema", "swa", "swa_of_ema", "none"), "Weights to export.")
+    ema_decay: float = knob(0.997, (0.0, 0.999999), "Share of the EMA kept a step.")
+    swa_start_frac: float = knob(0.4, (0.0, 1.0), "SWA takes snapshots below this rate scale.")
+    swa_every: int = knob(50, (1, 10**6), "Steps between SWA snapshots.")
+
+    lr_mult: float = knob(1.0, (0.0, 100.0), "Multiplies every learning rate.")
+    matrix_lr: float = knob(0.025, (0.0, 10.0), "Muon: block matrices and projections.")
+    scalar_lr: float = knob(0.025, (0.0, 10.0), "AdamW: gains, gates, scales.")
+    tied_embed_lr: float = knob(0.035, (0.0, 10.0), "AdamW: embedding tables.")
+    embed_lr: float = knob(0.6, (0.0, 10.0), "AdamW: token embedding, if untied.")
+    head_lr: float = knob(0.008, (0.0, 10.0), "AdamW: output head, if untied.")
+    muon_momentum: float = knob(0.99, (0.0, 0.9999), "Muon's momentum after its ramp.")
+    muon_momentum_warmup_start: float = knob(0.92, (0.0, 0.9999), "Muon's momentum at step 0.")
+    muon_momentum_warmup_steps: int = knob(1500, (0, 10**8), "Steps of the momentum ramp.")
+    muon_backend_steps: int = knob(5, (1, 20), "Newton-Schulz iterations.")
+    muon_quant_momentum: bool = knob(False, (), "Muon's momentum as int8 blocks.")
+    muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
+    muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
+    optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim"),
+        "Muon for matrices, for those of blocks (others start unscaled), or for all 2-D tensors.")
+    adam_wd: float = knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
+    grad_clip_norm: float = knob(0.3, (0.0, 1e6), "Largest gradient norm; 0: off.")
+    clip_before_reduce: bool = knob(False, (), "Clip each rank's share, before the sum.")
+
+    qat_mode: str = knob("late", ("late", "always", "off"), "Train through the integer grid.")
+    late_qat_threshold: float = knob(0.15, (0.0, 1.0), "Late QAT starts below this rate scale.")
+    qat_clip: str = knob("absmax", ("absmax", "quantile"), "End of a row's grid: max or quantile.")
+    qat_targets: str = knob("stored", ("stored", "linears", "aux"),
+        "QAT of linears that become integers, of all, or of those outside the blocks.")
+    bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (),
+        "Bits by role, 2 to 8 or fp16; then of single tensors, as blocks.9.attn.c_k:fp16.")
+    q_scale_floor: str = knob("inv_clip", ("inv_clip", "tiny"), "Least step: 1 / top, or 2^-14.")
+    clip_search: str = knob("matrix", ("absmax", "matrix", "row"), "Row clip: max or percentile.")
+    gptq_variant: str = knob("full", ("full", "simple", "off"), "Its form; off rounds to nearest.")
+    gptq_actorder: bool = knob(True, (), "Columns of large activations first.")
+    gptq_select: str = knob("mse", ("mse", "hessian"), "Error by which a clip is chosen.")
+    gptq_calib: str = knob("train", ("train", "selfgen", "train_after_cap"),
+        "Training data in the budget; rows the model draws (slow); data after it (not eligible).")
+    int8_keep_float_max_numel: int = knob(65536, (0, 1 << 30), "Up to this size, fp16 is stored.")
+    gptq_calib_batches: int = knob(256, (1, 10**6), "Calibration batches of 8 rows each.")
+    gptq_block_size: int = knob(128, (1, 1 << 16), "Columns between lazy GPTQ updates.")
+    prune_frac: float = knob(0.0, (0.0, 0.99), "Share of each large matrix zeroed before export.")
+    prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
+    codec: str = knob("zstd", ("zstd", "lzma", "brotli"), "Artifact compression.")
+
+    eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
+    eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
+    sliding: str = knob("cover", ("cover", "published_s1", "published_s3"),
+        "Windows; cover scores every target once, the others print a second, labelled line.")
+    eval_batch_seqs: int = knob(32, (1, 1 << 16), "Windows a forward.")
+    eval_truncate: bool = knob(False, (), "Drop the targets after the last full row.")
+    ttt_mode: str = knob("off", ("off", "score_first", "train_then_score"),
+        "Adapt to what was scored; the last form trains first and is no legal score.")
+    ttt_lr: float = knob(0.002, (0.0, 1.0), "SGD rate of the adaptation.")
+    ttt_momentum: float = knob(0.9, (0.0, 0.9999), "SGD momentum.")
+    ttt_epochs: int = knob(3, (1, 1000), "Passes over what is adapted to.")
+    ttt_chunk_tokens: int = knob(32768, (1, 1 << 30), "Targets scored before each adaptation.")
+    ttt_batch_seqs: int = knob(32, (1, 1 << 16), "Rows an adaptation step.")
+    ttt_grad_clip: float = knob(1.0, (0.0, 1e6), "Largest gradient norm; 0: off.")
+    ttt_freeze_blocks: int = knob(2, (0, 64), "First blocks that do not adapt.")
+
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    rotary_dims = property(lambda self: self.rope_dims or self.head_dim)
+    mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
+    rows_per_step = property(lambda self: self.train_batch_tokens // self.train_seq_len)
+    step_driven = property(lambda self: self.max_wallclock_seconds == 0)  # ITERATIONS ends it
+
+    def __post_init__(self) -> None:
+        """Raise Refusal for settings that contradict each other, with the values of those named."""
+        for holds, complaint in (
+            (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
+            (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
+            (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
+             f"ROPE_DIMS must be even and at most the head width {self.head_dim}"),
+            (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
+             "ROPE_NTK_REF needs more than 2 rotated dimensions (ROPE_DIMS, head width "
+             f"{self.head_dim}); 0 turns it off"),
+            (self.xsa_last_n <= self.num_layers, "XSA_LAST_N must be at most NUM_LAYERS"),
+            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
+            (all(layer < self.num_layers for layer in self.value_layers),
+             "VE_LAYERS names a layer beyond NUM_LAYERS"),
+            (self.backout_layer < self.num_layers - 1,
+             "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps"),
+            (self.train_batch_tokens % self.train_seq_len == 0,
+             "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
+            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
+            (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
+             f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
+            (set(ROLES) <= set(self.bits_by_role),
+             f"BITS must give each of {', '.join(ROLES)} once, as mlp:6,attn:6,..."),
+            (all(int(n) < self.num_layers for n in re.findall(r"blocks\.(\d+)", self.bits)),
+             "BITS names a layer beyond NUM_LAYERS"),
+            (self.ttt_mode == "off" or self.eval_stride > 0,
+             "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
+            (self.ttt_mode == "off" or self.ttt_freeze_blocks < self.num_layers,
+             "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
+            (re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),
+             "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'"),
+        ):
+            if not holds:
+                raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", self.with_value, complaint))
+
+    def with_value(self, name: re.Match) -> str:
+        return f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"
+
+    @property
+    def backout_layer(self) -> int:
+        """Layer whose output is subtracted at the end; -1 for none."""
+        return {"none": -1, "mid": self.num_layers // 2, "cache": self.cache_layer}[
+            self.backout_mode]
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers with value embeddings, in the order of their scales."""
+        names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"0|[1-9]\d*", n) for n in names):
+            raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
+        return tuple(map(int, names)) if self.ve_enabled else ()
+
+    @property
+    def bits_by_role(self) -> dict[str, int]:
+        """Bits of each role's integers, or of a tensor's by its name; 0 stands for fp16."""
+        roles = {}
+        for part in self.bits.split(","):
+            role, _, width = part.strip().partition(":")
+            named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
+            if role in roles or not named or not re.fullmatch(r"[2-8]|fp16", width):
+                raise Refusal(f"BITS={self.bits!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
+                              "and a colon and 2 to 8 or fp16")
+            roles[role] = 0 if width == "fp16" else int(width)
+        return roles
+
+    @classmethod
+    def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
+        """Settings from defaults, then PRESET, then `env`; and notes for the log.
+
+        Raises Refusal for a name close to ours or with a prefix of ours that is no setting, and
+        for a value that does not parse, is out of range or contradicts another.
+        """
+        known = {f.name.upper(): f for f in fields(cls)}
+        given, notes = translate_aliases(env, known)
+        for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
+            refuse_near_miss(name, known)
+        values = {}
+        names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
+        if "mini" in names[:-1]:
+            raise Refusal(f"PRESET={','.join(names)}: mini scales what stands before it, so it "
+                          "goes last")
+        for name in names:
+            if name not in PRESETS:
+                raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
+            for setting, value in PRESETS[name].items():
+                if isinstance(value, Fraction):  # of what it would be without this preset
+                    before = values.get(setting, known[setting.upper()].default)
+                    value = before and max(1, round(before * value))
+                values[setting] = value
+        for name, text in given.items():
+            values[known[name].name] = parse_setting(name, text, known[name])
+        return cls(**values), notes
+
+    def listing(self) -> Iterator[str]:
+        """Lines of --help and of the log's head: settings, * where they differ from defaults."""
+        for f in fields(self):
+            if f.name in GROUPS:
+                yield f"{GROUPS[f.name]}:"
+            value, (low, *rest) = getattr(self, f.name), f.metadata["accepts"] or ("",)
+            accepts = "0 or 1" if isinstance(f.default, bool) else "text" if low == "" else \
+                "|".join((low, *rest)) if isinstance(low, str) else f"{low:g} to {rest[0]:g}"
+            mark = " " if value == f.default else "*"
+            default = "" if value == f.default else f"; default {show_setting(f.default)}"
+            yield (f"{mark} {f.name.upper():<27}{show_setting(value):<12} {f.metadata['doc']} "
+                   f"[{accepts}{default}]")
+
+
+# Headings of --help and the setting each stands before.
+GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
+          "tied_embed_init_std": "Training", "lr_mult": "Optimizer", "qat_mode": "Quantization",
+          "eval_seq_len": "Evaluation"}
+
+
+def settings_of(group: str) -> list[str]:
+    """Names of the settings under a heading of GROUPS."""
+    names = [f.name for f in fields(Config)]
+    starts = sorted(map(names.index, GROUPS)) + [len(names)]
+    first = names.index(next(name for name in GROUPS if GROUPS[name] == group))
+    return names[first : starts[starts.index(first) + 1]]
+
+
+ROLES = ("mlp", "attn", "emb", "aux")
+TENSOR_NAME = r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
+              r"(bigram|ve_shared)\.(embed|proj)"
+MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
+
+# What all five published systems share: no masks at document starts, text in stream order, the
+# last short validation row dropped.
+PUBLISHED = {"loader": "sequential", "smear_bos_mask": False, "bigram_bos_mask": False,
+             "eval_truncate": True}
+
+PRESETS: dict[str, dict] = {
+    # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
+    # #1361: its SWA was computed and never applied, so it is not computed here.
+    "pr1361": PUBLISHED | {
+        "warmdown_iters": 3200, "qat_targets": "linears", "gptq_variant": "simple",
+        "gptq_actorder": False, "gptq_calib_batches": 64, "eval_stride": 32,
+        "sliding": "published_s1", "attention": "sdpa",
+    },
+    # #569: its SWA was never applied; its pruning threshold was 0, here 2 % are pruned.
+    "pr569": PUBLISHED | {
+        "bigram_vocab_size": 2048, "bigram_dim": 128, "vrl_mode": "add", "resid_mix_init": "phase",
+        "qat_targets": "linears", "qat_clip": "quantile", "bits": "mlp:6,attn:6,emb:8,aux:6",
+        "prune_pct": 0.02,
+    },
+    # #703: its SWA was never applied; its late QAT reached the auxiliary projections only.
+    "pr703": PUBLISHED | {
+        "bigram_vocab_size": 1536, "bigram_dim": 128, "xsa_last_n": 4, "backout_mode": "cache",
+        "backout_init": 0.1, "matrix_lr": 0.026, "scalar_lr": 0.026, "tied_embed_lr": 0.0364,
+        "embed_lr": 0.624, "head_lr": 0.00832, "optimizer_routing": "banks",
+        "muon_quant_momentum": True, "clip_before_reduce": True, "mile_gamma": 1.1,
+        "qat_targets": "aux", "codec": "lzma", "sliding": "published_s1",
+    },
+    # #334: its EMA was computed and never applied.
+    "pr334": PUBLISHED | {
+        "mlp_act": "relu2", "rope_base": 50000.0, "rope_ntk_ref": 0, "xsa_last_n": 0,
+        "bigram_vocab_size": 2048, "bigram_dim": 64, "bigram_hash": "sum", "ve_enabled": False,
+        "train_seq_len": 1024, "eval_seq_len": 1024, "train_batch_tokens": 524288,
+        "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05, "muon_momentum": 0.95,
+        "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 500, "adam_wd": 0.0,
+        "muon_wd_order": "after", "optimizer_routing": "by_ndim", "grad_clip_norm": 0.0,
+        "warmdown_iters": 3000, "avg_mode": "swa", "swa_every": 1, "qat_mode": "off",
+        "bits": "mlp:5,attn:5,emb:8,aux:8", "q_scale_floor": "tiny", "gptq_variant": "off",
+        "clip_search": "absmax", "sliding": "published_s3", "ttt_mode": "train_then_score",
+        "ttt_grad_clip": 0.0, "ttt_batch_seqs": 1, "compile": "0", "attention": "sdpa",
+    },
+    "pr295": PUBLISHED | {
+        "num_layers": 10, "mlp_act": "relu2", "rope_dims": 64, "rope_ntk_ref": 2048,
+        "xsa_last_n": 0, "ln_scale": "0", "bigram_vocab_size": 10240, "bigram_dim": 128,
+        "bigram_init": "zero_proj", "ve_enabled": False, "resid_mix_init": "phase",
+        "backout_mode": "mid", "emb_svd_init": True, "matrix_lr": 0.02, "scalar_lr": 0.02,
+        "tied_embed_lr": 0.03, "adam_wd": 0.01, "warmdown_iters": 3000, "avg_mode": "swa",
+        "qat_mode": "always", "q_scale_floor": "tiny", "gptq_variant": "off",
+        "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
+        "clip_search": "absmax", "prune_frac": 0.08, "attention": "sdpa",
+    },
+    # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
+    # are of the system's own value.
+    "mini": {
+        "data_path": "./data/datasets/docs_sp1024",
+        "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model", "loader": "shuffled",
+        "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "rope_dims": Fraction(1, 2),
+        "bigram_vocab_size": Fraction(1, 3), "bigram_dim": Fraction(2, 7), "ve_dim": Fraction(1, 4),
+        "train_seq_len": 256, "eval_seq_len": 256, "train_batch_tokens": 2048,
+        "max_wallclock_seconds": 300.0, "warmdown_frac": 0.5, "ema_decay": 0.9,
+        "swa_every": Fraction(1, 10), "gptq_calib_batches": 32, "int8_keep_float_max_numel": 1024,
+        "ttt_chunk_tokens": Fraction(1, 8),
+    },
+}
+
+# Published names of settings we call otherwise: (our name, {published value: ours}), where no
+# table of values means that the value carries over as it is.
+ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
+    "BACKOUT_ENABLED": ("BACKOUT_MODE", {"0": "none", "1": "mid"}),
+    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
+    "EMA_ENABLED": ("AVG_MODE", {"0": "none", "1": "ema"}),
+    "LATE_QAT": ("QAT_MODE", {"0": "off", "1": "late"}),
+    "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
+    "NO_COMPILE": ("COMPILE", {"0": "auto", "1": "0"}),
+    "NO_FA3": ("ATTENTION", {"0": "auto", "1": "sdpa"}),
+    "QAT_ENABLED": ("QAT_MODE", {"0": "off", "1": "always"}),
+    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
+    "SWA_ENABLED": ("AVG_MODE", {"0": None, "1": "swa"}),
+    "SWA_INTERVAL": ("SWA_EVERY", None),
+    "SWA_PCT": ("SWA_START_FRAC", None),
+    "TORCH_COMPILE_DISABLE": ("COMPILE", {"0": "auto", "1": "0"}),
+    "TTT_ENABLED": ("TTT_MODE", {"0": "off", "1": "score_first"}),
+    "USE_GPTQ": ("GPTQ_VARIANT", {"0": "off", "1": "full"}),
+    "VALUE_RESIDUAL": ("VRL_MODE", {"0": "off", "1": "mix"}),
+    "VRL": ("VRL_MODE", {"0": "off", "1": "add"}),
+}
+
+# Published names of techniques that are not here: the values at which they are off. None marks
+# a name that has no effect on anything here, whatever its value.
+RETIRED: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("DTG_ENABLED", "GATED_ATTENTION", "LATE_K_FP16", "LAWA_ENABLED",
+                     "MTP_NUM_HEADS", "TARGET_MB"), ("0",)),
+    **dict.fromkeys(("GPTQ_CALIB_SAMPLES", "GPTQ_RESERVE_MS", "LAWA_FREQ", "LAWA_K",
+                     "MTP_LOSS_WEIGHT", "MUON_BETA2", "VAL_BATCH_SIZE")),
+    **dict.fromkeys(("CONTROL_TENSOR_NAME_PATTERNS", "FP16_KEEP_NAME_PATTERNS",
+                     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"), ("",)),
+    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",),
+    "MUON_QUANT_BLOCK_SIZE": ("256",), "QAT_CLIP_PCT": ("0.9995",),
+}
+
+# Names that begin like this are ours: one that is no setting is a mistake, not somebody else's.
+OWNED_PREFIXES = ("ADAM_", "BACKOUT_", "BIGRAM_", "EMA_", "GPTQ_", "MILE_", "MUON_", "PRUNE_",
+                  "QAT_", "ROPE_", "SMEAR_", "SWA_", "TTT_", "VE_", "VRL_", "WARMDOWN_", "XSA_")
+
+
+def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
+    """The settings named in `env` under our names, and a note for each translation, or Refusal."""
+    given, notes = {name: env[name] for name in known if name in env}, []
+    for alias in sorted(set(ALIASES) & set(env)):
+        name, values = ALIASES[alias]
+        if values is not None and env[alias] not in values:
+            raise Refusal(f"{alias}={env[alias]!r}: expected one of {', '.join(values)}; "
+                          f"the setting is {name} here")
+        value = values[env[alias]] if values else env[alias]
+        if value is None:
+            notes.append(f"{alias}={env[alias]} leaves {name} as it is")
+            continue
+        stated = given.setdefault(name, value)
+        if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
+            raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
+                          "is set too: keep one")
+        notes.append(f"{alias}={env[alias]} read as {name}={value}")
+    for name in sorted(set(RETIRED) & set(env)):
+        off = RETIRED[name]
+        if off is not None and env[name] not in off:
+            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
+        notes.append(f"{name}={env[name]} has no effect here")
+    return given, notes
+
+
+def refuse_near_miss(name: str, known: dict) -> None:
+    """Raise Refusal if an environment name that is no setting was probably meant to be one."""
+    # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+    cutoff = 0.88 if len(name) > 8 else 0.92
+    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
+    if near or name.startswith(OWNED_PREFIXES):
+        near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
+
+
+def parse_setting(name: str, text: str, f) -> object:
+    """The value of setting `name` from its text; raises Refusal naming what was expected."""
+    accepts, kind = f.metadata["accepts"], type(f.default)
+    try:
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+        raise Refusal(f"{name}={text!r}: expected {expected}") from None
+    if kind is str and accepts and value not in accepts:
+        raise Refusal(f"{name}={text!r}: expected one of {', '.join(accepts)}")
+    if kind in (int, float) and not accepts[0] <= value <= accepts[1]:  # refuses nan as well
+        raise Refusal(f"{name}={value}: expected {accepts[0]} <= value <= {accepts[1]}")
+    return value
+
+
+def show_setting(value: object) -> str:
+    """A setting's value as one would write it in the environment."""
+    return str(int(value)) if isinstance(value, bool) else f"{value}" if value != "" else "''"
+
+
+# =================================================================================================
+# Run
+# What a process is and what a run leaves behind. Every decision that ranks must share goes
+# through agree(), every sum through add_up(); with one process both do nothing.
+# =================================================================================================
+
+
+class Clock:
+    """Seconds that count against a budget: runs only inside `with clock.running()`."""
+
+    def __init__(self) -> None:
+        self.banked, self.since = 0.0, None
+
+    def elapsed(self) -> float:
+        return self.banked + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+    @contextlib.contextmanager
+    def running(self, runs: bool = True) -> Iterator[None]:
+        """Count the time spent inside, or with running(False) leave it out."""
+        before = self.since is not None
+        self.banked, self.since = self.elapsed(), time.perf_counter() if runs else None
+        try:
+            yield
+        finally:
+            self.banked, self.since = self.elapsed(), time.perf_counter() if before else None
+
+
+class Run:
+    """One process of a run: rank, device, clocks, log, and the count of what acted."""
+
+    def __init__(self, cfg: Config, rank: int, world_size: int, device: torch.device) -> None:
+        self.cfg, self.rank, self.world_size, self.device = cfg, rank, world_size, device
+        self.is_main = rank == 0
+        self.folder: Path | None = None
+        self.training_clock, self.scoring_clock = Clock(), Clock()
+        self.trained_seconds = 0.0  # of the training clock, before calibration
+        self.calibration_tokens = 0
+        self.phase = "starting"
+        self.occasions: Counter[str] = Counter()  # times a technique could have acted
+        self.activity: Counter[str] = Counter()  # times it did
+        self.ineligible: list[str] = []
+        self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
+        self.last_logged_share = -1
+        # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
+        self.control = dist.new_group(backend="gloo") if device.type == "cuda" and world_size > 1 \
+            else None
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, cfg: Config) -> "Iterator[Run]":
+        """Open the process group that torchrun's environment describes, if any; close it after."""
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        elif torch.backends.mps.is_available() and world_size == 1:
+            device = torch.device("mps")
+        if world_size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        run = cls(cfg, rank, world_size, device)
+        try:
+            yield run
+        except Refusal:
+            raise
+        except Exception as error:
+            run.log_failure(error)
+            raise SystemExit(EXIT_FAILED) from None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # Activations are bf16 only where the hardware multiplies it natively.
+    dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+    compiled = property(lambda self: self.cfg.compile == "1" or (
+        self.cfg.compile == "auto" and self.device.type == "cuda"))
+    adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value, on every rank."""
+        if self.world_size > 1:
+            box = torch.tensor(value, dtype=torch.float64)
+            dist.broadcast(box, src=0, group=self.control)
+            value = box.item()
+        return value
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
+        if self.world_size > 1:
+            flat = torch.cat([t.reshape(-1) for t in tensors])
+            dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
+            totals = flat.split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in
+                                           zip(tensors, totals, strict=True)])
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Turn one rank's Refusal inside into a Refusal on every rank, so that none waits."""
+        refusal = None
+        try:
+            yield
+        except Refusal as error:
+            refusal = error
+        refused = torch.tensor(float(refusal is not None))
+        self.add_up([refused])
+        if refusal is not None:
+            raise refusal
+        if refused:
+            raise Refusal("another rank refused its settings or data")
+
+    def copy_from_main(self, model: nn.Module) -> None:
+        """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
+        if self.world_size > 1:
+            for p in model.parameters():
+                dist.broadcast(p.data, src=0)
+
+    def settle(self) -> None:
+        """Wait until the GPU has done what was asked of it, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def put(self, x: Tensor) -> Tensor:
+        """`x` on the run's device, without waiting for the copy."""
+        if self.device.type == "cuda":
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
+
+    def share(self, content: bytes) -> bytes:
+        """Rank 0's bytes, on every rank, whether or not they share a file system."""
+        box = [content]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def open_folder(self) -> None:
+        """Make runs/<RUN_ID>/ with settings and source; raises Refusal if it exists already."""
+        now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        name, taken = self.cfg.run_id or f"{now}-{os.urandom(3).hex()}", 0.0
+        folder = Path(self.cfg.runs_dir, name)
+        if self.is_main:
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                taken = 1.0
+        if self.agree(taken):
+            raise Refusal(f"RUN_ID={name}: {folder} exists already; nothing in it was touched. "
+                          "Choose another RUN_ID or leave it empty")
+        if self.is_main:
+            self.folder = folder
+            write_file(folder / "settings.json", json.dumps(asdict(self.cfg), indent=1).encode())
+            write_file(folder / "train_gpt.py", self.source)
+
+    def append(self, name: str, text: str) -> None:
+        """Add text to a file of the run folder, if there is one yet."""
+        if self.folder is not None:
+            with open(self.folder / name, "a", encoding="utf-8") as f:
+                f.write(text)
+
+    def log(self, template: str, event: str = "", **facts: object) -> None:
+        """Write one line on rank 0, to the console and log.txt: `template` filled with `facts`.
+
+        With `event` the facts go to metrics.jsonl too; with an empty template, only there.
+        """
+        if self.is_main and template:
+            line = template.format(**facts) if facts else template
+            tqdm.write(line)
+            sys.stdout.flush()
+            self.append("log.txt", line + "\n")
+        if self.is_main and event:
+            self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
+
+    def log_failure(self, error: Exception) -> None:
+        """Say in one line what failed while doing what; the traceback goes to log.txt."""
+        text = str(error).strip().split("\n")[0]
+        tqdm.write(f"error: rank {self.rank}, during {self.phase}: {type(error).__name__}: {text}",
+                   file=sys.stderr)
+        self.append("log.txt", "".join(traceback.format_exception(error)))
+
+    def progress(self, label: str, **how) -> tqdm:
+        """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
+        return tqdm(desc=label, leave=False, disable=None if self.is_main else True,
+                    unit_scale=True, dynamic_ncols=True, **how)
+
+    def mark_ineligible(self, reason: str) -> None:
+        """Note why the run cannot stand as a record."""
+        self.ineligible.append(reason)
+        self.log(f"warning: not eligible as a record: {reason}")
+
+    def log_header(self, notes: list[str]) -> None:
+        """Log what this run takes: settings, versions, machine, source."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" \
+            else f"{torch.get_num_threads()} threads"
+        for line in (f"{self.folder}/log.txt", *notes, *self.cfg.listing()):
+            self.log(line)
+        self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
+                 "zstandard:{zstd}", "versions", python=sys.version.split()[0],
+                 torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
+                 zstd=zstandard.__version__)
+        self.log("machine device:{device} name:{name} world_size:{world_size} dtype:{dtype} "
+                 "compiled:{compiled}", "machine", device=self.device.type, dtype=str(self.dtype),
+                 name=name, world_size=self.world_size, compiled=self.compiled)
+        self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=len(self.source),
+                 sha256=hashlib.sha256(self.source).hexdigest())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# =================================================================================================
+# Data
+# A shard is 256 little-endian int32 (magic, version, token count, zeros) and then the tokens as
+# uint16. Documents begin with BOS and nothing else separates them.
+# =================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, TOKEN_BYTES = 20240520, 1, 1024, 2
+BOS = 1
+# Training shards up to this many tokens in all are searched for bad ids before the run; larger
+# sets are searched in their first million tokens each, and batch by batch as they are used.
+FULL_SCAN_TOKENS, SCAN_TOKENS = 200_000_000, 1 << 20
+SIDECAR = "fineweb_val.json"
+
+
+def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.ndarray:
+    """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise Refusal(f"{path}: not a token shard (expected magic {SHARD_MAGIC}, version "
+                      f"{SHARD_VERSION}); make it again with data/prepare.py")
+    count = int(header[2])
+    if size != SHARD_HEADER_BYTES + TOKEN_BYTES * count or count < 1:
+        raise Refusal(f"{path}: its header promises {count:,} tokens "
+                      f"({SHARD_HEADER_BYTES + TOKEN_BYTES * count:,} bytes) but it has {size:,} "
+                      "bytes; it was probably cut short: delete it and run data/prepare.py again")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+    check_ids(tokens[:scan_tokens], vocab_size, str(path))
+    return tokens
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise Refusal if a token id is outside the vocabulary."""
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise Refusal(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
+                      "the shards belong to another tokenizer")
+
+
+def shard_paths(folder: str, split: str) -> list[Path]:
+    """The shards of a split in order; raises Refusal if there are none."""
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+    if not paths:
+        raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; make the data with "
+                      "data/prepare.py, or point DATA_PATH at it")
+    return paths
+
+
+class TrainingRows:
+    """Training rows of T+1 tokens, numbered from 0 without end; the same for every world size.
+
+    sequential: row n is the stream's tokens from n T on, shards joined in order and wrapped.
+    shuffled: each epoch is a random permutation of all blocks of T tokens inside a shard, by SEED.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        paths = shard_paths(cfg.data_path, "train")
+        total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
+        scan = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
+        self.shards = [open_shard(path, cfg.vocab_size, scan) for path in paths]
+        self.seq_len, self.seed, self.vocab_size = cfg.train_seq_len, cfg.seed, cfg.vocab_size
+        self.shuffled, sizes = cfg.loader == "shuffled", [len(shard) for shard in self.shards]
+        self.first_token = np.cumsum([0, *sizes])
+        self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
+        self.num_tokens, self.num_blocks = int(self.first_token[-1]), int(self.first_block[-1])
+        self.epoch, self.order = -1, np.empty(0, np.uint32)
+        if not self.num_blocks:
+            raise Refusal(f"DATA_PATH={cfg.data_path}: no shard holds a row of "
+                          f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more")
+
+    def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
+        rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
+        try:
+            check_ids(rows, self.vocab_size, "training shards")
+        except Refusal as refusal:  # too late to refuse: the run has begun
+            raise RuntimeError(str(refusal)) from None
+        ids = torch.from_numpy(rows.astype(np.int64))
+        return ids[:, :-1], ids[:, 1:]
+
+    def row(self, n: int) -> np.ndarray:
+        """Row n as uint16 (T+1,)."""
+        if not self.shuffled:
+            return self.take(n * self.seq_len % self.num_tokens)
+        epoch, position = divmod(n, self.num_blocks)
+        if epoch != self.epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self.epoch, self.order = epoch, generator.permutation(
+                np.arange(self.num_blocks, dtype=np.uint32))
+        block = int(self.order[position])
+        shard = int(np.searchsorted(self.first_block, block, side="right")) - 1
+        start = (block - int(self.first_block[shard])) * self.seq_len
+        return self.shards[shard][start : start + self.seq_len + 1]
+
+    def take(self, start: int) -> np.ndarray:
+        """T+1 tokens of the circular stream from token `start` on, uint16 (T+1,)."""
+        at = (start + np.arange(self.seq_len + 1)) % self.num_tokens
+        shards, row = np.searchsorted(self.first_token, at, side="right") - 1, at.astype(np.uint16)
+        for shard in np.unique(shards):
+            here = shards == shard
+            row[here] = self.shards[shard][at[here] - self.first_token[shard]]
+        return row
+
+
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """UTF-8 bytes each token stands for, and the saving of those that open a document.
+
+    A piece counts its UTF-8 length with every U+2581 read as one space, a byte piece 1, a
+    control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
+    document that is not in the text: the first piece after BOS counts one less.
+    Example: "a b" as BOS, "a", U+2581 "b" counts 0 + 1 + 2.
+    """
+    counts = np.zeros(tokenizer.vocab_size(), np.int16)
+    for token in range(len(counts)):
+        if tokenizer.is_byte(token):
+            counts[token] = 1
+        elif not (tokenizer.is_control(token) or tokenizer.is_unknown(token)
+                  or tokenizer.is_unused(token)):
+            counts[token] = len(tokenizer.id_to_piece(token).replace("\u2581", " ").encode())
+    opening = np.zeros(len(counts), np.int16)
+    if tokenizer.encode("a", out_type=str)[0].startswith("\u2581"):
+        opening[:] = [tokenizer.id_to_piece(t).startswith("\u2581") for t in range(len(counts))]
+    return counts, opening
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation split that agrees with its sidecar and tokenizer."""
+
+    tokens: np.ndarray  # uint16 (N,)
+    target_bytes: np.ndarray  # int16 (N-1,), of tokens[1:], the targets
+    fingerprint: str
+    tokenizer_sha256: str
+    documents: int
+    recorded_bytes: int
+
+    def num_targets(self, cfg: Config) -> int:
+        """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
+        targets = len(self.tokens) - 1
+        return targets - targets % cfg.eval_seq_len if cfg.eval_truncate else targets
+
+
+def read_sidecar(folder: str) -> dict:
+    """The facts data/prepare.py recorded of a validation split; raises Refusal if unusable."""
+    path = Path(folder, SIDECAR)
+    if not path.is_file():
+        raise Refusal(f"{path} is missing: the data is incomplete, or was not made here; "
+                      "run data/prepare.py (it keeps shards that are already there)")
+    try:
+        facts = json.loads(path.read_bytes())
+        hashes = (facts["tokenizer"]["sha256"], *facts["val_shards"].values())
+        if all(isinstance(text, str) for text in hashes) and type(facts["encoded_bytes"]) is int:
+            return facts
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
+
+
+def fingerprint_of(shard_hashes: list[str]) -> str:
+    """One name for a validation split: sha256 of its shards' sha256 sums, in order."""
+    return hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
+
+
+def load_validation(cfg: Config) -> Validation:
+    """Read the validation split whole and check it; raises Refusal on any disagreement."""
+    tokenizer_path = Path(cfg.tokenizer_path)
+    if not tokenizer_path.is_file():
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path}: no such file; data/prepare.py makes it")
+    paths, sidecar = shard_paths(cfg.data_path, "val"), read_sidecar(cfg.data_path)
+    tokenizer_hash = sha256_of(tokenizer_path)
+    if tokenizer_hash != sidecar["tokenizer"]["sha256"]:
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} is not the tokenizer that made the shards "
+                      f"in {cfg.data_path} (sha256 {tokenizer_hash[:12]}, expected "
+                      f"{sidecar['tokenizer']['sha256'][:12]})")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    except (OSError, RuntimeError) as error:
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path}: not a SentencePiece model ({error})") \
+            from None
+    if tokenizer.vocab_size() != cfg.vocab_size or tokenizer.bos_id() != BOS:
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
+                      f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}")
+    hashes = {path.name: sha256_of(path) for path in paths}
+    if hashes != sidecar["val_shards"]:
+        raise Refusal(f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
+                      "records; delete that folder and run data/prepare.py again")
+    tokens = np.concatenate([open_shard(path, cfg.vocab_size) for path in paths])
+    counts, opening = piece_bytes(tokenizer)
+    target_bytes = counts[tokens[1:]] - opening[tokens[1:]] * (tokens[:-1] == BOS)
+    counted = int(target_bytes.sum(dtype=np.int64)) + int(counts[tokens[0]])
+    if counted != sidecar["encoded_bytes"]:
+        raise Refusal(f"the pieces of {cfg.data_path}'s validation split add up to {counted:,} "
+                      f"bytes, but its {SIDECAR} records {sidecar['encoded_bytes']:,}: no score "
+                      "could be trusted; run data/prepare.py again")
+    val = Validation(tokens, target_bytes.astype(np.int16), fingerprint_of(list(hashes.values())),
+                     tokenizer_hash, int((tokens == BOS).sum()), sidecar["encoded_bytes"])
+    if not target_bytes[: val.num_targets(cfg)].any():
+        raise Refusal(f"the validation split in {cfg.data_path} has no target to score "
+                      f"({len(tokens):,} tokens, EVAL_SEQ_LEN={cfg.eval_seq_len}, "
+                      f"EVAL_TRUNCATE={int(cfg.eval_truncate)})")
+    return val
+
+
+# =================================================================================================
+# Model
+# A decoder-only transformer whose second half takes U-shaped skips from its first half. Optional
+# parts have a neutral stand-in, so that every forward reads as its equation.
+# =================================================================================================
+
+RMS_EPS = 1.1920929e-07  # float32 machine epsilon, whatever the activation type
+BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without gain."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+def like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A float32 gain or gate in the type of the activations it meets."""
+    return parameter.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """Matrix product without bias; the float32 weight is cast to the activations' type."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, like(self.weight, x))
+
+
+class BigramHash(nn.Module):
+    """Additive embedding of the pair (previous, current token), hashed into buckets.
+
+    xor: bucket_i = (36313 t_i XOR 27191 t_{i-1}) mod (buckets - 1), the last one reserved for
+    what has no predecessor: a row's first position and, with the mask, every BOS.
+    sum: bucket_i = (36313 t_i + 27191 t_{i-1}) mod buckets, 0 for what has no predecessor.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.by_sum, self.bos_mask = cfg.bigram_hash == "sum", cfg.bigram_bos_mask
+        self.num_buckets = cfg.bigram_vocab_size
+        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def buckets(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T) bucket numbers."""
+        first, last = BIGRAM_CURRENT * input_ids[:, 1:], self.num_buckets - 1
+        second = BIGRAM_PREVIOUS * input_ids[:, :-1]
+        none, hashed = (0, (first + second) % self.num_buckets) if self.by_sum else \
+            (last, (first ^ second) % last)
+        hashed = F.pad(hashed, (1, 0), value=none)
+        return torch.where(input_ids == BOS, none, hashed) if self.bos_mask else hashed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        return self.scale * self.proj(self.embed(self.buckets(input_ids)))
+
+
+class SmearGate(nn.Module):
+    """x_i <- (1 - s) x_i + s x_{i-1}, s = sigmoid(gate) per channel; starts at s = 1/2.
+
+    Before a row stands the zero vector. With the mask a BOS keeps its own embedding.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.bos_mask = cfg.smear_bos_mask
+        self.gate = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
+        share = torch.sigmoid(like(self.gate, x))
+        if self.bos_mask:
+            share = share * (input_ids != BOS).unsqueeze(-1)
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), share.expand_as(x))
+
+
+class ValueEmbedding(nn.Module):
+    """Token identity for the values of late layers: scale * P E[t], shared by those layers."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.ve_dim)
+        self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) -> (B, T, G*K)."""
+        extra = self.proj(self.embed(input_ids).to(dtype))
+        return like(self.scale, extra) * extra
+
+
+def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i/R), R the rotated dimensions: float32 (T, R/2), always.
+
+    Rows longer than ROPE_NTK_REF stretch the base by (T / ref)^(R / (R - 2)), the NTK rule.
+    """
+    dims, base = cfg.rotary_dims, cfg.rope_base
+    if 0 < cfg.rope_ntk_ref < seq_len:
+        base = base * (seq_len / cfg.rope_ntk_ref) ** (dims / (dims - 2))
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / base**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first R of K dimensions of each head, in half-split pairs: (B, T, H, K)."""
+    cos, sin = (like(table, x)[:, None, :] for table in rotation)
+    half = cos.size(-1)
+    first, second, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by torch: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+    if q.device.type != "cuda":  # repeated heads take 0.7 of the time of enable_gqa on a CPU
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
+
+
+@functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
+def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
+    """The attention kernel and its name: FlashAttention-3 where a trial works, else torch's.
+
+    Raises Refusal if ATTENTION=fa3 and it is not to be had.
+    """
+    why = "there is no CUDA device"
+    if device.type == "cuda" and cfg.attention in ("auto", "fa3"):
+        try:
+            from flash_attn_interface import flash_attn_func
+            q, kv = (torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
+                     for heads in (cfg.num_heads, cfg.num_kv_heads))
+            as_tuple = isinstance(flash_attn_func(q, kv, kv, causal=True), tuple)
+            pick = (lambda out: out[0]) if as_tuple else (lambda out: out)
+            return "fa3", lambda q, k, v: pick(flash_attn_func(q, k, v, causal=True))
+        except (ImportError, RuntimeError, TypeError) as error:
+            why = f"flash_attn_interface does not work here ({error})"
+    if cfg.attention == "fa3":
+        raise Refusal(f"ATTENTION=fa3: {why}; use ATTENTION=auto")
+    return "sdpa", sdpa_attention
+
+
+class ExclusiveSelfAttention(nn.Module):
+    """XSA: y <- y - (y . n) n, n = v / ||v||, a head's output without its own value's direction.
+
+    arXiv:2603.09078. Query heads of one group share that group's value.
+    """
+
+    def forward(self, y: Tensor, v: Tensor) -> Tensor:
+        """y: (B, T, H, K) attention output, v: (B, T, G, K) values it attended -> (B, T, H, K)."""
+        direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+        grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
+        along = (grouped * direction).sum(-1, keepdim=True)
+        return (grouped - along * direction).flatten(2, 3)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalised, rotated queries and keys.
+
+    Values: v = W x + extra, then with VRL_MODE=mix l_1 v + l_0 v0 (arXiv:2410.17897).
+    """
+
+    def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
+        super().__init__()
+        exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
+        width = cfg.num_kv_heads * cfg.head_dim
+        self.c_q, self.c_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, width)
+        self.c_v, self.proj = Linear(cfg.model_dim, width), Linear(cfg.model_dim, cfg.model_dim)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) \
+            if cfg.vrl_mode == "mix" and layer else None
+        self.kernel, self.head_dim = kernel, cfg.head_dim
+        self.xsa = ExclusiveSelfAttention() if exclusive else lambda y, v: y
+
+    def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
+        """The values of each position: x (B, T, D), the others (B, T, G*K) -> (B, T, G*K)."""
+        v = self.c_v(x)
+        if extra_v is not None:
+            v = v + extra_v
+        if self.vr_lambda is not None:
+            first, own = like(self.vr_lambda, v)
+            v = first * first_v + own * v
+        return v
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], extra_v: Tensor | None,
+                first_v: Tensor | None) -> Tensor:
+        """x: (B, T, D); added to the values and layer 0's: (B, T, G*K) -> (B, T, D)."""
+        q, k, v = self.c_q(x), self.c_k(x), self.values(x, extra_v, first_v)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
+        y = self.kernel(q, rotate(rms_norm(k), rotation), v)
+        return self.proj(self.xsa(y, v).flatten(2))
+
+
+class MLP(nn.Module):
+    """x -> P leaky_relu(W x)^2; the slope is 0 for MLP_ACT=relu2."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.fc, self.proj = Linear(cfg.model_dim, cfg.mlp_dim), Linear(cfg.mlp_dim, cfg.model_dim)
+        self.slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+
+
+@dataclass
+class Context:
+    """What all blocks read beside the stream."""
+
+    x0: Tensor  # normed embedding (B, T, D)
+    rotation: tuple[Tensor, Tensor]
+    extra_v: dict[int, Tensor]  # by layer, added to its values (B, T, G*K)
+    first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
+    cached: Tensor | None = None  # stream (B, T, D) that attention reads in place of the current
+
+
+class Block(nn.Module):
+    """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
+
+    def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.layer, depth = layer, 1.0 / math.sqrt(layer + 1)
+        self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model_dim),
+                                                   torch.zeros(cfg.model_dim)]))
+        gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
+        self.attn_scale, self.mlp_scale = nn.Parameter(gain), nn.Parameter(gain.clone())
+        self.depth_scale = depth if cfg.ln_scale == "1" else 1.0
+
+    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
+        """A stream with the embedding mixed in: (B, T, D) and (B, T, D) -> (B, T, D)."""
+        keep, inject = like(self.resid_mix, x)
+        return keep * x + inject * x0
+
+    def forward(self, x: Tensor, c: Context) -> Tensor:
+        """The residual stream (B, T, D) -> (B, T, D)."""
+        a, b, s = like(self.attn_scale, x), like(self.mlp_scale, x), self.depth_scale
+        u = self.mixed(x, c.x0)
+        seen = u if c.cached is None else self.mixed(c.cached, c.x0)
+        x = u + a * self.attn(rms_norm(seen) * s, c.rotation, c.extra_v.get(self.layer), c.first_v)
+        x = x + b * self.mlp(rms_norm(x) * s)
+        return x
+
+
+class GPT(nn.Module):
+    """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
+
+    def __init__(self, cfg: Config, kernel: AttentionKernel = sdpa_attention,
+                 dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.cfg, self.dtype, layers = cfg, dtype, cfg.num_layers
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids: 0.0
+        self.smear = SmearGate(cfg) if cfg.smear_enabled else lambda x, ids: x
+        self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
+        self.skip_weights = nn.Parameter(torch.ones(layers // 2,
+                                                    cfg.model_dim if cfg.skip_per_dim else 1))
+        self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
+        self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
+        self.vrl_alphas = nn.ParameterList(
+            torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0))
+        self.backout_lambda = None if cfg.backout_layer < 0 else nn.Parameter(torch.zeros(()))
+
+    def value_embeddings(self, input_ids: Tensor) -> dict[int, Tensor]:
+        """What each layer of VE_LAYERS adds to its values: (B, T) -> {layer: (B, T, G*K)}."""
+        if self.ve_shared is None:
+            return {}
+        shared = self.ve_shared(input_ids, self.dtype)
+        return {layer: like(scale, shared) * shared
+                for layer, scale in zip(self.cfg.value_layers, self.ve_layer_scales, strict=True)}
+
+    def context(self, input_ids: Tensor, x0: Tensor) -> Context:
+        """What all blocks share, with VRL layer 0's values v0 too, ahead of its turn.
+
+        add: later layers add sigmoid(alpha) v0, without value embeddings; mix: v0 has them.
+        """
+        extra_v, first_v = self.value_embeddings(input_ids), None
+        if self.cfg.vrl_mode != "off":
+            first = self.blocks[0]
+            h = rms_norm(first.mixed(x0, x0)) * first.depth_scale
+            first_v = first.attn.values(
+                h, extra_v.get(0) if self.cfg.vrl_mode == "mix" else None, None)
+            for layer, alpha in enumerate(self.vrl_alphas, start=1):
+                extra_v[layer] = extra_v.get(layer, 0.0) + like(torch.sigmoid(alpha), h) * first_v
+        return Context(x0, rotary_tables(self.cfg, input_ids.size(1), x0.device), extra_v, first_v)
+
+    def cached(self, layer: int, outputs: list[Tensor]) -> Tensor | None:
+        """The stream (B, T, D) that a late layer's attention reads in place of its own, if any."""
+        cfg, saved = self.cfg, self.cfg.backout_layer
+        reads = cfg.backout_mode == "cache" and layer > saved and layer >= cfg.num_layers // 2
+        return outputs[saved] if reads else None
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D): the normed residual stream after the last block."""
+        x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids)).to(self.dtype))
+        x = self.smear(x, input_ids)
+        c, half, outputs = self.context(input_ids, x), self.cfg.num_layers // 2, []
+        for layer, block in enumerate(self.blocks):
+            if half <= layer < 2 * half:
+                x = x + like(self.skip_weights[layer - half], x) * outputs[2 * half - 1 - layer]
+            c.cached = self.cached(layer, outputs)
+            x = block(x, c)
+            outputs.append(x)
+        if self.backout_lambda is not None:
+            x = x - like(self.backout_lambda, x) * outputs[self.cfg.backout_layer]
+        return rms_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
+        head = self.tok_emb if self.lm_head is None else self.lm_head
+        z, cap = F.linear(hidden, like(head.weight, hidden)).float(), self.cfg.logit_softcap
+        return cap * torch.tanh(z / cap)
+
+    def forward(self, input_ids: Tensor, target_ids: Tensor,
+                mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T)."""
+        logits = self.logits(self.hidden(input_ids))
+        nats = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none")
+        nats = nats.view_as(target_ids)
+        return nats, torch.ones_like(nats) if mile_gamma is None else \
+            mile_weights(logits, mile_gamma, self.cfg.mile_clamp_min)
+
+
+@torch.no_grad()
+def mile_weights(logits: Tensor, gamma: Tensor, clamp_min: float) -> Tensor:
+    """max((1 - e^-entropy)^gamma, clamp_min) of each prediction: (B, T, V) -> (B, T).
+
+    MiLe loss, arXiv:2310.19531. gamma is a tensor, so that its schedule never recompiles a graph.
+    """
+    p = torch.softmax(logits, dim=-1)
+    entropy = -(p * torch.log(p + 1e-8)).sum(-1)
+    return (1.0 - torch.exp(-entropy)).clamp_min(0.0).pow(gamma).clamp_min(clamp_min)
+
+
+@torch.no_grad()
+def initialize(model: GPT, cfg: Config) -> None:
+    """Set initial weights from SEED, on the CPU, so that every device starts alike.
+
+    Matrices are orthogonal, some projections times 1 / sqrt(2 L); an untied head and by default
+    the blocks' output projections are zero: each block starts as the identity. EMB_SVD_INIT
+    makes the embedding's k-th singular value the first / sqrt(k).
+    """
+    scale, with_zero_proj = 1.0 / math.sqrt(2 * cfg.num_layers), cfg.bigram_init == "zero_proj"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                output = bool(re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.proj", name))
+                auxiliary = name in ("bigram.proj", "ve_shared.proj")
+                if name == "lm_head" or (output and cfg.proj_init == "zero"):
+                    module.weight.zero_()
+                else:
+                    nn.init.orthogonal_(module.weight)
+                if output or (auxiliary and cfg.optimizer_routing != "banks"):
+                    module.weight.mul_(scale)
+        nn.init.normal_(model.tok_emb.weight, std=cfg.tied_embed_init_std)
+        if cfg.value_layers:
+            nn.init.normal_(model.ve_shared.embed.weight, std=0.01)
+        if cfg.emb_svd_init:
+            U, S, Vh = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
+            powers = torch.arange(1, len(S) + 1, dtype=torch.float32) ** -0.5
+            model.tok_emb.weight.copy_(U * (S[0] * powers) @ Vh)
+        if cfg.bigram_vocab_size:
+            (model.bigram.proj if with_zero_proj else model.bigram.embed).weight.zero_()
+            if with_zero_proj:
+                nn.init.orthogonal_(model.bigram.embed.weight)
+    if model.backout_lambda is not None:
+        model.backout_lambda.fill_(cfg.backout_init)
+    if cfg.resid_mix_init == "phase":
+        for layer, block in enumerate(model.blocks):
+            share = 1.0 / (1.0 + math.exp(-3.0 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
+            block.resid_mix[0], block.resid_mix[1] = share, 1.0 - share
+
+
+# =================================================================================================
+# Optimizers and schedules
+# Two tables and one rule each: ROUTES says which parameter goes where, Schedule.at() what the
+# rates are at a given time, Muon.step() and AdamW what they do.
+# =================================================================================================
+
+# Quintic Newton-Schulz of the Muon optimizer: large slope at zero; singular values from 0.003
+# of the norm upward end within 0.68 to 1.21 after five steps.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
+MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
+
+GAINS = r"blocks\.\d+\.(attn\.(q_gain|vr_lambda)|attn_scale|mlp_scale|resid_mix)|skip_weights|" \
+        r"smear\.gate|(bigram|ve_shared)\.scale|backout_lambda|(ve_layer_scales|vrl_alphas)\.\d+"
+AUXILIARY = r"(bigram|ve_shared)\.proj\.weight"
+# Rows that OPTIMIZER_ROUTING puts before the common ones.
+ROUTES_FIRST = {
+    "standard": (),
+    "banks": ((AUXILIARY,                               "adam", "scalar_lr",     "adam_wd"),),
+    "by_ndim": ((AUXILIARY + r"|(bigram|ve_shared)\.embed\.weight|skip_weights|"
+                 r"blocks\.\d+\.resid_mix",           "muon", "matrix_lr",     "muon_wd"),),
+}
+ROUTES = (
+    # parameter name (full match, first row wins)      optimizer learning rate  decay
+    (r"lm_head\.weight",                                "adam", "head_lr",       "adam_wd"),
+    (r"tok_emb\.weight",                                "adam", "token_lr",      "adam_wd"),
+    (r"(bigram|ve_shared)\.embed\.weight",              "adam", "tied_embed_lr", "adam_wd"),
+    (r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight", "muon", "matrix_lr",     "muon_wd"),
+    (r"blocks\.\d+\.mlp\.(fc|proj)\.weight",           "muon", "matrix_lr",     "muon_wd"),
+    (AUXILIARY,                                         "muon", "matrix_lr",     "muon_wd"),
+    (GAINS,                                             "adam", "scalar_lr",     "adam_wd"),
+)
+
+
+def route_parameters(cfg: Config, model: nn.Module) -> list[dict]:
+    """Parameter groups, one for each row of ROUTES in use; raises ValueError on one unrouted."""
+    rates = {**asdict(cfg), "token_lr": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr}
+    routes, groups = (*ROUTES_FIRST[cfg.optimizer_routing], *ROUTES), {}
+    for name, parameter in model.named_parameters():
+        row = next((row for row in routes if re.fullmatch(row[0], name)), None)
+        if row is None:
+            raise ValueError(f"parameter {name} matches no row of ROUTES")
+        group = groups.setdefault(row[0], {
+            "route": row[0], "optimizer": row[1], "params": [], "names": [],
+            "base_lr": rates[row[2]] * cfg.lr_mult, "weight_decay": rates[row[3]]})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix towards 1 by Newton-Schulz: (..., r, c) -> same.
+
+    X <- aX + (bA + cA^2)X with A = XX^T, from X = G / ||G||_F; a zero matrix stays zero.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(-2) > matrices.size(-1)
+    X = matrices.mT if tall else matrices
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
+def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """Blockwise int8: (n, r, c) -> integers (blocks, 256), scales (blocks, 1) in its own type."""
+    blocks = F.pad(momentum.flatten(), (0, -momentum.numel() % MOMENTUM_BLOCK))
+    blocks = blocks.view(-1, MOMENTUM_BLOCK)
+    scale = (blocks.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-12)
+    return torch.round(blocks / scale).clamp(-127, 127).to(torch.int8), scale
+
+
+def unpack_momentum(packed: tuple[Tensor, Tensor], like_this: Tensor) -> Tensor:
+    """The momentum that pack_momentum packed, in the shape (n, r, c) of `like_this`."""
+    q, scale = packed
+    return (q.to(scale.dtype) * scale).flatten()[: like_this.numel()].view_as(like_this)
+
+
+class Muon(torch.optim.Optimizer):
+    """W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M), M <- mu M + g.
+
+    Equal shapes are stacked and orthogonalised together, in `dtype`. Decay may come after the
+    step instead, and M be kept as int8 blocks between steps. Source: Keller Jordan's Muon.
+    """
+
+    def __init__(self, groups: list[dict], steps: int, dtype: torch.dtype, packed: bool = False,
+                 decay_first: bool = True) -> None:
+        super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
+        self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Apply one update from the parameters' gradients."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"]:
+                by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                self.step_stack(weights, group)
+
+    def step_stack(self, weights: list[Tensor], group: dict) -> None:
+        """Update n matrices of one shape (r, c) through their stack (n, r, c)."""
+        mu, lr, (rows, cols) = group["momentum"], group["lr"], weights[0].shape
+        update = self.advance_momentum(torch.stack([w.grad for w in weights]), weights[0], mu)
+        update = orthogonalize(update.to(self.dtype), self.steps)
+        decay = 1.0 - lr * group["weight_decay"]
+        if self.decay_first:
+            torch._foreach_mul_(weights, decay)
+        torch._foreach_add_(weights, update.to(weights[0].dtype).unbind(),
+                            alpha=-lr * math.sqrt(max(1.0, rows / cols)))
+        if not self.decay_first:
+            torch._foreach_mul_(weights, decay)
+
+    def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
+        """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (n, r, c)."""
+        state, grads = self.state[key], grads.to(self.dtype) if self.packed else grads
+        old = state.get("momentum", torch.zeros_like(grads))
+        momentum = (unpack_momentum(old, grads) if isinstance(old, tuple) else old).mul_(mu)
+        momentum.add_(grads)
+        state["momentum"] = pack_momentum(momentum) if self.packed else momentum
+        return grads.add(momentum, alpha=mu)
+
+
+def build_optimizers(cfg: Config, groups: list[dict], dtype: torch.dtype) -> list:
+    """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
+    adam = [group for group in groups if group["optimizer"] == "adam"]
+    muon = [group for group in groups if group["optimizer"] == "muon"]
+    return [torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
+            Muon(muon, cfg.muon_backend_steps, dtype, packed=cfg.muon_quant_momentum,
+                 decay_first=cfg.muon_wd_order == "before")]
+
+
+def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
+    """Learning-rate scale with `remaining` of the run left, in the unit of `warmdown`."""
+    linear = min(1.0, max(0.0, remaining) / warmdown) if warmdown > 0 else 1.0
+    return linear if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * linear))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the schedules say at one step."""
+
+    lr_scale: float
+    momentum: float
+    qat: bool
+    done: bool
+    mile_gamma: float = 0.0
+    snapshot: bool = False  # SWA, after the step
+
+
+class Schedule:
+    """Where the run stands, from steps done and seconds used; the same on every rank.
+
+    Clock-driven runs measure what is left in seconds, step-driven ones in steps. WARMDOWN_ITERS
+    becomes seconds through the median of recent step times, and only once a few are known: a
+    slow first step must not look like the end of the run. A warmdown never exceeds the run.
+    """
+
+    STEPS_TIMED = (5, 50)  # needed before the median counts; kept
+
+    def __init__(self, cfg: Config, reserve_seconds: float = 0.0, queued_steps: int = 0) -> None:
+        self.cfg, self.queued_steps, self.qat = cfg, queued_steps, False
+        self.budget = max(cfg.max_wallclock_seconds - reserve_seconds, 0.0)
+        self.step_seconds: deque[float] = deque(maxlen=self.STEPS_TIMED[1])
+        self.last_seconds = 0.0
+
+    def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
+        """What is left of the run and how much of it decays, in steps or seconds alike."""
+        cfg, steps_left = self.cfg, self.cfg.iterations - step
+        if cfg.step_driven:
+            whole, left, iters = cfg.iterations, steps_left, float(cfg.warmdown_iters)
+        else:
+            whole, iters = self.budget, 0.0
+            if step_seconds := self.typical_step():
+                whole = min(whole, seconds + steps_left * step_seconds)
+                iters = cfg.warmdown_iters * step_seconds
+            left = whole - seconds
+        return left, cfg.warmdown_frac * whole if cfg.warmdown_frac else min(iters, whole)
+
+    def typical_step(self) -> float:
+        """Median seconds of recent steps; 0 until enough are known."""
+        known = len(self.step_seconds) >= self.STEPS_TIMED[0]
+        return float(np.median(self.step_seconds)) if known else 0.0
+
+    def at(self, step: int, seconds: float) -> Moment:
+        """The schedules before step `step` (from 0), `seconds` into training."""
+        if step > 0:
+            self.step_seconds.append(seconds - self.last_seconds)
+        self.last_seconds = seconds
+        cfg = self.cfg
+        left, warmdown = self.remaining_and_warmdown(step, seconds)
+        scale = decay_scale(left, warmdown, cfg.warmdown_type)
+        ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) \
+            if cfg.muon_momentum_warmup_steps else 1.0
+        start = cfg.muon_momentum_warmup_start
+        # Late QAT stays on once it is on: the scale is measured and may waver.
+        self.qat = self.qat or cfg.qat_mode == "always" or \
+            (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
+        gamma = cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS)
+        snapshot = scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0
+        # The last step must end inside the budget, after those still in a GPU's queue.
+        ahead = (1 + self.queued_steps) * self.typical_step()
+        over = seconds + ahead >= self.budget and not cfg.step_driven
+        done = step >= cfg.iterations or (step > 0 and over)
+        momentum = (1.0 - ramp) * start + ramp * cfg.muon_momentum
+        return Moment(scale, momentum, self.qat, done, gamma, snapshot)
+
+
+# =================================================================================================
+# Training
+# A step's gradient is that of the mean over the global batch, however many ranks share it. The
+# loss is read back one step late, so that a GPU never waits for it.
+# =================================================================================================
+
+Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
+
+
+def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
+                  grids: dict[str, int] | None = None,
+                  mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Nats of each target and its weight in the loss (B, T), QAT rounding weights to `grids`."""
+    given = (input_ids, target_ids, mile_gamma)
+    return torch.func.functional_call(model, fake_quantized(model, grids), given) if grids \
+        else model(*given)
+
+
+def make_forward(run: Run) -> Forward:
+    """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
+    return torch.compile(training_nats, fullgraph=True, dynamic=False) if run.compiled \
+        else training_nats
+
+
+def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
+    """This rank's rows of a step's global batch, as (first row, number of rows)."""
+    first = run.rank * cfg.rows_per_step // run.world_size
+    last = (run.rank + 1) * cfg.rows_per_step // run.world_size
+    tokens = 98_304 if run.device.type == "cuda" else 8_192
+    size = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
+    return [(start, min(size, last - start)) for start in range(first, last, size)]
+
+
+def reduce_gradients(parameters: list[Tensor], others: list[Tensor], run: Run) -> None:
+    """Add up gradients and other tensors over ranks; a rank without rows adds nothing."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    run.add_up([*others, *(p.grad for p in parameters)])
+
+
+def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRows, step: int,
+               moment: Moment, run: Run) -> Tensor:
+    """One optimizer step; returns [mean loss, then the gradient norm of each group].
+
+    The loss is sum(w nats) / sum(w) over the global batch, w = 1 but for MiLe, divided last.
+    """
+    cfg, groups = run.cfg, [group for opt in optimizers for group in opt.param_groups]
+    loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
+    gamma = torch.tensor(moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
+    grids = qat_grids(model) if moment.qat else None
+    for first, count in micro_batches(cfg, run):
+        input_ids, target_ids = rows.batch(step * cfg.rows_per_step + first, count)
+        nats, weights = forward(model, run.put(input_ids), run.put(target_ids), grids, gamma)
+        part = (weights * nats).sum() / cfg.train_batch_tokens
+        part.backward()
+        loss += part.detach()
+        weight += weights.sum() / cfg.train_batch_tokens
+    if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip_norm * weight[0])
+    reduce_gradients(list(model.parameters()), [loss, weight], run)
+    if cfg.mile_gamma:
+        torch._foreach_div_([loss, *(p.grad for p in model.parameters())], weight[0])
+    norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in group["params"]])
+                         for group in groups])
+    if cfg.grad_clip_norm and not cfg.clip_before_reduce:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm, norms.norm())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = group["base_lr"] * moment.lr_scale, moment.momentum
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.cat([loss, norms])
+
+
+def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
+    """Raise FloatingPointError naming step and tensors if a loss or gradient is not finite."""
+    if not all(map(math.isfinite, stats)):
+        bad = [group["route"] for group, norm in zip(groups, stats[1:], strict=True)
+               if not math.isfinite(norm)]
+        raise FloatingPointError(f"step {step}: loss {stats[0]}, gradient not finite in: "
+                                 f"{'; '.join(bad) or 'no group'}")
+
+
+def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
+    """Compile and warm up every path of the run, untimed, and put everything back.
+
+    Trains a few steps with throw-away optimizers, with and without QAT. Returns the measured
+    seconds of one calibration batch and of one evaluation batch.
+    """
+    cfg, run.phase = run.cfg, "priming"
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
+    steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype)
+    for step in range(steps):
+        moment = Moment(1.0, cfg.muon_momentum_warmup_start, variants[step % len(variants)], False,
+                        cfg.mile_gamma)
+        train_step(forward, model, optimizers, rows, step, moment, run)
+        run.log(f"warmup_step:{step + 1}/{steps}")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name])
+
+    def blank(rows: int) -> tuple[Tensor, Tensor]:  # not one tensor twice: that compiles anew
+        return torch.full((2, rows, cfg.eval_seq_len), BOS, device=run.device).unbind()
+
+    @torch.no_grad()
+    def timed(work: Callable[[], object]) -> float:  # the second of two calls, all compiled
+        work()
+        start = time.perf_counter()
+        work()
+        return run.agree(time.perf_counter() - start)
+
+    if cfg.ttt_mode != "off":
+        forward(model, *blank(run.adaptation_rows))[0].sum().backward()
+        model.zero_grad(set_to_none=True)
+    first_rows, evaluated = rows.batch(0, CALIBRATION_ROWS)[0], blank(cfg.eval_batch_seqs)
+    return (timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf, run)),
+            timed(lambda: forward(model, *evaluated)[0].sum().item()))
+
+
+class Averages:
+    """The weight averages of AVG_MODE: EMA, mean of snapshots (SWA), or SWA of the EMA."""
+
+    def __init__(self, model: GPT, cfg: Config) -> None:
+        self.model, self.ema = model, None
+        if "ema" in cfg.avg_mode:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
+            self.ema.n_averaged.fill_(1)  # it starts at the initial weights, not at step 1's
+        self.swa = AveragedModel(model) if "swa" in cfg.avg_mode else None
+
+    def update(self, snapshot: bool) -> None:
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        if self.swa is not None and snapshot:
+            self.swa.update_parameters(self.model if self.ema is None else self.ema.module)
+
+    def result(self, run: Run) -> GPT:
+        """The model to export; without any snapshot, SWA falls back to what it would average."""
+        if self.swa is not None and self.swa.n_averaged:
+            run.log("swa:applying averaged {snapshots} checkpoints", "swa",
+                    snapshots=int(self.swa.n_averaged))
+            return self.swa.module
+        if self.ema is not None:
+            run.log("ema:applying EMA weights")
+        return self.model if self.ema is None else self.ema.module
+
+
+def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation,
+          reserve_seconds: float, run: Run) -> tuple[GPT, int]:
+    """Train until the budget less `reserve_seconds` ends; returns averaged model and steps."""
+    cfg, run.phase = run.cfg, "training"
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    averages = Averages(model, cfg)
+    schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
+    matrices = len(qat_grids(model))
+    step, pending, before = 0, None, Moment(1.0, 0.0, False, False)
+    bar = run.progress("training", total=cfg.iterations if cfg.step_driven else schedule.budget,
+                       unit="step" if cfg.step_driven else "s")
+    with run.training_clock.running(), bar:
+        while True:
+            seconds = run.agree(run.training_clock.elapsed())
+            moment = schedule.at(step, seconds)
+            if moment.done:
+                break
+            if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
+                run.settle()
+                with run.training_clock.running(False):
+                    report(f"step:{step}/{cfg.iterations}",
+                           evaluate("validation", forward, model, val, run), run, step)
+            qat_starts = moment.qat and not before.qat
+            if qat_starts:
+                run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+                        f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
+                        scale=moment.lr_scale, matrices=matrices)
+            if averages.swa is not None and moment.snapshot and not run.activity["swa"]:
+                run.log(f"swa:start step:{step + 1}")
+            stats = train_step(forward, model, optimizers, rows, step, moment, run)
+            averages.update(moment.snapshot)
+            count_activity(moment, matrices, run)
+            if pending is not None:
+                log_step(*pending, step, seconds, groups, run)
+            pending, step, before = (stats, moment, qat_starts), step + 1, moment
+            bar.update((step if cfg.step_driven else seconds) - bar.n)
+        log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
+    run.trained_seconds = run.training_clock.elapsed()
+    run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
+            reason="stopping: last step" if step == cfg.iterations
+            else "stopping_early: wallclock_cap",
+            ms=1e3 * run.trained_seconds, iterations=cfg.iterations)
+    return averages.result(run), step
+
+
+def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
+             groups: list[dict], run: Run) -> None:
+    """Check the step-th step, which is finished; note it, and log it if its turn has come."""
+    stats = stats.tolist()
+    refuse_non_finite(stats, step, groups)
+    cfg = run.cfg
+    share = step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
+    due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
+        int(50 * share) > run.last_logged_share
+    show = show or step <= 10 or due
+    if show:
+        run.last_logged_share = int(50 * share)
+    template = ("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
+                "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
+    run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
+            train_loss=stats[0], ms=1e3 * seconds, step_avg=1e3 * seconds / step,
+            lr_scale=moment.lr_scale, eta=seconds * (1 - share) / max(share, 1e-9))
+
+
+def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
+    """Count the steps in which each technique that is configured to act at some time acted."""
+    cfg = run.cfg
+    for name, configured, acts in (
+        (f"{cfg.qat_mode}_qat", cfg.qat_mode != "off", moment.qat and qat_matrices > 0),
+        ("warmdown", cfg.warmdown_iters or cfg.warmdown_frac, moment.lr_scale < 1.0),
+        ("momentum_ramp", cfg.muon_momentum_warmup_steps, moment.momentum != cfg.muon_momentum),
+        ("mile", cfg.mile_gamma, moment.mile_gamma > 0),
+        ("ema", "ema" in cfg.avg_mode, True),
+        ("swa", "swa" in cfg.avg_mode, moment.snapshot),
+    ):
+        if configured:
+            run.occasions[name] += 1
+            run.activity[name] += bool(acts)
+
+
+def log_activity(run: Run) -> None:
+    """Log how often each scheduled technique was active; warn of any that never was."""
+    for name, occasions in run.occasions.items():
+        run.log("activity {name} steps:{steps} of:{of}", "activity", name=name,
+                steps=run.activity[name], of=occasions)
+        if not run.activity[name]:
+            run.log(f"warning: {name} was configured and never acted")
+
+
+# =================================================================================================
+# Quantization
+# Policy (which tensor gets which grid), quantizers (tensor to integers and scales), and the
+# Hessians that GPTQ needs. None of them knows about files.
+# =================================================================================================
+
+CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
+CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+QAT_QUANTILE = 0.9995
+TINY_STEP = 2.0**-14  # smallest normal fp16
+INT8_PERCENTILE = 0.9999984
+DAMPING, DAMPING_TRIES = 0.01, 5
+ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
+                 (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the artifact holds it: integers with one scale a row, or floats."""
+
+    values: Tensor  # int8 (rows, cols), or fp16 of any shape
+    scale: Tensor | None = None  # fp16 (rows,)
+
+    def restore(self) -> Tensor:
+        """The float32 tensor that the values stand for."""
+        values = self.values.float()
+        return values if self.scale is None else values * self.scale.float()[:, None]
+
+
+def role_of(name: str) -> str:
+    """The role of a parameter in BITS."""
+    return next(role for pattern, role in ROLE_PATTERNS if re.fullmatch(pattern, name))
+
+
+def bits_of(cfg: Config, name: str, tensor: Tensor) -> int:
+    """Bits of a parameter's integers; 0 for fp16, as all but large matrices are stored."""
+    small = tensor.ndim != 2 or tensor.numel() <= cfg.int8_keep_float_max_numel
+    bits = cfg.bits_by_role
+    return 0 if small else bits.get(name.removesuffix(".weight"), bits[role_of(name)])
+
+
+def largest_integer(bits: int) -> int:
+    """The top of a symmetric grid: 31 at 6 bits, 127 at 8."""
+    return 2 ** (bits - 1) - 1
+
+
+def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
+    """Steps that put `clip` at the top; inv_clip keeps small rows coarse, and so cheap."""
+    return (clip / levels).clamp_min(1.0 / levels if floor == "inv_clip" else TINY_STEP)
+
+
+def qat_grids(model: GPT) -> dict[str, int]:
+    """Name and bits (6 for what is stored as fp16) of each linear weight that QAT reaches."""
+    grids = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name != "lm_head":
+            bits = bits_of(model.cfg, f"{name}.weight", module.weight)
+            if {"stored": bits, "linears": True, "aux": not name.startswith("blocks.")}[
+                    model.cfg.qat_targets]:
+                grids[f"{name}.weight"] = bits or 6
+    return grids
+
+
+def row_quantile(x: Tensor, q: float) -> Tensor:
+    """torch.quantile of rows, (r, c) -> (r, 1), by the few largest: quick, and it compiles."""
+    place = q * (x.size(1) - 1)
+    top = x.topk(x.size(1) - int(place), dim=1).values
+    return torch.lerp(top[:, -1:], top[:, -2:][:, :1], place - int(place))
+
+
+def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
+    """The weights of `grids` rounded to so many bits, gradients passing through.
+
+    W' = clamp(round(W / s)) s, dW' / dW = 1, s from the row's QAT_CLIP.
+    """
+    seen = {}
+    for name, bits in grids.items():
+        weight = model.get_parameter(name)
+        levels, magnitude = largest_integer(bits), weight.detach().abs()
+        clip = row_quantile(magnitude, QAT_QUANTILE) if model.cfg.qat_clip == "quantile" \
+            else magnitude.amax(dim=1, keepdim=True)
+        scale = row_scales(clip, levels, model.cfg.q_scale_floor)
+        grid = torch.round(weight.detach() / scale).clamp(-levels, levels) * scale
+        seen[name] = weight + (grid - weight.detach())
+    return seen
+
+
+def clip_candidates(W: Tensor, bits: int, cfg: Config) -> Tensor:
+    """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r)."""
+    clips = W.abs().amax(dim=1)[None]
+    if cfg.clip_search != "absmax":
+        percentiles = torch.tensor(CLIP_PERCENTILES[:-1], device=W.device)
+        clips = torch.cat([torch.quantile(W.abs(), percentiles, dim=1), clips])
+    return row_scales(clips, largest_integer(bits), cfg.q_scale_floor)
+
+
+def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
+    """The candidate of least error: (n, r), (n, r, c), (n, r) -> by matrix, or by row."""
+    best = errors.argmin(dim=0) if cfg.clip_search == "row" else \
+        errors.sum(dim=1).argmin().expand(errors.size(1))
+    rows = torch.arange(errors.size(1), device=errors.device)
+    return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
+
+
+def round_to_nearest(W: Tensor, bits: int, cfg: Config) -> Stored:
+    """Nearest integers at the clip of least squared error."""
+    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg).half()
+    step = scales.float().unsqueeze(-1)
+    Q = torch.round(W / step).clamp(-levels, levels)
+    return pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
+
+
+def int8_rows(W: Tensor) -> Stored:
+    """Embedding tables: nearest of +-127 steps of a row's 0.9999984 quantile / 127."""
+    clip = torch.quantile(W.abs(), INT8_PERCENTILE, dim=1)
+    scale = row_scales(clip, 127, "inv_clip")
+    q = torch.round(W.clamp(-clip[:, None], clip[:, None]) / scale[:, None]).clamp(-127, 127)
+    return Stored(q.to(torch.int8), scale.half())
+
+
+def inverse_factor(H: Tensor) -> Tensor:
+    """Upper U with U^T U = (H + damping)^-1, float32 (c, c); damping grows after a failure.
+
+    Raises torch.linalg.LinAlgError if the last try fails as well.
+    """
+    identity = torch.eye(H.size(0), device=H.device)
+    damping = DAMPING * H.diagonal().mean().clamp_min(1e-12)
+    for attempt in range(DAMPING_TRIES):
+        try:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + damping * identity))
+            return torch.linalg.cholesky(inverse, upper=True)
+        except torch.linalg.LinAlgError:
+            if attempt == DAMPING_TRIES - 1:
+                raise
+            damping = damping * 10
+
+
+def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config) -> Stored:
+    """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
+
+    GPTQ (arXiv:2210.17323): each column's rounding error is pushed onto the columns not yet
+    rounded, through U with U^T U = H^-1. All clip candidates go through at once; GPTQ_SELECT
+    says which wins. W: (r, c), H: (c, c), both float32.
+    """
+    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg).half()
+    dead = H.diagonal() == 0
+    H = H + torch.diag(dead.float())
+    W = W.masked_fill(dead, 0.0)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if cfg.gptq_actorder \
+        else torch.arange(W.size(1), device=W.device)
+    U = inverse_factor(H[order][:, order])
+    step = scales.float().unsqueeze(-1)  # (candidates, r, 1)
+    Q = feed_back(W[:, order].expand(len(scales), -1, -1), step, U, levels, cfg.gptq_block_size)
+    delta = W[:, order] - Q * step
+    weighed = delta @ H[order][:, order] if cfg.gptq_select == "hessian" else delta
+    return pick((weighed * delta).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+
+
+def feed_back(W: Tensor, step: Tensor, U: Tensor, levels: int, block: int) -> Tensor:
+    """Round column after column, e = (w - q s) / U_ii, later columns -= e U_ij: GPTQ's loop.
+
+    W: (n, r, c), step: (n, r, 1), U: (c, c) -> integers (n, r, c).
+    """
+    rest, Q = W.clone(), torch.empty_like(W)
+    for start in range(0, W.size(-1), block):
+        stop = min(start + block, W.size(-1))
+        errors = torch.empty_like(rest[..., start:stop])
+        for col in range(start, stop):
+            column = rest[..., col : col + 1]
+            Q[..., col : col + 1] = torch.round(column / step).clamp_(-levels, levels)
+            error = (column - Q[..., col : col + 1] * step) / U[col, col]
+            rest[..., col:stop] -= error * U[col, col:stop]
+            errors[..., col - start : col - start + 1] = error
+        rest[..., stop:] -= errors @ U[start:stop, stop:]
+    return Q
+
+
+def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config) -> Stored:
+    """The form of #1361, kept to reproduce it: errors (w - q s) go through H^-1_ij / H^-1_ii.
+
+    H^-1 is never updated, so it over-corrects; nearest rounding chooses the clip.
+    """
+    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg)
+    U = inverse_factor(H)
+    inverse, step = U.mT @ U, scales.unsqueeze(-1)  # rounding comes before the scales' fp16
+    Q = feed_back(W.expand(len(scales), -1, -1), step, inverse / inverse.diagonal()[:, None],
+                  levels, cfg.gptq_block_size)
+    delta = W - torch.round(W / step).clamp(-levels, levels) * step
+    return pick(delta.square().mean(dim=2), Q, scales.half(), cfg)
+
+
+def weighted_error(W: Tensor, stored: Stored, H: Tensor) -> float:
+    """GPTQ's objective tr((W - Q) H (W - Q)^T), in float64."""
+    delta = (W - stored.restore().to(W.device)).double()
+    return float(((delta @ H.double()) * delta).sum())
+
+
+def hessian_source(name: str) -> str:
+    """The linear whose inputs a linear shares: queries, keys and values read the same."""
+    return re.sub(r"attn\.c_[kv]$", "attn.c_q", name)
+
+
+@torch.no_grad()
+def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
+    """A batch the model draws itself after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((CALIBRATION_ROWS, 1), BOS, device=device)
+    while ids.size(1) < seq_len:
+        p = torch.softmax(model.logits(model.hidden(ids)[:, -1:])[:, 0] / TEMPERATURE, dim=-1)
+        drawn = torch.multinomial(p.cpu(), 1, generator=generator)
+        ids = torch.cat([ids, drawn.to(device)], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches: int,
+                     deadline: float, run: Run) -> dict[str, Tensor]:
+    """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
+
+    batch_of(n) gives the ids (B, T) of calibration batch n; batches are dealt to the ranks in
+    turn, and those that could end after `deadline` seconds of the training clock are left out.
+    An untied head is stored like the embedding, without a Hessian.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)
+               and name != "lm_head" and bits_of(model.cfg, f"{name}.weight", module.weight)}
+    sums = {name: torch.zeros(linears[name].in_features, linears[name].in_features,
+                              device=run.device) for name in map(hessian_source, linears)}
+    seen = torch.zeros(1, device=run.device)
+
+    def observe(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        sums[name].addmm_(x.T, x)
+
+    hooks = [linears[name].register_forward_pre_hook(functools.partial(observe, name))
+             for name in sums]
+    mine = range(run.rank, num_batches, run.world_size)
+    for batch in run.progress("calibrating", iterable=mine, unit="batch"):
+        start = run.training_clock.elapsed()
+        input_ids = batch_of(batch)
+        model.hidden(run.put(input_ids))
+        seen += input_ids.numel()
+        run.settle()
+        end = run.training_clock.elapsed()
+        if end + 2 * (end - start) > deadline:  # another could end too late
+            break
+    for hook in hooks:
+        hook.remove()
+    run.add_up([seen, *sums.values()])
+    run.calibration_tokens = int(seen.item())
+    return {name: total / seen for name, total in sums.items()}
+
+
+def calibration_reserve(batch_seconds: float, run: Run) -> float:
+    """Seconds of the training budget to keep for collecting Hessians, from the measured cost."""
+    cfg = run.cfg
+    if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
+        return 0.0
+    share = math.ceil(cfg.gptq_calib_batches / run.world_size)
+    reserve = min(1.2 * share * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
+    run.log("calibration reserve:{seconds:.1f}s batches:{batches}", "reserve", seconds=reserve,
+            batches=cfg.gptq_calib_batches)
+    return reserve
+
+
+def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str, Tensor]:
+    """Hessians on training rows after the last trained one, inside the training budget.
+
+    Rows that the model draws touch no data, so they may take their time.
+    """
+    cfg, run.phase, inside = run.cfg, "calibration", run.cfg.gptq_calib == "train"
+    if cfg.gptq_variant == "off":
+        return {}
+    if cfg.gptq_calib == "selfgen":
+        mine = range(run.rank, cfg.gptq_calib_batches, run.world_size)
+        batch_of = {n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
+                    for n in run.progress("drawing rows", iterable=mine, unit="batch")}.get
+    else:
+        def batch_of(n: int) -> Tensor:
+            first = steps * cfg.rows_per_step + n * CALIBRATION_ROWS
+            return rows.batch(first, CALIBRATION_ROWS)[0]
+    with run.training_clock.running() if inside else contextlib.nullcontext():
+        deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
+        hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
+    used = run.agree(run.training_clock.elapsed())
+    run.log("gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms", "calibrated",
+            source=cfg.gptq_calib, tokens=run.calibration_tokens, ms=1e3 * used)
+    if used > cfg.max_wallclock_seconds and not cfg.step_driven:
+        run.mark_ineligible(f"training and calibration took {used:.1f} s")
+    return hessians
+
+
+@torch.no_grad()
+def magnitude_pruned(W: Tensor, share: float) -> Tensor:
+    """W (r, c) with the entries below its `share` quantile of magnitude set to zero."""
+    return torch.where(W.abs() < torch.quantile(W.abs().flatten(), share), 0.0, W)
+
+
+def prune_integers(stored: dict[str, Stored], share: float) -> int:
+    """Zero `share` of all integers, of those not zero yet the smallest |q s|; returns how many."""
+    sizes = [s.values.numel() for s in stored.values()]
+    cost = torch.cat([s.restore().abs().flatten() for s in stored.values()])
+    count = min(int(share * len(cost)), int(cost.count_nonzero()))
+    cost[cost == 0] = math.inf
+    doomed = torch.zeros(len(cost), dtype=torch.bool)
+    doomed[cost.topk(count, largest=False).indices] = True
+    for s, mask in zip(stored.values(), doomed.split(sizes), strict=True):
+        s.values[mask.view_as(s.values)] = 0
+    return count
+
+
+def quantize_matrix(W: Tensor, H: Tensor | None, bits: int, cfg: Config) -> tuple[Stored, bool]:
+    """One matrix as integers: GPTQ if it has a Hessian; and whether that had to be given up."""
+    if H is None:
+        return (int8_rows(W) if bits == 8 else round_to_nearest(W, bits, cfg)), False
+    try:
+        return (gptq_simple if cfg.gptq_variant == "simple" else gptq)(W, H, bits, cfg), False
+    except torch.linalg.LinAlgError:
+        return round_to_nearest(W, bits, cfg), True
+
+
+@torch.no_grad()
+def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Stored]:
+    """Every parameter as it will be stored: integers where BITS says so, else fp16; pruned."""
+    run.phase, cfg = "quantization", model.cfg
+    stored, low, fallbacks, objective = {}, {}, 0, 0.0
+    # Factorisations and float64 sums are not to be had on every other device.
+    device = run.device if run.device.type == "cuda" else torch.device("cpu")
+    parameters = list(model.named_parameters())
+    for name, p in run.progress("quantizing", iterable=parameters, unit="tensor"):
+        W, bits = p.detach().float().to(device), bits_of(cfg, name, p)
+        if not W.half().isfinite().all():
+            raise FloatingPointError(f"{name} is not finite, or too large for fp16")
+        if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
+            W = magnitude_pruned(W, cfg.prune_frac)
+        H = hessians.get(hessian_source(name.removesuffix(".weight"))) if bits else None
+        if H is not None:
+            H = H.to(device)
+        result, failed = quantize_matrix(W, H, bits, cfg) if bits else (Stored(W.half()), False)
+        objective += 0.0 if H is None else weighted_error(W, result, H)
+        fallbacks += failed
+        stored[name] = Stored(result.values.cpu(), None if not bits else result.scale.cpu())
+        if 0 < bits < 8:
+            low[name] = stored[name]
+    if cfg.prune_pct and low:
+        run.log("prune:zeroed {zeroed} of {of} integers below 8 bits", "pruned",
+                zeroed=prune_integers(low, cfg.prune_pct),
+                of=sum(s.values.numel() for s in low.values()))
+    run.log("gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
+            "objective:{objective:.6g}", "quantized", variant=cfg.gptq_variant,
+            matrices=sum(1 for s in stored.values() if s.scale is not None),
+            fallbacks=fallbacks, objective=objective)
+    return stored
+
+
+# =================================================================================================
+# Artifact
+# One file: an uncompressed prelude (magic, version, codec, body length, sha256 of the rest), then
+# one compressed body of JSON header, integers, floats. A reader trusts none of it.
+# =================================================================================================
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
+PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
+CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
+ZSTD_LEVEL, LZMA_PRESET = 22, 6
+MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
+LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
+MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
+EVALUATION_SETTINGS = settings_of("Evaluation")
+
+
+def storage_order(name: str) -> tuple[str, list[int]]:
+    """Sort key that puts the same matrix of all layers side by side, which compresses best."""
+    return re.sub(r"\d+", "", name), [int(digits) for digits in re.findall(r"\d+", name)]
+
+
+def artifact_header(cfg: Config, val: Validation) -> dict:
+    """What rebuilding the model and repeating the evaluation takes."""
+    return {"settings": {name.upper(): show_setting(getattr(cfg, name))
+                         for name in (*MODEL_SETTINGS, *EVALUATION_SETTINGS)},
+            "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
+
+
+def brotli_codec():
+    """The brotli module, which is no runtime package; raises Refusal if it is missing or old."""
+    try:
+        import brotli
+        brotli.Decompressor().process(b"", output_buffer_limit=1)  # what bounds a hostile stream
+        return brotli
+    except (ImportError, TypeError):
+        raise Refusal("CODEC=brotli needs the Python package brotli 1.2 or newer") from None
+
+
+def compress(body: bytes, codec: str) -> bytes:
+    """The body under a codec of CODECS; the same bytes always give the same bytes."""
+    if codec == "zstd":
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body)
+    if codec == "lzma":
+        return lzma.compress(body, preset=LZMA_PRESET)
+    return brotli_codec().compress(body, quality=11, lgwin=24)
+
+
+def decompress(packed: bytes, codec: str, size: int) -> bytes:
+    """What compress() was given, `size` bytes; never holds more. Raises ValueError otherwise."""
+    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError}
+    try:
+        if codec == "zstd":
+            whole = zstandard.frame_content_size(packed) == size
+            body = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False) \
+                if whole else b""
+        elif codec == "lzma":
+            reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
+            body = reader.decompress(packed, max_length=size + 1)
+            whole = reader.eof and not reader.unused_data
+        else:
+            broken[codec] = brotli_codec().error
+            reader = brotli_codec().Decompressor()
+            body = reader.process(packed, output_buffer_limit=size + 1)
+            whole = reader.is_finished()
+    except broken[codec] as error:
+        raise ValueError(str(error)) from None
+    if len(body) != size or not whole:
+        raise ValueError("it does not end where its prelude says")
+    return body
+
+
+def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
+    """The artifact's bytes; the same header and tensors always give the same bytes."""
+    names = sorted(stored, key=storage_order)
+    tensors = [[name, int(stored[name].scale is not None), *stored[name].values.shape]
+               for name in names]
+    text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
+    integers = [stored[name].values for name in names if stored[name].scale is not None]
+    floats = [stored[name].values if stored[name].scale is None else stored[name].scale
+              for name in names]
+    body = b"".join([struct.pack("<I", len(text)), text.encode(),
+                     *(q.numpy().astype("<i1").tobytes() for q in integers),
+                     *(x.numpy().astype("<f2").tobytes() for x in floats)])
+    packed = compress(body, codec)
+    return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
+                        hashlib.sha256(packed).digest()) + packed
+
+
+def unpack_body(blob: bytes) -> bytes:
+    """The decompressed body of an artifact; raises Refusal before trusting any length in it."""
+    if len(blob) < PRELUDE.size or blob[:8] != ARTIFACT_MAGIC:
+        raise Refusal("not an artifact of train_gpt.py (its first bytes are wrong)")
+    _, version, number, body_bytes, digest = PRELUDE.unpack_from(blob)
+    packed, codec = blob[PRELUDE.size :], next((c for c in CODECS if CODECS[c] == number), None)
+    if version != ARTIFACT_VERSION or codec is None:
+        raise Refusal(f"artifact version {version}, codec {number}: this train_gpt.py reads "
+                      f"version {ARTIFACT_VERSION}, codecs {CODECS}")
+    if hashlib.sha256(packed).digest() != digest:
+        raise Refusal("the artifact is damaged (its sha256 does not match); copy it again")
+    if body_bytes > MAX_BODY_BYTES:
+        raise Refusal(f"the artifact's body length {body_bytes:,} is above the bound of "
+                      f"{MAX_BODY_BYTES:,} bytes")
+    try:
+        return decompress(packed, codec, body_bytes)
+    except ValueError as error:
+        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+
+
+def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
+    """Header and tensors of an artifact; raises Refusal for anything malformed."""
+    body = unpack_body(blob)
+    try:
+        (header_bytes,) = struct.unpack_from("<I", body)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
+        header = json.loads(body[4 : 4 + header_bytes])
+        texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a setting or fingerprint is not text")
+        return header, cut_payload(body, 4 + header_bytes, header["tensors"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise Refusal(f"the artifact's header is malformed ({error!r})") from None
+
+
+def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
+    """Cut integers and floats into the header's tensors, each [name, is integer, *shape].
+
+    Raises ValueError or TypeError for a shape, name or value that cannot be.
+    """
+    for name, is_integer, *shape in tensors:
+        whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
+        if type(name) is not str or len(shape) > 2 or not whole or (is_integer and len(shape) < 2):
+            raise ValueError(f"tensor {name!r} of shape {shape!r}")
+    stored, q_at = {}, start
+    x_at = start + sum(math.prod(shape) for _, is_integer, *shape in tensors if is_integer)
+    for name, is_integer, *shape in tensors:
+        floats = shape[0] if is_integer else math.prod(shape)
+        x = torch.from_numpy(np.frombuffer(body, "<f2", floats, x_at).astype(np.float16))
+        x_at += 2 * floats
+        if name in stored or not x.isfinite().all():
+            raise ValueError(f"tensor {name!r} is there twice or is not finite")
+        if is_integer:
+            q = np.frombuffer(body, "<i1", math.prod(shape), q_at).astype(np.int8)
+            q_at += q.size
+            stored[name] = Stored(torch.from_numpy(q).view(shape), x)
+        else:
+            stored[name] = Stored(x.view(shape))
+    if x_at != len(body):
+        raise ValueError("the tensors do not add up to the body")
+    return stored
+
+
+def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
+    """Header and tensors of the file; raises Refusal if it is missing, huge or malformed."""
+    if not path.is_file():
+        raise Refusal(f"{path}: no such artifact")
+    if path.stat().st_size > MAX_ARTIFACT_BYTES:
+        raise Refusal(f"{path} has {path.stat().st_size:,} bytes; artifacts are read up to "
+                      f"{MAX_ARTIFACT_BYTES:,}")
+    try:
+        return decode_artifact(path.read_bytes())
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal}") from None
+
+
+def rebuild_model(cfg: Config, stored: dict[str, Stored], run: Run) -> GPT:
+    """The model an artifact holds, on the run's device; raises Refusal if it holds another."""
+    # The empty model is laid out without memory, so that a lying header allocates nothing.
+    with torch.device("meta"):
+        model = GPT(cfg, pick_attention(cfg, run.device)[1], run.dtype)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if expected != {name: tuple(s.values.shape) for name, s in stored.items()}:
+        raise Refusal("the artifact's tensors are not those of the model its settings describe")
+    model.load_state_dict({name: s.restore() for name, s in stored.items()}, assign=True)
+    return model.to(run.device)
+
+
+def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
+    """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
+    blob = b""
+    if run.is_main:
+        stored = quantize(model, hessians, run)
+        run.phase = "export"
+        path = run.folder / "artifact.bin"
+        write_file(path, encode_artifact(artifact_header(run.cfg, val), stored, run.cfg.codec))
+        blob = path.read_bytes()
+        log_sizes(stored, run)
+        total, limit = len(run.source) + len(blob), run.cfg.artifact_limit_bytes
+        label = f"{grid_label(run.cfg, stored)}+{run.cfg.codec}"
+        run.log(f"Serialized model {label}: {len(blob)} bytes")
+        run.log(f"Code size: {len(run.source)} bytes")
+        run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}",
+                "artifact", label=label, model_bytes=len(blob), code_bytes=len(run.source),
+                total=total, limit=limit, left=limit - total,
+                sha256=hashlib.sha256(blob).hexdigest())
+        if total > limit:
+            run.mark_ineligible(f"code and artifact have {total} bytes, {total - limit} over "
+                                f"ARTIFACT_LIMIT_BYTES={limit}")
+    return run.share(blob)
+
+
+def log_sizes(stored: dict[str, Stored], run: Run) -> None:
+    """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
+    for role in ROLES:
+        mine = [s for name, s in stored.items() if role_of(name) == role]
+        integers = [s.values.flatten() for s in mine if s.scale is not None]
+        counts = torch.bincount(torch.cat(integers).int() + 128).double() if integers \
+            else torch.ones(1)
+        share = counts[counts > 0] / counts.sum()
+        entropy = float(-(share * share.log2()).sum() * sum(map(len, integers)) / 8)
+        floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
+        run.log("size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
+                "float_bytes:{floats}", "size", role=role, tensors=len(mine),
+                integers=sum(map(len, integers)), entropy=entropy, floats=2 * floats)
+
+
+def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
+    """How log lines call the artifact's block matrices."""
+    integers = any(s.scale is not None for name, s in stored.items() if role_of(name) == "mlp")
+    return f"int{cfg.bits_by_role['mlp']}" if integers else "fp16"
+
+
+# =================================================================================================
+# Evaluation
+# Windows are data: (start, first scored, end of scored), in targets. One loop scores any of
+# them. Batches are formed before they are dealt to ranks, so no world size changes the score.
+# =================================================================================================
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sums over the scored targets, and what was scored."""
+
+    name: str
+    nats: float
+    targets: int
+    num_bytes: int
+    seconds: float
+
+    loss = property(lambda self: self.nats / self.targets)  # nats per target
+    bpb = property(lambda self: self.nats / (math.log(2) * self.num_bytes))
+
+
+def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") -> np.ndarray:
+    """Windows over `num_targets` targets as rows (start, first scored, end): int64 (windows, 3).
+
+    Stride 0 gives chunks side by side, the last one short. cover: starts 0, stride, 2 stride, ...,
+    the last anchored at the end, each scoring what is not yet scored. published_s1 has a start
+    for every stride, published_s3 full windows only; both score the last `stride` targets of each.
+    """
+    last = max(num_targets - seq_len, 0)
+    if stride == 0 or (form != "published_s1" and last == 0):
+        starts = np.arange(0, num_targets, seq_len)
+        return np.stack([starts, starts, np.minimum(starts + seq_len, num_targets)], axis=1)
+    starts = np.arange(0, num_targets, stride)
+    if form != "published_s1":
+        starts = np.append(starts[starts < last], last)
+    ends = np.minimum(starts + seq_len, num_targets)
+    firsts = np.append(0, ends[:-1] if form == "cover" else np.maximum(ends - stride, starts)[1:])
+    return np.stack([starts, firsts, ends], axis=1)
+
+
+def padded(spans: np.ndarray, count: int) -> np.ndarray:
+    """The windows `spans` and, up to `count`, some that score nothing: batches of one shape."""
+    return np.concatenate([spans, np.zeros((count - len(spans), 3), spans.dtype)])
+
+
+def window_batch(val: Validation, rows: np.ndarray, num_targets: int, seq_len: int) -> tuple:
+    """Input ids, target ids, scored mask, bytes of the windows `rows`: (B, T) each."""
+    at = rows[:, :1] + np.arange(seq_len)
+    scored = (at >= rows[:, 1:2]) & (at < rows[:, 2:])
+    at = np.minimum(at, num_targets - 1)  # a short window is padded; causality keeps it harmless
+    return (torch.from_numpy(val.tokens[at].astype(np.int64)),
+            torch.from_numpy(val.tokens[at + 1].astype(np.int64)),
+            torch.from_numpy(scored), torch.from_numpy(val.target_bytes[at].astype(np.int64)))
+
+
+@torch.no_grad()
+def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, run: Run,
+                  bar: tqdm) -> Tensor:
+    """Nats, targets and bytes of the windows `spans`: float64 (3,).
+
+    One row of sums a batch, added up in the order of batches on every rank.
+    """
+    cfg, num_targets = run.cfg, val.num_targets(run.cfg)
+    num_batches = -(-len(spans) // cfg.eval_batch_seqs)
+    batches = padded(spans, num_batches * cfg.eval_batch_seqs).reshape(num_batches, -1, 3)
+    sums = torch.zeros(num_batches, 3, dtype=torch.float64)
+    for index in range(run.rank, num_batches, run.world_size):
+        input_ids, target_ids, scored, num_bytes = window_batch(
+            val, batches[index], num_targets, cfg.eval_seq_len)
+        nats, _ = forward(model, run.put(input_ids), run.put(target_ids))
+        sums[index] = torch.stack([(nats.cpu().double() * scored).sum(),
+                                   scored.sum().double(), (num_bytes * scored).sum().double()])
+        bar.update(run.world_size)
+    run.add_up([sums])
+    return sums.sum(0)
+
+
+def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
+             stride: int = 0, form: str = "cover", adapter: "Adapter | None" = None) -> EvalResult:
+    """Score the validation split in windows of EVAL_SEQ_LEN; stride 0 for chunks.
+
+    An adapter learns from each TTT_CHUNK_TOKENS targets once all of them are scored.
+    """
+    cfg, start, num_targets = run.cfg, time.perf_counter(), val.num_targets(run.cfg)
+    spans = windows(num_targets, cfg.eval_seq_len, stride, form)
+    chunk_of = spans[:, 1] // (cfg.ttt_chunk_tokens if adapter else num_targets)
+    sums, num_chunks = torch.zeros(3, dtype=torch.float64), int(chunk_of[-1]) + 1
+    with run.progress(name, total=-(-len(spans) // cfg.eval_batch_seqs), unit="batch") as bar:
+        for chunk in range(num_chunks):
+            if (chunk_of == chunk).any():
+                sums += score_windows(forward, model, val, spans[chunk_of == chunk], run, bar)
+            if adapter is not None and chunk < num_chunks - 1:
+                adapter.after_chunk(chunk, num_chunks, time.perf_counter() - start)
+    nats, targets, num_bytes = sums.tolist()
+    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - start)
+
+
+class Adapter:
+    """Test-time training by SGD on validation text, within the evaluation budget.
+
+    score_first learns from targets whose score is final; train_then_score, not legal, from all.
+    """
+
+    def __init__(self, forward: Forward, model: GPT, val: Validation, run: Run) -> None:
+        cfg = run.cfg
+        frozen = tuple(f"blocks.{layer}." for layer in range(cfg.ttt_freeze_blocks))
+        if cfg.ttt_mode == "train_then_score":
+            frozen += ("tok_emb.", "bigram.", "smear.")
+        self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+        self.forward, self.model, self.val, self.run, self.seconds = forward, model, val, run, 0.0
+
+    def after_chunk(self, chunk: int, num_chunks: int, elapsed: float) -> None:
+        """Learn from the chunk just scored, unless the time is needed to score the rest."""
+        cfg, run, done = self.run.cfg, self.run, chunk + 1
+        scoring = (elapsed - self.seconds) / done * (num_chunks - done)
+        needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * self.seconds / max(chunk, 1)
+        run.occasions["ttt"] += 1
+        if run.agree(float(needed > cfg.eval_wallclock_seconds)):
+            return
+        cosine = 0.5 * (1.0 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
+        start = time.perf_counter()
+        for _ in range(cfg.ttt_epochs):
+            self.learn(chunk * cfg.ttt_chunk_tokens, done * cfg.ttt_chunk_tokens,
+                       cfg.ttt_lr * cosine, math.inf)
+        self.seconds += time.perf_counter() - start
+        run.activity["ttt"] += 1
+
+    def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
+        """SGD on the targets first to end in rows of EVAL_SEQ_LEN; returns steps taken.
+
+        Stops at `deadline` seconds of the scoring clock; ranks share the rows of a batch.
+        """
+        cfg, run, steps, num_targets = self.run.cfg, self.run, 0, self.val.num_targets(self.run.cfg)
+        rows = windows(min(end, num_targets) - first, cfg.eval_seq_len, 0) + first
+        self.optimizer.param_groups[0]["lr"] = lr
+        for at in range(0, len(rows), cfg.ttt_batch_seqs):
+            if run.agree(float(run.scoring_clock.elapsed() > deadline)):
+                break
+            batch = rows[at : at + cfg.ttt_batch_seqs]
+            mine = padded(batch[run.rank :: run.world_size], run.adaptation_rows)
+            ids, targets, learned, _ = map(run.put, window_batch(self.val, mine, num_targets,
+                                                                 cfg.eval_seq_len))
+            nats, _ = self.forward(self.model, ids, targets)
+            ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
+            reduce_gradients(self.parameters, [], run)
+            if cfg.ttt_grad_clip:
+                torch.nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
+            self.optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+            steps += 1
+        return steps
+
+    def learn_all(self, scoring_seconds: float) -> None:
+        """TTT_EPOCHS passes over the whole split, leaving `scoring_seconds` of the budget."""
+        cfg, run, num_targets = self.run.cfg, self.run, self.val.num_targets(self.run.cfg)
+        per_epoch = -(-num_targets // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
+        run.occasions["ttt"] = cfg.ttt_epochs * per_epoch
+        for _ in range(cfg.ttt_epochs):
+            run.activity["ttt"] += self.learn(0, num_targets, cfg.ttt_lr,
+                                              cfg.eval_wallclock_seconds - 1.1 * scoring_seconds)
+
+
+def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
+    """Log a score under what was scored; raises FloatingPointError if it is not finite."""
+    if not math.isfinite(result.nats):
+        raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
+    run.log("{label} val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} name:{name} targets:{targets} "
+            "bytes:{num_bytes} eval_time:{ms:.0f}ms", "eval", label=label, name=result.name,
+            step=step, val_loss=result.loss, val_bpb=result.bpb, targets=result.targets,
+            num_bytes=result.num_bytes, ms=1e3 * result.seconds, legal=legal)
+
+
+def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forward: Forward,
+                   run: Run, diagnostics: bool) -> list[EvalResult]:
+    """Score the model rebuilt from an artifact; the last is the headline, which is timed."""
+    run.phase, results, label = "scoring the artifact", [], grid_label(cfg, stored)
+    model, stride, ttt = rebuild_model(cfg, stored, run), cfg.eval_stride, cfg.ttt_mode
+
+    def score(name: str, tag: str, *how, legal: bool = True) -> None:
+        results.append(evaluate(name, forward, model, val, run, *how))
+        report(tag.format(label), results[-1], run, legal=legal)
+
+    if diagnostics and stride:
+        score("artifact_chunked", "final_{}_roundtrip_exact")
+        if cfg.sliding != "cover":
+            score(f"artifact_{cfg.sliding}", "final_{}_" + cfg.sliding, stride, cfg.sliding)
+        if ttt == "score_first":
+            score("artifact_sliding_no_ttt", "final_{}_no_ttt", stride)
+    with run.scoring_clock.running():
+        if not stride:
+            score("artifact_chunked", "final_{}_roundtrip_exact")
+        elif ttt == "score_first":
+            score("artifact_sliding", "legal_ttt_exact", stride, "cover",
+                  Adapter(forward, model, val, run))
+        else:
+            score("artifact_sliding", "final_{}_sliding_window_exact", stride)
+        if diagnostics and ttt == "train_then_score":
+            Adapter(forward, model, val, run).learn_all(results[-1].seconds)
+            run.log("warning: no legal score follows: the model has trained on the text before "
+                    "scoring it")
+            score("artifact_sliding_train_then_score", "illegal_ttt", stride, legal=False)
+            results.insert(-1, results.pop())
+    if run.scoring_clock.elapsed() > cfg.eval_wallclock_seconds:
+        run.mark_ineligible(f"scoring took {run.scoring_clock.elapsed():.0f} s, "
+                            f"EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:.0f}")
+    return results
+
+
+def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
+    """Warn before scoring starts if the measured speed says that it will pass its budget."""
+    cfg, targets = run.cfg, val.num_targets(run.cfg)
+    spans = windows(targets, cfg.eval_seq_len, cfg.eval_stride)
+    batches = -(-len(spans) // cfg.eval_batch_seqs)
+    seconds = batch_seconds * math.ceil(batches / run.world_size)
+    run.log("scoring expected:{seconds:.0f}s budget:{budget:.0f}s", seconds=seconds,
+            budget=cfg.eval_wallclock_seconds)
+    if seconds > cfg.eval_wallclock_seconds:
+        run.log("warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
+                "same, and the run will not be eligible as a record")
+
+
+# =================================================================================================
+# Main
+# The story of a run, and the verbs that do less.
+# =================================================================================================
+
+
+def verb_train(cfg: Config, notes: list[str]) -> int:
+    """Train, export, and score the exported model; returns the exit code."""
+    with Run.start(cfg) as run:
+        with run.together():
+            rows, val = TrainingRows(cfg), load_validation(cfg)
+            kernel_name, kernel = pick_attention(cfg, run.device)
+            compress(b"", cfg.codec)  # refuses one that is not installed
+        run.open_folder()
+        run.log_header(notes)
+        model = GPT(cfg, kernel, run.dtype)
+        initialize(model, cfg)
+        run.copy_from_main(model.to(run.device))
+        log_work(model, rows, val, kernel_name, run)
+        forward = make_forward(run)
+        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
+        reserve = calibration_reserve(calibration_seconds, run)
+        model, steps = train(forward, model, rows, val, reserve, run)
+        hessians = calibrate(model, rows, steps, run)
+        run.phase = "scoring the float model"
+        float_result = evaluate("float_chunked", forward, model, val, run)
+        report("DIAGNOSTIC" + f" post_{cfg.avg_mode}" * (cfg.avg_mode != "none"), float_result, run)
+        blob = export(model, hessians, val, run)
+        announce_scoring(eval_seconds, val, run)
+        scores = score_artifact(cfg, decode_artifact(blob)[1], val, forward, run, diagnostics=True)
+        log_activity(run)
+        left = log_summary(model, steps, len(blob), [float_result, *scores], run)
+        if left < 0:
+            run.log(f"error: code and artifact are {-left:,} bytes over ARTIFACT_LIMIT_BYTES="
+                    f"{cfg.artifact_limit_bytes:,}; take fewer parameters or BITS")
+        return EXIT_OVER_LIMIT if left < 0 else 0
+
+
+def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: Run) -> None:
+    """Log what is about to be trained, on what."""
+    cfg, first_xsa = run.cfg, run.cfg.num_layers - run.cfg.xsa_last_n
+    machine = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
+    if "H100" not in machine or run.world_size != 8:
+        run.mark_ineligible(f"ran on {run.world_size} x {machine}, the track asks for 8 x H100")
+    for reason in static_ineligibility(cfg):
+        run.mark_ineligible(reason)
+    run.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
+    run.log("train_loader:dataset:{dataset} train_shards:{shards} tokens:{tokens}", "train_data",
+            dataset=Path(cfg.data_path).name, shards=len(rows.shards), tokens=rows.num_tokens)
+    run.log("val_loader:shards pattern={pattern} tokens:{tokens} documents:{documents} "
+            "bytes:{num_bytes} recorded_bytes:{recorded} fingerprint:{fingerprint}", "val_data",
+            tokens=len(val.tokens), pattern=f"{cfg.data_path}/fineweb_val_*.bin",
+            documents=val.documents, num_bytes=int(val.target_bytes.sum(dtype=np.int64)),
+            recorded=val.recorded_bytes, fingerprint=val.fingerprint)
+    run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
+    rows_at_once = max((count for _, count in micro_batches(cfg, run)), default=0)
+    for line in (
+        f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
+        f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} "
+        f"micro_batch_rows:{rows_at_once}",
+        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
+        f"kernel:{kernel}",
+        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+        f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
+        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
+        *routing_table(cfg, model), f"seed:{cfg.seed}",
+    ):
+        run.log(line)
+
+
+def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
+    """One line a parameter group: how many parameters learn how."""
+    for group in route_parameters(cfg, model):
+        yield (f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
+               f"lr:{group['base_lr']:<8g} wd:{group['weight_decay']:<6g} {group['route']}")
+
+
+def log_summary(model: GPT, steps: int, model_bytes: int, scores: list[EvalResult],
+                run: Run) -> int:
+    """The last lines of the log: what was trained, its size, its scores; returns bytes left."""
+    cfg = run.cfg
+    if run.device.type == "cuda":
+        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
+                f"reserved: {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    run.log("peak memory resident: {mib:.0f} MiB", "memory",
+            mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    run.log("eligible:{eligible} {reasons}", "eligibility", eligible=int(not run.ineligible),
+            reasons="; ".join(run.ineligible))
+    run.log("params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
+            "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}", "summary",
+            params=sum(p.numel() for p in model.parameters()), steps=steps,
+            rate=steps * cfg.train_batch_tokens / run.trained_seconds,
+            seconds=run.training_clock.elapsed(), eval_seconds=run.scoring_clock.elapsed())
+    total, limit = len(run.source) + model_bytes, cfg.artifact_limit_bytes
+    run.log(f"artifact {model_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
+            f"{limit:,} bytes, {limit - total:,} left")
+    for score in scores[:-1]:
+        run.log(f"{score.name} val_bpb:{score.bpb:.8f}")
+    run.log("val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
+            "final", val_bpb=scores[-1].bpb, val_loss=scores[-1].loss, name=scores[-1].name,
+            stride=cfg.eval_stride, sliding="cover")
+    run.log(f"log: {run.folder}/log.txt")
+    run.log(f"artifact: {run.folder}/artifact.bin")
+    return limit - total
+
+
+def static_ineligibility(cfg: Config) -> list[str]:
+    """Settings that keep a run from standing as a record of the 10-minute, 16 MB track."""
+    return [reason for wrong, reason in (
+        (cfg.step_driven, "MAX_WALLCLOCK_SECONDS=0: the run is step-driven"),
+        (cfg.max_wallclock_seconds > 600, "MAX_WALLCLOCK_SECONDS is above 600"),
+        (cfg.eval_wallclock_seconds > 600, "EVAL_WALLCLOCK_SECONDS is above 600"),
+        (cfg.artifact_limit_bytes > 16_000_000, "ARTIFACT_LIMIT_BYTES is above 16,000,000"),
+        (cfg.gptq_calib == "train_after_cap", "GPTQ_CALIB=train_after_cap: training data was used "
+                                              "after the budget"),
+        (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
+    ) if wrong]
+
+
+def verb_check(cfg: Config, notes: list[str]) -> int:
+    """Look at settings, data and tokenizer as a run would, and do nothing else."""
+    rows, val = TrainingRows(cfg), load_validation(cfg)
+    pick_attention(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    compress(b"", cfg.codec)
+    if cfg.run_id and Path(cfg.runs_dir, cfg.run_id).exists():
+        raise Refusal(f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already")
+    print(*notes, f"ok: {rows.num_tokens:,} training tokens in {len(rows.shards)} shards, "
+          f"{len(val.tokens):,} validation tokens in {val.documents:,} documents", sep="\n")
+    return 0
+
+
+def verb_plan(cfg: Config, notes: list[str]) -> int:
+    """Say what a run would do, without data and without training."""
+    with torch.device("meta"):
+        model = GPT(cfg)
+    by_bits, reasons = Counter(), static_ineligibility(cfg)
+    for name, p in model.named_parameters():
+        by_bits[bits_of(cfg, name, p)] += p.numel()
+    stored = (f"{n:,} at {f'int{bits}' if bits else 'fp16'}" for bits, n in sorted(by_bits.items()))
+    print(*notes, f"parameters: {sum(by_bits.values()):,}", *routing_table(cfg, model),
+          f"stored as: {', '.join(stored)}", f"a step: {cfg.train_batch_tokens:,} tokens, "
+          f"{cfg.rows_per_step:,} rows of {cfg.train_seq_len:,}", *schedule_dates(cfg),
+          "eligible as a record: " + ("no: " * bool(reasons) + "; ".join(reasons) or
+                                      "yes, on 8 x H100 within its budgets"), sep="\n")
+    return 0
+
+
+def schedule_dates(cfg: Config) -> Iterator[str]:
+    """When each scheduled thing starts, in the unit that drives the run."""
+    whole, unit = (cfg.iterations, "steps") if cfg.step_driven else (cfg.max_wallclock_seconds, "s")
+    known = cfg.warmdown_frac or cfg.step_driven  # else the warmdown depends on the step time
+    warmdown = cfg.warmdown_frac * whole or (min(cfg.warmdown_iters, whole) if known
+                                             else cfg.warmdown_iters)
+
+    def last(share: float) -> str:
+        return f"from {whole - share * warmdown:g} {unit} on" if known else \
+            f"the last {share * warmdown:,.0f} steps"
+
+    yield f"end: {whole:g} {unit}" + ("" if cfg.step_driven else ", less the time calibration "
+                                      f"takes; at most {cfg.iterations:,} steps")
+    yield f"momentum ramp: {cfg.muon_momentum_warmup_start:g} to {cfg.muon_momentum:g} in " \
+          f"{cfg.muon_momentum_warmup_steps:,} steps"
+    yield f"warmdown ({cfg.warmdown_type}): {last(1.0)}"
+    note = "" if cfg.warmdown_type == "linear" else " if the warmdown were linear"
+    if cfg.qat_mode == "late":
+        yield f"late QAT: {last(cfg.late_qat_threshold)}{note}"
+    if "swa" in cfg.avg_mode:
+        yield f"SWA: {last(cfg.swa_start_frac)}{note}, every {cfg.swa_every} steps"
+    if cfg.mile_gamma:
+        yield f"MiLe: plain cross entropy {last(MILE_ENDS)}{note}"
+
+
+def locate_validation(cfg: Config, header: dict) -> Config:
+    """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
+    for folder in (cfg.data_path, *sorted(Path("data/datasets").glob("*"))):
+        with contextlib.suppress(Refusal):
+            hashes = read_sidecar(folder)["val_shards"]
+            if fingerprint_of([hashes[name] for name in sorted(hashes)]) == header["validation"]:
+                break
+    else:
+        raise Refusal(f"no validation split with fingerprint {header['validation'][:12]} in "
+                      f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py")
+    for tokenizer in (cfg.tokenizer_path, *sorted(Path("data/tokenizers").glob("*.model"))):
+        if Path(tokenizer).is_file() and sha256_of(Path(tokenizer)) == header["tokenizer"]:
+            return replace(cfg, data_path=str(folder), tokenizer_path=str(tokenizer))
+    raise Refusal(f"no tokenizer with sha256 {header['tokenizer'][:12]} at "
+                  f"TOKENIZER_PATH={cfg.tokenizer_path} or in data/tokenizers/")
+
+
+def verb_eval(path: Path, env: dict[str, str]) -> int:
+    """Score an artifact again: the model comes from its header alone."""
+    model_names = {name.upper() for name in MODEL_SETTINGS}
+    if repeated := sorted(model_names & set(env)):
+        raise Refusal(f"{repeated[0]} is set, but --eval takes the model from the artifact: "
+                      "unset it")
+    header, stored = read_artifact(path)
+    expected = model_names | {name.upper() for name in EVALUATION_SETTINGS}
+    if wrong := sorted(set(header["settings"]) ^ expected):
+        raise Refusal(f"{path}: its header must name the settings of this train_gpt.py; "
+                      f"{wrong[0]!r} is not here or missing there")
+    cfg, notes = Config.from_env({**header["settings"], **env})
+    cfg = locate_validation(cfg, header)
+    with Run.start(cfg) as run:
+        run.log_header(notes)
+        with run.together():
+            val = load_validation(cfg)
+        score = score_artifact(cfg, stored, val, make_forward(run), run, diagnostics=False)[-1]
+        run.log(f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
+                f"stride {cfg.eval_stride})")
+    return 0
+
+
+def verb_help(cfg: Config, notes: list[str]) -> int:
+    """Print every setting with value, range and meaning."""
+    print(__doc__, *cfg.listing(), sep="\n")
+    print(f"\nPresets: {', '.join(PRESETS)}. * marks what differs from the defaults.")
+    return 0
+
+
+VERBS = {(): verb_train, ("--check",): verb_check, ("--plan",): verb_plan,
+         ("--help",): verb_help, ("-h",): verb_help}
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line asks; returns the exit code, having said in one line what failed."""
+    quiet = int(os.environ.get("RANK", 0)) > 0  # under torchrun one line is enough
+    try:
+        if arguments[:1] == ["--eval"] and len(arguments) == 2:
+            return verb_eval(Path(arguments[1]), dict(os.environ))
+        if tuple(arguments) not in VERBS:
+            raise Refusal(f"arguments {' '.join(arguments)!r}: expected nothing, --help, --check, "
+                          "--plan or --eval ARTIFACT; hyperparameters are environment variables")
+        return VERBS[tuple(arguments)](*Config.from_env(dict(os.environ)))
+    except Refusal as refusal:
+        if not quiet:
+            print(f"error: {refusal}", file=sys.stderr)
+        return EXIT_REFUSED
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("error: interrupted; what the run folder holds was kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
