@@ -8,6 +8,7 @@ folders whose script you have read.
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,15 @@ BOS = 1
 
 
 def load_script(path: Path) -> ModuleType:
-    """A train_gpt.py as a module of its own."""
+    """A train_gpt.py as a module of its own; leaves no __pycache__ beside it."""
     spec = importlib.util.spec_from_file_location("script_of_record", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
     return module
 
 
@@ -131,3 +136,8 @@ def suite(script_path: Path, artifact: Path, settings: dict) -> dict[str, bool]:
         "legal_settings": settings["ttt_mode"] != "train_then_score"
         and settings["gptq_calib"] != "train_after_cap",
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(suite(Path(sys.argv[1]), Path(sys.argv[2]),
+                           json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")))))
