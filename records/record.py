@@ -16,10 +16,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import difflib
 import hashlib
+import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -28,6 +32,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +43,10 @@ RECORDS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RECORDS.parent))
 VERSION = 1  # of what `new` writes; stands in every marker
 LIMIT_BYTES = 16_000_000
+MAX_FILE_BYTES = 1 << 26  # of a file in a folder; larger ones are not read
+# Validation text of the challenge. Its published tokenizers fold characters, so that the count of
+# one differs from another's by some thousandths.
+FINEWEB_VAL_BYTES, FINEWEB_TOLERANCE = 151_080_891, 0.005
 ROLE_NAMES = {"mlp": "MLP", "attn": "attention", "emb": "token embedding", "aux": "the rest"}
 
 # What each track asks for. reasons: why train_gpt.py may call a run of it not eligible (it speaks
@@ -45,10 +55,12 @@ TRACKS: dict[str, dict] = {
     "track_10min_16mb": {
         "title": "10 minutes on 8xH100, 16 MB", "device": "cuda", "train_seconds": 600,
         "eval_seconds": 600, "seeds": 3, "reasons": (), "artifact": False, "dataset": "fineweb10B_",
+        "machine": r"8 x .*H100.*", "machine_words": "8 x H100", "val_bytes": FINEWEB_VAL_BYTES,
         "command": "torchrun --standalone --nproc_per_node=8 train_gpt.py"},
     "track_cpu_5min": {
         "title": "5 minutes on two CPU cores, 16 MB, built-in corpus", "device": "cpu",
         "train_seconds": 300, "eval_seconds": 600, "seeds": 3, "artifact": True,
+        "machine": r"1 x [12] threads|2 x 1 threads", "machine_words": "two threads",
         "reasons": ("ran on ", "the text is not FineWeb"), "dataset": "docs_",
         "command": "PRESET=mini ./run.sh"},
     "track_non_record_16mb": {
@@ -65,15 +77,41 @@ KNOWN_SPLITS = {
 OWN_SETTINGS = ("run_id", "runs_dir", "seed")  # differ between the runs of one entry
 FINAL_LINES = ("Serialized model", "Code size", "Total submission size", "params:", "artifact ",
                "val_bpb:")
+# Final lines that no event of the trainer carries itself, by the event that has their numbers.
+DERIVED_LINES = {
+    "artifact": ("Serialized model {label}: {model_bytes} bytes", "Code size: {code_bytes} bytes",
+                 "artifact {model_bytes:,} bytes + code {code_bytes:,} = {total:,} of {limit:,} "
+                 "bytes, {left:,} left"),
+    "eval": ("{name} val_bpb:{val_bpb:.8f}",),
+}
+CONDITIONS = ("causality", "full_distribution", "single_pass", "score_before_update",
+              "determinism", "legal_settings")  # what compliance.suite looks at
+# Files of every entry, beside those of its seeds and the artifact.
+FILES = ("README.md", "train_gpt.py", "settings.json", "requirements.txt", "loss.png", "bytes.png",
+         "bpb.png")
+
+
+# What reading a stranger's folder may raise, apart from Wrong.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError,
+             SyntaxError, TypeError, ValueError)
 
 
 class Wrong(ValueError):
     """Runs that cannot be an entry, or a folder that cannot be read; the message is one line."""
 
 
+def content(path: Path) -> bytes:
+    """What a plain file of bearable size holds; raises Wrong for anything else."""
+    if not path.exists():
+        raise Wrong(f"{path}: no such file")
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+        raise Wrong(f"{path}: not a plain file of at most {MAX_FILE_BYTES:,} bytes")
+    return path.read_bytes()
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(content(path)).hexdigest()
 
 
 # =================================================================================================
@@ -91,6 +129,14 @@ class SeedRun:
     events: list[dict]
     settings: dict
 
+    # How findings name its files: in an entry the names suffice, in run folders they do not.
+    log_name = property(lambda self: self.place_of(self.log_path))
+    metrics_name = property(lambda self: self.place_of(self.metrics_path))
+
+    def place_of(self, path: Path) -> str:
+        """Name of one of its files, with the folder where that is called the same in all runs."""
+        return str(path) if path.name in ("log.txt", "metrics.jsonl") else path.name
+
     def all(self, kind: str) -> list[dict]:
         """Events of a kind, in order."""
         return [event for event in self.events if event.get("event") == kind]
@@ -106,7 +152,7 @@ class SeedRun:
     @property
     def seed(self) -> int:
         """Its seed, as its log lists it."""
-        match = re.search(r"^[* ] SEED +(\d+) ", self.log, re.M)
+        match = re.search(r"^[* ] SEED +([0-9]+) ", self.log, re.M)
         if match is None:
             raise Wrong(f"{self.log_path}: lists no SEED")
         return int(match[1])
@@ -116,38 +162,48 @@ class SeedRun:
         return next((e for e in reversed(self.all("eval")) if e["name"] == name), None)
 
 
+def parse_json(text: str) -> dict:
+    """A JSON object of plain numbers that says nothing twice; raises ValueError otherwise."""
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return found
+
+    def no_number(word: str) -> None:
+        raise ValueError(f"{word} is not a number")
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(parsed, dict):
+        raise ValueError("not a JSON object")
+    return parsed
+
+
 def read_events(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; raises Wrong for one that is not a JSON object."""
     events = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(content(path).decode().splitlines(), start=1):
         try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
-            raise Wrong(f"{path}:{number}: not a JSON object")
-        events.append(event)
+            events.append(parse_json(line))
+        except ValueError as error:
+            raise Wrong(f"{path}:{number}: {error}") from None
     return events
 
 
 def read_json(path: Path) -> dict:
     """A JSON object of a file; raises Wrong if it holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Wrong(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise Wrong(f"{path}: not a JSON object")
-    return content
+        return parse_json(content(path).decode())
+    except ValueError as error:
+        raise error if isinstance(error, Wrong) else Wrong(f"{path}: {error}") from None
 
 
 def read_run(log: Path, metrics: Path, settings: Path) -> SeedRun:
     """One run from its three files; raises Wrong if one is missing or unreadable."""
-    for path in (log, metrics, settings):
-        if not path.is_file():
-            raise Wrong(f"{path}: no such file")
     try:
-        return SeedRun(log, metrics, log.read_text(encoding="utf-8"), read_events(metrics),
+        return SeedRun(log, metrics, content(log).decode(), read_events(metrics),
                        read_json(settings))
     except UnicodeDecodeError as error:
         raise Wrong(f"{log.parent}: not UTF-8 text ({error})") from None
@@ -155,9 +211,13 @@ def read_run(log: Path, metrics: Path, settings: Path) -> SeedRun:
 
 def read_entry(folder: Path) -> list[SeedRun]:
     """The runs of a records folder that `new` made, by seed."""
-    logs = sorted(folder.glob("train_seed*.log"), key=lambda p: int(re.sub(r"\D", "", p.stem)))
+    logs = {}
+    for log in folder.glob("train_seed*"):
+        if not (number := re.fullmatch(r"train_seed([0-9]{1,10})\.log", log.name)):
+            raise Wrong(f"{log}: expected train_seed<N>.log")
+        logs[int(number[1])] = log
     return [read_run(log, folder / f"metrics_{log.stem.removeprefix('train_')}.jsonl",
-                     folder / "settings.json") for log in logs]
+                     folder / "settings.json") for _, log in sorted(logs.items())]
 
 
 # =================================================================================================
@@ -168,12 +228,13 @@ def read_entry(folder: Path) -> list[SeedRun]:
 def seed_facts(run: SeedRun) -> dict:
     """Results of one seed in the words of submission.json."""
     final, summary, artifact = run.one("final"), run.one("summary"), run.one("artifact")
-    floats = run.score("float_chunked")
+    if (floats := run.score("float_chunked")) is None:
+        raise Wrong(f"{run.metrics_path}: no eval 'float_chunked'")
     return {
         "val_bpb": final["val_bpb"], "val_loss": final["val_loss"], "steps": summary["steps"],
         "train_s": summary["seconds"], "eval_s": summary["eval_seconds"],
         "tokens_per_second": summary["rate"], "artifact_bytes": artifact["model_bytes"],
-        "pre_quant_val_bpb": floats["val_bpb"] if floats else None,
+        "pre_quant_val_bpb": floats["val_bpb"],
     }
 
 
@@ -187,15 +248,56 @@ def common_settings(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
 
 
+@lru_cache(maxsize=4)
+def parsed(script: str) -> ast.Module:
+    """The syntax tree of a script that is never run; raises Wrong for what is none."""
+    try:
+        return ast.parse(script)
+    except (MemoryError, RecursionError, SyntaxError, ValueError) as error:
+        raise Wrong(f"train_gpt.py: not to be read as Python ({error})") from None
+
+
 def defaults_of(script: str) -> dict:
-    """Defaults of the settings in a train_gpt.py, read from its text, never run."""
+    """Defaults of the settings in a train_gpt.py, read from its text."""
     defaults = {}
-    for node in ast.walk(ast.parse(script)):
+    for node in parsed(script).body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
                     defaults[line.target.id] = ast.literal_eval(line.value.args[0])
     return defaults
+
+
+def given_by_hand(settings: dict, script: str) -> dict[str, str]:
+    """Settings that neither the defaults nor PRESET give, so that a command must.
+
+    PRESETS is read from the script's text: literals, names of earlier ones, `|` and Fraction.
+    """
+    known: dict[str, object] = {}
+
+    def value(node: ast.expr) -> object:
+        if isinstance(node, ast.Dict):
+            return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            return value(node.left) | value(node.right)
+        if isinstance(node, ast.Call) and node.func.id == "Fraction":
+            return Fraction(*map(value, node.args))
+        return known[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+    for line in parsed(script).body:
+        target = line.target if isinstance(line, ast.AnnAssign) else \
+            line.targets[0] if isinstance(line, ast.Assign) else None
+        if isinstance(target, ast.Name):
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+                known[target.id] = value(line.value)
+    values = defaults_of(script)
+    for name in filter(None, str(settings.get("preset", "")).split(",")):
+        for setting, chosen in known.get("PRESETS", {}).get(name.strip(), {}).items():
+            if isinstance(chosen, Fraction):  # of what it would be without this preset
+                chosen = values[setting] and max(1, round(values[setting] * chosen))
+            values[setting] = chosen
+    return {name.upper(): show(chosen) for name, chosen in common_settings(settings).items()
+            if name in values and values[name] != chosen and name != "preset"}
 
 
 def entry_facts(runs: list[SeedRun], script: bytes, about: dict) -> dict:
@@ -210,7 +312,7 @@ def entry_facts(runs: list[SeedRun], script: bytes, about: dict) -> dict:
                if name in defaults and defaults[name] != value}
     largest = max(facts["artifact_bytes"] for facts in seeds.values())
     return {
-        **about,
+        **{key: about.get(key) for key in ABOUT},
         "val_bpb": statistics.fmean(scores), "val_loss": statistics.fmean(losses),
         "val_bpb_std": statistics.stdev(scores) if len(scores) > 1 else 0.0,
         "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else 0.0,
@@ -229,61 +331,154 @@ def entry_facts(runs: list[SeedRun], script: bytes, about: dict) -> dict:
 # =================================================================================================
 
 
-def templates_of(script: str) -> list[str]:
-    """Texts of a script that look like log lines to be filled in; only plain fields count."""
+@lru_cache(maxsize=4)
+def templates_of(script: str) -> tuple[tuple[frozenset[str], str], ...]:
+    """Texts of a script that look like log lines to be filled in, each with its fields.
+
+    Only plain fields count.
+    """
     found = {}
-    for node in ast.walk(ast.parse(script)):
+    for node in ast.walk(parsed(script)):
         text = node.value if isinstance(node, ast.Constant) else None
         if isinstance(text, str) and "\n" not in text:
             fields = re.findall(r"\{(\w+)(?::[,.\w]{1,5})?\}", text)
             if fields and len(fields) == text.count("{"):
-                found[text] = None
-    return list(found)
+                found[text] = frozenset(fields)
+    return tuple((fields, text) for text, fields in found.items())
 
 
-def said_by(templates: list[str], event: dict) -> Iterator[tuple[str, str]]:
-    """The lines that a script's templates make of an event, and each one's template."""
-    for template in templates:
-        try:
-            yield template.format(**event), template
-        except (KeyError, ValueError, IndexError, TypeError):
-            continue
+def lines_of(run: SeedRun, script: str) -> Iterator[tuple[int, dict, dict[str, str], set[str]]]:
+    """Every event with its number, the log lines it may give and must give: line to template."""
+    by_fields: dict[frozenset, list[str]] = {}
+    headline = run.one("final")["name"]
+    for number, event in enumerate(run.events, start=1):
+        kind, facts = event.get("event"), frozenset(event) - {"event"}
+        if facts not in by_fields:
+            by_fields[facts] = [text for fields, text in templates_of(script) if fields <= facts]
+        derived = DERIVED_LINES.get(kind, ())
+        if kind == "eval" and (event["step"] or event["name"] == headline):
+            derived = ()
+        said, must = {}, set()
+        for template in (*by_fields[facts], *derived):
+            with contextlib.suppress(ValueError, TypeError):
+                said[template.format(**event)] = template
+                must |= {template.format(**event)} if template in derived else set()
+        yield number, event, said, must
+
+
+def steps_to_show(run: SeedRun, script: str) -> set[int]:
+    """Numbers of the step events that the trainer would have logged: the first ten, the last, and
+    one every TRAIN_LOG_EVERY steps or fiftieth of the run after the one before."""
+    cfg, lines, last, due = run.settings, set(run.log.splitlines()), -1, set()
+    for number, event, said, _ in lines_of(run, script):
+        if event.get("event") == "step":
+            share = event["ms"] / 1e3 / cfg["max_wallclock_seconds"] \
+                if cfg["max_wallclock_seconds"] else event["step"] / cfg["iterations"]
+            wanted = event["step"] % cfg["train_log_every"] == 0 if cfg["train_log_every"] else \
+                int(50 * share) > last
+            if wanted or event["step"] <= 10 or event["step"] == run.one("trained")["step"]:
+                due.add(number)
+            if said.keys() & lines or number in due:
+                last = int(50 * share)
+    return due
 
 
 def check_log(run: SeedRun, script: str) -> Iterator[str]:
     """The log and the metrics file of a run say the same, line by line."""
-    lines, templates = run.log.splitlines(), templates_of(script)
-    expected, shapes, here = set(), {}, set(lines)
-    for number, event in enumerate(run.events, start=1):
-        said = dict(said_by(templates, {k: v for k, v in event.items() if k != "event"}))
+    lines = run.log.splitlines()
+    expected, templates, here, due = set(), set(), set(lines), steps_to_show(run, script)
+    for number, event, said, must in lines_of(run, script):
         expected |= said.keys()
-        shapes |= {re.sub(r"\\{.*?\\}", ".*", re.escape(template)): None
-                   for template in said.values()}
-        if said and not said.keys() & here and event.get("event") != "step":
-            yield (f"{run.metrics_path.name}:{number}: event {event.get('event')!r} stands in no "
-                   f"line of {run.log_path.name}")
+        templates |= set(said.values())
+        if (told := said.keys() - must) and not told & here and (
+                event.get("event") != "step" or number in due):
+            yield (f"{run.metrics_name}:{number}: event {event.get('event')!r} stands in no "
+                   f"line of {run.log_name}")
+        for line in sorted(must - here):
+            yield f"{run.log_name}: this line is missing: {line!r}"
+    shapes = [re.sub(r"\\{.*?\\}", ".*", re.escape(t)) for t in sorted(templates)]
     of_events = re.compile("|".join(shapes) or r"(?!)")
     for number, line in enumerate(lines, start=1):
         if line not in expected and of_events.fullmatch(line):
-            yield f"{run.log_path.name}:{number}: not what {run.metrics_path.name} says: {line!r}"
+            yield f"{run.log_name}:{number}: not what {run.metrics_name} says: {line!r}"
     for beginning in FINAL_LINES:
         if not any(line.startswith(beginning) for line in lines):
-            yield f"{run.log_path.name}: final line {beginning!r} is missing"
+            yield f"{run.log_name}: final line {beginning!r} is missing"
 
 
-def check_listing(run: SeedRun) -> Iterator[str]:
-    """The settings listed at the head of the log are those of settings.json."""
+def loose_lines(run: SeedRun, script: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Log lines that no event stands behind, before and after the first step, to their numbers.
+
+    Left out: what holds the run's own name, warnings (the events say why), a GPU's peak memory.
+    """
+    own = re.compile(r"[* ] (?:RUN_ID|RUNS_DIR|SEED) |seed:|.*/log\.txt$|artifact: |log: |"
+                     r"warning: |peak memory ")
+    expected, first = set(), math.inf
+    lines = run.log.splitlines()
+    for _, event, said, _ in lines_of(run, script):
+        expected |= said.keys()
+        if event.get("event") == "step" and first == math.inf:
+            first = min((lines.index(line) for line in said if line in lines), default=math.inf)
+    head, tail = {}, {}
+    for number, line in enumerate(lines):
+        if line not in expected and not own.match(line):
+            (head if number < first else tail)[line] = number + 1
+    return head, tail
+
+
+def check_loose_lines(runs: list[SeedRun], script: str) -> Iterator[str]:
+    """What no event stands behind is the same in all logs, as far as it can be.
+
+    After the first step the others need only have such a line, with numbers of their own; or the
+    numbers are in the run's events.
+    """
+    loose = [loose_lines(run, script) for run in runs]
+    for place, run in enumerate(runs if len(runs) > 1 else ()):
+        head, tail = loose[place]
+        heads = [set(part) for n, (part, _) in enumerate(loose) if n != place]
+        shapes = [{shape_of(line) for line in part} for n, (_, part) in enumerate(loose)
+                  if n != place]
+        events = [event for event in run.events if event.get("event") != "step"]
+        known = set(numbers_in(json.dumps([events, run.settings]))) | {
+            number for _, _, said, _ in lines_of(run, script) for line in said
+            for number in numbers_in(line)}
+        wrong = [(n, line) for line, n in head.items() if line not in set.union(*heads)] + [
+            (n, line) for line, n in tail.items() if shape_of(line) not in set.union(*shapes)
+            and not known.issuperset(numbers_in(line))]
+        for number, line in wrong:
+            yield f"{run.log_name}:{number}: stands in no event and in no other log: {line!r}"
+        for line in sorted(set.intersection(*heads) - head.keys()) + sorted(
+                set.intersection(*shapes) - {shape_of(line) for line in tail}):
+            yield f"{run.log_name}: a line of the other logs is missing: {line!r}"
+
+
+def shape_of(line: str) -> str:
+    """A line with every number made 0."""
+    return re.sub(r"[0-9][0-9.,]*", "0", line)
+
+
+def numbers_in(text: str) -> list[str]:
+    """The numbers of a text, without thousands separators."""
+    return [n.replace(",", "") for n in re.findall(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?",
+                                                          text)]
+
+
+def check_listing(run: SeedRun, script: str) -> Iterator[str]:
+    """The settings listed at the head of the log are those of settings.json, and the script's."""
+    for name in sorted(common_settings(run.settings).keys()
+                       ^ common_settings(defaults_of(script)).keys()):
+        yield f"settings.json: {name} stands in only one of it and the script"
     listed = dict(re.findall(r"^[* ] ([A-Z][A-Z0-9_]+) +(\S.*)$", run.log, re.M))
     for name, value in common_settings(run.settings).items():
         stated, expected = listed.get(name.upper(), "not listed"), show(value) or "''"
         if not f"{stated} ".startswith(f"{expected} "):
-            yield (f"{run.log_path.name}: {name.upper()} is {stated.split(' ')[0]}, but "
+            yield (f"{run.log_name}: {name.upper()} is {stated.split(' ')[0]}, but "
                    f"settings.json says {expected}")
 
 
 def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
     """A run's own numbers agree with each other and with the script."""
-    place, source, artifact = run.metrics_path.name, run.one("source"), run.one("artifact")
+    place, source, artifact = run.metrics_name, run.one("source"), run.one("artifact")
     if source["sha256"] != hashlib.sha256(script).hexdigest():
         yield f"{place}: another train_gpt.py ran (sha256 {source['sha256'][:12]})"
     if source["num_bytes"] != len(script) or artifact["code_bytes"] != len(script):
@@ -292,11 +487,16 @@ def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
         yield f"{place}: bytes do not add up: {artifact['total']:,}"
     if artifact["total"] > LIMIT_BYTES:
         yield f"{place}: {artifact['total']:,} bytes are over the cap of {LIMIT_BYTES:,}"
+    data, final, summary = run.one("val_data"), run.one("final"), run.one("summary")
     for event in run.all("eval"):
         bpb = event["val_loss"] * event["targets"] / (math.log(2) * event["num_bytes"])
         if not math.isclose(bpb, event["val_bpb"], rel_tol=1e-9):
             yield f"{place}: {event['name']}: val_bpb {event['val_bpb']} is not {bpb:.8f}"
-    data, final = run.one("val_data"), run.one("final")
+        # At most 64 bytes each. A published form of sliding counts some twice: never the headline.
+        dropped = data["tokens"] - 1 - event["targets"]
+        if dropped >= 0 and not 0 <= data["num_bytes"] - event["num_bytes"] <= 64 * dropped:
+            yield (f"{place}: {event['name']}: {event['num_bytes']:,} bytes in "
+                   f"{event['targets']:,} targets, the split has {data['num_bytes']:,}")
     if data["num_bytes"] != data["recorded"]:
         yield f"{place}: {data['num_bytes']:,} bytes counted, {data['recorded']:,} recorded"
     known = KNOWN_SPLITS.get(data["fingerprint"])
@@ -308,22 +508,49 @@ def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
         yield f"{place}: the final val_bpb is not the score of {final['name']}"
     elif not data["tokens"] - run.settings["eval_seq_len"] <= scored["targets"] < data["tokens"]:
         yield f"{place}: {scored['targets']:,} targets scored of {data['tokens']:,} tokens"
-    if not scored or not scored["legal"]:
+    if not scored or scored["legal"] is not True:
         yield f"{place}: the headline is not a legal score"
+    elif summary["eval_seconds"] * 1e3 < scored["ms"] - 1:
+        yield f"{place}: scoring took {scored['ms'] / 1e3:.1f} s, not {summary['eval_seconds']}"
+
+
+def check_training(run: SeedRun) -> Iterator[str]:
+    """Steps, clock and ledger of a run agree with its summary and its settings."""
+    place, summary, settings = run.metrics_name, run.one("summary"), run.settings
+    steps, trained = run.all("step"), run.one("trained")
+    if [event["step"] for event in steps] != list(range(1, summary["steps"] + 1)):
+        yield f"{place}: the steps are not 1, 2, ... to the last"
+    times = [event["ms"] for event in (*steps, trained, *run.all("calibrated"))]
+    if times != sorted(times):
+        yield f"{place}: step times run backwards"
+    for event in steps:
+        if not math.isclose(event["step_avg"], event["ms"] / event["step"], rel_tol=1e-9):
+            yield f"{place}: step {event['step']}: step_avg {event['step_avg']} is not ms / step"
+    if summary["seconds"] * 1e3 < times[-1] - 1:
+        yield f"{place}: training took {times[-1] / 1e3:.1f} s, not {summary['seconds']:.1f}"
+    rate = summary["steps"] * settings["train_batch_tokens"] / trained["ms"] * 1e3
+    if not math.isclose(rate, summary["rate"], rel_tol=0.01):
+        yield f"{place}: {summary['rate']:.0f} tokens a second, the steps give {rate:.0f}"
+    if summary["params"] != run.one("model")["params"]:
+        yield f"{place}: {summary['params']:,} parameters in the summary, the model has others"
+    ledger = {event["name"] for event in run.all("activity")}
+    qat, averages = settings.get("qat_mode", "off"), settings.get("avg_mode", "")
+    for name, configured in (
+            (f"{qat}_qat", qat != "off"), ("mile", settings.get("mile_gamma")),
+            ("warmdown", settings.get("warmdown_iters") or settings.get("warmdown_frac")),
+            ("momentum_ramp", settings.get("muon_momentum_warmup_steps")),
+            ("ttt", settings.get("ttt_mode", "off") != "off"),
+            ("ema", "ema" in averages), ("swa", "swa" in averages)):
+        if configured and name not in ledger:
+            yield f"{place}: {name} is configured and the activity ledger lacks it"
     for event in run.all("activity"):
         if not 0 < event["steps"] <= event["of"]:
             yield f"{place}: {event['name']} was configured and acted {event['steps']} times"
-    steps = [event["step"] for event in run.all("step")]
-    if steps != list(range(1, run.one("summary")["steps"] + 1)):
-        yield f"{place}: the steps are not 1, 2, ... to the last"
-    times = [event["ms"] for event in run.all("step")]
-    if times != sorted(times):
-        yield f"{place}: step times run backwards"
 
 
 def check_track(run: SeedRun, track: str) -> Iterator[str]:
     """A run keeps the rules of its track."""
-    rules, place, summary = TRACKS[track], run.metrics_path.name, run.one("summary")
+    rules, place, summary = TRACKS[track], run.metrics_name, run.one("summary")
     settings, machine = run.settings, run.one("machine")
     if rules["device"] and machine["device"] != rules["device"]:
         yield f"{place}: ran on {machine['device']}, {track} is for {rules['device']}"
@@ -336,6 +563,13 @@ def check_track(run: SeedRun, track: str) -> Iterator[str]:
     if rules["seeds"] > 1 and (settings["max_wallclock_seconds"] == 0 or
                                settings["max_wallclock_seconds"] > rules["train_seconds"]):
         yield f"settings.json: MAX_WALLCLOCK_SECONDS={settings['max_wallclock_seconds']}"
+    name = f"{machine['world_size']} x {machine['name']}"
+    if "machine" in rules and not re.fullmatch(rules["machine"], name):
+        yield f"{place}: ran on {name}, {track} is for {rules['machine_words']}"
+    counted = run.one("val_data")["num_bytes"]
+    if "val_bytes" in rules and not math.isclose(counted, rules["val_bytes"],
+                                                 rel_tol=FINEWEB_TOLERANCE):
+        yield f"{place}: {counted:,} validation bytes, the challenge's text has 151 million"
     for reason in filter(None, run.one("eligibility")["reasons"].split("; ")):
         if not reason.startswith(rules["reasons"]):
             yield f"{place}: not eligible: {reason}"
@@ -352,10 +586,16 @@ def check_together(runs: list[SeedRun], track: str) -> Iterator[str]:
         yield f"{len(runs)} seeds, {track} asks for {TRACKS[track]['seeds']}"
     for kind, keys in (("source", ("sha256",)), ("val_data", ("fingerprint", "tokens")),
                        ("train_data", ("dataset", "tokens")), ("model", ("params",)),
-                       ("machine", ("device", "world_size")), ("versions", ("torch",))):
+                       ("machine", ("device", "world_size", "name")),
+                       ("versions", ("torch", "python"))):
         for key in keys:
             if len(values := {run.one(kind)[key] for run in runs}) > 1:
                 yield f"the runs differ in {kind} {key}: {sorted(map(str, values))}"
+    kinds = [{(e.get("event"), e.get("name") or e.get("role")) for e in run.events
+              if e.get("event") not in ("machine", "step")} for run in runs]
+    for run, mine in zip(runs, kinds, strict=True):
+        for kind in sorted(set.union(*kinds) - mine, key=str):
+            yield f"{run.metrics_path}: no event {kind}, which another seed has"
     first = common_settings(runs[0].settings)
     for run in runs[1:]:
         for name, value in common_settings(run.settings).items():
@@ -367,38 +607,60 @@ def check_together(runs: list[SeedRun], track: str) -> Iterator[str]:
         yield "two seeds have the same loss curve"
 
 
+def check_about(about: dict) -> Iterator[str]:
+    """What a person may state freely is one line of text each, and can pass for nothing else."""
+    for key in ("author", "github_id", "name", "date", "blurb"):
+        text = about.get(key)
+        if not isinstance(text, str) or not text.strip() or not text.isprintable() or \
+                re.search(r"<!--|[|]", text):
+            yield f"{key} {text!r}: one line of text without '|' and '<!--'"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", str(about.get("name"))):
+        yield f"name {about.get('name')!r}: letters, digits, '_', '-' and '.', at most 61"
+    if not re.fullmatch(r"20[0-9]{2}-[01][0-9]-[0-3][0-9]", str(about.get("date"))):
+        yield f"date {about.get('date')!r}: expected YYYY-MM-DD"
+
+
 def check_claims(folder: Path, runs: list[SeedRun], script: bytes, claims: dict) -> Iterator[str]:
     """submission.json and README.md say what the logs say, and no file was exchanged."""
-    about = {key: claims.get(key) for key in ABOUT}
-    derived = entry_facts(runs, script, about)
-    yield from differences("submission.json", derived, {k: claims.get(k) for k in derived})
+    track, files = claims["track"], claims.get("files")
+    yield from (f"submission.json: {finding}" for finding in check_about(claims))
+    if folder.parent.name in TRACKS and folder.parent.name != track:
+        yield f"submission.json: track {track}, but the folder lies in {folder.parent.name}"
+    derived = entry_facts(runs, script, claims)
+    derived["compliance"] = dict.fromkeys(CONDITIONS, True)
+    yield from differences("submission.json", derived,
+                           {k: v for k, v in claims.items() if k != "files"})
+    if not isinstance(files, dict):
+        files = {}
     for path in sorted(folder.iterdir()):
         if path.name in ("submission.json", "NOTES.md") or path.name.startswith("."):
             continue
-        recorded = claims.get("files", {}).get(path.name)
-        if recorded is None:
+        if path.is_symlink() or not path.is_file():
+            yield f"{path.name}: not a plain file"
+        elif path.name not in files:
             yield f"{path.name}: not listed in submission.json"
-        elif sha256(path) != recorded:
+        elif sha256(path) != files[path.name]:
             yield f"{path.name}: changed since submission.json was written (sha256)"
-    for name in claims.get("files", {}):
-        if not (folder / name).is_file():
-            yield f"{name}: listed in submission.json, but missing"
+    for name in sorted({*files, *FILES}):
+        if "/" in name or not (folder / name).is_file():
+            yield f"{name}: belongs to the entry, but is not in its folder"
     for run in runs:
-        if run.log_path.name != f"train_seed{run.seed}.log":
-            yield f"{run.log_path.name}: its log says SEED {run.seed}"
+        if run.log_name != f"train_seed{run.seed}.log":
+            yield f"{run.log_name}: its log says SEED {run.seed}"
     best = min(runs, key=lambda run: run.one("final")["val_bpb"])
     artifact = folder / "artifact.bin"
     if artifact.is_file() and sha256(artifact) != best.one("artifact")["sha256"]:
         yield "artifact.bin: not the artifact of the best seed's log"
-    if not artifact.is_file() and TRACKS[about["track"]]["artifact"]:
+    if not artifact.is_file() and TRACKS[track]["artifact"]:
         yield "artifact.bin: missing; this track keeps the best seed's"
     page = folder / "README.md"
-    found = blocks_in(page.read_text(encoding="utf-8")) if page.is_file() else {}
-    for name, text in readme_blocks(derived, runs, claims.get("base")).items():
-        if found.get(name) != text:
-            wrong = next((a for a, b in zip((found.get(name) or "").splitlines(),
-                                            text.splitlines(), strict=False) if a != b), "a line")
-            yield f"README.md: block {name!r} is not what the logs give: {wrong!r}"
+    if page.is_file():
+        stated = content(page).decode().splitlines()
+        given = readme(derived, runs, script).splitlines()
+        for number, (line, right) in enumerate(itertools.zip_longest(stated, given), start=1):
+            if line != right:
+                yield f"README.md:{number}: {line!r}, the logs give {right!r}"
+                break
 
 
 def differences(place: str, derived: object, claimed: object) -> Iterator[str]:
@@ -406,10 +668,10 @@ def differences(place: str, derived: object, claimed: object) -> Iterator[str]:
     if isinstance(derived, dict) and isinstance(claimed, dict):
         for key in sorted({*derived, *claimed}):
             yield from differences(f"{place}: {key}", derived.get(key), claimed.get(key))
-    elif isinstance(derived, float) and isinstance(claimed, (int, float)):
+    elif isinstance(derived, float) and type(claimed) in (int, float):
         if not math.isclose(derived, claimed, rel_tol=1e-12, abs_tol=1e-15):
             yield f"{place} is {claimed}, the logs give {derived}"
-    elif derived != claimed:
+    elif derived != claimed or type(derived) is not type(claimed):
         yield f"{place} is {claimed!r}, the logs give {derived!r}"
 
 
@@ -418,38 +680,56 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
     claims, script_path = read_json(folder / "submission.json"), folder / "train_gpt.py"
     if not script_path.is_file():
         raise Wrong(f"{script_path}: no such file")
-    if claims.get("track") not in TRACKS:
+    if not isinstance(claims.get("track"), str) or claims["track"] not in TRACKS:
         raise Wrong(f"{folder}/submission.json: track {claims.get('track')!r} is not one of "
                     f"{', '.join(TRACKS)}")
-    script, runs = script_path.read_bytes(), read_entry(folder)
+    script, runs = content(script_path), read_entry(folder)
     if not runs:
         raise Wrong(f"{folder}: no train_seed*.log")
-    findings = list(check_together(runs, claims["track"]))
-    for run in runs:
-        findings += check_listing(run)
-        findings += check_log(run, script.decode())
-        findings += check_numbers(run, script)
-        findings += check_track(run, claims["track"])
+    findings = list(check_runs(runs, script, claims["track"]))
     findings += check_claims(folder, runs, script, claims)
-    unverified, base = [], claims.get("base")
-    if base and (folder.parent / base["folder"]).is_dir():
+    unverified, base = ["the pictures: only that they are those listed"], claims.get("base")
+    if len(runs) > 1:
+        unverified.append("seeds whose artifact is not kept: a forger who rewrites all that is "
+                          "said of one leaves no trace; ask for the artifact or run it again")
+    if runs[0].one("val_data")["fingerprint"] not in KNOWN_SPLITS:
+        unverified.append("the bytes of the validation text: none was counted with its fingerprint")
+    if base and "/" not in base["folder"] and (folder.parent / base["folder"]).is_dir():
         findings += differences("submission.json: base", against(
-            folder.parent / base["folder"], claims["settings"], script), base)
+            folder.parent / base["folder"], entry_facts(runs, script, claims), script), base)
     elif base:
         unverified.append(f"what changed against {base['folder']}, which is not beside it")
     if not rescore or not (folder / "artifact.bin").is_file():
         unverified.append("the artifact's score and the rules (--rescore, with the artifact there)")
     else:
         findings += check_score_again(folder, runs)
-        findings += check_rules_again(folder, runs[0], claims)
+        findings += check_rules_again(folder, claims)
     return findings, unverified
 
 
-def check_rules_again(folder: Path, run: SeedRun, claims: dict) -> Iterator[str]:
-    """The compliance suite gives on artifact.bin what the folder claims."""
-    from compliance import suite
-    yield from differences("submission.json: compliance", suite(
-        folder / "train_gpt.py", folder / "artifact.bin", run.settings), claims.get("compliance"))
+def check_runs(runs: list[SeedRun], script: bytes, track: str) -> Iterator[str]:
+    """All that can be found in the runs of an entry, before or after it was made of them."""
+    yield from check_together(runs, track)
+    for run in runs:
+        yield from check_numbers(run, script)
+        yield from check_training(run)
+        yield from check_track(run, track)
+        yield from check_listing(run, script.decode())
+        yield from check_log(run, script.decode())
+    yield from check_loose_lines(runs, script.decode())
+
+
+def check_rules_again(folder: Path, claims: dict) -> Iterator[str]:
+    """The compliance suite gives on artifact.bin what the folder claims, in its own process."""
+    done = subprocess.run(
+        [sys.executable, str(RECORDS / "compliance.py"), *(str((folder / name).resolve()) for name
+         in ("train_gpt.py", "artifact.bin", "settings.json"))], text=True, capture_output=True)
+    try:
+        found = parse_json(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        yield f"artifact.bin: the rules cannot be tried: {done.stderr.strip().splitlines()[-1:]}"
+    else:
+        yield from differences("submission.json: compliance", found, claims.get("compliance"))
 
 
 def check_score_again(folder: Path, runs: list[SeedRun]) -> Iterator[str]:
@@ -459,9 +739,9 @@ def check_score_again(folder: Path, runs: list[SeedRun]) -> Iterator[str]:
                            str(folder.resolve() / "artifact.bin")], cwd=RECORDS.parent, text=True,
                           capture_output=True)
     match = re.search(r"^val_bpb:([0-9.]+)", done.stdout, re.M)
-    if match is None:
+    if done.returncode or match is None:
         yield f"artifact.bin: --eval failed: {done.stderr.strip().splitlines()[-1:]}"
-    elif abs(float(match[1]) - best) > 1e-4:  # another processor rounds differently
+    elif not abs(float(match[1]) - best) <= 1e-4:  # another processor rounds differently
         yield f"artifact.bin: scores {match[1]} here, the log says {best:.8f}"
 
 
@@ -537,23 +817,34 @@ def check_official(folder: Path) -> tuple[list[str], list[str]]:
     return findings, unknown
 
 
-def check_folder(folder: Path, rescore: bool) -> dict:
+def is_own(folder: Path) -> bool:
+    """Whether a folder claims to be of `new`, by its files, its list of them, or its track."""
+    with contextlib.suppress(Wrong):
+        if isinstance(read_json(folder / "submission.json").get("files"), dict):
+            return True
+    return folder.parent.name == "track_cpu_5min" or any(folder.glob("metrics_seed*"))
+
+
+def check_folder(folder: Path, rescore: bool = False) -> dict:
     """What is wrong with a folder, and what cannot be told."""
+    kind, unverified = "unreadable", []
     try:
         if not folder.is_dir():
             raise Wrong(f"{folder}: no such folder")
-        if list(folder.glob("metrics_seed*.jsonl")):
-            findings, unverified = check_own(folder, rescore)
-            return {"folder": str(folder), "format": "own", "findings": findings,
-                    "unverified": unverified}
-        findings, unverified = check_official(folder)
-        return {"folder": str(folder), "format": "official", "findings": findings,
-                "unverified": unverified}
+        own = is_own(folder)
+        findings, unverified = check_own(folder, rescore) if own else check_official(folder)
+        kind = "own" if own else "official"
     except Wrong as wrong:
         findings = [str(wrong)]
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+    except MALFORMED as error:
         findings = [f"not in the form that `new` writes ({type(error).__name__}: {error})"]
-    return {"folder": str(folder), "format": "unreadable", "findings": findings, "unverified": []}
+    findings, unverified = ([one_line(text) for text in texts] for texts in (findings, unverified))
+    return {"folder": str(folder), "format": kind, "findings": findings, "unverified": unverified}
+
+
+def one_line(text: str) -> str:
+    """A finding for a terminal: no control characters, of bearable length."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:400])
 
 
 # =================================================================================================
@@ -566,12 +857,6 @@ ABOUT = ("author", "github_id", "name", "date", "track", "blurb", "base", "compl
 def markers(name: str) -> tuple[str, str]:
     """What stands before and after a block of numbers in README.md."""
     return f"<!-- record.py {VERSION}: {name} -->", f"<!-- end {name} -->"
-
-
-def blocks_in(page: str) -> dict[str, str]:
-    """The blocks between markers, by name."""
-    return {name: text.strip("\n") for name, text in re.findall(
-        r"<!-- record\.py \d+: (\w+) -->\n(.*?)<!-- end \1 -->", page, re.S)}
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
@@ -606,7 +891,7 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
     changed = "\n".join(f"    {name}={value}" for name, value in facts["settings"].items())
     against = "" if base is None else (
         f"Against {base['name']} (val_bpb {base['val_bpb']:.6f}, difference "
-        f"{facts['val_bpb'] - base['val_bpb']:+.6f}): "
+        f"{facts['val_bpb'] - base['val_bpb']:+.6f}, p = {base['p']}): "
         f"{', '.join(base['changes']) or 'the same settings'}; source {base['source']}.\n\n")
     compliance = facts["compliance"] or {}
     return {
@@ -624,8 +909,19 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
     }
 
 
-def readme(facts: dict, blocks: dict[str, str], command: str) -> str:
-    """The page of an entry."""
+def command_of(facts: dict, run: SeedRun, script: bytes) -> str:
+    """The command that runs an entry again, with SEED left open."""
+    given = {name: value for name, value in facts["settings"].items() if name == "PRESET"} \
+        | given_by_hand(run.settings, script.decode())
+    start = "torchrun --standalone --nproc_per_node=8 train_gpt.py" \
+        if TRACKS[facts["track"]]["device"] == "cuda" else "./run.sh"
+    return " ".join(["SEED=$SEED", *(f"{k}={shlex.quote(v)}" for k, v in given.items()), start])
+
+
+def readme(facts: dict, runs: list[SeedRun], script: bytes) -> str:
+    """The page of an entry: nothing in it but the blurb is written by hand."""
+    blocks = readme_blocks(facts, runs, facts["base"])
+
     def block(name: str) -> str:
         begin, end = markers(name)
         return f"{begin}\n{blocks[name]}\n{end}"
@@ -662,7 +958,7 @@ def readme(facts: dict, blocks: dict[str, str], command: str) -> str:
 
 ## Again
 
-    {command}
+    {command_of(facts, runs[0], script)}
 
 with SEED set to each of {', '.join(map(str, facts['seeds']))} and this folder's `train_gpt.py`;
 then `python records/record.py check` on this folder, with `--rescore` to score its artifact.
@@ -727,20 +1023,21 @@ def refuse(findings: list[str]) -> None:
         raise Wrong(findings[0] + more)
 
 
-def against(base: Path | None, facts_settings: dict, script: bytes) -> dict | None:
-    """What changed against another entry: settings, and lines of source."""
-    if base is None:
-        return None
+def against(base: Path, facts: dict, script: bytes) -> dict:
+    """What changed against another entry: score, settings, and lines of source."""
     claims = read_json(base / "submission.json")
-    theirs, ours = claims["settings"], facts_settings
+    theirs, ours = claims["settings"], facts["settings"]
     changes = [f"{name} {theirs.get(name, 'default')} -> {ours.get(name, 'default')}"
                for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
-    import difflib
-    old = (base / "train_gpt.py").read_text(encoding="utf-8").splitlines()
+    old = content(base / "train_gpt.py").decode().splitlines()
     delta = [line[0] for line in difflib.unified_diff(old, script.decode().splitlines(), n=0)
              if not line.startswith(("---", "+++", "@@"))]
     source = f"+{delta.count('+')} -{delta.count('-')} lines" if delta else "the same"
-    return {"folder": base.name, "name": claims["name"], "val_bpb": claims["val_bpb"],
+    try:
+        p = compare_scores(*scores_of(claims, facts, "val_loss")).p_better
+    except Wrong:
+        p = None
+    return {"folder": base.name, "name": claims["name"], "val_bpb": claims["val_bpb"], "p": p,
             "changes": changes, "source": source}
 
 
@@ -748,8 +1045,7 @@ def make_entry(run_folders: list[Path], about: dict, base: Path | None, root: Pa
     """Build an entry's folder from run folders alone; raises Wrong, leaving nothing behind."""
     if about["track"] not in TRACKS:
         raise Wrong(f"--track {about['track']}: expected one of {', '.join(TRACKS)}")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", about["name"]):
-        raise Wrong(f"--name {about['name']!r}: letters, digits, '_', '-' and '.', at most 61")
+    refuse([f"--{finding}" for finding in check_about(about)])
     runs = [read_run(f / "log.txt", f / "metrics.jsonl", f / "settings.json") for f in run_folders]
     scripts = {(f / "train_gpt.py").read_bytes() for f in run_folders
                if (f / "train_gpt.py").is_file()}
@@ -758,14 +1054,11 @@ def make_entry(run_folders: list[Path], about: dict, base: Path | None, root: Pa
     (script,) = scripts
     order = sorted(range(len(runs)), key=lambda n: runs[n].seed)
     runs, run_folders = [runs[n] for n in order], [run_folders[n] for n in order]
-    findings = list(check_together(runs, about["track"]))
+    findings = list(check_runs(runs, script, about["track"]))
     for run, folder in zip(runs, run_folders, strict=True):
-        mine = [*check_numbers(run, script), *check_track(run, about["track"]),
-                *check_listing(run), *check_log(run, script.decode())]
         artifact = folder / "artifact.bin"
         if not artifact.is_file() or sha256(artifact) != run.one("artifact")["sha256"]:
-            mine.append("artifact.bin is not the one the log speaks of")
-        findings += [f"{folder}: {finding}" for finding in mine]
+            findings.append(f"{folder}: artifact.bin is not the one the log speaks of")
     refuse(findings)
     best = min(range(len(runs)), key=lambda n: runs[n].one("final")["val_bpb"])
     from compliance import suite  # runs the script that ran: ours, or the entrant's own
@@ -797,27 +1090,12 @@ def write_entry(folder: Path, runs: list[SeedRun], script: bytes, about: dict, b
     shutil.copyfile(RECORDS.parent / "requirements.txt", folder / "requirements.txt")
     if TRACKS[about["track"]]["artifact"]:
         shutil.copyfile(best / "artifact.bin", folder / "artifact.bin")
-    facts = entry_facts(runs, script, {key: about.get(key) for key in ABOUT})
-    facts["base"] = against(base, facts["settings"], script)
+    facts = entry_facts(runs, script, about)
+    facts["base"] = against(base, facts, script) if base else None
     draw(folder, runs)
-    overrides = facts["settings"]
-    command = "SEED=$SEED " + (f"PRESET={overrides['PRESET']} " if "PRESET" in overrides else "") \
-        + "".join(f"{name}={value} " for name, value in given_by_hand(facts, runs[0]).items()) \
-        + ("torchrun --standalone --nproc_per_node=8 train_gpt.py"
-           if TRACKS[about["track"]]["device"] == "cuda" else "./run.sh")
-    (folder / "README.md").write_text(
-        readme(facts, readme_blocks(facts, runs, facts["base"]), command), encoding="utf-8")
+    (folder / "README.md").write_text(readme(facts, runs, script), encoding="utf-8")
     facts["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / "submission.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def given_by_hand(facts: dict, run: SeedRun) -> dict[str, str]:
-    """Settings that neither the defaults nor PRESET give, so that the command must."""
-    from train_gpt import Config
-    preset = facts["settings"].get("PRESET", "")
-    expected = common_settings(vars(Config.from_env({"PRESET": preset} if preset else {})[0]))
-    return {name.upper(): show(value) for name, value in common_settings(run.settings).items()
-            if name in expected and expected[name] != value and name != "preset"}
 
 
 # =================================================================================================
@@ -837,24 +1115,30 @@ class Comparison:
     p_by_margin: float = field(default=1.0)  # the same for "better by the README's 0.005 nats"
 
 
+def scores_of(a: dict, b: dict, unit: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores by seed of two submission.json."""
+    return tuple({seed: r[unit] for seed, r in claims["seed_results"].items()} for claims in (a, b))
+
+
 def compare_scores(a: dict[str, float], b: dict[str, float], margin: float = 0.0) -> Comparison:
     """Paired t-test over common seeds if there are two or more, else Welch's t-test (scipy)."""
     common = sorted(set(a) & set(b))
-    if len(common) >= 2:
-        x, y = ([scores[seed] for seed in common] for scores in (a, b))
+    paired = len(common) >= 2
+    x, y = ([scores[seed] for seed in common] if paired else list(scores.values())
+            for scores in (a, b))
+    if min(len(x), len(y)) < 2:
+        raise Wrong("at least two seeds on each side are needed")
+    if len({round(v - w, 12) for v, w in zip(y, x, strict=True)} if paired else {*x, *y}) == 1:
+        raise Wrong("the seeds do not scatter at all: these are no independent runs")
 
-        def test(shift: float, alternative: str):
-            return stats.ttest_rel([v + shift for v in y], x, alternative=alternative)
-    else:
-        if min(len(a), len(b)) < 2:
-            raise Wrong("at least two seeds on each side are needed")
-        x, y = list(a.values()), list(b.values())
+    def test(shift: float, alternative: str):
+        moved = [v + shift for v in y]
+        if paired:
+            return stats.ttest_rel(moved, x, alternative=alternative)
+        return stats.ttest_ind(moved, x, equal_var=False, alternative=alternative)
 
-        def test(shift: float, alternative: str):
-            return stats.ttest_ind([v + shift for v in y], x, equal_var=False,
-                                   alternative=alternative)
     interval = test(0.0, "two-sided").confidence_interval(0.95)
-    return Comparison(len(common) >= 2, len(common) if len(common) >= 2 else len(x) + len(y),
+    return Comparison(paired, len(x) if paired else len(x) + len(y),
                       statistics.fmean(y) - statistics.fmean(x),
                       (float(interval.low), float(interval.high)),
                       float(test(0.0, "less").pvalue), float(test(margin, "less").pvalue))
@@ -862,52 +1146,57 @@ def compare_scores(a: dict[str, float], b: dict[str, float], margin: float = 0.0
 
 def compare_text(a: dict, b: dict) -> str:
     """Two entries in words that take no statistics to read."""
-    units = {}
-    for unit, margin in (("val_loss", 0.005), ("val_bpb", 0.0)):
-        units[unit] = compare_scores(*({seed: r[unit] for seed, r in claims["seed_results"].items()}
-                                       for claims in (a, b)), margin)
-    nats, bpb = units["val_loss"], units["val_bpb"]
-    same_text = a["data"]["fingerprint"] == b["data"]["fingerprint"]
-    better = bpb.difference < 0
+    nats = compare_scores(*scores_of(a, b, "val_loss"), margin=0.005)
+    bpb = compare_scores(*scores_of(a, b, "val_bpb"))
     clear = bpb.interval[1] < 0 or bpb.interval[0] > 0
     how = f"the same {bpb.count} seeds on both sides" if bpb.paired else \
         f"{bpb.count} runs, different seeds on the two sides"
     lines = [
-        f"A  {a['name']}: {a['val_bpb']:.6f} bits per byte", f"B  {b['name']}: "
-        f"{b['val_bpb']:.6f} bits per byte",
-        f"B is {'better' if better else 'worse'} by {abs(bpb.difference):.6f} bits per byte, "
-        f"{abs(nats.difference):.6f} nats a token, judged by {how}.",
-        f"If the runs were repeated many times, the true difference (B - A) would be expected "
-        f"between {bpb.interval[0]:+.6f} and {bpb.interval[1]:+.6f} bits per byte (95 %).",
-        "That range leaves out zero: the difference is not chance." if clear else
-        "That range holds zero: these runs cannot tell which is better.",
+        f"A  {a['name']}: {a['val_bpb']:.6f} bits per byte, {a['val_loss']:.6f} nats a token",
+        f"B  {b['name']}: {b['val_bpb']:.6f} bits per byte, {b['val_loss']:.6f} nats a token",
+        f"B is {'better' if bpb.difference < 0 else 'worse'} by {abs(bpb.difference):.6f} bits per "
+        f"byte, {abs(nats.difference):.6f} nats a token, judged by {how}.",
+        f"With more seeds the difference B - A would settle somewhere; these runs put it between "
+        f"{bpb.interval[0]:+.6f} and {bpb.interval[1]:+.6f} bits per byte, "
+        f"{nats.interval[0]:+.6f} and {nats.interval[1]:+.6f} nats a token (95 % confidence).",
+        "That range leaves out zero: chance alone would rarely give such a difference." if clear
+        else "That range holds zero: these runs cannot tell which is better.",
+        "p is how often chance alone would make B look this good if it were not better.",
         f"Challenge README (better by 0.005 nats at p < 0.01): "
         f"{'met' if nats.p_by_margin < 0.01 else 'not met'} (p = {nats.p_by_margin:.3g}).",
         f"Practice since (better than the frontier of its day at p < 0.25): "
         f"{'met' if nats.p_better < 0.25 else 'not met'} (p = {nats.p_better:.3g}).",
     ]
-    if not same_text:
+    if a["data"]["fingerprint"] != b["data"]["fingerprint"]:
         lines.insert(0, "warning: A and B were scored on different validation text; nothing below "
                         "means anything")
     return "\n".join(lines)
 
 
-def entries(root: Path) -> list[tuple[Path, dict]]:
-    """All entries under the tracks, best first."""
-    found = [(path.parent, read_json(path)) for track in TRACKS
-             for path in (root / track).glob("*/submission.json")]
-    return sorted(found, key=lambda pair: pair[1]["val_bpb"])
+def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]]:
+    """Entries under the tracks, best first; and what cannot be ranked, with the reason."""
+    ranked, rest = [], []
+    for folder in sorted(path for track in TRACKS for path in (root / track).glob("[!.]*/")):
+        result = check_folder(folder)
+        if result["findings"]:
+            rest.append((folder, f"`check` has {len(result['findings'])} findings"))
+        elif result["format"] == "own":
+            ranked.append((folder, read_json(folder / "submission.json")))
+        else:
+            rest.append((folder, "the official format, where much cannot be verified"))
+    return sorted(ranked, key=lambda pair: pair[1]["val_bpb"]), rest
 
 
-def board(root: Path) -> str:
+def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str]]) -> str:
     """records/README.md: one table a track and validation text."""
     lines = ["# Records", "", "Written by `python records/record.py board`; less is better. "
              "Different validation text is never ranked together. Each folder can be checked with "
              "`python records/record.py check FOLDER`.", ""]
-    found = entries(root)
     for track, rules in TRACKS.items():
         lines += [f"## {rules['title']} (`{track}`)", ""]
         mine = [pair for pair in found if pair[1]["track"] == track]
+        lines += [f"Not ranked: [{folder.name}]({folder.relative_to(root)}): {reason}.\n"
+                  for folder, reason in rest if folder.parent.name == track]
         if not mine:
             lines += [f"Nobody has run it yet. To be the first: three seeds of "
                       f"`{rules['command']}`, then `python records/record.py new`.", ""]
@@ -923,28 +1212,29 @@ def board(root: Path) -> str:
                       table(("", "entry", "val_bpb", "std", "seeds", "bytes", "parameters",
                              "author", "date"), rows), ""]
     if found:
-        lines += ["![Score of every entry](board.png)", ""]
+        lines += ["![Score against bytes](board.png)", ""]
     lines += ["[SYSTEMS.md](SYSTEMS.md) says what each preset is.", ""]
     return "\n".join(lines)
 
 
-def draw_board(root: Path) -> None:
-    """board.png: bits per byte with the spread of the seeds, entry by entry."""
+def draw_board(root: Path, found: list[tuple[Path, dict]]) -> None:
+    """board.png: bits per byte against bytes; other validation text has a panel of its own."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = entries(root)
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.45 * len(found)))
-    for track in TRACKS:
-        mine = [c for _, c in found if c["track"] == track]
-        if mine:
-            axis.errorbar([c["val_bpb"] for c in mine], [c["name"] for c in mine], fmt="o",
-                          xerr=[c["val_bpb_std"] for c in mine], capsize=3, label=track)
-    axis.set(xlabel="bits per byte, mean and standard deviation over seeds (less is better)")
-    axis.invert_yaxis()
-    axis.margins(y=0.4)
-    axis.legend()
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for _, claims in found:
+        groups.setdefault((claims["track"], claims["data"]["fingerprint"]), []).append(claims)
+    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False)
+    for axis, ((track, _), mine) in zip(axes[0], sorted(groups.items()), strict=True):
+        sizes, scores = [c["bytes_total"] / 1e6 for c in mine], [c["val_bpb"] for c in mine]
+        axis.errorbar(sizes, scores, fmt="o", capsize=3, yerr=[c["val_bpb_std"] for c in mine])
+        for claims, x, y in zip(mine, sizes, scores, strict=True):
+            axis.annotate(claims["name"], (x, y), xytext=(6, 4), textcoords="offset points")
+        axis.set(title=f"{track}, {mine[0]['data']['dataset']}", xlabel="code and artifact, MB",
+                 ylabel="bits per byte, mean and spread of seeds")
+        axis.margins(0.3)
     save(figure, root / "board.png", plt)
 
 
@@ -977,21 +1267,27 @@ def verb_check(args: argparse.Namespace) -> int:
 
 def verb_show(args: argparse.Namespace) -> int:
     claims, runs = read_json(args.folder / "submission.json"), read_entry(args.folder)
-    for text in readme_blocks(claims, runs, claims.get("base")).values():
+    facts = entry_facts(runs, content(args.folder / "train_gpt.py"), claims)
+    for text in readme_blocks(facts, runs, claims.get("base")).values():
         print(text, end="\n\n")
     return 0
 
 
 def verb_compare(args: argparse.Namespace) -> int:
+    for letter, folder in (("A", args.a), ("B", args.b)):
+        if findings := check_folder(folder)["findings"]:
+            print(f"warning: {letter} does not pass check: {findings[0]}")
     print(compare_text(*(read_json(f / "submission.json") for f in (args.a, args.b))))
     return 0
 
 
 def verb_board(args: argparse.Namespace) -> int:
-    (args.root / "README.md").write_text(board(args.root), encoding="utf-8")
-    if entries(args.root):
-        draw_board(args.root)
-    print(args.root / "README.md")
+    found, rest = entries(args.root)
+    (args.root / "README.md").write_text(board(args.root, found, rest), encoding="utf-8")
+    if found:
+        draw_board(args.root, found)
+    print(args.root / "README.md", *(f"{folder}: not ranked: {reason}" for folder, reason in rest),
+          sep="\n")
     return 0
 
 
@@ -1029,8 +1325,11 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         return args.do(args)
-    except (Wrong, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Wrong as wrong:
+        print(f"error: {one_line(str(wrong))}", file=sys.stderr)
+        return 1
+    except MALFORMED as error:
+        print(f"error: {type(error).__name__}: {one_line(str(error))}", file=sys.stderr)
         return 1
 
 
