@@ -745,76 +745,129 @@ def check_score_again(folder: Path, runs: list[SeedRun]) -> Iterator[str]:
         yield f"artifact.bin: scores {match[1]} here, the log says {best:.8f}"
 
 
-# What reviewers find in folders of the official repository, by log line.
+# What reviewers find in logs of the official repository; the last line of a kind counts. The score
+# has gone under three names.
 OFFICIAL_LINES = {
-    "final score": r"^(?:final_int\d\w*_exact|legal_ttt_exact)\b.*?val_bpb:([0-9.]+)",
-    "total bytes": r"^Total submission size[^:]*: ?(\d+)",
-    "training stop": r"^stopping_early: wallclock_cap train_time:(\d+)ms",
-    "code bytes": r"^Code size: ?(\d+)",
-    "evaluation time": r"^(?:final|legal_ttt)\w*.*eval_time:(\d+)ms",
+    "final score": r"^(?:final_int\w+_exact|legal_ttt_exact|quantized(?:_\w+)?)"
+                   r"(?: val_loss:([0-9.]+))? val_bpb:([0-9.]+)",
+    "total bytes": r"^Total submission size[^:]*: ?([0-9]+)",
+    "training stop": r"^stopping_early: wallclock_cap train_time: ?([0-9]+)ms",
+    "code bytes": r"^Code size(?: \(compressed\))?: ?([0-9]+)",
+    "evaluation time": r"^(?:final_int|legal_ttt|quantized)\w*(?: .*)? eval_time:([0-9]+)ms",
+    "validation tokens": r"^(?:val_tokens: ?|val_loader:.* tokens:)([0-9]+)",
+    "seed": r"^\s*seed: ?([0-9]+)$",
 }
 SIZE_NAMES = ("bytes_total", "artifact_bytes", "artifact_size_bytes", "artifact_bytes_max",
               "bytes_model_int6_zstd", "bytes_model_int8_zlib")
+OF_ONE_RUN = ("seed", "rank", "local_rank", "step", "train_time", "val_loss", "val_bpb")
+
+
+def number_in(claims: dict, *names: str) -> float | None:
+    """The first of the names that holds a number; raises Wrong if one holds something else."""
+    for name in names:
+        if name in claims:
+            if type(claims[name]) not in (int, float):
+                raise Wrong(f"submission.json: {name} is {claims[name]!r}, not a number")
+            return claims[name]
+    return None
 
 
 def check_official(folder: Path) -> tuple[list[str], list[str]]:
     """Findings on a folder of the official repository's format, and what cannot be verified."""
     claims, findings = read_json(folder / "submission.json"), []
     unknown = ["no metrics and no activity ledger: whether each technique acted",
-               "no artifact: whether the score can be had again"]
-    logs = sorted({*folder.glob("*.log"), *folder.glob("train*.txt")})
-    found: dict[str, dict[Path, float]] = {name: {} for name in OFFICIAL_LINES}
-    for log in logs:
-        text = log.read_text(encoding="utf-8", errors="replace")
+               "no artifact: whether the score can be had again",
+               "README.md and the compliance claims are prose"]
+    logs = {log.name: content(log).decode(errors="replace")
+            for log in sorted({*folder.glob("*.log"), *folder.glob("train*.txt")})}
+    found: dict[str, dict[str, float]] = {name: {} for name in (*OFFICIAL_LINES, "loss")}
+    for log, text in logs.items():
         for name, pattern in OFFICIAL_LINES.items():
             if values := re.findall(pattern, text, re.M):
-                found[name][log] = float(values[-1])
+                loss, value = values[-1] if name == "final score" else ("", values[-1])
+                found[name][log] = float(value)
+                if loss:
+                    found["loss"][log] = float(loss)
             elif name in ("final score", "total bytes"):
-                findings.append(f"{log.name}: no line of the {name}")
+                findings.append(f"{log}: no line of the {name}")
             else:
-                unknown.append(f"{log.name}: no line of the {name}")
-    if len(logs) < 3:
-        findings.append(f"{len(logs)} logs, a record needs 3 seeds")
-    scores = list(found["final score"].values())
-    if scores and isinstance(claims.get("val_bpb"), (int, float)):
-        mean, stated = statistics.fmean(scores), claims["val_bpb"]
-        digits = max(4, len(str(stated).partition(".")[2]))
-        if abs(stated - mean) > 0.51 * 10.0**-min(digits, 8):
-            findings.append(f"submission.json: val_bpb is {stated}, the logs' mean is {mean:.8f}")
-    for log, total in found["total bytes"].items():
-        if total > LIMIT_BYTES:
-            findings.append(f"{log.name}: {total:,.0f} bytes are over the cap of {LIMIT_BYTES:,}")
-    sizes = {name: claims[name] for name in SIZE_NAMES if name in claims}
-    totals = set(found["total bytes"].values())
-    for name, value in sizes.items():
-        if totals and name == "bytes_total" and value not in totals:
-            findings.append(f"submission.json: {name} is {value}, the logs say "
-                            f"{', '.join(f'{t:.0f}' for t in sorted(totals))}")
-    if not sizes:
-        findings.append(f"submission.json: no size under any of {', '.join(SIZE_NAMES)}")
-    for log, ms in found["training stop"].items():
-        if ms > 600_500:
-            findings.append(f"{log.name}: training took {ms / 1e3:.1f} s")
-    for log, ms in found["evaluation time"].items():
-        if ms > 600_000:
-            findings.append(f"{log.name}: evaluation took {ms / 1e3:.1f} s")
-    script = folder / "train_gpt.py"
-    if not script.is_file():
-        findings.append("train_gpt.py: missing")
-    for log, size in found["code bytes"].items():
-        if script.is_file() and size != script.stat().st_size:
-            findings.append(f"{log.name}: code bytes {size:.0f}, but train_gpt.py has "
-                            f"{script.stat().st_size}")
-    results = claims.get("seed_results")
-    if isinstance(results, dict):
-        stated = sorted(r["val_bpb"] for r in results.values()
-                        if isinstance(r, dict) and isinstance(r.get("val_bpb"), (int, float)))
-        for value in stated:
-            if scores and min(abs(value - score) for score in scores) > 5.1e-5:
-                findings.append(f"submission.json: val_bpb {value} of a seed is in no log")
-    if not (folder / "README.md").is_file():
-        findings.append("README.md: missing")
+                unknown.append(f"{log}: no line of the {name}")
+    findings += check_official_logs(logs, found)
+    findings += check_official_claims(claims, found)
+    script, results = folder / "train_gpt.py", claims.get("seed_results")
+    size = len(content(script)) if script.exists() else None
+    findings += [f"{log}: code bytes {stated:.0f}, but train_gpt.py has {size}"
+                 for log, stated in found["code bytes"].items() if size not in (None, stated)]
+    findings += [f"{name}: missing" for name in ("train_gpt.py", "README.md")
+                 if not (folder / name).exists()]
+    for seed, result in (results.items() if isinstance(results, dict) else ()):
+        for key, kind in (("val_bpb", "final score"), ("artifact_bytes", "total bytes")):
+            value = number_in(result, key) if isinstance(result, dict) else None
+            near = 5.1e-5 if key == "val_bpb" else 0
+            logged = [v for log, v in found[kind].items()
+                      if found["seed"].get(log, float(seed)) == float(seed)]
+            if value is not None and logged and min(abs(value - v) for v in logged) > near:
+                findings.append(f"submission.json: {key} {value} of a seed is in no log ({seed})")
     return findings, unknown
+
+
+def check_official_logs(logs: dict[str, str], found: dict) -> Iterator[str]:
+    """Rules that the logs of an official folder break, each alone or together."""
+    if len(logs) < 3:
+        yield f"{len(logs)} logs, a record needs 3 seeds"
+    seeds = list(found["seed"].values())
+    if len(set(seeds)) < len(seeds):
+        yield f"seeds {sorted(map(int, seeds))}: one stands twice"
+    for kind, limit, words in (("total bytes", LIMIT_BYTES, "{:,.0f} bytes are over the cap"),
+                               ("training stop", 600_500, "training took {:,.0f} ms"),
+                               ("evaluation time", 600_000, "evaluation took {:,.0f} ms")):
+        for log, value in found[kind].items():
+            if value > limit:
+                yield f"{log}: {words.format(value)}, more than {limit:,}"
+    for log, tokens in found["validation tokens"].items():
+        if log in found["loss"]:
+            nats, bpb = found["loss"][log], found["final score"][log]
+            counted = tokens * nats / (math.log(2) * bpb) if bpb else math.inf
+            if not math.isclose(counted, FINEWEB_VAL_BYTES, rel_tol=FINEWEB_TOLERANCE):
+                yield (f"{log}: val_loss and val_bpb imply {counted:,.0f} validation bytes, "
+                       f"the text has {FINEWEB_VAL_BYTES:,}")
+    settings = {}
+    for log, text in logs.items():
+        head, found_it, _ = text.partition("warmup_step")
+        settings[log] = dict(re.findall(r"\b([a-z][a-z_0-9]+): ?([-+.0-9e]+|True|False)(?=\s|$)",
+                                        head if found_it else ""))
+    for name in sorted(set.intersection(*map(set, settings.values())) - set(OF_ONE_RUN)
+                       if settings else ()):
+        usual = statistics.mode(mine[name] for mine in settings.values())
+        for log, mine in settings.items():
+            if mine[name] != usual:
+                yield f"{log}: {name} is {mine[name]}, but {usual} in the other logs"
+
+
+def check_official_claims(claims: dict, found: dict) -> Iterator[str]:
+    """Totals of an official submission.json that the logs contradict."""
+    scores, totals = list(found["final score"].values()), set(found["total bytes"].values())
+    stated = number_in(claims, "val_bpb", "mean_val_bpb")
+    if stated is None:
+        yield "submission.json: no val_bpb"
+    elif scores:
+        mean, digits = statistics.fmean(scores), len(str(stated).partition(".")[2])
+        if not abs(stated - mean) <= 0.51 * 10.0**-min(max(4, digits), 8):
+            yield f"submission.json: val_bpb is {stated}, the logs' mean is {mean:.8f}"
+    spread = number_in(claims, "val_bpb_std")
+    if spread is not None and len(scores) > 1 and min(
+            abs(spread - f(scores)) for f in (statistics.stdev, statistics.pstdev)) > 5.1e-5:
+        yield (f"submission.json: val_bpb_std is {spread}, the logs give "
+               f"{statistics.stdev(scores):.8f}")
+    sizes = {name: number_in(claims, name) for name in SIZE_NAMES if name in claims}
+    for name, value in sizes.items():
+        if value > LIMIT_BYTES:
+            yield f"submission.json: {name} is {value:,}, over the cap of {LIMIT_BYTES:,}"
+        elif totals and not name.startswith("bytes_model") and value not in totals:
+            yield (f"submission.json: {name} is {value}, the logs say "
+                   f"{', '.join(f'{t:.0f}' for t in sorted(totals))}")
+    if not sizes and "artifact_bytes" not in json.dumps(claims.get("seed_results")):
+        yield f"submission.json: no size under any of {', '.join(SIZE_NAMES)}"
 
 
 def is_own(folder: Path) -> bool:
