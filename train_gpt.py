@@ -7,11 +7,10 @@
     python train_gpt.py --plan                               what a run would do and cost
     python train_gpt.py --eval runs/<id>/artifact.bin        score an artifact again
 
-The number to bring down is val_bpb: bits per byte of the validation text, of the model read
-back from the artifact. Code plus artifact must fit in ARTIFACT_LIMIT_BYTES, training and
-calibration in MAX_WALLCLOCK_SECONDS, scoring in EVAL_WALLCLOCK_SECONDS. Hyperparameters are
-environment variables; a run leaves its log, metrics, settings, source and artifact in
-runs/<RUN_ID>/.
+The number to bring down is val_bpb, bits per byte of the validation text by the model that the
+artifact holds. ARTIFACT_LIMIT_BYTES bounds code plus artifact, MAX_WALLCLOCK_SECONDS training
+and calibration, EVAL_WALLCLOCK_SECONDS scoring. Hyperparameters are environment variables; a
+run leaves its log, metrics, settings, source and artifact in runs/<RUN_ID>/.
 
 Sections, in the order of a run:
 
@@ -31,17 +30,22 @@ V vocabulary, N tokens of a stream. Linear weights are (out, in).
 """
 
 import contextlib
+import copy
 import difflib
+import fcntl
 import functools
 import hashlib
+import io
 import json
 import lzma
 import math
 import os
 import re
 import resource
+import signal
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections import Counter, deque
@@ -57,7 +61,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 # =================================================================================================
@@ -67,6 +70,7 @@ from tqdm import tqdm
 # =================================================================================================
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
+NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a resumed run
 
 
 class Refusal(ValueError):
@@ -88,6 +92,9 @@ class Config:
     seed: int = knob(1337, (0, 2**31 - 1), "Seed of weights and data order.")
     attention: str = knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
     compile: str = knob("auto", ("auto", "0", "1"), "torch.compile; auto is on with CUDA.")
+    resume: bool = knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
+    checkpoint_seconds: float = knob(0.0, (0.0, 1e7), "Between checkpoints; 0: on signals, at end.")
+    watchdog_seconds: float = knob(600.0, (0.1, 1e7), "Longest that a rank waits for the others.")
     train_log_every: int = knob(0, (0, math.inf), "Steps between log lines; 0: about 50 lines.")
     val_loss_every: int = knob(4000, (0, math.inf), "Steps between validations; 0 only at the end.")
     eval_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Budget of scoring the artifact.")
@@ -113,9 +120,8 @@ class Config:
     rope_ntk_ref: int = knob(1024, (0, 1 << 20), "Row length from which the base grows; 0: never.")
     xsa_last_n: int = knob(11, (0, 64), "Last layers with exclusive self attention (XSA).")
     vrl_mode: str = knob("off", ("off", "add", "mix"), "Layer 0's values in later layers (VRL).")
-    backout_mode: str = knob("none", ("none", "mid", "cache"),
-        "Subtract a middle stream at the end; with cache later attention reads it too.")
-    cache_layer: int = knob(7, (0, 63), "Layer whose output BACKOUT_MODE=cache keeps.")
+    backout_mode: str = knob("none", ("none", "mid", "cache"), "Stream subtracted before the head.")
+    cache_layer: int = knob(7, (0, 63), "What BACKOUT_MODE=cache keeps, for later attention too.")
     skip_per_dim: bool = knob(True, (), "A U-Net skip weight a channel, not a layer.")
     ln_scale: str = knob("1", ("0", "1", "learned"), "Scale 1/sqrt(l+1) of the inputs of layer l.")
     smear_enabled: bool = knob(True, (), "SmearGate: blend in the previous embedding.")
@@ -131,8 +137,7 @@ class Config:
     tied_embed_init_std: float = knob(0.005, (0.0, 1.0), "Initial deviation of the embedding.")
     emb_svd_init: bool = knob(False, (), "Embedding starts with spectrum k^(-1/2).")
     proj_init: str = knob("zero", ("zero", "ortho_mup"), "Output projections at the start.")
-    bigram_init: str = knob("zero_embed", ("zero_embed", "zero_proj"),
-        "Which factor of BigramHash starts at zero; the other is orthogonal.")
+    bigram_init: str = knob("zero_embed", ("zero_embed", "zero_proj"), "BigramHash factor at zero.")
     resid_mix_init: str = knob("identity", ("identity", "phase"), "Share of x0: 0, or by depth.")
     backout_init: float = knob(0.2, (-1.0, 1.0), "Initial weight of the backout.")
     iterations: int = knob(20000, (1, 10**8), "Steps at most.")
@@ -162,6 +167,7 @@ class Config:
     muon_momentum_warmup_steps: int = knob(1500, (0, 10**8), "Steps of the momentum ramp.")
     muon_backend_steps: int = knob(5, (1, 20), "Newton-Schulz iterations.")
     muon_quant_momentum: bool = knob(False, (), "Muon's momentum as int8 blocks.")
+    muon_parallel: bool = knob(True, (), "Ranks share Muon's matrices out, not each doing all.")
     muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
     muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
     optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim"),
@@ -175,8 +181,7 @@ class Config:
     qat_clip: str = knob("absmax", ("absmax", "quantile"), "End of a row's grid: max or quantile.")
     qat_targets: str = knob("stored", ("stored", "linears", "aux"),
         "QAT of linears that become integers, of all, or of those outside the blocks.")
-    bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (),
-        "Bits by role, 2 to 8 or fp16; then of single tensors, as blocks.9.attn.c_k:fp16.")
+    bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (), "By role or tensor (tok_emb): 2 to 8 or fp16.")
     q_scale_floor: str = knob("inv_clip", ("inv_clip", "tiny"), "Least step: 1 / top, or 2^-14.")
     clip_search: str = knob("matrix", ("absmax", "matrix", "row"), "Row clip: max or percentile.")
     gptq_variant: str = knob("full", ("full", "simple", "off"), "Its form; off rounds to nearest.")
@@ -212,22 +217,23 @@ class Config:
     mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
     rows_per_step = property(lambda self: self.train_batch_tokens // self.train_seq_len)
     step_driven = property(lambda self: self.max_wallclock_seconds == 0)  # ITERATIONS ends it
+    backout_layer = property(lambda self: {  # its output is subtracted at the end; -1 for none
+        "none": -1, "mid": self.num_layers // 2, "cache": self.cache_layer}[self.backout_mode])
 
     def __post_init__(self) -> None:
         """Raise Refusal for settings that contradict each other, with the values of those named."""
+        layers, adapts = self.num_layers, self.ttt_mode != "off"
         for holds, complaint in (
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
             (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
              f"ROPE_DIMS must be even and at most the head width {self.head_dim}"),
             (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
-             "ROPE_NTK_REF needs more than 2 rotated dimensions (ROPE_DIMS, head width "
-             f"{self.head_dim}); 0 turns it off"),
-            (self.xsa_last_n <= self.num_layers, "XSA_LAST_N must be at most NUM_LAYERS"),
+             f"ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS (0: all {self.head_dim}) is above 2"),
+            (self.xsa_last_n <= layers, "XSA_LAST_N must be at most NUM_LAYERS"),
             (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
-            (all(layer < self.num_layers for layer in self.value_layers),
-             "VE_LAYERS names a layer beyond NUM_LAYERS"),
-            (self.backout_layer < self.num_layers - 1,
+            (all(n < layers for n in self.value_layers), "VE_LAYERS must all be below NUM_LAYERS"),
+            (self.backout_layer < layers - 1,
              "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps"),
             (self.train_batch_tokens % self.train_seq_len == 0,
              "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
@@ -236,26 +242,20 @@ class Config:
              f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
             (set(ROLES) <= set(self.bits_by_role),
              f"BITS must give each of {', '.join(ROLES)} once, as mlp:6,attn:6,..."),
-            (all(int(n) < self.num_layers for n in re.findall(r"blocks\.(\d+)", self.bits)),
+            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits)),
              "BITS names a layer beyond NUM_LAYERS"),
-            (self.ttt_mode == "off" or self.eval_stride > 0,
-             "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
-            (self.ttt_mode == "off" or self.ttt_freeze_blocks < self.num_layers,
+            (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
+            (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
             (re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),
              "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'"),
+            (self.run_id or not self.resume, "RESUME needs the RUN_ID of the run to go on with"),
         ):
             if not holds:
                 raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", self.with_value, complaint))
 
     def with_value(self, name: re.Match) -> str:
         return f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"
-
-    @property
-    def backout_layer(self) -> int:
-        """Layer whose output is subtracted at the end; -1 for none."""
-        return {"none": -1, "mid": self.num_layers // 2, "cache": self.cache_layer}[
-            self.backout_mode]
 
     @property
     def value_layers(self) -> tuple[int, ...]:
@@ -280,11 +280,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
-        """Settings from defaults, then PRESET, then `env`; and notes for the log.
-
-        Raises Refusal for a name close to ours or with a prefix of ours that is no setting, and
-        for a value that does not parse, is out of range or contradicts another.
-        """
+        """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
         known = {f.name.upper(): f for f in fields(cls)}
         given, notes = translate_aliases(env, known)
         for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
@@ -292,8 +288,7 @@ class Config:
         values = {}
         names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
         if "mini" in names[:-1]:
-            raise Refusal(f"PRESET={','.join(names)}: mini scales what stands before it, so it "
-                          "goes last")
+            raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
         for name in names:
             if name not in PRESETS:
                 raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
@@ -346,27 +341,21 @@ PUBLISHED = {"loader": "sequential", "smear_bos_mask": False, "bigram_bos_mask":
 
 PRESETS: dict[str, dict] = {
     # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
-    # #1361: its SWA was computed and never applied, so it is not computed here.
+    # Averages that were computed, never applied, are left out: #1361, #569, #703 SWA; #334 EMA.
     "pr1361": PUBLISHED | {
         "warmdown_iters": 3200, "qat_targets": "linears", "gptq_variant": "simple",
         "gptq_actorder": False, "gptq_calib_batches": 64, "eval_stride": 32,
-        "sliding": "published_s1", "attention": "sdpa",
-    },
-    # #569: its SWA was never applied; its pruning threshold was 0, here 2 % are pruned.
+        "sliding": "published_s1", "attention": "sdpa"},
     "pr569": PUBLISHED | {
         "bigram_vocab_size": 2048, "bigram_dim": 128, "vrl_mode": "add", "resid_mix_init": "phase",
         "qat_targets": "linears", "qat_clip": "quantile", "bits": "mlp:6,attn:6,emb:8,aux:6",
-        "prune_pct": 0.02,
-    },
-    # #703: its SWA was never applied; its late QAT reached the auxiliary projections only.
+        "prune_pct": 0.02},  # at a threshold of 0, so that nothing was pruned
     "pr703": PUBLISHED | {
         "bigram_vocab_size": 1536, "bigram_dim": 128, "xsa_last_n": 4, "backout_mode": "cache",
         "backout_init": 0.1, "matrix_lr": 0.026, "scalar_lr": 0.026, "tied_embed_lr": 0.0364,
         "embed_lr": 0.624, "head_lr": 0.00832, "optimizer_routing": "banks",
-        "muon_quant_momentum": True, "clip_before_reduce": True, "mile_gamma": 1.1,
-        "qat_targets": "aux", "codec": "lzma", "sliding": "published_s1",
-    },
-    # #334: its EMA was computed and never applied.
+        "muon_quant_momentum": True, "clip_before_reduce": True, "mile_gamma": 1.1, "codec": "lzma",
+        "sliding": "published_s1", "qat_targets": "aux"},  # its late QAT reached no other linear
     "pr334": PUBLISHED | {
         "mlp_act": "relu2", "rope_base": 50000.0, "rope_ntk_ref": 0, "xsa_last_n": 0,
         "bigram_vocab_size": 2048, "bigram_dim": 64, "bigram_hash": "sum", "ve_enabled": False,
@@ -377,8 +366,7 @@ PRESETS: dict[str, dict] = {
         "warmdown_iters": 3000, "avg_mode": "swa", "swa_every": 1, "qat_mode": "off",
         "bits": "mlp:5,attn:5,emb:8,aux:8", "q_scale_floor": "tiny", "gptq_variant": "off",
         "clip_search": "absmax", "sliding": "published_s3", "ttt_mode": "train_then_score",
-        "ttt_grad_clip": 0.0, "ttt_batch_seqs": 1, "compile": "0", "attention": "sdpa",
-    },
+        "ttt_grad_clip": 0.0, "ttt_batch_seqs": 1, "compile": "0", "attention": "sdpa"},
     "pr295": PUBLISHED | {
         "num_layers": 10, "mlp_act": "relu2", "rope_dims": 64, "rope_ntk_ref": 2048,
         "xsa_last_n": 0, "ln_scale": "0", "bigram_vocab_size": 10240, "bigram_dim": 128,
@@ -387,8 +375,7 @@ PRESETS: dict[str, dict] = {
         "tied_embed_lr": 0.03, "adam_wd": 0.01, "warmdown_iters": 3000, "avg_mode": "swa",
         "qat_mode": "always", "q_scale_floor": "tiny", "gptq_variant": "off",
         "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
-        "clip_search": "absmax", "prune_frac": 0.08, "attention": "sdpa",
-    },
+        "clip_search": "absmax", "prune_frac": 0.08, "attention": "sdpa"},
     # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
     # are of the system's own value.
     "mini": {
@@ -399,30 +386,23 @@ PRESETS: dict[str, dict] = {
         "train_seq_len": 256, "eval_seq_len": 256, "train_batch_tokens": 2048,
         "max_wallclock_seconds": 300.0, "warmdown_frac": 0.5, "ema_decay": 0.9,
         "swa_every": Fraction(1, 10), "gptq_calib_batches": 32, "int8_keep_float_max_numel": 1024,
-        "ttt_chunk_tokens": Fraction(1, 8),
-    },
+        "ttt_chunk_tokens": Fraction(1, 8)},
 }
 
 # Published names of settings we call otherwise: (our name, {published value: ours}), where no
 # table of values means that the value carries over as it is.
 ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
-    "BACKOUT_ENABLED": ("BACKOUT_MODE", {"0": "none", "1": "mid"}),
-    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
-    "EMA_ENABLED": ("AVG_MODE", {"0": "none", "1": "ema"}),
-    "LATE_QAT": ("QAT_MODE", {"0": "off", "1": "late"}),
-    "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
-    "NO_COMPILE": ("COMPILE", {"0": "auto", "1": "0"}),
-    "NO_FA3": ("ATTENTION", {"0": "auto", "1": "sdpa"}),
-    "QAT_ENABLED": ("QAT_MODE", {"0": "off", "1": "always"}),
-    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
-    "SWA_ENABLED": ("AVG_MODE", {"0": None, "1": "swa"}),
-    "SWA_INTERVAL": ("SWA_EVERY", None),
+    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None), "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
+    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None), "SWA_INTERVAL": ("SWA_EVERY", None),
     "SWA_PCT": ("SWA_START_FRAC", None),
-    "TORCH_COMPILE_DISABLE": ("COMPILE", {"0": "auto", "1": "0"}),
-    "TTT_ENABLED": ("TTT_MODE", {"0": "off", "1": "score_first"}),
-    "USE_GPTQ": ("GPTQ_VARIANT", {"0": "off", "1": "full"}),
-    "VALUE_RESIDUAL": ("VRL_MODE", {"0": "off", "1": "mix"}),
-    "VRL": ("VRL_MODE", {"0": "off", "1": "add"}),
+    **{alias: (name, {"0": off, "1": on}) for alias, name, off, on in (
+        ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"), ("VRL", "VRL_MODE", "off", "add"),
+        ("EMA_ENABLED", "AVG_MODE", "none", "ema"), ("SWA_ENABLED", "AVG_MODE", None, "swa"),
+        ("LATE_QAT", "QAT_MODE", "off", "late"), ("QAT_ENABLED", "QAT_MODE", "off", "always"),
+        ("NO_COMPILE", "COMPILE", "auto", "0"), ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
+        ("NO_FA3", "ATTENTION", "auto", "sdpa"), ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
+        ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
+        ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"))},
 }
 
 # Published names of techniques that are not here: the values at which they are off. None marks
@@ -449,8 +429,7 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
     for alias in sorted(set(ALIASES) & set(env)):
         name, values = ALIASES[alias]
         if values is not None and env[alias] not in values:
-            raise Refusal(f"{alias}={env[alias]!r}: expected one of {', '.join(values)}; "
-                          f"the setting is {name} here")
+            raise Refusal(f"{alias}={env[alias]!r}: expected {', '.join(values)} (here {name})")
         value = values[env[alias]] if values else env[alias]
         if value is None:
             notes.append(f"{alias}={env[alias]} leaves {name} as it is")
@@ -534,13 +513,15 @@ class Run:
         self.folder: Path | None = None
         self.training_clock, self.scoring_clock = Clock(), Clock()
         self.trained_seconds = 0.0  # of the training clock, before calibration
-        self.calibration_tokens = 0
-        self.phase = "starting"
+        self.calibration_tokens, self.last_logged_share = 0, -1
+        self.phase, self.signal = "starting", 0  # the signal that asked training to end
+        self.meetings, self.waiting_until = 0, math.inf  # exchanges so far; the end of patience
+        tokens = 98_304 if device.type == "cuda" else 8_192
+        self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
         self.occasions: Counter[str] = Counter()  # times a technique could have acted
         self.activity: Counter[str] = Counter()  # times it did
         self.ineligible: list[str] = []
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
-        self.last_logged_share = -1
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" and world_size > 1 \
             else None
@@ -556,9 +537,18 @@ class Run:
             torch.cuda.set_device(device)
         elif torch.backends.mps.is_available() and world_size == 1:
             device = torch.device("mps")
+        store = None
         if world_size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
+                # Its store outlives a restart: what dead processes left there must not be found.
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                    rank=rank, world_size=world_size)
         run = cls(cfg, rank, world_size, device)
+        before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        if store is not None:
+            threading.Thread(target=run.watch, args=(store,), daemon=True).start()
         try:
             yield run
         except Refusal:
@@ -566,8 +556,37 @@ class Run:
         except Exception as error:
             run.log_failure(error)
             raise SystemExit(EXIT_FAILED) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
+        if self.phase == "training" and not self.signal:
+            self.signal = number
+            return
+        if self.is_main:
+            tqdm.write(f"error: {signal.Signals(number).name} during {self.phase}; what the run "
+                       "folder holds was kept", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    def watch(self, store: dist.Store) -> None:
+        """Thread: end this process, naming whom it waits for, when a meeting takes too long."""
+        while True:
+            late, behind = time.monotonic() > self.waiting_until, []
+            with contextlib.suppress(RuntimeError):  # the store dies with the rank that holds it
+                store.set(f"meetings of {self.rank}", str(self.meetings))
+            time.sleep(3.0 if late and self.is_main else 1.0)  # until the others have said it
+            with contextlib.suppress(RuntimeError):
+                behind = [rank for rank in range(self.world_size if late else 0)
+                          if int(store.get(f"meetings of {rank}")) < self.meetings]
+            if late and time.monotonic() > self.waiting_until:
+                tqdm.write(f"error: rank {self.rank} waited {self.cfg.watchdog_seconds:.0f} s or "
+                           f"more during {self.phase}; not there: rank "
+                           f"{', '.join(map(str, behind)) or 'unknown'}", file=sys.stderr)
+                os._exit(EXIT_FAILED)  # the main thread cannot: it waits
 
     # Activations are bf16 only where the hardware multiplies it natively.
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -575,11 +594,21 @@ class Run:
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
 
-    def agree(self, value: float) -> float:
-        """Rank 0's value, on every rank."""
+    @contextlib.contextmanager
+    def meeting(self, patience: int = 1) -> Iterator[None]:
+        """Note that this rank waits for the others, at most `patience` times WATCHDOG_SECONDS."""
+        self.meetings += 1
+        self.waiting_until = time.monotonic() + patience * self.cfg.watchdog_seconds
+        yield
+        self.waiting_until = math.inf
+
+    def agree(self, value: float, op: str = "first") -> float:
+        """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
         if self.world_size > 1:
-            box = torch.tensor(value, dtype=torch.float64)
-            dist.broadcast(box, src=0, group=self.control)
+            box = torch.tensor(value if op == "most" or self.is_main else -math.inf,
+                               dtype=torch.float64)
+            with self.meeting():
+                dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
             value = box.item()
         return value
 
@@ -587,10 +616,54 @@ class Run:
         """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
         if self.world_size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
-            dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
+            with self.meeting():
+                dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
             totals = flat.split([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [total.view_as(t) for t, total in
                                            zip(tensors, totals, strict=True)])
+
+    # Ranks that share Muon's matrices out; with one, every rank does all of them.
+    sharers = property(lambda self: self.world_size if self.cfg.muon_parallel else 1)
+
+    def share_of(self, stack: Tensor) -> Tensor:
+        """This rank's part of a stack (n, ...), padded with zeros to equal parts: (m, ...)."""
+        count = -(-len(stack) // self.sharers)
+        part = stack[count * (self.rank % self.sharers) :][:count].to(self.device)
+        return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
+
+    def scatter_sum(self, stack: Tensor) -> Callable[[], Tensor]:
+        """Start to sum (n, ...) over ranks; what waits for it gives this rank's part (m, ...)."""
+        if self.world_size == 1:
+            return lambda: stack
+        if self.sharers == 1:
+            return self.waiter(stack, dist.all_reduce(stack, async_op=True))
+        whole = torch.cat([stack, stack.new_zeros(-len(stack) % self.sharers, *stack.shape[1:])])
+        part = torch.empty_like(whole[: len(whole) // self.sharers])
+        return self.waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
+
+    def gather(self, part: Tensor) -> Callable[[], Tensor]:
+        """Start to put all ranks' parts (m, ...) together; what waits for it gives the whole."""
+        if self.sharers == 1:
+            return lambda: part
+        whole = part.new_empty(self.sharers * len(part), *part.shape[1:])
+        return self.waiter(whole, dist.all_gather_single(whole, part.contiguous(), async_op=True))
+
+    def waiter(self, result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
+        """A function that waits for `result`; waiting again costs nothing."""
+        @functools.cache
+        @self.meeting()
+        def wait() -> Tensor:
+            work.wait()
+            return result
+        return wait
+
+    def check_replicas(self, model: nn.Module, step: int) -> None:
+        """Raise RuntimeError unless all ranks hold the same weights, by a sum of their bits."""
+        if self.world_size > 1:
+            sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
+            mine = float(sum(sums).item() % 2**50)
+            if self.agree(float(mine != self.agree(mine)), "most"):
+                raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -600,12 +673,8 @@ class Run:
             yield
         except Refusal as error:
             refusal = error
-        refused = torch.tensor(float(refusal is not None))
-        self.add_up([refused])
-        if refusal is not None:
-            raise refusal
-        if refused:
-            raise Refusal("another rank refused its settings or data")
+        if self.agree(float(refusal is not None), "most"):
+            raise refusal or Refusal("another rank refused its settings or data")
 
     def copy_from_main(self, model: nn.Module) -> None:
         """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
@@ -620,34 +689,78 @@ class Run:
 
     def put(self, x: Tensor) -> Tensor:
         """`x` on the run's device, without waiting for the copy."""
-        if self.device.type == "cuda":
-            x = x.pin_memory()
-        return x.to(self.device, non_blocking=True)
+        pinned = x.pin_memory() if self.device.type == "cuda" else x
+        return pinned.to(self.device, non_blocking=True)
 
     def share(self, content: bytes) -> bytes:
         """Rank 0's bytes, on every rank, whether or not they share a file system."""
         box = [content]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.control)
+            with self.meeting(patience=20):  # rank 0 may have quantised alone before
+                dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def open_folder(self) -> None:
-        """Make runs/<RUN_ID>/ with settings and source; raises Refusal if it exists already."""
-        now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        name, taken = self.cfg.run_id or f"{now}-{os.urandom(3).hex()}", 0.0
-        folder = Path(self.cfg.runs_dir, name)
-        if self.is_main:
+        """Make runs/<RUN_ID>/ with settings and source, or with RESUME go on in it, or Refusal."""
+        name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
+        with self.together():
+            if self.is_main:
+                self.claim(Path(self.cfg.runs_dir, self.cfg.run_id or name))
+
+    def claim(self, folder: Path) -> None:
+        """Rank 0: take the folder for this process; raises Refusal if it is another run's."""
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not self.cfg.resume:
+                raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
+                              "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
+        ours, paths = asdict(self.cfg), (folder / "settings.json", folder / "train_gpt.py")
+        theirs = json.loads(paths[0].read_bytes()) if paths[0].is_file() else ours
+        for name in sorted(ours.keys() - NOT_OF_THE_RESULT):
+            if ours[name] != theirs.get(name):
+                raise Refusal(f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
+                              f"in {folder} has {show_setting(theirs.get(name))}")
+        if paths[1].is_file() and paths[1].read_bytes() != self.source:
+            raise Refusal(f"RESUME=1: {paths[1]} began this run, and another one is running now")
+        self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends, however it does
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
+        self.folder = folder
+        for log in filter(Path.is_file, (folder / "log.txt", folder / "metrics.jsonl")):
+            write_file(log, b"".join(log.read_bytes().rpartition(b"\n")[:2]))  # no torn last line
+        write_file(paths[0], json.dumps(ours, indent=1).encode())
+        write_file(paths[1], self.source)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Rank 0: write checkpoint_<step>.pt, whole or not at all, and keep the newest two."""
+        if self.folder is not None:
+            packed = io.BytesIO()
+            torch.save(state, packed)
+            write_file(self.folder / f"checkpoint_{state['step']}.pt", packed.getbuffer())
+            for old in self.checkpoints()[2:]:
+                old.unlink()
+            self.log(f"checkpoint step:{state['step']} bytes:{packed.tell()}")
+
+    def checkpoints(self) -> list[Path]:
+        """The run's checkpoints, newest first."""
+        return sorted(self.folder.glob("checkpoint_*.pt"), reverse=True,
+                      key=lambda path: int(re.sub(r"\D", "", path.stem)))
+
+    def last_checkpoint(self) -> dict | None:
+        """The newest checkpoint that can be read, on every rank; None to begin anew."""
+        content = b""
+        for path in self.checkpoints() if self.is_main and self.cfg.resume else ():
             try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                taken = 1.0
-        if self.agree(taken):
-            raise Refusal(f"RUN_ID={name}: {folder} exists already; nothing in it was touched. "
-                          "Choose another RUN_ID or leave it empty")
-        if self.is_main:
-            self.folder = folder
-            write_file(folder / "settings.json", json.dumps(asdict(self.cfg), indent=1).encode())
-            write_file(folder / "train_gpt.py", self.source)
+                torch.load(path, weights_only=True)
+                content = path.read_bytes()
+                break
+            except Exception as error:
+                self.log(f"warning: {path} cannot be read ({error}); trying the one before")
+        content = self.share(content)
+        return torch.load(io.BytesIO(content), weights_only=True) if content else None
 
     def append(self, name: str, text: str) -> None:
         """Add text to a file of the run folder, if there is one yet."""
@@ -656,10 +769,7 @@ class Run:
                 f.write(text)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Write one line on rank 0, to the console and log.txt: `template` filled with `facts`.
-
-        With `event` the facts go to metrics.jsonl too; with an empty template, only there.
-        """
+        """Rank 0: a line, unless empty, to console and log.txt; an event to metrics.jsonl."""
         if self.is_main and template:
             line = template.format(**facts) if facts else template
             tqdm.write(line)
@@ -702,7 +812,7 @@ class Run:
                  sha256=hashlib.sha256(self.source).hexdigest())
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write a file that appears complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as f:
@@ -733,16 +843,14 @@ SIDECAR = "fineweb_val.json"
 
 def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.ndarray:
     """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise Refusal(f"{path}: not a token shard (expected magic {SHARD_MAGIC}, version "
                       f"{SHARD_VERSION}); make it again with data/prepare.py")
     count = int(header[2])
     if size != SHARD_HEADER_BYTES + TOKEN_BYTES * count or count < 1:
-        raise Refusal(f"{path}: its header promises {count:,} tokens "
-                      f"({SHARD_HEADER_BYTES + TOKEN_BYTES * count:,} bytes) but it has {size:,} "
-                      "bytes; it was probably cut short: delete it and run data/prepare.py again")
+        raise Refusal(f"{path}: {size:,} bytes do not hold the {count:,} tokens that its header "
+                      "promises: delete it and run data/prepare.py again")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
     check_ids(tokens[:scan_tokens], vocab_size, str(path))
     return tokens
@@ -750,19 +858,16 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """Raise Refusal if a token id is outside the vocabulary."""
-    largest = int(tokens.max())
-    if largest >= vocab_size:
+    if (largest := int(tokens.max())) >= vocab_size:
         raise Refusal(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
                       "the shards belong to another tokenizer")
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
     """The shards of a split in order; raises Refusal if there are none."""
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; make the data with "
-                      "data/prepare.py, or point DATA_PATH at it")
-    return paths
+    if paths := sorted(Path(folder).glob(f"fineweb_{split}_*.bin")):
+        return paths
+    raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin; data/prepare.py makes them")
 
 
 class TrainingRows:
@@ -827,7 +932,6 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.nda
     A piece counts its UTF-8 length with every U+2581 read as one space, a byte piece 1, a
     control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
     document that is not in the text: the first piece after BOS counts one less.
-    Example: "a b" as BOS, "a", U+2581 "b" counts 0 + 1 + 2.
     """
     counts = np.zeros(tokenizer.vocab_size(), np.int16)
     for token in range(len(counts)):
@@ -863,8 +967,7 @@ def read_sidecar(folder: str) -> dict:
     """The facts data/prepare.py recorded of a validation split; raises Refusal if unusable."""
     path = Path(folder, SIDECAR)
     if not path.is_file():
-        raise Refusal(f"{path} is missing: the data is incomplete, or was not made here; "
-                      "run data/prepare.py (it keeps shards that are already there)")
+        raise Refusal(f"{path} is missing: run data/prepare.py, which keeps shards it finds")
     try:
         facts = json.loads(path.read_bytes())
         hashes = (facts["tokenizer"]["sha256"], *facts["val_shards"].values())
@@ -888,14 +991,12 @@ def load_validation(cfg: Config) -> Validation:
     paths, sidecar = shard_paths(cfg.data_path, "val"), read_sidecar(cfg.data_path)
     tokenizer_hash = sha256_of(tokenizer_path)
     if tokenizer_hash != sidecar["tokenizer"]["sha256"]:
-        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} is not the tokenizer that made the shards "
-                      f"in {cfg.data_path} (sha256 {tokenizer_hash[:12]}, expected "
-                      f"{sidecar['tokenizer']['sha256'][:12]})")
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} (sha256 {tokenizer_hash[:12]}) is not the "
+                      f"shards' tokenizer, sha256 {sidecar['tokenizer']['sha256'][:12]}")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
     except (OSError, RuntimeError) as error:
-        raise Refusal(f"TOKENIZER_PATH={tokenizer_path}: not a SentencePiece model ({error})") \
-            from None
+        raise Refusal(f"{tokenizer_path}: not a SentencePiece model ({error})") from None
     if tokenizer.vocab_size() != cfg.vocab_size or tokenizer.bos_id() != BOS:
         raise Refusal(f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
                       f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}")
@@ -908,15 +1009,13 @@ def load_validation(cfg: Config) -> Validation:
     target_bytes = counts[tokens[1:]] - opening[tokens[1:]] * (tokens[:-1] == BOS)
     counted = int(target_bytes.sum(dtype=np.int64)) + int(counts[tokens[0]])
     if counted != sidecar["encoded_bytes"]:
-        raise Refusal(f"the pieces of {cfg.data_path}'s validation split add up to {counted:,} "
-                      f"bytes, but its {SIDECAR} records {sidecar['encoded_bytes']:,}: no score "
-                      "could be trusted; run data/prepare.py again")
+        raise Refusal(f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
+                      f"records {sidecar['encoded_bytes']:,}: run data/prepare.py again")
     val = Validation(tokens, target_bytes.astype(np.int16), fingerprint_of(list(hashes.values())),
                      tokenizer_hash, int((tokens == BOS).sum()), sidecar["encoded_bytes"])
     if not target_bytes[: val.num_targets(cfg)].any():
-        raise Refusal(f"the validation split in {cfg.data_path} has no target to score "
-                      f"({len(tokens):,} tokens, EVAL_SEQ_LEN={cfg.eval_seq_len}, "
-                      f"EVAL_TRUNCATE={int(cfg.eval_truncate)})")
+        raise Refusal(f"{len(tokens):,} validation tokens in {cfg.data_path} leave none to score: "
+                      f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}")
     return val
 
 
@@ -953,27 +1052,24 @@ class Linear(nn.Linear):
 
 
 class BigramHash(nn.Module):
-    """Additive embedding of the pair (previous, current token), hashed into buckets.
+    """Additive embedding of the pair (previous, current token), hashed into n buckets.
 
-    xor: bucket_i = (36313 t_i XOR 27191 t_{i-1}) mod (buckets - 1), the last one reserved for
-    what has no predecessor: a row's first position and, with the mask, every BOS.
-    sum: bucket_i = (36313 t_i + 27191 t_{i-1}) mod buckets, 0 for what has no predecessor.
+    xor: (36313 t_i XOR 27191 t_{i-1}) mod (n - 1); sum: (36313 t_i + 27191 t_{i-1}) mod n. What
+    has no predecessor, a row's first token and with the mask every BOS, has n - 1 or 0.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.by_sum, self.bos_mask = cfg.bigram_hash == "sum", cfg.bigram_bos_mask
-        self.num_buckets = cfg.bigram_vocab_size
         self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def buckets(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T) bucket numbers."""
-        first, last = BIGRAM_CURRENT * input_ids[:, 1:], self.num_buckets - 1
-        second = BIGRAM_PREVIOUS * input_ids[:, :-1]
-        none, hashed = (0, (first + second) % self.num_buckets) if self.by_sum else \
-            (last, (first ^ second) % last)
+        n, second = self.embed.num_embeddings, BIGRAM_PREVIOUS * input_ids[:, :-1]
+        first, none = BIGRAM_CURRENT * input_ids[:, 1:], 0 if self.by_sum else n - 1
+        hashed = (first + second) % n if self.by_sum else (first ^ second) % (n - 1)
         hashed = F.pad(hashed, (1, 0), value=none)
         return torch.where(input_ids == BOS, none, hashed) if self.bos_mask else hashed
 
@@ -983,10 +1079,7 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_i <- (1 - s) x_i + s x_{i-1}, s = sigmoid(gate) per channel; starts at s = 1/2.
-
-    Before a row stands the zero vector. With the mask a BOS keeps its own embedding.
-    """
+    """x_i <- (1 - s) x_i + s x_{i-1}, x_{-1} = 0, s = sigmoid(gate), masked 0 at BOS."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -1017,12 +1110,9 @@ class ValueEmbedding(nn.Module):
 
 
 def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/R), R the rotated dimensions: float32 (T, R/2), always.
-
-    Rows longer than ROPE_NTK_REF stretch the base by (T / ref)^(R / (R - 2)), the NTK rule.
-    """
+    """cos and sin of position * base^(-2i/R), R rotated dimensions: always float32 (T, R/2)."""
     dims, base = cfg.rotary_dims, cfg.rope_base
-    if 0 < cfg.rope_ntk_ref < seq_len:
+    if 0 < cfg.rope_ntk_ref < seq_len:  # the NTK rule
         base = base * (seq_len / cfg.rope_ntk_ref) ** (dims / (dims - 2))
     exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
@@ -1051,29 +1141,32 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
     """The attention kernel and its name: FlashAttention-3 where a trial works, else torch's.
 
-    Raises Refusal if ATTENTION=fa3 and it is not to be had.
+    Its sources are tried in turn. Raises Refusal if ATTENTION=fa3 and it is not to be had.
     """
-    why = "there is no CUDA device"
-    if device.type == "cuda" and cfg.attention in ("auto", "fa3"):
+    def flash(source: str) -> AttentionKernel:
+        """The kernel of a package, if it works; the hub's is downloaded once."""
+        module = __import__(source)
+        if source == "kernels":
+            module = module.get_kernel("kernels-community/flash-attn3", version=1)
+        attend = functools.partial(module.flash_attn_func, causal=True)
+        q, kv = (torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
+                 for heads in (cfg.num_heads, cfg.num_kv_heads))
+        as_tuple = isinstance(attend(q, kv, kv), tuple)
+        return (lambda q, k, v: attend(q, k, v)[0]) if as_tuple else attend
+
+    why = [] if device.type == "cuda" else ["there is no CUDA device"]
+    for source in () if why or cfg.attention == "sdpa" else ("flash_attn_interface", "kernels"):
         try:
-            from flash_attn_interface import flash_attn_func
-            q, kv = (torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
-                     for heads in (cfg.num_heads, cfg.num_kv_heads))
-            as_tuple = isinstance(flash_attn_func(q, kv, kv, causal=True), tuple)
-            pick = (lambda out: out[0]) if as_tuple else (lambda out: out)
-            return "fa3", lambda q, k, v: pick(flash_attn_func(q, k, v, causal=True))
-        except (ImportError, RuntimeError, TypeError) as error:
-            why = f"flash_attn_interface does not work here ({error})"
+            return f"fa3/{source}", flash(source)
+        except Exception as error:  # foreign packages raise anything; torch's kernel remains
+            why.append(f"{source}: " + str(error).split("\n")[0])
     if cfg.attention == "fa3":
-        raise Refusal(f"ATTENTION=fa3: {why}; use ATTENTION=auto")
+        raise Refusal(f"ATTENTION=fa3: {', '.join(why)}; use ATTENTION=auto")
     return "sdpa", sdpa_attention
 
 
 class ExclusiveSelfAttention(nn.Module):
-    """XSA: y <- y - (y . n) n, n = v / ||v||, a head's output without its own value's direction.
-
-    arXiv:2603.09078. Query heads of one group share that group's value.
-    """
+    """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||, v the group's value."""
 
     def forward(self, y: Tensor, v: Tensor) -> Tensor:
         """y: (B, T, H, K) attention output, v: (B, T, G, K) values it attended -> (B, T, H, K)."""
@@ -1084,10 +1177,7 @@ class ExclusiveSelfAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalised, rotated queries and keys.
-
-    Values: v = W x + extra, then with VRL_MODE=mix l_1 v + l_0 v0 (arXiv:2410.17897).
-    """
+    """Causal grouped-query attention with normalised, rotated queries and keys."""
 
     def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -1102,7 +1192,7 @@ class Attention(nn.Module):
         self.xsa = ExclusiveSelfAttention() if exclusive else lambda y, v: y
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
-        """The values of each position: x (B, T, D), the others (B, T, G*K) -> (B, T, G*K)."""
+        """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
         v = self.c_v(x)
         if extra_v is not None:
             v = v + extra_v
@@ -1142,7 +1232,7 @@ class Context:
     rotation: tuple[Tensor, Tensor]
     extra_v: dict[int, Tensor]  # by layer, added to its values (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
-    cached: Tensor | None = None  # stream (B, T, D) that attention reads in place of the current
+    outputs: list[Tensor] = field(default_factory=list)  # stream (B, T, D) after each layer so far
 
 
 class Block(nn.Module):
@@ -1152,11 +1242,14 @@ class Block(nn.Module):
         super().__init__()
         self.layer, depth = layer, 1.0 / math.sqrt(layer + 1)
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(cfg.model_dim),
-                                                   torch.zeros(cfg.model_dim)]))
+        phase = 1.0 / (1.0 + math.exp(-3.0 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
+        keep = phase if cfg.resid_mix_init == "phase" else 1.0
+        self.resid_mix = nn.Parameter(torch.tensor([[keep], [1.0 - keep]]).repeat(1, cfg.model_dim))
         gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
         self.attn_scale, self.mlp_scale = nn.Parameter(gain), nn.Parameter(gain.clone())
         self.depth_scale = depth if cfg.ln_scale == "1" else 1.0
+        late = layer > cfg.backout_layer and layer >= cfg.num_layers // 2
+        self.read_layer = cfg.backout_layer if cfg.backout_mode == "cache" and late else None
 
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
         """A stream with the embedding mixed in: (B, T, D) and (B, T, D) -> (B, T, D)."""
@@ -1167,10 +1260,9 @@ class Block(nn.Module):
         """The residual stream (B, T, D) -> (B, T, D)."""
         a, b, s = like(self.attn_scale, x), like(self.mlp_scale, x), self.depth_scale
         u = self.mixed(x, c.x0)
-        seen = u if c.cached is None else self.mixed(c.cached, c.x0)
+        seen = u if self.read_layer is None else self.mixed(c.outputs[self.read_layer], c.x0)
         x = u + a * self.attn(rms_norm(seen) * s, c.rotation, c.extra_v.get(self.layer), c.first_v)
-        x = x + b * self.mlp(rms_norm(x) * s)
-        return x
+        return x + b * self.mlp(rms_norm(x) * s)
 
 
 class GPT(nn.Module):
@@ -1191,50 +1283,37 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
         self.vrl_alphas = nn.ParameterList(
             torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0))
-        self.backout_lambda = None if cfg.backout_layer < 0 else nn.Parameter(torch.zeros(()))
-
-    def value_embeddings(self, input_ids: Tensor) -> dict[int, Tensor]:
-        """What each layer of VE_LAYERS adds to its values: (B, T) -> {layer: (B, T, G*K)}."""
-        if self.ve_shared is None:
-            return {}
-        shared = self.ve_shared(input_ids, self.dtype)
-        return {layer: like(scale, shared) * shared
-                for layer, scale in zip(self.cfg.value_layers, self.ve_layer_scales, strict=True)}
+        self.backout_lambda = nn.Parameter(torch.tensor(cfg.backout_init)) \
+            if cfg.backout_layer >= 0 else None
 
     def context(self, input_ids: Tensor, x0: Tensor) -> Context:
-        """What all blocks share, with VRL layer 0's values v0 too, ahead of its turn.
-
-        add: later layers add sigmoid(alpha) v0, without value embeddings; mix: v0 has them.
-        """
-        extra_v, first_v = self.value_embeddings(input_ids), None
-        if self.cfg.vrl_mode != "off":
+        """What all blocks share, with VRL layer 0's values too: of ids (B, T), x0 (B, T, D)."""
+        cfg, extra_v, first_v = self.cfg, {}, None
+        if self.ve_shared is not None:
+            shared = self.ve_shared(input_ids, self.dtype)
+            for layer, scale in zip(cfg.value_layers, self.ve_layer_scales, strict=True):
+                extra_v[layer] = like(scale, shared) * shared
+        if cfg.vrl_mode != "off":
             first = self.blocks[0]
             h = rms_norm(first.mixed(x0, x0)) * first.depth_scale
-            first_v = first.attn.values(
-                h, extra_v.get(0) if self.cfg.vrl_mode == "mix" else None, None)
+            # Only with mix do layer 0's values have its value embedding.
+            first_v = first.attn.values(h, extra_v.get(0) if cfg.vrl_mode == "mix" else None, None)
             for layer, alpha in enumerate(self.vrl_alphas, start=1):
                 extra_v[layer] = extra_v.get(layer, 0.0) + like(torch.sigmoid(alpha), h) * first_v
-        return Context(x0, rotary_tables(self.cfg, input_ids.size(1), x0.device), extra_v, first_v)
-
-    def cached(self, layer: int, outputs: list[Tensor]) -> Tensor | None:
-        """The stream (B, T, D) that a late layer's attention reads in place of its own, if any."""
-        cfg, saved = self.cfg, self.cfg.backout_layer
-        reads = cfg.backout_mode == "cache" and layer > saved and layer >= cfg.num_layers // 2
-        return outputs[saved] if reads else None
+        return Context(x0, rotary_tables(cfg, input_ids.size(1), x0.device), extra_v, first_v)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last block."""
         x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids)).to(self.dtype))
         x = self.smear(x, input_ids)
-        c, half, outputs = self.context(input_ids, x), self.cfg.num_layers // 2, []
+        c, half = self.context(input_ids, x), self.cfg.num_layers // 2
         for layer, block in enumerate(self.blocks):
             if half <= layer < 2 * half:
-                x = x + like(self.skip_weights[layer - half], x) * outputs[2 * half - 1 - layer]
-            c.cached = self.cached(layer, outputs)
+                x = x + like(self.skip_weights[layer - half], x) * c.outputs[2 * half - 1 - layer]
             x = block(x, c)
-            outputs.append(x)
+            c.outputs.append(x)
         if self.backout_lambda is not None:
-            x = x - like(self.backout_lambda, x) * outputs[self.cfg.backout_layer]
+            x = x - like(self.backout_lambda, x) * c.outputs[self.cfg.backout_layer]
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -1255,10 +1334,8 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def mile_weights(logits: Tensor, gamma: Tensor, clamp_min: float) -> Tensor:
-    """max((1 - e^-entropy)^gamma, clamp_min) of each prediction: (B, T, V) -> (B, T).
-
-    MiLe loss, arXiv:2310.19531. gamma is a tensor, so that its schedule never recompiles a graph.
-    """
+    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (B, T, V) -> (B, T)."""
+    # gamma is a tensor, so that its schedule never recompiles a graph.
     p = torch.softmax(logits, dim=-1)
     entropy = -(p * torch.log(p + 1e-8)).sum(-1)
     return (1.0 - torch.exp(-entropy)).clamp_min(0.0).pow(gamma).clamp_min(clamp_min)
@@ -1266,29 +1343,27 @@ def mile_weights(logits: Tensor, gamma: Tensor, clamp_min: float) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: GPT, cfg: Config) -> None:
-    """Set initial weights from SEED, on the CPU, so that every device starts alike.
+    """Draw initial weights from SEED, on the CPU, so that every device starts alike.
 
     Matrices are orthogonal, some projections times 1 / sqrt(2 L); an untied head and by default
-    the blocks' output projections are zero: each block starts as the identity. EMB_SVD_INIT
-    makes the embedding's k-th singular value the first / sqrt(k).
+    the blocks' output projections are zero: each block starts as the identity.
     """
     scale, with_zero_proj = 1.0 / math.sqrt(2 * cfg.num_layers), cfg.bigram_init == "zero_proj"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         for name, module in model.named_modules():
             if isinstance(module, Linear):
-                output = bool(re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.proj", name))
+                output = re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.proj", name)
                 auxiliary = name in ("bigram.proj", "ve_shared.proj")
+                scaled = output or (auxiliary and cfg.optimizer_routing != "banks")
                 if name == "lm_head" or (output and cfg.proj_init == "zero"):
                     module.weight.zero_()
                 else:
-                    nn.init.orthogonal_(module.weight)
-                if output or (auxiliary and cfg.optimizer_routing != "banks"):
-                    module.weight.mul_(scale)
+                    nn.init.orthogonal_(module.weight, scale if scaled else 1.0)
         nn.init.normal_(model.tok_emb.weight, std=cfg.tied_embed_init_std)
         if cfg.value_layers:
             nn.init.normal_(model.ve_shared.embed.weight, std=0.01)
-        if cfg.emb_svd_init:
+        if cfg.emb_svd_init:  # the k-th singular value becomes the first / sqrt(k)
             U, S, Vh = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
             powers = torch.arange(1, len(S) + 1, dtype=torch.float32) ** -0.5
             model.tok_emb.weight.copy_(U * (S[0] * powers) @ Vh)
@@ -1296,12 +1371,6 @@ def initialize(model: GPT, cfg: Config) -> None:
             (model.bigram.proj if with_zero_proj else model.bigram.embed).weight.zero_()
             if with_zero_proj:
                 nn.init.orthogonal_(model.bigram.embed.weight)
-    if model.backout_lambda is not None:
-        model.backout_lambda.fill_(cfg.backout_init)
-    if cfg.resid_mix_init == "phase":
-        for layer, block in enumerate(model.blocks):
-            share = 1.0 / (1.0 + math.exp(-3.0 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
-            block.resid_mix[0], block.resid_mix[1] = share, 1.0 - share
 
 
 # =================================================================================================
@@ -1371,17 +1440,18 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """Blockwise int8: (n, r, c) -> integers (blocks, 256), scales (blocks, 1) in its own type."""
-    blocks = F.pad(momentum.flatten(), (0, -momentum.numel() % MOMENTUM_BLOCK))
-    blocks = blocks.view(-1, MOMENTUM_BLOCK)
-    scale = (blocks.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-12)
+    """Blockwise int8: (n, r, c) -> integers (n, blocks, 256), scales (n, blocks, 1), its type."""
+    rows = momentum.flatten(1)
+    blocks = F.pad(rows, (0, -rows.size(1) % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
+    scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).clamp_min(1e-12)
     return torch.round(blocks / scale).clamp(-127, 127).to(torch.int8), scale
 
 
 def unpack_momentum(packed: tuple[Tensor, Tensor], like_this: Tensor) -> Tensor:
     """The momentum that pack_momentum packed, in the shape (n, r, c) of `like_this`."""
     q, scale = packed
-    return (q.to(scale.dtype) * scale).flatten()[: like_this.numel()].view_as(like_this)
+    rows = (q.to(scale.dtype) * scale).flatten(1)
+    return rows[:, : like_this[0].numel()].view_as(like_this)
 
 
 class Muon(torch.optim.Optimizer):
@@ -1389,53 +1459,84 @@ class Muon(torch.optim.Optimizer):
 
     Equal shapes are stacked and orthogonalised together, in `dtype`. Decay may come after the
     step instead, and M be kept as int8 blocks between steps. Source: Keller Jordan's Muon.
+    A run's ranks share each stack out (MUON_PARALLEL): a rank has the summed gradients, momentum
+    and updates of its part only, and all gather the updates.
     """
 
     def __init__(self, groups: list[dict], steps: int, dtype: torch.dtype, packed: bool = False,
-                 decay_first: bool = True) -> None:
+                 decay_first: bool = True, run: "Run | None" = None) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
         self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
+        self.run, self.shares = run or Run(Config(), 0, 1, torch.device("cpu")), []
+        self.stacks = [(group, [w for w in group["params"] if w.shape == shape])
+                       for group in self.param_groups
+                       for shape in dict.fromkeys(w.shape for w in group["params"])]
+
+    def launch(self) -> None:
+        """Stack the gradients of each shape and start to sum them over ranks."""
+        for _, weights in self.stacks:
+            stack = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad
+                                 for w in weights])
+            for weight in weights:
+                weight.grad = None  # its memory is free for the update
+            self.shares.append(self.run.scatter_sum(stack))
+
+    def gradients(self, group: dict | None = None) -> list[Tensor]:
+        """This rank's share (m, r, c) of each launched stack, or of those of one group."""
+        if not self.shares:
+            self.launch()
+        return [wait() for (of, _), wait in zip(self.stacks, self.shares, strict=True)
+                if group is None or of is group]
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply one update from the parameters' gradients."""
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for weight in group["params"]:
-                by_shape.setdefault(weight.shape, []).append(weight)
-            for weights in by_shape.values():
-                self.step_stack(weights, group)
-
-    def step_stack(self, weights: list[Tensor], group: dict) -> None:
-        """Update n matrices of one shape (r, c) through their stack (n, r, c)."""
-        mu, lr, (rows, cols) = group["momentum"], group["lr"], weights[0].shape
-        update = self.advance_momentum(torch.stack([w.grad for w in weights]), weights[0], mu)
-        update = orthogonalize(update.to(self.dtype), self.steps)
-        decay = 1.0 - lr * group["weight_decay"]
-        if self.decay_first:
-            torch._foreach_mul_(weights, decay)
-        torch._foreach_add_(weights, update.to(weights[0].dtype).unbind(),
-                            alpha=-lr * math.sqrt(max(1.0, rows / cols)))
-        if not self.decay_first:
-            torch._foreach_mul_(weights, decay)
+        """Apply one update from the gradients; one stack's travels while the next is computed."""
+        updates = []
+        for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
+            update = self.advance_momentum(grads, weights[0], group["momentum"])
+            update = orthogonalize(update.to(self.dtype), self.steps)
+            updates.append(self.run.gather(update))
+        for (group, weights), wait in zip(self.stacks, updates, strict=True):
+            (rows, cols), decay = weights[0].shape, 1.0 - group["lr"] * group["weight_decay"]
+            if self.decay_first:
+                torch._foreach_mul_(weights, decay)
+            update = wait()[: len(weights)].to(weights[0].dtype)
+            torch._foreach_add_(weights, update.unbind(),
+                                alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
+            if not self.decay_first:
+                torch._foreach_mul_(weights, decay)
+        self.shares = []
 
     def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
-        """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (n, r, c)."""
+        """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (m, r, c)."""
         state, grads = self.state[key], grads.to(self.dtype) if self.packed else grads
-        old = state.get("momentum", torch.zeros_like(grads))
-        momentum = (unpack_momentum(old, grads) if isinstance(old, tuple) else old).mul_(mu)
-        momentum.add_(grads)
-        state["momentum"] = pack_momentum(momentum) if self.packed else momentum
+        old = state.get("momentum", (torch.zeros_like(grads),))
+        momentum = unpack_momentum(old, grads) if len(old) == 2 else old[0]
+        momentum = momentum.mul_(mu).add_(grads)
+        state["momentum"] = pack_momentum(momentum) if self.packed else (momentum,)
         return grads.add(momentum, alpha=mu)
 
+    def whole_momentum(self) -> list[list[Tensor]]:
+        """The momentum of each stack from all ranks, (n, ...); packed as two tensors."""
+        return [[self.run.gather(part)()[: len(weights)]
+                 for part in self.state[weights[0]].get("momentum", ())]
+                for _, weights in self.stacks]
 
-def build_optimizers(cfg: Config, groups: list[dict], dtype: torch.dtype) -> list:
+    def load_momentum(self, whole: list[list[Tensor]]) -> None:
+        """Take this rank's share of what whole_momentum() gave, on any number of ranks."""
+        for (_, weights), parts in zip(self.stacks, whole, strict=True):
+            if parts:
+                self.state[weights[0]]["momentum"] = tuple(map(self.run.share_of, parts))
+
+
+def build_optimizers(cfg: Config, groups: list[dict], dtype: torch.dtype,
+                     run: "Run | None" = None) -> list:
     """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
     adam = [group for group in groups if group["optimizer"] == "adam"]
     muon = [group for group in groups if group["optimizer"] == "muon"]
     return [torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
             Muon(muon, cfg.muon_backend_steps, dtype, packed=cfg.muon_quant_momentum,
-                 decay_first=cfg.muon_wd_order == "before")]
+                 decay_first=cfg.muon_wd_order == "before", run=run)]
 
 
 def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
@@ -1460,8 +1561,8 @@ class Schedule:
     """Where the run stands, from steps done and seconds used; the same on every rank.
 
     Clock-driven runs measure what is left in seconds, step-driven ones in steps. WARMDOWN_ITERS
-    becomes seconds through the median of recent step times, and only once a few are known: a
-    slow first step must not look like the end of the run. A warmdown never exceeds the run.
+    becomes seconds through the median of recent step times, once a few are known: a slow first
+    step must not look like the end of the run. A warmdown never exceeds the run.
     """
 
     STEPS_TIMED = (5, 50)  # needed before the median counts; kept
@@ -1520,6 +1621,7 @@ class Schedule:
 # loss is read back one step late, so that a GPU never waits for it.
 # =================================================================================================
 
+REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
 
@@ -1542,8 +1644,7 @@ def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
     """This rank's rows of a step's global batch, as (first row, number of rows)."""
     first = run.rank * cfg.rows_per_step // run.world_size
     last = (run.rank + 1) * cfg.rows_per_step // run.world_size
-    tokens = 98_304 if run.device.type == "cuda" else 8_192
-    size = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
+    size = run.micro_batch_rows
     return [(start, min(size, last - start)) for start in range(first, last, size)]
 
 
@@ -1554,32 +1655,63 @@ def reduce_gradients(parameters: list[Tensor], others: list[Tensor], run: Run) -
     run.add_up([*others, *(p.grad for p in parameters)])
 
 
+def backward(forward: Forward, model: GPT, batch: tuple[Tensor, Tensor], moment: Moment,
+             run: Run) -> list[Tensor]:
+    """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
+    cfg, (ids, targets) = run.cfg, map(run.put, batch)
+    gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
+    nats, weights = forward(model, ids, targets, qat_grids(model) if moment.qat else None, gamma)
+    part = (weights * nats).sum() / cfg.train_batch_tokens
+    part.backward()
+    return [part.detach(), weights.sum() / cfg.train_batch_tokens]
+
+
+def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[list[Tensor]]:
+    """Each group's gradients, summed over ranks as `others` are; Muon's as this rank's shares."""
+    muons = [opt for opt in optimizers if isinstance(opt, Muon)]
+    for muon in muons:
+        muon.launch()  # travels while the small gradients are packed and summed
+    reduce_gradients([p for opt in optimizers if opt not in muons for group in opt.param_groups
+                      for p in group["params"]], others, run)
+    return [opt.gradients(group) if opt in muons else [p.grad for p in group["params"]]
+            for opt in optimizers for group in opt.param_groups]
+
+
+def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) -> Tensor:
+    """Norm of each group's gradient, whoever holds its parts."""
+    shared = [run.sharers > 1 and isinstance(opt, Muon) for opt in optimizers
+              for _ in opt.param_groups]
+    squares = torch.stack([torch.nn.utils.get_total_norm(group) for group in gradients]).square()
+    if any(shared):  # what every rank holds whole is counted on one
+        squares = torch.stack([square if part or run.is_main else torch.zeros_like(square)
+                               for square, part in zip(squares, shared, strict=True)])
+        run.add_up([squares])
+    return squares.sqrt()
+
+
 def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRows, step: int,
                moment: Moment, run: Run) -> Tensor:
     """One optimizer step; returns [mean loss, then the gradient norm of each group].
 
     The loss is sum(w nats) / sum(w) over the global batch, w = 1 but for MiLe, divided last.
     """
-    cfg, groups = run.cfg, [group for opt in optimizers for group in opt.param_groups]
+    cfg = run.cfg
     loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
-    gamma = torch.tensor(moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
-    grids = qat_grids(model) if moment.qat else None
     for first, count in micro_batches(cfg, run):
-        input_ids, target_ids = rows.batch(step * cfg.rows_per_step + first, count)
-        nats, weights = forward(model, run.put(input_ids), run.put(target_ids), grids, gamma)
-        part = (weights * nats).sum() / cfg.train_batch_tokens
-        part.backward()
-        loss += part.detach()
-        weight += weights.sum() / cfg.train_batch_tokens
+        batch = rows.batch(step * cfg.rows_per_step + first, count)
+        torch._foreach_add_([loss, weight], backward(forward, model, batch, moment, run))
     if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip_norm * weight[0])
-    reduce_gradients(list(model.parameters()), [loss, weight], run)
-    if cfg.mile_gamma:
-        torch._foreach_div_([loss, *(p.grad for p in model.parameters())], weight[0])
-    norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in group["params"]])
-                         for group in groups])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()
+                                              if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm,
+                                             norm / weight[0])
+    gradients = summed_gradients(optimizers, [loss, weight], run)
+    norms = gradient_norms(gradients, optimizers, run)
+    scale = 1.0 / weight if cfg.mile_gamma else torch.ones_like(weight)
+    norms, loss = norms * scale, loss * scale
     if cfg.grad_clip_norm and not cfg.clip_before_reduce:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm, norms.norm())
+        scale = scale * (cfg.grad_clip_norm / (norms.norm() + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([g for group in gradients for g in group], scale[0])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = group["base_lr"] * moment.lr_scale, moment.momentum
@@ -1597,6 +1729,29 @@ def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None
                                  f"{'; '.join(bad) or 'no group'}")
 
 
+def fit_micro_batch(forward: Forward, model: GPT, rows: TrainingRows, moment: Moment,
+                    run: Run) -> None:
+    """Halve the rows of a forward until every rank's memory holds them.
+
+    Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
+    """
+    cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.world_size)
+    while True:
+        try:
+            backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
+            failed = 0.0
+        except torch.OutOfMemoryError:
+            failed = 1.0
+        model.zero_grad(set_to_none=True)
+        if not run.agree(failed, "most"):
+            return
+        if cfg.micro_batch_seqs or run.micro_batch_rows == 1:
+            raise torch.OutOfMemoryError(f"{run.micro_batch_rows} rows a forward are too many: "
+                                         "lower MICRO_BATCH_SEQS, or take a smaller model")
+        run.micro_batch_rows //= 2
+        run.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
+
+
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
     """Compile and warm up every path of the run, untimed, and put everything back.
 
@@ -1606,12 +1761,13 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     cfg, run.phase = run.cfg, "priming"
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
+    moments = [Moment(1.0, cfg.muon_momentum_warmup_start, qat, False, cfg.mile_gamma)
+               for qat in variants]
+    fit_micro_batch(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
-    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
     for step in range(steps):
-        moment = Moment(1.0, cfg.muon_momentum_warmup_start, variants[step % len(variants)], False,
-                        cfg.mile_gamma)
-        train_step(forward, model, optimizers, rows, step, moment, run)
+        train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.log(f"warmup_step:{step + 1}/{steps}")
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -1639,44 +1795,119 @@ class Averages:
     """The weight averages of AVG_MODE: EMA, mean of snapshots (SWA), or SWA of the EMA."""
 
     def __init__(self, model: GPT, cfg: Config) -> None:
-        self.model, self.ema = model, None
-        if "ema" in cfg.avg_mode:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
-            self.ema.n_averaged.fill_(1)  # it starts at the initial weights, not at step 1's
-        self.swa = AveragedModel(model) if "swa" in cfg.avg_mode else None
+        self.model, self.decay, self.snapshots = model, cfg.ema_decay, 0
+        self.ema = copy.deepcopy(model) if "ema" in cfg.avg_mode else None  # from step 0 on
+        self.swa = copy.deepcopy(model) if "swa" in cfg.avg_mode else None
 
+    kept = property(lambda self: [a for a in (self.ema, self.swa) if a is not None])
+
+    @torch.no_grad()
     def update(self, snapshot: bool) -> None:
+        """Take in the weights of a step: A <- A + share (W - A), without waiting for a GPU."""
+        source = self.model
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(source.parameters()),
+                                 1.0 - self.decay)
+            source = self.ema
         if self.swa is not None and snapshot:
-            self.swa.update_parameters(self.model if self.ema is None else self.ema.module)
+            self.snapshots += 1
+            torch._foreach_lerp_(list(self.swa.parameters()), list(source.parameters()),
+                                 1.0 / self.snapshots)
 
     def result(self, run: Run) -> GPT:
         """The model to export; without any snapshot, SWA falls back to what it would average."""
-        if self.swa is not None and self.swa.n_averaged:
+        if self.swa is not None and self.snapshots:
             run.log("swa:applying averaged {snapshots} checkpoints", "swa",
-                    snapshots=int(self.swa.n_averaged))
-            return self.swa.module
+                    snapshots=self.snapshots)
+            return self.swa
         if self.ema is not None:
             run.log("ema:applying EMA weights")
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema is None else self.ema
 
 
-def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation,
-          reserve_seconds: float, run: Run) -> tuple[GPT, int]:
-    """Train until the budget less `reserve_seconds` ends; returns averaged model and steps."""
-    cfg, run.phase = run.cfg, "training"
-    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    averages = Averages(model, cfg)
-    schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
+class Training:
+    """All that training changes, saved and restored whole, whatever the number of ranks."""
+
+    def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
+        cfg = run.cfg
+        self.model, self.run, self.data, self.step, self.saved_at = model, run, data, 0, 0.0
+        self.adam, self.muon = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+        self.averages = Averages(model, cfg)
+        self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
+
+    optimizers = property(lambda self: [self.adam, self.muon])
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint, after `seconds` of training; all ranks take part."""
+        run, schedule, self.saved_at = self.run, self.schedule, seconds
+        momentum = self.muon.whole_momentum()
+        run.check_replicas(self.model, self.step)
+        run.save_checkpoint({
+            "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
+            "model": self.model.state_dict(), "adam": self.adam.state_dict(),
+            "averages": [average.state_dict() for average in self.averages.kept],
+            "snapshots": self.averages.snapshots,
+            "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
+            "random": torch.get_rng_state(), "occasions": dict(run.occasions),
+            "activity": dict(run.activity), "last_logged_share": run.last_logged_share})
+
+    def restore(self, saved: dict) -> None:
+        """Go on from a checkpoint; raises RuntimeError if it is of other data."""
+        run, schedule = self.run, self.schedule
+        if saved["data"] != self.data:
+            raise RuntimeError(f"the checkpoint was made on other data ({saved['data']}, now "
+                               f"{self.data}): give the run its data back, or begin a new one")
+        self.step, self.saved_at = saved["step"], saved["seconds"]
+        run.training_clock.banked = saved["seconds"]
+        self.model.load_state_dict(saved["model"])
+        self.adam.load_state_dict(saved["adam"])
+        self.muon.load_momentum(saved["momentum"])
+        for average, state in zip(self.averages.kept, saved["averages"], strict=True):
+            average.load_state_dict(state)
+        self.averages.snapshots = saved["snapshots"]
+        schedule.qat, schedule.last_seconds = saved["schedule"][:2]
+        schedule.step_seconds.extend(saved["schedule"][2])
+        torch.set_rng_state(saved["random"])
+        run.occasions, run.activity = Counter(saved["occasions"]), Counter(saved["activity"])
+        run.last_logged_share = saved["last_logged_share"]
+        run.log("resumed from step:{step} train_time:{ms:.0f}ms", "resumed", step=self.step,
+                ms=1e3 * saved["seconds"])
+        run.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
+
+    def due(self, seconds: float) -> bool:
+        """Whether to write a checkpoint now: a signal came, or CHECKPOINT_SECONDS went by."""
+        run, every = self.run, self.run.cfg.checkpoint_seconds
+        run.signal = int(run.agree(run.signal, "most"))
+        return run.signal > 0 or (every > 0 and seconds - self.saved_at >= every)
+
+    def end_on_signal(self) -> None:
+        """End the process, once the checkpoint is written, if a signal asked for it."""
+        run = self.run
+        if run.signal:
+            if run.is_main:
+                tqdm.write(f"error: {signal.Signals(run.signal).name} after step {self.step}; "
+                           f"RESUME=1 RUN_ID={run.folder.name} goes on from there", file=sys.stderr)
+            raise SystemExit(128 + run.signal)
+
+
+def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
+          run: Run) -> GPT:
+    """Train until the budget less the reserve ends; returns the averaged model."""
+    cfg, run.phase, model, schedule = run.cfg, "training", state.model, state.schedule
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     matrices = len(qat_grids(model))
-    step, pending, before = 0, None, Moment(1.0, 0.0, False, False)
+    pending, before = None, Moment(1.0, 0.0, schedule.qat, False)
     bar = run.progress("training", total=cfg.iterations if cfg.step_driven else schedule.budget,
                        unit="step" if cfg.step_driven else "s")
     with run.training_clock.running(), bar:
         while True:
-            seconds = run.agree(run.training_clock.elapsed())
+            step, seconds = state.step, run.agree(run.training_clock.elapsed())
+            if state.due(seconds):
+                if pending is not None:
+                    log_step(*pending, step, seconds, groups, run)
+                    pending = None
+                state.save(seconds)
+                state.end_on_signal()
             moment = schedule.at(step, seconds)
             if moment.done:
                 break
@@ -1690,22 +1921,26 @@ def train(forward: Forward, model: GPT, rows: TrainingRows, val: Validation,
                 run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                         f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
                         scale=moment.lr_scale, matrices=matrices)
-            if averages.swa is not None and moment.snapshot and not run.activity["swa"]:
+            if state.averages.swa is not None and moment.snapshot and not run.activity["swa"]:
                 run.log(f"swa:start step:{step + 1}")
-            stats = train_step(forward, model, optimizers, rows, step, moment, run)
-            averages.update(moment.snapshot)
+            stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
+            state.averages.update(moment.snapshot)
             count_activity(moment, matrices, run)
             if pending is not None:
                 log_step(*pending, step, seconds, groups, run)
-            pending, step, before = (stats, moment, qat_starts), step + 1, moment
-            bar.update((step if cfg.step_driven else seconds) - bar.n)
-        log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
+            if (step + 1) % REPLICA_CHECK_STEPS == 0:
+                run.check_replicas(model, step + 1)
+            pending, state.step, before = (stats, moment, qat_starts), step + 1, moment
+            bar.update((state.step if cfg.step_driven else seconds) - bar.n)
+        if pending is not None:
+            log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
+        state.save(run.agree(run.training_clock.elapsed()))
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
             reason="stopping: last step" if step == cfg.iterations
             else "stopping_early: wallclock_cap",
             ms=1e3 * run.trained_seconds, iterations=cfg.iterations)
-    return averages.result(run), step
+    return state.averages.result(run)
 
 
 def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
@@ -1759,10 +1994,8 @@ def log_activity(run: Run) -> None:
 # =================================================================================================
 
 CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
-CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-QAT_QUANTILE = 0.9995
+CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
-INT8_PERCENTILE = 0.9999984
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
                  (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
@@ -1809,8 +2042,8 @@ def qat_grids(model: GPT) -> dict[str, int]:
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name != "lm_head":
             bits = bits_of(model.cfg, f"{name}.weight", module.weight)
-            if {"stored": bits, "linears": True, "aux": not name.startswith("blocks.")}[
-                    model.cfg.qat_targets]:
+            reached = {"stored": bits, "linears": True, "aux": not name.startswith("blocks.")}
+            if reached[model.cfg.qat_targets]:
                 grids[f"{name}.weight"] = bits or 6
     return grids
 
@@ -1823,10 +2056,7 @@ def row_quantile(x: Tensor, q: float) -> Tensor:
 
 
 def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
-    """The weights of `grids` rounded to so many bits, gradients passing through.
-
-    W' = clamp(round(W / s)) s, dW' / dW = 1, s from the row's QAT_CLIP.
-    """
+    """The weights of `grids` as clamp(round(W / s)) s, gradients passing; s from QAT_CLIP."""
     seen = {}
     for name, bits in grids.items():
         weight = model.get_parameter(name)
@@ -1843,8 +2073,8 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config) -> Tensor:
     """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r)."""
     clips = W.abs().amax(dim=1)[None]
     if cfg.clip_search != "absmax":
-        percentiles = torch.tensor(CLIP_PERCENTILES[:-1], device=W.device)
-        clips = torch.cat([torch.quantile(W.abs(), percentiles, dim=1), clips])
+        quantiles = torch.tensor(CLIP_QUANTILES, device=W.device)
+        clips = torch.cat([torch.quantile(W.abs(), quantiles, dim=1), clips])
     return row_scales(clips, largest_integer(bits), cfg.q_scale_floor)
 
 
@@ -1865,59 +2095,48 @@ def round_to_nearest(W: Tensor, bits: int, cfg: Config) -> Stored:
 
 
 def int8_rows(W: Tensor) -> Stored:
-    """Embedding tables: nearest of +-127 steps of a row's 0.9999984 quantile / 127."""
-    clip = torch.quantile(W.abs(), INT8_PERCENTILE, dim=1)
+    """Embedding tables: nearest of +-127 steps of a row's INT8_QUANTILE / 127."""
+    clip = torch.quantile(W.abs(), INT8_QUANTILE, dim=1)
     scale = row_scales(clip, 127, "inv_clip")
     q = torch.round(W.clamp(-clip[:, None], clip[:, None]) / scale[:, None]).clamp(-127, 127)
     return Stored(q.to(torch.int8), scale.half())
 
 
 def inverse_factor(H: Tensor) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1, float32 (c, c); damping grows after a failure.
-
-    Raises torch.linalg.LinAlgError if the last try fails as well.
-    """
+    """Upper U with U^T U = (H + damping)^-1, (c, c); damping grows in tries, then LinAlgError."""
     identity = torch.eye(H.size(0), device=H.device)
     damping = DAMPING * H.diagonal().mean().clamp_min(1e-12)
-    for attempt in range(DAMPING_TRIES):
-        try:
+    for _ in range(DAMPING_TRIES):
+        with contextlib.suppress(torch.linalg.LinAlgError):
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + damping * identity))
             return torch.linalg.cholesky(inverse, upper=True)
-        except torch.linalg.LinAlgError:
-            if attempt == DAMPING_TRIES - 1:
-                raise
-            damping = damping * 10
+        damping = damping * 10
+    raise torch.linalg.LinAlgError("no damping made the Hessian positive definite")
 
 
 def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config) -> Stored:
     """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
 
-    GPTQ (arXiv:2210.17323): each column's rounding error is pushed onto the columns not yet
-    rounded, through U with U^T U = H^-1. All clip candidates go through at once; GPTQ_SELECT
-    says which wins. W: (r, c), H: (c, c), both float32.
+    arXiv:2210.17323: a column's rounding error is pushed onto the columns not yet rounded, for
+    all clip candidates at once; GPTQ_SELECT says which wins. W: (r, c), H: (c, c), float32.
     """
-    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg).half()
-    dead = H.diagonal() == 0
-    H = H + torch.diag(dead.float())
-    W = W.masked_fill(dead, 0.0)
+    scales, dead = clip_candidates(W, bits, cfg).half(), H.diagonal() == 0
+    H, step = H + torch.diag(dead.float()), scales.float().unsqueeze(-1)  # (candidates, r, 1)
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if cfg.gptq_actorder \
         else torch.arange(W.size(1), device=W.device)
-    U = inverse_factor(H[order][:, order])
-    step = scales.float().unsqueeze(-1)  # (candidates, r, 1)
-    Q = feed_back(W[:, order].expand(len(scales), -1, -1), step, U, levels, cfg.gptq_block_size)
-    delta = W[:, order] - Q * step
-    weighed = delta @ H[order][:, order] if cfg.gptq_select == "hessian" else delta
+    W, H = W.masked_fill(dead, 0.0)[:, order], H[order][:, order]
+    Q = feed_back(W, step, inverse_factor(H), bits, cfg)
+    delta = W - Q * step
+    weighed = delta @ H if cfg.gptq_select == "hessian" else delta
     return pick((weighed * delta).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
 
 
-def feed_back(W: Tensor, step: Tensor, U: Tensor, levels: int, block: int) -> Tensor:
-    """Round column after column, e = (w - q s) / U_ii, later columns -= e U_ij: GPTQ's loop.
-
-    W: (n, r, c), step: (n, r, 1), U: (c, c) -> integers (n, r, c).
-    """
-    rest, Q = W.clone(), torch.empty_like(W)
-    for start in range(0, W.size(-1), block):
-        stop = min(start + block, W.size(-1))
+def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Tensor:
+    """GPTQ's loop over columns, e = (w - q s) / U_ii, later columns -= e U_ij: Q, (n, r, c)."""
+    levels, rest = largest_integer(bits), W.repeat(len(step), 1, 1)
+    Q = torch.empty_like(rest)
+    for start in range(0, W.size(1), cfg.gptq_block_size):
+        stop = min(start + cfg.gptq_block_size, W.size(1))
         errors = torch.empty_like(rest[..., start:stop])
         for col in range(start, stop):
             column = rest[..., col : col + 1]
@@ -1930,15 +2149,11 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, levels: int, block: int) -> Te
 
 
 def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config) -> Stored:
-    """The form of #1361, kept to reproduce it: errors (w - q s) go through H^-1_ij / H^-1_ii.
-
-    H^-1 is never updated, so it over-corrects; nearest rounding chooses the clip.
-    """
-    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg)
-    U = inverse_factor(H)
+    """The form of #1361, kept to reproduce it: H^-1 is never updated, so it over-corrects."""
+    levels, scales, U = largest_integer(bits), clip_candidates(W, bits, cfg), inverse_factor(H)
     inverse, step = U.mT @ U, scales.unsqueeze(-1)  # rounding comes before the scales' fp16
-    Q = feed_back(W.expand(len(scales), -1, -1), step, inverse / inverse.diagonal()[:, None],
-                  levels, cfg.gptq_block_size)
+    Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], bits, cfg)
+    # Nearest rounding chooses the clip.
     delta = W - torch.round(W / step).clamp(-levels, levels) * step
     return pick(delta.square().mean(dim=2), Q, scales.half(), cfg)
 
@@ -1971,22 +2186,20 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
                      deadline: float, run: Run) -> dict[str, Tensor]:
     """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
 
-    batch_of(n) gives the ids (B, T) of calibration batch n; batches are dealt to the ranks in
-    turn, and those that could end after `deadline` seconds of the training clock are left out.
-    An untied head is stored like the embedding, without a Hessian.
+    batch_of(n) gives the ids (B, T) of batch n. Ranks take turns until another batch could end
+    after `deadline` seconds of the training clock. An untied head is stored like the embedding.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)
-               and name != "lm_head" and bits_of(model.cfg, f"{name}.weight", module.weight)}
-    sums = {name: torch.zeros(linears[name].in_features, linears[name].in_features,
-                              device=run.device) for name in map(hessian_source, linears)}
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear)
+             and name != "lm_head" and bits_of(model.cfg, f"{name}.weight", module.weight)]
+    read = {name: model.get_submodule(name) for name in map(hessian_source, names)}
+    sums = {m: torch.zeros(2 * [m.in_features], device=run.device) for m in read.values()}
     seen = torch.zeros(1, device=run.device)
 
-    def observe(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def observe(module: Linear, inputs: tuple[Tensor]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        sums[name].addmm_(x.T, x)
+        sums[module].addmm_(x.T, x)
 
-    hooks = [linears[name].register_forward_pre_hook(functools.partial(observe, name))
-             for name in sums]
+    hooks = [module.register_forward_pre_hook(observe) for module in sums]
     mine = range(run.rank, num_batches, run.world_size)
     for batch in run.progress("calibrating", iterable=mine, unit="batch"):
         start = run.training_clock.elapsed()
@@ -1995,13 +2208,13 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
         seen += input_ids.numel()
         run.settle()
         end = run.training_clock.elapsed()
-        if end + 2 * (end - start) > deadline:  # another could end too late
+        if end + 2 * (end - start) > deadline:
             break
     for hook in hooks:
         hook.remove()
     run.add_up([seen, *sums.values()])
     run.calibration_tokens = int(seen.item())
-    return {name: total / seen for name, total in sums.items()}
+    return {name: sums[module] / seen for name, module in read.items()}
 
 
 def calibration_reserve(batch_seconds: float, run: Run) -> float:
@@ -2017,21 +2230,18 @@ def calibration_reserve(batch_seconds: float, run: Run) -> float:
 
 
 def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str, Tensor]:
-    """Hessians on training rows after the last trained one, inside the training budget.
-
-    Rows that the model draws touch no data, so they may take their time.
-    """
+    """Hessians: inside the training budget on the next training rows, outside it on drawn ones."""
     cfg, run.phase, inside = run.cfg, "calibration", run.cfg.gptq_calib == "train"
     if cfg.gptq_variant == "off":
         return {}
+
+    def batch_of(n: int) -> Tensor:
+        return rows.batch(steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0]
+
     if cfg.gptq_calib == "selfgen":
         mine = range(run.rank, cfg.gptq_calib_batches, run.world_size)
         batch_of = {n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
                     for n in run.progress("drawing rows", iterable=mine, unit="batch")}.get
-    else:
-        def batch_of(n: int) -> Tensor:
-            first = steps * cfg.rows_per_step + n * CALIBRATION_ROWS
-            return rows.batch(first, CALIBRATION_ROWS)[0]
     with run.training_clock.running() if inside else contextlib.nullcontext():
         deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
         hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
@@ -2043,7 +2253,6 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
     return hessians
 
 
-@torch.no_grad()
 def magnitude_pruned(W: Tensor, share: float) -> Tensor:
     """W (r, c) with the entries below its `share` quantile of magnitude set to zero."""
     return torch.where(W.abs() < torch.quantile(W.abs().flatten(), share), 0.0, W)
@@ -2062,21 +2271,12 @@ def prune_integers(stored: dict[str, Stored], share: float) -> int:
     return count
 
 
-def quantize_matrix(W: Tensor, H: Tensor | None, bits: int, cfg: Config) -> tuple[Stored, bool]:
-    """One matrix as integers: GPTQ if it has a Hessian; and whether that had to be given up."""
-    if H is None:
-        return (int8_rows(W) if bits == 8 else round_to_nearest(W, bits, cfg)), False
-    try:
-        return (gptq_simple if cfg.gptq_variant == "simple" else gptq)(W, H, bits, cfg), False
-    except torch.linalg.LinAlgError:
-        return round_to_nearest(W, bits, cfg), True
-
-
 @torch.no_grad()
 def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Stored]:
     """Every parameter as it will be stored: integers where BITS says so, else fp16; pruned."""
     run.phase, cfg = "quantization", model.cfg
     stored, low, fallbacks, objective = {}, {}, 0, 0.0
+    solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
     # Factorisations and float64 sums are not to be had on every other device.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
     parameters = list(model.named_parameters())
@@ -2086,13 +2286,19 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Sto
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
             W = magnitude_pruned(W, cfg.prune_frac)
-        H = hessians.get(hessian_source(name.removesuffix(".weight"))) if bits else None
-        if H is not None:
+        H = hessians.get(hessian_source(name.removesuffix(".weight")))
+        if not bits:
+            result = Stored(W.half())
+        elif H is None:
+            result = int8_rows(W) if bits == 8 else round_to_nearest(W, bits, cfg)
+        else:
             H = H.to(device)
-        result, failed = quantize_matrix(W, H, bits, cfg) if bits else (Stored(W.half()), False)
-        objective += 0.0 if H is None else weighted_error(W, result, H)
-        fallbacks += failed
-        stored[name] = Stored(result.values.cpu(), None if not bits else result.scale.cpu())
+            try:
+                result = solve(W, H, bits, cfg)
+            except torch.linalg.LinAlgError:
+                result, fallbacks = round_to_nearest(W, bits, cfg), fallbacks + 1
+            objective += weighted_error(W, result, H)
+        stored[name] = Stored(result.values.cpu(), result.scale.cpu() if bits else None)
         if 0 < bits < 8:
             low[name] = stored[name]
     if cfg.prune_pct and low:
@@ -2122,15 +2328,10 @@ MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = settings_of("Evaluation")
 
 
-def storage_order(name: str) -> tuple[str, list[int]]:
-    """Sort key that puts the same matrix of all layers side by side, which compresses best."""
-    return re.sub(r"\d+", "", name), [int(digits) for digits in re.findall(r"\d+", name)]
-
-
 def artifact_header(cfg: Config, val: Validation) -> dict:
     """What rebuilding the model and repeating the evaluation takes."""
-    return {"settings": {name.upper(): show_setting(getattr(cfg, name))
-                         for name in (*MODEL_SETTINGS, *EVALUATION_SETTINGS)},
+    names = (*MODEL_SETTINGS, *EVALUATION_SETTINGS)
+    return {"settings": {name.upper(): show_setting(getattr(cfg, name)) for name in names},
             "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
 
 
@@ -2154,13 +2355,13 @@ def compress(body: bytes, codec: str) -> bytes:
 
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
-    """What compress() was given, `size` bytes; never holds more. Raises ValueError otherwise."""
+    """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
     broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError}
     try:
         if codec == "zstd":
+            reader = zstandard.ZstdDecompressor()
             whole = zstandard.frame_content_size(packed) == size
-            body = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False) \
-                if whole else b""
+            body = reader.decompress(packed, allow_extra_data=False) if whole else b""
         elif codec == "lzma":
             reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
             body = reader.decompress(packed, max_length=size + 1)
@@ -2171,21 +2372,22 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
             body = reader.process(packed, output_buffer_limit=size + 1)
             whole = reader.is_finished()
     except broken[codec] as error:
-        raise ValueError(str(error)) from None
+        raise Refusal(f"the artifact's body does not decompress ({error})") from None
     if len(body) != size or not whole:
-        raise ValueError("it does not end where its prelude says")
+        raise Refusal("the artifact's body does not end where its prelude says")
     return body
 
 
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
     """The artifact's bytes; the same header and tensors always give the same bytes."""
-    names = sorted(stored, key=storage_order)
-    tensors = [[name, int(stored[name].scale is not None), *stored[name].values.shape]
-               for name in names]
+    # The same matrix of all layers side by side compresses best.
+    names = sorted(stored, key=lambda name: (re.sub(r"\d+", "", name),
+                                             [int(digits) for digits in re.findall(r"\d+", name)]))
+    ordered = {name: stored[name] for name in names}
+    tensors = [[name, int(s.scale is not None), *s.values.shape] for name, s in ordered.items()]
     text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
-    integers = [stored[name].values for name in names if stored[name].scale is not None]
-    floats = [stored[name].values if stored[name].scale is None else stored[name].scale
-              for name in names]
+    integers = [s.values for s in ordered.values() if s.scale is not None]
+    floats = [s.values if s.scale is None else s.scale for s in ordered.values()]
     body = b"".join([struct.pack("<I", len(text)), text.encode(),
                      *(q.numpy().astype("<i1").tobytes() for q in integers),
                      *(x.numpy().astype("<f2").tobytes() for x in floats)])
@@ -2194,29 +2396,20 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
                         hashlib.sha256(packed).digest()) + packed
 
 
-def unpack_body(blob: bytes) -> bytes:
-    """The decompressed body of an artifact; raises Refusal before trusting any length in it."""
+def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
+    """Header and tensors of an artifact; raises Refusal before trusting any length in it."""
     if len(blob) < PRELUDE.size or blob[:8] != ARTIFACT_MAGIC:
         raise Refusal("not an artifact of train_gpt.py (its first bytes are wrong)")
-    _, version, number, body_bytes, digest = PRELUDE.unpack_from(blob)
+    _, version, number, size, digest = PRELUDE.unpack_from(blob)
     packed, codec = blob[PRELUDE.size :], next((c for c in CODECS if CODECS[c] == number), None)
     if version != ARTIFACT_VERSION or codec is None:
         raise Refusal(f"artifact version {version}, codec {number}: this train_gpt.py reads "
                       f"version {ARTIFACT_VERSION}, codecs {CODECS}")
     if hashlib.sha256(packed).digest() != digest:
         raise Refusal("the artifact is damaged (its sha256 does not match); copy it again")
-    if body_bytes > MAX_BODY_BYTES:
-        raise Refusal(f"the artifact's body length {body_bytes:,} is above the bound of "
-                      f"{MAX_BODY_BYTES:,} bytes")
-    try:
-        return decompress(packed, codec, body_bytes)
-    except ValueError as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
-
-
-def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
-    """Header and tensors of an artifact; raises Refusal for anything malformed."""
-    body = unpack_body(blob)
+    if size > MAX_BODY_BYTES:
+        raise Refusal(f"the artifact's body has {size:,} bytes; the bound is {MAX_BODY_BYTES:,}")
+    body = decompress(packed, codec, size)
     try:
         (header_bytes,) = struct.unpack_from("<I", body)
         if header_bytes > MAX_HEADER_BYTES:
@@ -2231,10 +2424,7 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
 
 
 def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
-    """Cut integers and floats into the header's tensors, each [name, is integer, *shape].
-
-    Raises ValueError or TypeError for a shape, name or value that cannot be.
-    """
+    """The header's tensors, each [name, is integer, *shape], or ValueError or TypeError."""
     for name, is_integer, *shape in tensors:
         whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
         if type(name) is not str or len(shape) > 2 or not whole or (is_integer and len(shape) < 2):
@@ -2262,9 +2452,8 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
     """Header and tensors of the file; raises Refusal if it is missing, huge or malformed."""
     if not path.is_file():
         raise Refusal(f"{path}: no such artifact")
-    if path.stat().st_size > MAX_ARTIFACT_BYTES:
-        raise Refusal(f"{path} has {path.stat().st_size:,} bytes; artifacts are read up to "
-                      f"{MAX_ARTIFACT_BYTES:,}")
+    if (size := path.stat().st_size) > MAX_ARTIFACT_BYTES:
+        raise Refusal(f"{path} has {size:,} bytes; artifacts are read up to {MAX_ARTIFACT_BYTES:,}")
     try:
         return decode_artifact(path.read_bytes())
     except Refusal as refusal:
@@ -2285,25 +2474,23 @@ def rebuild_model(cfg: Config, stored: dict[str, Stored], run: Run) -> GPT:
 
 def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
     """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
-    blob = b""
-    if run.is_main:
-        stored = quantize(model, hessians, run)
-        run.phase = "export"
-        path = run.folder / "artifact.bin"
-        write_file(path, encode_artifact(artifact_header(run.cfg, val), stored, run.cfg.codec))
-        blob = path.read_bytes()
-        log_sizes(stored, run)
-        total, limit = len(run.source) + len(blob), run.cfg.artifact_limit_bytes
-        label = f"{grid_label(run.cfg, stored)}+{run.cfg.codec}"
-        run.log(f"Serialized model {label}: {len(blob)} bytes")
-        run.log(f"Code size: {len(run.source)} bytes")
-        run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}",
-                "artifact", label=label, model_bytes=len(blob), code_bytes=len(run.source),
-                total=total, limit=limit, left=limit - total,
-                sha256=hashlib.sha256(blob).hexdigest())
-        if total > limit:
-            run.mark_ineligible(f"code and artifact have {total} bytes, {total - limit} over "
-                                f"ARTIFACT_LIMIT_BYTES={limit}")
+    if not run.is_main:
+        return run.share(b"")
+    stored, cfg, path = quantize(model, hessians, run), run.cfg, run.folder / "artifact.bin"
+    run.phase = "export"
+    write_file(path, encode_artifact(artifact_header(cfg, val), stored, cfg.codec))
+    blob = path.read_bytes()
+    log_sizes(stored, run)
+    total, limit = len(run.source) + len(blob), cfg.artifact_limit_bytes
+    label = f"{grid_label(cfg, stored)}+{cfg.codec}"
+    run.log(f"Serialized model {label}: {len(blob)} bytes")
+    run.log(f"Code size: {len(run.source)} bytes")
+    run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}", "artifact",
+            label=label, model_bytes=len(blob), code_bytes=len(run.source), total=total,
+            limit=limit, left=limit - total, sha256=hashlib.sha256(blob).hexdigest())
+    if total > limit:
+        run.mark_ineligible(f"code and artifact have {total} bytes, {total - limit} over "
+                            f"ARTIFACT_LIMIT_BYTES={limit}")
     return run.share(blob)
 
 
@@ -2311,15 +2498,15 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
     """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
     for role in ROLES:
         mine = [s for name, s in stored.items() if role_of(name) == role]
-        integers = [s.values.flatten() for s in mine if s.scale is not None]
-        counts = torch.bincount(torch.cat(integers).int() + 128).double() if integers \
-            else torch.ones(1)
-        share = counts[counts > 0] / counts.sum()
-        entropy = float(-(share * share.log2()).sum() * sum(map(len, integers)) / 8)
+        quantized = [s.values.int().flatten() + 128 for s in mine if s.scale is not None]
+        integers = torch.cat([torch.empty(0, dtype=torch.int), *quantized])
+        counts = torch.bincount(integers).double()
+        share = counts[counts > 0] / len(integers)
+        entropy = float(-(share * share.log2()).sum() * len(integers) / 8)
         floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
         run.log("size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
                 "float_bytes:{floats}", "size", role=role, tensors=len(mine),
-                integers=sum(map(len, integers)), entropy=entropy, floats=2 * floats)
+                integers=len(integers), entropy=entropy, floats=2 * floats)
 
 
 def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
@@ -2356,50 +2543,38 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
     the last anchored at the end, each scoring what is not yet scored. published_s1 has a start
     for every stride, published_s3 full windows only; both score the last `stride` targets of each.
     """
-    last = max(num_targets - seq_len, 0)
-    if stride == 0 or (form != "published_s1" and last == 0):
-        starts = np.arange(0, num_targets, seq_len)
-        return np.stack([starts, starts, np.minimum(starts + seq_len, num_targets)], axis=1)
+    if stride == 0:
+        stride, form = seq_len, "published_s1"  # which cuts the last one short
     starts = np.arange(0, num_targets, stride)
     if form != "published_s1":
+        last = max(num_targets - seq_len, 0)
         starts = np.append(starts[starts < last], last)
     ends = np.minimum(starts + seq_len, num_targets)
     firsts = np.append(0, ends[:-1] if form == "cover" else np.maximum(ends - stride, starts)[1:])
     return np.stack([starts, firsts, ends], axis=1)
 
 
-def padded(spans: np.ndarray, count: int) -> np.ndarray:
-    """The windows `spans` and, up to `count`, some that score nothing: batches of one shape."""
-    return np.concatenate([spans, np.zeros((count - len(spans), 3), spans.dtype)])
-
-
-def window_batch(val: Validation, rows: np.ndarray, num_targets: int, seq_len: int) -> tuple:
-    """Input ids, target ids, scored mask, bytes of the windows `rows`: (B, T) each."""
-    at = rows[:, :1] + np.arange(seq_len)
+def window_batch(val: Validation, rows: np.ndarray, size: int, cfg: Config) -> tuple[Tensor, ...]:
+    """Input ids, target ids, bytes and scored mask of the windows `rows`: (size, T) each."""
+    rows = np.pad(rows, ((0, size - len(rows)), (0, 0)))  # by windows that score nothing
+    at = rows[:, :1] + np.arange(cfg.eval_seq_len)
     scored = (at >= rows[:, 1:2]) & (at < rows[:, 2:])
-    at = np.minimum(at, num_targets - 1)  # a short window is padded; causality keeps it harmless
-    return (torch.from_numpy(val.tokens[at].astype(np.int64)),
-            torch.from_numpy(val.tokens[at + 1].astype(np.int64)),
-            torch.from_numpy(scored), torch.from_numpy(val.target_bytes[at].astype(np.int64)))
+    at = np.minimum(at, val.num_targets(cfg) - 1)  # causality keeps what fills a window harmless
+    columns = val.tokens[at], val.tokens[at + 1], val.target_bytes[at], scored
+    return tuple(torch.from_numpy(column.astype(np.int64)) for column in columns)
 
 
 @torch.no_grad()
 def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, run: Run,
                   bar: tqdm) -> Tensor:
-    """Nats, targets and bytes of the windows `spans`: float64 (3,).
-
-    One row of sums a batch, added up in the order of batches on every rank.
-    """
-    cfg, num_targets = run.cfg, val.num_targets(run.cfg)
-    num_batches = -(-len(spans) // cfg.eval_batch_seqs)
-    batches = padded(spans, num_batches * cfg.eval_batch_seqs).reshape(num_batches, -1, 3)
-    sums = torch.zeros(num_batches, 3, dtype=torch.float64)
-    for index in range(run.rank, num_batches, run.world_size):
-        input_ids, target_ids, scored, num_bytes = window_batch(
-            val, batches[index], num_targets, cfg.eval_seq_len)
-        nats, _ = forward(model, run.put(input_ids), run.put(target_ids))
-        sums[index] = torch.stack([(nats.cpu().double() * scored).sum(),
-                                   scored.sum().double(), (num_bytes * scored).sum().double()])
+    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,)."""
+    size = run.cfg.eval_batch_seqs
+    batches = np.array_split(spans, range(size, len(spans), size))
+    sums = torch.zeros(len(batches), 3, dtype=torch.float64)
+    for index in range(run.rank, len(batches), run.world_size):
+        ids, targets, num_bytes, scored = window_batch(val, batches[index], size, run.cfg)
+        nats = forward(model, run.put(ids), run.put(targets))[0].cpu().double()
+        sums[index] = torch.stack([(x * scored).sum().double() for x in (nats, scored, num_bytes)])
         bar.update(run.world_size)
     run.add_up([sums])
     return sums.sum(0)
@@ -2417,8 +2592,8 @@ def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
     sums, num_chunks = torch.zeros(3, dtype=torch.float64), int(chunk_of[-1]) + 1
     with run.progress(name, total=-(-len(spans) // cfg.eval_batch_seqs), unit="batch") as bar:
         for chunk in range(num_chunks):
-            if (chunk_of == chunk).any():
-                sums += score_windows(forward, model, val, spans[chunk_of == chunk], run, bar)
+            if len(mine := spans[chunk_of == chunk]):
+                sums += score_windows(forward, model, val, mine, run, bar)
             if adapter is not None and chunk < num_chunks - 1:
                 adapter.after_chunk(chunk, num_chunks, time.perf_counter() - start)
     nats, targets, num_bytes = sums.tolist()
@@ -2426,10 +2601,7 @@ def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
 
 
 class Adapter:
-    """Test-time training by SGD on validation text, within the evaluation budget.
-
-    score_first learns from targets whose score is final; train_then_score, not legal, from all.
-    """
+    """Test-time training by SGD on validation text, within the evaluation budget."""
 
     def __init__(self, forward: Forward, model: GPT, val: Validation, run: Run) -> None:
         cfg = run.cfg
@@ -2441,7 +2613,7 @@ class Adapter:
         self.forward, self.model, self.val, self.run, self.seconds = forward, model, val, run, 0.0
 
     def after_chunk(self, chunk: int, num_chunks: int, elapsed: float) -> None:
-        """Learn from the chunk just scored, unless the time is needed to score the rest."""
+        """score_first: learn from the chunk just scored, unless scoring the rest needs the time."""
         cfg, run, done = self.run.cfg, self.run, chunk + 1
         scoring = (elapsed - self.seconds) / done * (num_chunks - done)
         needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * self.seconds / max(chunk, 1)
@@ -2449,28 +2621,23 @@ class Adapter:
         if run.agree(float(needed > cfg.eval_wallclock_seconds)):
             return
         cosine = 0.5 * (1.0 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
-        start = time.perf_counter()
+        start, size = time.perf_counter(), cfg.ttt_chunk_tokens
         for _ in range(cfg.ttt_epochs):
-            self.learn(chunk * cfg.ttt_chunk_tokens, done * cfg.ttt_chunk_tokens,
-                       cfg.ttt_lr * cosine, math.inf)
+            self.learn(chunk * size, done * size, cfg.ttt_lr * cosine, math.inf)
         self.seconds += time.perf_counter() - start
         run.activity["ttt"] += 1
 
     def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
-        """SGD on the targets first to end in rows of EVAL_SEQ_LEN; returns steps taken.
-
-        Stops at `deadline` seconds of the scoring clock; ranks share the rows of a batch.
-        """
-        cfg, run, steps, num_targets = self.run.cfg, self.run, 0, self.val.num_targets(self.run.cfg)
-        rows = windows(min(end, num_targets) - first, cfg.eval_seq_len, 0) + first
+        """SGD on the targets first to end, begun before `deadline`; returns steps taken."""
+        cfg, run, val = self.run.cfg, self.run, self.val
+        rows = windows(min(end, val.num_targets(cfg)) - first, cfg.eval_seq_len, 0) + first
         self.optimizer.param_groups[0]["lr"] = lr
-        for at in range(0, len(rows), cfg.ttt_batch_seqs):
+        batches = np.array_split(rows, range(cfg.ttt_batch_seqs, len(rows), cfg.ttt_batch_seqs))
+        for steps, batch in enumerate(batches):
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
-                break
-            batch = rows[at : at + cfg.ttt_batch_seqs]
-            mine = padded(batch[run.rank :: run.world_size], run.adaptation_rows)
-            ids, targets, learned, _ = map(run.put, window_batch(self.val, mine, num_targets,
-                                                                 cfg.eval_seq_len))
+                return steps
+            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, cfg)
+            ids, targets, _, learned = map(run.put, mine)
             nats, _ = self.forward(self.model, ids, targets)
             ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
             reduce_gradients(self.parameters, [], run)
@@ -2478,17 +2645,15 @@ class Adapter:
                 torch.nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
             self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
-            steps += 1
-        return steps
+        return len(batches)
 
     def learn_all(self, scoring_seconds: float) -> None:
-        """TTT_EPOCHS passes over the whole split, leaving `scoring_seconds` of the budget."""
-        cfg, run, num_targets = self.run.cfg, self.run, self.val.num_targets(self.run.cfg)
-        per_epoch = -(-num_targets // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
-        run.occasions["ttt"] = cfg.ttt_epochs * per_epoch
+        """train_then_score, not legal: learn from all, leaving `scoring_seconds` of the budget."""
+        cfg, run, end = self.run.cfg, self.run, self.val.num_targets(self.run.cfg)
+        deadline = cfg.eval_wallclock_seconds - 1.1 * scoring_seconds
+        run.occasions["ttt"] = cfg.ttt_epochs * -(-end // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
         for _ in range(cfg.ttt_epochs):
-            run.activity["ttt"] += self.learn(0, num_targets, cfg.ttt_lr,
-                                              cfg.eval_wallclock_seconds - 1.1 * scoring_seconds)
+            run.activity["ttt"] += self.learn(0, end, cfg.ttt_lr, deadline)
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
@@ -2506,46 +2671,45 @@ def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forw
     """Score the model rebuilt from an artifact; the last is the headline, which is timed."""
     run.phase, results, label = "scoring the artifact", [], grid_label(cfg, stored)
     model, stride, ttt = rebuild_model(cfg, stored, run), cfg.eval_stride, cfg.ttt_mode
+    adapter = None if ttt == "off" else Adapter(forward, model, val, run)
+    chunked = ("artifact_chunked", f"final_{label}_roundtrip_exact")
 
     def score(name: str, tag: str, *how, legal: bool = True) -> None:
         results.append(evaluate(name, forward, model, val, run, *how))
-        report(tag.format(label), results[-1], run, legal=legal)
+        report(tag, results[-1], run, legal=legal)
 
     if diagnostics and stride:
-        score("artifact_chunked", "final_{}_roundtrip_exact")
+        score(*chunked)
         if cfg.sliding != "cover":
-            score(f"artifact_{cfg.sliding}", "final_{}_" + cfg.sliding, stride, cfg.sliding)
+            score(f"artifact_{cfg.sliding}", f"final_{label}_{cfg.sliding}", stride, cfg.sliding)
         if ttt == "score_first":
-            score("artifact_sliding_no_ttt", "final_{}_no_ttt", stride)
+            score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride)
     with run.scoring_clock.running():
-        if not stride:
-            score("artifact_chunked", "final_{}_roundtrip_exact")
-        elif ttt == "score_first":
-            score("artifact_sliding", "legal_ttt_exact", stride, "cover",
-                  Adapter(forward, model, val, run))
+        if ttt == "score_first":
+            score("artifact_sliding", "legal_ttt_exact", stride, "cover", adapter)
+        elif stride:
+            score("artifact_sliding", f"final_{label}_sliding_window_exact", stride)
         else:
-            score("artifact_sliding", "final_{}_sliding_window_exact", stride)
+            score(*chunked)
         if diagnostics and ttt == "train_then_score":
-            Adapter(forward, model, val, run).learn_all(results[-1].seconds)
+            adapter.learn_all(results[-1].seconds)
             run.log("warning: no legal score follows: the model has trained on the text before "
                     "scoring it")
             score("artifact_sliding_train_then_score", "illegal_ttt", stride, legal=False)
             results.insert(-1, results.pop())
-    if run.scoring_clock.elapsed() > cfg.eval_wallclock_seconds:
-        run.mark_ineligible(f"scoring took {run.scoring_clock.elapsed():.0f} s, "
-                            f"EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:.0f}")
+    seconds, budget = run.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
+    if seconds > budget:
+        run.mark_ineligible(f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}")
     return results
 
 
 def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
     """Warn before scoring starts if the measured speed says that it will pass its budget."""
-    cfg, targets = run.cfg, val.num_targets(run.cfg)
-    spans = windows(targets, cfg.eval_seq_len, cfg.eval_stride)
-    batches = -(-len(spans) // cfg.eval_batch_seqs)
-    seconds = batch_seconds * math.ceil(batches / run.world_size)
-    run.log("scoring expected:{seconds:.0f}s budget:{budget:.0f}s", seconds=seconds,
-            budget=cfg.eval_wallclock_seconds)
-    if seconds > cfg.eval_wallclock_seconds:
+    cfg, budget = run.cfg, run.cfg.eval_wallclock_seconds
+    num_windows = len(windows(val.num_targets(cfg), cfg.eval_seq_len, cfg.eval_stride))
+    seconds = batch_seconds * math.ceil(num_windows / (cfg.eval_batch_seqs * run.world_size))
+    run.log(f"scoring expected:{seconds:.0f}s budget:{budget:.0f}s")
+    if seconds > budget:
         run.log("warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
                 "same, and the run will not be eligible as a record")
 
@@ -2572,7 +2736,10 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)
         reserve = calibration_reserve(calibration_seconds, run)
-        model, steps = train(forward, model, rows, val, reserve, run)
+        state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
+        if saved := run.last_checkpoint():
+            state.restore(saved)
+        model, steps = train(forward, state, rows, val, run), state.step
         hessians = calibrate(model, rows, steps, run)
         run.phase = "scoring the float model"
         float_result = evaluate("float_chunked", forward, model, val, run)
@@ -2581,11 +2748,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         announce_scoring(eval_seconds, val, run)
         scores = score_artifact(cfg, decode_artifact(blob)[1], val, forward, run, diagnostics=True)
         log_activity(run)
-        left = log_summary(model, steps, len(blob), [float_result, *scores], run)
-        if left < 0:
-            run.log(f"error: code and artifact are {-left:,} bytes over ARTIFACT_LIMIT_BYTES="
-                    f"{cfg.artifact_limit_bytes:,}; take fewer parameters or BITS")
-        return EXIT_OVER_LIMIT if left < 0 else 0
+        return log_summary(model, steps, len(blob), [float_result, *scores], run)
 
 
 def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: Run) -> None:
@@ -2605,11 +2768,10 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
             documents=val.documents, num_bytes=int(val.target_bytes.sum(dtype=np.int64)),
             recorded=val.recorded_bytes, fingerprint=val.fingerprint)
     run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
-    rows_at_once = max((count for _, count in micro_batches(cfg, run)), default=0)
+    most = max((count for _, count in micro_batches(cfg, run)), default=0)
     for line in (
         f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
-        f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} "
-        f"micro_batch_rows:{rows_at_once}",
+        f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} micro_batch_rows:{most}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
         f"kernel:{kernel}",
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
@@ -2627,9 +2789,8 @@ def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
                f"lr:{group['base_lr']:<8g} wd:{group['weight_decay']:<6g} {group['route']}")
 
 
-def log_summary(model: GPT, steps: int, model_bytes: int, scores: list[EvalResult],
-                run: Run) -> int:
-    """The last lines of the log: what was trained, its size, its scores; returns bytes left."""
+def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult], run: Run) -> int:
+    """The last lines of the log: what was trained, its size, its scores; returns the exit code."""
     cfg = run.cfg
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
@@ -2644,8 +2805,8 @@ def log_summary(model: GPT, steps: int, model_bytes: int, scores: list[EvalResul
             params=sum(p.numel() for p in model.parameters()), steps=steps,
             rate=steps * cfg.train_batch_tokens / run.trained_seconds,
             seconds=run.training_clock.elapsed(), eval_seconds=run.scoring_clock.elapsed())
-    total, limit = len(run.source) + model_bytes, cfg.artifact_limit_bytes
-    run.log(f"artifact {model_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
+    total, limit = len(run.source) + num_bytes, cfg.artifact_limit_bytes
+    run.log(f"artifact {num_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
             f"{limit:,} bytes, {limit - total:,} left")
     for score in scores[:-1]:
         run.log(f"{score.name} val_bpb:{score.bpb:.8f}")
@@ -2654,7 +2815,11 @@ def log_summary(model: GPT, steps: int, model_bytes: int, scores: list[EvalResul
             stride=cfg.eval_stride, sliding="cover")
     run.log(f"log: {run.folder}/log.txt")
     run.log(f"artifact: {run.folder}/artifact.bin")
-    return limit - total
+    if total <= limit:
+        return 0
+    run.log(f"error: code and artifact are {total - limit:,} bytes over ARTIFACT_LIMIT_BYTES="
+            f"{limit:,}; take fewer parameters or BITS")
+    return EXIT_OVER_LIMIT
 
 
 def static_ineligibility(cfg: Config) -> list[str]:
@@ -2683,44 +2848,15 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
 
 
 def verb_plan(cfg: Config, notes: list[str]) -> int:
-    """Say what a run would do, without data and without training."""
-    with torch.device("meta"):
-        model = GPT(cfg)
-    by_bits, reasons = Counter(), static_ineligibility(cfg)
-    for name, p in model.named_parameters():
-        by_bits[bits_of(cfg, name, p)] += p.numel()
-    stored = (f"{n:,} at {f'int{bits}' if bits else 'fp16'}" for bits, n in sorted(by_bits.items()))
-    print(*notes, f"parameters: {sum(by_bits.values()):,}", *routing_table(cfg, model),
-          f"stored as: {', '.join(stored)}", f"a step: {cfg.train_batch_tokens:,} tokens, "
-          f"{cfg.rows_per_step:,} rows of {cfg.train_seq_len:,}", *schedule_dates(cfg),
-          "eligible as a record: " + ("no: " * bool(reasons) + "; ".join(reasons) or
-                                      "yes, on 8 x H100 within its budgets"), sep="\n")
+    """Say what a run would do, without data and without training; the saying is in plan.py."""
+    folder = Path(__file__).resolve().parent
+    if not (folder / "plan.py").is_file():
+        raise Refusal("--plan needs plan.py, which stands beside train_gpt.py in its repository")
+    sys.modules["train_gpt"] = sys.modules[__name__]  # or plan.py would run this file once more
+    sys.path.insert(0, str(folder))
+    import plan
+    print(*notes, *plan.lines(cfg, Path(__file__).stat().st_size), sep="\n")
     return 0
-
-
-def schedule_dates(cfg: Config) -> Iterator[str]:
-    """When each scheduled thing starts, in the unit that drives the run."""
-    whole, unit = (cfg.iterations, "steps") if cfg.step_driven else (cfg.max_wallclock_seconds, "s")
-    known = cfg.warmdown_frac or cfg.step_driven  # else the warmdown depends on the step time
-    warmdown = cfg.warmdown_frac * whole or (min(cfg.warmdown_iters, whole) if known
-                                             else cfg.warmdown_iters)
-
-    def last(share: float) -> str:
-        return f"from {whole - share * warmdown:g} {unit} on" if known else \
-            f"the last {share * warmdown:,.0f} steps"
-
-    yield f"end: {whole:g} {unit}" + ("" if cfg.step_driven else ", less the time calibration "
-                                      f"takes; at most {cfg.iterations:,} steps")
-    yield f"momentum ramp: {cfg.muon_momentum_warmup_start:g} to {cfg.muon_momentum:g} in " \
-          f"{cfg.muon_momentum_warmup_steps:,} steps"
-    yield f"warmdown ({cfg.warmdown_type}): {last(1.0)}"
-    note = "" if cfg.warmdown_type == "linear" else " if the warmdown were linear"
-    if cfg.qat_mode == "late":
-        yield f"late QAT: {last(cfg.late_qat_threshold)}{note}"
-    if "swa" in cfg.avg_mode:
-        yield f"SWA: {last(cfg.swa_start_frac)}{note}, every {cfg.swa_every} steps"
-    if cfg.mile_gamma:
-        yield f"MiLe: plain cross entropy {last(MILE_ENDS)}{note}"
 
 
 def locate_validation(cfg: Config, header: dict) -> Config:
@@ -2742,13 +2878,12 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
     """Score an artifact again: the model comes from its header alone."""
-    model_names = {name.upper() for name in MODEL_SETTINGS}
-    if repeated := sorted(model_names & set(env)):
-        raise Refusal(f"{repeated[0]} is set, but --eval takes the model from the artifact: "
-                      "unset it")
+    ours = {name.upper() for name in MODEL_SETTINGS}
+    if repeated := sorted(ours & set(env)):
+        raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
-    expected = model_names | {name.upper() for name in EVALUATION_SETTINGS}
-    if wrong := sorted(set(header["settings"]) ^ expected):
+    ours |= {name.upper() for name in EVALUATION_SETTINGS}
+    if wrong := sorted(ours ^ set(header["settings"])):
         raise Refusal(f"{path}: its header must name the settings of this train_gpt.py; "
                       f"{wrong[0]!r} is not here or missing there")
     cfg, notes = Config.from_env({**header["settings"], **env})
@@ -2776,7 +2911,6 @@ VERBS = {(): verb_train, ("--check",): verb_check, ("--plan",): verb_plan,
 
 def main(arguments: list[str]) -> int:
     """Do what the command line asks; returns the exit code, having said in one line what failed."""
-    quiet = int(os.environ.get("RANK", 0)) > 0  # under torchrun one line is enough
     try:
         if arguments[:1] == ["--eval"] and len(arguments) == 2:
             return verb_eval(Path(arguments[1]), dict(os.environ))
@@ -2785,15 +2919,14 @@ def main(arguments: list[str]) -> int:
                           "--plan or --eval ARTIFACT; hyperparameters are environment variables")
         return VERBS[tuple(arguments)](*Config.from_env(dict(os.environ)))
     except Refusal as refusal:
-        if not quiet:
-            print(f"error: {refusal}", file=sys.stderr)
-        return EXIT_REFUSED
+        code, said = EXIT_REFUSED, refusal
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        code, said = EXIT_FAILED, error
     except KeyboardInterrupt:
-        print("error: interrupted; what the run folder holds was kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code, said = EXIT_INTERRUPTED, "interrupted; what the run folder holds was kept"
+    if code != EXIT_REFUSED or int(os.environ.get("RANK", 0)) == 0:  # torchrun: one is enough
+        print(f"error: {said}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -90,8 +90,12 @@ def write_shard(path: Path, documents: list[list[int]]) -> int:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """make_tiny_data's, in a folder with a space in its name."""
+    return make_tiny_data(tmp_path_factory.mktemp("tiny data"))
+
+
+def make_tiny_data(folder: Path) -> TinyData:
     """Two training shards of about 40,000 tokens and a validation shard of about 6,000."""
-    folder = tmp_path_factory.mktemp("tiny data")
     data_path = folder / "datasets" / "tiny_sp320"
     tokenizer_path = folder / "tokenizers" / "tiny_320_bpe.model"
     data_path.mkdir(parents=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -41,6 +43,47 @@ def launch(*arguments: str, cwd: Path | None = None, processes: int = 0,
     command = [sys.executable, *(torchrun if processes else ()), str(TRAINER), *arguments]
     return subprocess.run(command, cwd=cwd, env={**BARE_ENVIRONMENT, **settings}, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+
+
+def rank_of_job(rank: int, settings: dict[str, str], out: Path) -> None:
+    """What one forked process of run_ranks does."""
+    os.environ.clear()
+    os.environ.update(settings, RANK=str(rank), LOCAL_RANK=str(rank))
+    with open(out, "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    import train_gpt
+    code = train_gpt.main([])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "train_gpt", "jobs"])
+
+
+def start_ranks(processes: int, out: Path, **settings: str) -> list:
+    """Start a job on that many gloo processes, forked from one that has imported torch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {**BARE_ENVIRONMENT, **settings, "WORLD_SIZE": str(processes),
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [FORKS.Process(target=rank_of_job, args=(rank, job, out.with_suffix(f".{rank}")))
+               for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
+
+
+def run_ranks(processes: int, out: Path, **settings: str) -> None:
+    """Run a job on gloo processes to its end, which must be a good one."""
+    started = start_ranks(processes, out, **settings)
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * processes, out.with_suffix(
+        ".0").read_text()
 
 
 @contextlib.contextmanager

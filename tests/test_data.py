@@ -143,7 +143,8 @@ def test_ranks_share_out_each_row_of_a_step_once(micro_batch_seqs: int) -> None:
         cfg = Config(train_seq_len=512, train_batch_tokens=512 * num_rows,
                      micro_batch_seqs=micro_batch_seqs)
         for world_size in range(1, 9):
-            ranks = [SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+            ranks = [SimpleNamespace(rank=rank, world_size=world_size,
+                                     micro_batch_rows=micro_batch_seqs or 16)
                      for rank in range(world_size)]
             dealt = [[row for first, count in micro_batches(cfg, rank)
                       for row in range(first, first + count)] for rank in ranks]

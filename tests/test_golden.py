@@ -290,7 +290,7 @@ def test_five_steps_of_muon(precision: str, step_within: float, end_within: floa
         for shape, weight in zip(shapes, weights, strict=True):
             at = f"{precision}/A/{k}/{shape}"
             assert_near(weight, golden[f"{at}/W"], end_within if k == 4 else step_within)
-            assert_near(muon.state[weight]["momentum"][0], golden[f"{at}/M"], 1e-5)
+            assert_near(muon.state[weight]["momentum"][0][0], golden[f"{at}/M"], 1e-5)
 
 
 def test_newton_schulz() -> None:

@@ -251,8 +251,8 @@ def test_decay_before_or_after_the_step(decay_first: bool) -> None:
     before, W.grad = W.detach().numpy().copy(), torch.randn(6, 4, dtype=torch.float64)
     muon = Muon([{"params": [W], "weight_decay": 0.5}], 5, torch.float64, decay_first=decay_first)
     muon.param_groups[0].update(lr=0.1, momentum=0.9)
-    muon.step()
     step, _ = naive_muon(before, np.zeros_like(before), W.grad.numpy(), 0.1, 0.9, 0.0)
+    muon.step()
     expected = step - 0.05 * before if decay_first else 0.95 * step
     np.testing.assert_allclose(W.detach().numpy(), expected, atol=1e-7)
 
@@ -277,18 +277,20 @@ def test_adam_without_decay_is_plain_adam() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (2, 16, 16), (3, 10, 30)])
 def test_packed_momentum_is_blockwise_int8(shape: tuple[int, ...]) -> None:
-    """Blocks of 256 over the flattened stack, the last one padded with zeros."""
+    """Blocks of 256 over each flattened matrix, the last one padded with zeros."""
     torch.manual_seed(0)
     M = torch.randn(shape) * torch.logspace(-6, 3, shape[-1])
     q, scale = pack_momentum(M)
     assert q.dtype == torch.int8
-    flat, back = M.flatten().numpy(), unpack_momentum((q, scale), M).flatten().numpy()
-    for start in range(0, len(flat), 256):
-        block = flat[start : start + 256]
-        s = max(np.abs(block).max() / 127, 1e-12)
-        expected = np.clip(np.round(block / s), -127, 127) * s
-        np.testing.assert_allclose(back[start : start + 256], expected, rtol=1e-5, atol=1e-2 * s)
-        assert np.abs(back[start : start + 256] - block).max() <= 0.501 * s
+    assert len(q) == len(scale) == len(M)
+    unpacked = unpack_momentum((q, scale), M)
+    for flat, back in zip(M.flatten(1).numpy(), unpacked.flatten(1).numpy(), strict=True):
+        for start in range(0, len(flat), 256):
+            block, near = flat[start : start + 256], back[start : start + 256]
+            s = max(np.abs(block).max() / 127, 1e-12)
+            expected = np.clip(np.round(block / s), -127, 127) * s
+            np.testing.assert_allclose(near, expected, rtol=1e-5, atol=1e-2 * s)
+            assert np.abs(near - block).max() <= 0.501 * s
     zeros = torch.zeros(2, 3, 4)
     assert torch.equal(unpack_momentum(pack_momentum(zeros), zeros), zeros)
 
