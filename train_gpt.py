@@ -577,11 +577,12 @@ class Run:
         while True:
             late, behind = time.monotonic() > self.waiting_until, []
             with contextlib.suppress(RuntimeError):  # the store dies with the rank that holds it
-                store.set(f"meetings of {self.rank}", str(self.meetings))
+                # Who waits too long is not the one waited for.
+                store.set(f"meetings of {self.rank}", "inf" if late else str(self.meetings))
             time.sleep(3.0 if late and self.is_main else 1.0)  # until the others have said it
             with contextlib.suppress(RuntimeError):
                 behind = [rank for rank in range(self.world_size if late else 0)
-                          if int(store.get(f"meetings of {rank}")) < self.meetings]
+                          if float(store.get(f"meetings of {rank}")) <= self.meetings]
             if late and time.monotonic() > self.waiting_until:
                 tqdm.write(f"error: rank {self.rank} waited {self.cfg.watchdog_seconds:.0f} s or "
                            f"more during {self.phase}; not there: rank "

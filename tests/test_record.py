@@ -466,7 +466,7 @@ def test_a_target_scored_twice_is_seen(tmp_path: Path) -> None:
 
 
 def test_learning_before_scoring_is_seen(tmp_path: Path) -> None:
-    script = flawed(tmp_path, "done * cfg.ttt_chunk_tokens,", "(done + 1) * cfg.ttt_chunk_tokens,")
+    script = flawed(tmp_path, "done * size, cfg.ttt_lr", "(done + 1) * size, cfg.ttt_lr")
     cfg, model = small(script, ttt_mode="score_first", ttt_freeze_blocks=0)
     assert not compliance.scores_before_update(script, cfg, model)
     cfg, model = small(train_gpt, ttt_mode="score_first", ttt_freeze_blocks=0)
