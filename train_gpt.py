@@ -182,6 +182,8 @@ class Config:
     qat_targets: str = knob("stored", ("stored", "linears", "aux"),
         "QAT of linears that become integers, of all, or of those outside the blocks.")
     bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (), "By role or tensor (tok_emb): 2 to 8 or fp16.")
+    quant_clip: str = knob("percentile", ("percentile", "std"), "Row clip: CLIP_SEARCH or SIGMAS.")
+    clip_sigmas: str = knob("mlp:12.85,attn:12.85,emb:10,aux:30", (), "QUANT_CLIP=std: k of k std.")
     q_scale_floor: str = knob("inv_clip", ("inv_clip", "tiny"), "Least step: 1 / top, or 2^-14.")
     clip_search: str = knob("matrix", ("absmax", "matrix", "row"), "Row clip: max or percentile.")
     gptq_variant: str = knob("full", ("full", "simple", "off"), "Its form; off rounds to nearest.")
@@ -194,6 +196,8 @@ class Config:
     gptq_block_size: int = knob(128, (1, 1 << 16), "Columns between lazy GPTQ updates.")
     prune_frac: float = knob(0.0, (0.0, 0.99), "Share of each large matrix zeroed before export.")
     prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
+    artifact_target_bytes: int = knob(0, (0, 1 << 40),
+        "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.")
     codec: str = knob("zstd", ("zstd", "lzma", "brotli"), "Artifact compression.")
 
     eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
@@ -240,10 +244,8 @@ class Config:
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
              f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
-            (set(ROLES) <= set(self.bits_by_role),
-             f"BITS must give each of {', '.join(ROLES)} once, as mlp:6,attn:6,..."),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits)),
-             "BITS names a layer beyond NUM_LAYERS"),
+            (all(int(n.split(".")[1]) < layers for n in {**self.bits_by_role, **self.sigmas_by_role}
+                 if n.startswith("blocks.")), "BITS or CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
@@ -265,18 +267,31 @@ class Config:
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
+    def by_role(self, setting: str, pattern: str, values: str) -> dict[str, str]:
+        """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors; raises Refusal."""
+        text, found = getattr(self, setting), {}
+        for part in text.split(","):
+            role, _, value = part.strip().partition(":")
+            named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
+            if role in found or not named or not re.fullmatch(pattern, value):
+                raise Refusal(f"{setting.upper()}={text!r}: {part!r} is not {', '.join(ROLES)} or "
+                              f"a tensor and a colon and {values}")
+            found[role] = value
+        if not set(ROLES) <= set(found):
+            raise Refusal(f"{setting.upper()}={text!r} must give each of {', '.join(ROLES)} once")
+        return found
+
     @property
     def bits_by_role(self) -> dict[str, int]:
         """Bits of each role's integers, or of a tensor's by its name; 0 stands for fp16."""
-        roles = {}
-        for part in self.bits.split(","):
-            role, _, width = part.strip().partition(":")
-            named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
-            if role in roles or not named or not re.fullmatch(r"[2-8]|fp16", width):
-                raise Refusal(f"BITS={self.bits!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
-                              "and a colon and 2 to 8 or fp16")
-            roles[role] = 0 if width == "fp16" else int(width)
-        return roles
+        named = self.by_role("bits", r"[2-8]|fp16", "2 to 8 or fp16")
+        return {role: 0 if width == "fp16" else int(width) for role, width in named.items()}
+
+    @property
+    def sigmas_by_role(self) -> dict[str, float]:
+        """Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor."""
+        named = self.by_role("clip_sigmas", r"[1-9]\d{0,2}(\.\d+)?", "a number from 1 to 999")
+        return {role: float(sigmas) for role, sigmas in named.items()}
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
@@ -1997,6 +2012,9 @@ def log_activity(run: Run) -> None:
 CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
+SCALES_AN_OCTAVE, LEAST_SIGMAS = 8, 5.0  # of QUANT_CLIP=std; a nearer clip costs more than it gains
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 5, (-4.0, 2.0), 12
+SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
                  (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
@@ -2016,15 +2034,24 @@ class Stored:
 
 
 def role_of(name: str) -> str:
-    """The role of a parameter in BITS."""
+    """The role of a parameter in BITS and CLIP_SIGMAS."""
     return next(role for pattern, role in ROLE_PATTERNS if re.fullmatch(pattern, name))
+
+
+def setting_of(name: str, by_role: dict):
+    """What BITS or CLIP_SIGMAS says of a parameter, by its own name or by its role."""
+    return by_role.get(name.removesuffix(".weight"), by_role[role_of(name)])
+
+
+def sigmas_of(cfg: Config, name: str, factor: float) -> float:
+    """Standard deviations of a row at the top of a parameter's grid, with QUANT_CLIP=std."""
+    return max(LEAST_SIGMAS, factor * setting_of(name, cfg.sigmas_by_role))
 
 
 def bits_of(cfg: Config, name: str, tensor: Tensor) -> int:
     """Bits of a parameter's integers; 0 for fp16, as all but large matrices are stored."""
     small = tensor.ndim != 2 or tensor.numel() <= cfg.int8_keep_float_max_numel
-    bits = cfg.bits_by_role
-    return 0 if small else bits.get(name.removesuffix(".weight"), bits[role_of(name)])
+    return 0 if small else setting_of(name, cfg.bits_by_role)
 
 
 def largest_integer(bits: int) -> int:
@@ -2070,8 +2097,16 @@ def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
     return seen
 
 
-def clip_candidates(W: Tensor, bits: int, cfg: Config) -> Tensor:
-    """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r)."""
+def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Tensor:
+    """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r).
+
+    QUANT_CLIP=std has one, `sigmas` deviations at the top, on a logarithmic grid: it costs nothing
+    in error, and the scales become a few different numbers.
+    """
+    if cfg.quant_clip == "std":
+        octaves = torch.round(SCALES_AN_OCTAVE * W.std(dim=1, correction=0).log2())
+        deviation = torch.exp2(octaves / SCALES_AN_OCTAVE)
+        return (sigmas / largest_integer(bits) * deviation).clamp_min(TINY_STEP)[None]
     clips = W.abs().amax(dim=1)[None]
     if cfg.clip_search != "absmax":
         quantiles = torch.tensor(CLIP_QUANTILES, device=W.device)
@@ -2087,9 +2122,9 @@ def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
     return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
 
 
-def round_to_nearest(W: Tensor, bits: int, cfg: Config) -> Stored:
+def round_to_nearest(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
     """Nearest integers at the clip of least squared error."""
-    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg).half()
+    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg, sigmas).half()
     step = scales.float().unsqueeze(-1)
     Q = torch.round(W / step).clamp(-levels, levels)
     return pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
@@ -2115,13 +2150,13 @@ def inverse_factor(H: Tensor) -> Tensor:
     raise torch.linalg.LinAlgError("no damping made the Hessian positive definite")
 
 
-def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config) -> Stored:
+def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
     """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
 
     arXiv:2210.17323: a column's rounding error is pushed onto the columns not yet rounded, for
     all clip candidates at once; GPTQ_SELECT says which wins. W: (r, c), H: (c, c), float32.
     """
-    scales, dead = clip_candidates(W, bits, cfg).half(), H.diagonal() == 0
+    scales, dead = clip_candidates(W, bits, cfg, sigmas).half(), H.diagonal() == 0
     H, step = H + torch.diag(dead.float()), scales.float().unsqueeze(-1)  # (candidates, r, 1)
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if cfg.gptq_actorder \
         else torch.arange(W.size(1), device=W.device)
@@ -2149,9 +2184,10 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Ten
     return Q
 
 
-def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config) -> Stored:
+def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
     """The form of #1361, kept to reproduce it: H^-1 is never updated, so it over-corrects."""
-    levels, scales, U = largest_integer(bits), clip_candidates(W, bits, cfg), inverse_factor(H)
+    levels, U = largest_integer(bits), inverse_factor(H)
+    scales = clip_candidates(W, bits, cfg, sigmas)
     inverse, step = U.mT @ U, scales.unsqueeze(-1)  # rounding comes before the scales' fp16
     Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], bits, cfg)
     # Nearest rounding chooses the clip.
@@ -2188,24 +2224,32 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
     """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
 
     batch_of(n) gives the ids (B, T) of batch n. Ranks take turns until another batch could end
-    after `deadline` seconds of the training clock. An untied head is stored like the embedding.
+    after `deadline` seconds of the training clock. The matrix that makes logits is among them only
+    with QUANT_CLIP=std.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear)
-             and name != "lm_head" and bits_of(model.cfg, f"{name}.weight", module.weight)]
-    read = {name: model.get_submodule(name) for name in map(hessian_source, names)}
-    sums = {m: torch.zeros(2 * [m.in_features], device=run.device) for m in read.values()}
+    head = "tok_emb" if model.lm_head is None else "lm_head"
+    linears = {name: module for name, module in model.named_modules() if name == head
+               or (isinstance(module, Linear) and name != "lm_head")}
+    names = [name for name, module in linears.items()
+             if bits_of(model.cfg, f"{name}.weight", module.weight)
+             and (name != head or model.cfg.quant_clip == "std")]
+    sums = {name: torch.zeros(2 * [linears[name].weight.size(1)], device=run.device)
+            for name in map(hessian_source, names)}
     seen = torch.zeros(1, device=run.device)
 
-    def observe(module: Linear, inputs: tuple[Tensor]) -> None:
-        x = inputs[0].flatten(0, -2).float()
-        sums[module].addmm_(x.T, x)
+    def add(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        sums[name].addmm_(x.T, x)
 
-    hooks = [module.register_forward_pre_hook(observe) for module in sums]
+    hooks = [linears[name].register_forward_pre_hook(
+        lambda module, inputs, name=name: add(name, inputs[0])) for name in sums.keys() - {head}]
     mine = range(run.rank, num_batches, run.world_size)
     for batch in run.progress("calibrating", iterable=mine, unit="batch"):
         start = run.training_clock.elapsed()
         input_ids = batch_of(batch)
-        model.hidden(run.put(input_ids))
+        hidden = model.hidden(run.put(input_ids))
+        if head in sums:
+            add(head, hidden)
         seen += input_ids.numel()
         run.settle()
         end = run.training_clock.elapsed()
@@ -2215,7 +2259,7 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
         hook.remove()
     run.add_up([seen, *sums.values()])
     run.calibration_tokens = int(seen.item())
-    return {name: sums[module] / seen for name, module in read.items()}
+    return {name: total / seen for name, total in sums.items()}
 
 
 def calibration_reserve(batch_seconds: float, run: Run) -> float:
@@ -2273,8 +2317,12 @@ def prune_integers(stored: dict[str, Stored], share: float) -> int:
 
 
 @torch.no_grad()
-def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Stored]:
-    """Every parameter as it will be stored: integers where BITS says so, else fp16; pruned."""
+def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
+             factor: float = 1.0) -> dict[str, Stored]:
+    """Every parameter as it will be stored: integers where BITS says so, else fp16; pruned.
+
+    `factor` multiplies CLIP_SIGMAS.
+    """
     run.phase, cfg = "quantization", model.cfg
     stored, low, fallbacks, objective = {}, {}, 0, 0.0
     solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
@@ -2288,16 +2336,18 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Sto
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
             W = magnitude_pruned(W, cfg.prune_frac)
         H = hessians.get(hessian_source(name.removesuffix(".weight")))
+        how = bits, cfg, sigmas_of(cfg, name, factor)
         if not bits:
             result = Stored(W.half())
         elif H is None:
-            result = int8_rows(W) if bits == 8 else round_to_nearest(W, bits, cfg)
+            result = int8_rows(W) if bits == 8 and cfg.quant_clip != "std" \
+                else round_to_nearest(W, *how)
         else:
             H = H.to(device)
             try:
-                result = solve(W, H, bits, cfg)
+                result = solve(W, H, *how)
             except torch.linalg.LinAlgError:
-                result, fallbacks = round_to_nearest(W, bits, cfg), fallbacks + 1
+                result, fallbacks = round_to_nearest(W, *how), fallbacks + 1
             objective += weighted_error(W, result, H)
         stored[name] = Stored(result.values.cpu(), result.scale.cpu() if bits else None)
         if 0 < bits < 8:
@@ -2473,13 +2523,66 @@ def rebuild_model(cfg: Config, stored: dict[str, Stored], run: Run) -> GPT:
     return model.to(run.device)
 
 
+@torch.no_grad()
+def estimated_bytes(model: GPT, factor: float) -> float:
+    """Entropy of all matrices' nearest integers at the largest clips, CLIP_SIGMAS by `factor`."""
+    total = 0.0
+    for name, p in model.named_parameters():
+        if bits := bits_of(model.cfg, name, p):
+            W, levels = p.detach().float(), largest_integer(bits)
+            step = clip_candidates(W, bits, model.cfg, sigmas_of(model.cfg, name, factor))[-1]
+            total += entropy_bytes(torch.round(W / step[:, None]).clamp_(-levels, levels))
+    return total
+
+
+def entropy_bytes(integers: Tensor) -> float:
+    """Order-0 entropy of int8 values of any shape, in bytes."""
+    shares = torch.bincount(integers.flatten().int() + 128).double() / integers.numel()
+    return float(torch.special.entr(shares).sum()) * integers.numel() / math.log(256)
+
+
+def solve_factor(model: GPT, goal: float) -> float:
+    """The least factor of CLIP_SIGMAS, the finest steps, whose estimate is at most `goal` bytes."""
+    finest, coarsest = SOLVER_OCTAVES
+    for _ in range(SOLVER_HALVINGS):
+        middle = 0.5 * (finest + coarsest)
+        fits = estimated_bytes(model, 2.0**middle) <= goal
+        finest, coarsest = (finest, middle) if fits else (middle, coarsest)
+    return 2.0**coarsest
+
+
+def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
+                 run: Run) -> tuple[dict[str, Stored], bytes]:
+    """Quantised tensors and their artifact, the largest below the target that few passes find.
+
+    With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
+    tells how far the estimate is off, and the next one takes the factor solved with that.
+    """
+    cfg, code, factor, best = run.cfg, len(run.source), 1.0, None
+    target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
+    least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
+    for solved in range(SOLVER_PASSES if cfg.quant_clip == "std" else 1):
+        stored = quantize(model, hessians, run, factor)
+        blob = encode_artifact(header, stored, cfg.codec)
+        total = code + len(blob)
+        run.log("size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}", "size_pass",
+                solved=solved, factor=factor, total=total, target=target)
+        rank = (total <= target, total if total <= target else -total)
+        best = max(best or (rank,), (rank, stored, blob), key=lambda found: found[0])
+        if least <= total <= target:
+            break
+        factor = solve_factor(model, estimated_bytes(model, factor) + SOLVER_AIM * target - total)
+    return best[1:]
+
+
 def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
     """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
     if not run.is_main:
         return run.share(b"")
-    stored, cfg, path = quantize(model, hessians, run), run.cfg, run.folder / "artifact.bin"
+    cfg, path = run.cfg, run.folder / "artifact.bin"
+    stored, blob = fit_artifact(model, hessians, artifact_header(cfg, val), run)
     run.phase = "export"
-    write_file(path, encode_artifact(artifact_header(cfg, val), stored, cfg.codec))
+    write_file(path, blob)
     blob = path.read_bytes()
     log_sizes(stored, run)
     total, limit = len(run.source) + len(blob), cfg.artifact_limit_bytes
@@ -2499,11 +2602,9 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
     """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
     for role in ROLES:
         mine = [s for name, s in stored.items() if role_of(name) == role]
-        quantized = [s.values.int().flatten() + 128 for s in mine if s.scale is not None]
-        integers = torch.cat([torch.empty(0, dtype=torch.int), *quantized])
-        counts = torch.bincount(integers).double()
-        share = counts[counts > 0] / len(integers)
-        entropy = float(-(share * share.log2()).sum() * len(integers) / 8)
+        quantized = [s.values.flatten() for s in mine if s.scale is not None]
+        integers = torch.cat([torch.empty(0, dtype=torch.int8), *quantized])
+        entropy = entropy_bytes(integers)
         floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
         run.log("size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
                 "float_bytes:{floats}", "size", role=role, tensors=len(mine),
