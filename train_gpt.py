@@ -784,7 +784,8 @@ class Run:
         text = str(error).strip().split("\n")[0]
         tqdm.write(f"error: rank {self.rank}, during {self.phase}: {type(error).__name__}: {text}",
                    file=sys.stderr)
-        self.append("log.txt", "".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError):  # a full disk has been named already
+            self.append("log.txt", "".join(traceback.format_exception(error)))
 
     def progress(self, label: str, **how) -> tqdm:
         """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
