@@ -730,6 +730,8 @@ class Run:
         except OSError:
             raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
         self.folder = folder
+        for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
+            torn.unlink()
         for log in filter(Path.is_file, (folder / "log.txt", folder / "metrics.jsonl")):
             write_file(log, b"".join(log.read_bytes().rpartition(b"\n")[:2]))  # no torn last line
         write_file(paths[0], json.dumps(ours, indent=1).encode())
