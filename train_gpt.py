@@ -48,6 +48,7 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -757,8 +758,11 @@ class Run:
         content = b""
         for path in self.checkpoints() if self.is_main and self.cfg.resume else ():
             try:
-                torch.load(path, weights_only=True)
-                content = path.read_bytes()
+                read = path.read_bytes()
+                if bad := zipfile.ZipFile(io.BytesIO(read)).testzip():  # torch checks no sums
+                    raise ValueError(f"{bad} is damaged")
+                torch.load(io.BytesIO(read), weights_only=True)
+                content = read
                 break
             except Exception as error:
                 self.log(f"warning: {path} cannot be read ({error}); trying the one before")
