@@ -902,6 +902,9 @@ class TrainingRows:
 
     def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
+        for shard in self.shards:  # what a file no longer holds would end the process by SIGBUS
+            if shard.base.size() < SHARD_HEADER_BYTES + shard.nbytes:
+                raise RuntimeError(f"{shard.filename} was cut short while the run read it")
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
         try:
             check_ids(rows, self.vocab_size, "training shards")
