@@ -1852,6 +1852,8 @@ class Training:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
         run, schedule, self.saved_at = self.run, self.schedule, seconds
         momentum = self.muon.whole_momentum()
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise FloatingPointError(f"step {self.step}: weights are not finite any more")
         run.check_replicas(self.model, self.step)
         run.save_checkpoint({
             "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
@@ -1946,6 +1948,9 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
         if pending is not None:
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
         state.save(run.agree(run.training_clock.elapsed()))
+    run.phase = "calibration"  # a signal ends the run at once from here on
+    run.signal = int(run.agree(run.signal, "most"))
+    state.end_on_signal()  # one that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
             reason="stopping: last step" if step == cfg.iterations
