@@ -1852,8 +1852,8 @@ class Training:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
         run, schedule, self.saved_at = self.run, self.schedule, seconds
         momentum = self.muon.whole_momentum()
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise FloatingPointError(f"step {self.step}: weights are not finite any more")
+        if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
+            raise FloatingPointError(f"step {self.step}: {bad[0]} is not finite any more")
         run.check_replicas(self.model, self.step)
         run.save_checkpoint({
             "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
