@@ -575,20 +575,28 @@ class Run:
 
     def watch(self, store: dist.Store) -> None:
         """Thread: end this process, naming whom it waits for, when a meeting takes too long."""
+        reached: dict[int, float] = {}  # meetings of the other ranks
+        threading.Thread(target=self.compare, args=(store, reached), daemon=True).start()
         while True:
-            late, behind = time.monotonic() > self.waiting_until, []
+            late = time.monotonic() > self.waiting_until
+            time.sleep(3.0 if late and self.is_main else 1.0)  # until the others have said it
+            if late and time.monotonic() > self.waiting_until:
+                behind = [str(rank) for rank in reached if reached[rank] <= self.meetings]
+                tqdm.write(f"error: rank {self.rank} waited {self.cfg.watchdog_seconds:.0f} s or "
+                           f"more during {self.phase}; not there: rank "
+                           f"{', '.join(behind) or 'unknown'}", file=sys.stderr)
+                os._exit(EXIT_FAILED)  # the main thread cannot: it waits
+
+    def compare(self, store: dist.Store, reached: dict[int, float]) -> None:
+        """Thread: say how far this rank is, ask the others; the store hangs if rank 0 does."""
+        while True:
+            late = time.monotonic() > self.waiting_until
             with contextlib.suppress(RuntimeError):  # the store dies with the rank that holds it
                 # Who waits too long is not the one waited for.
                 store.set(f"meetings of {self.rank}", "inf" if late else str(self.meetings))
-            time.sleep(3.0 if late and self.is_main else 1.0)  # until the others have said it
-            with contextlib.suppress(RuntimeError):
-                behind = [rank for rank in range(self.world_size if late else 0)
-                          if float(store.get(f"meetings of {rank}")) <= self.meetings]
-            if late and time.monotonic() > self.waiting_until:
-                tqdm.write(f"error: rank {self.rank} waited {self.cfg.watchdog_seconds:.0f} s or "
-                           f"more during {self.phase}; not there: rank "
-                           f"{', '.join(map(str, behind)) or 'unknown'}", file=sys.stderr)
-                os._exit(EXIT_FAILED)  # the main thread cannot: it waits
+                for rank in range(self.world_size if late else 0):
+                    reached[rank] = float(store.get(f"meetings of {rank}"))
+            time.sleep(0.5)
 
     # Activations are bf16 only where the hardware multiplies it natively.
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
