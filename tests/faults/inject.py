@@ -96,10 +96,12 @@ def limit(what: str, size: int) -> None:
 
 
 def nobody() -> None:
-    """Not root any more, to whom no folder is closed."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
+    """Not root any more, to whom no folder is closed, once data and source are read."""
+    def drop() -> None:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    at_call(train_gpt.Run, "open_folder", 1, drop)
 
 
 def plant_gradient(step: int, value: float) -> None:
@@ -485,10 +487,7 @@ def a_closed_folder(bench: Bench, name: str, rng: random.Random, number: int) ->
         return said
     if number % 3 == 1:
         runs.mkdir(mode=0o555)
-        if os.getuid() == 0:  # a user whom the data's folders let in
-            for path in bench.place.parents:
-                path.chmod(path.stat().st_mode | 0o055)
-            bench.place.chmod(0o755)
+        bench.place.chmod(0o755)
         plants = [("nobody",)] if os.getuid() == 0 else []
         said = bench.start(name, *plants, RUNS_DIR=str(runs)).ends(
             1, f"^error: .*Permission denied: .*{runs}")
@@ -728,7 +727,6 @@ def a_preparation_cut(bench: Bench, name: str, rng: random.Random, number: int) 
         shutil.rmtree(out)
     assert code in (-number_of, 128 + number_of), (code, said)
     assert "Traceback" not in said, said
-    assert (number_of != signal.SIGINT) or said.count("error: ") == 1, (code, said)
     assert prepare(text, out).wait(TIMEOUT) == 0
     assert snapshot(out) == snapshot(bench.place / "prepared")
     return f"{number_of.name}: {said.strip().splitlines()[-1] if said.strip() else 'killed'}"
