@@ -52,6 +52,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
@@ -516,16 +517,17 @@ class Run:
         self.trained_seconds = 0.0  # of the training clock, before calibration
         self.calibration_tokens, self.last_logged_share = 0, -1
         self.phase, self.signal = "starting", 0  # the signal that asked training to end
-        self.meetings, self.waiting_until = 0, math.inf  # exchanges so far; the end of patience
         tokens = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
         self.occasions: Counter[str] = Counter()  # times a technique could have acted
         self.activity: Counter[str] = Counter()  # times it did
         self.ineligible: list[str] = []
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
-        # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
-        self.control = dist.new_group(backend="gloo") if device.type == "cuda" and world_size > 1 \
-            else None
+        # Decisions are exchanged through host memory, so that they never wait for a GPU queue;
+        # rank 0 may quantise long alone before it shares what came out.
+        self.control, self.patient = (dist.new_group(backend="gloo", timeout=timedelta(
+            seconds=times * cfg.watchdog_seconds)) if world_size > 1 and dist.is_initialized()
+            else None for times in (1, 20))
 
     @classmethod
     @contextlib.contextmanager
@@ -545,17 +547,22 @@ class Run:
                 # Its store outlives a restart: what dead processes left there must not be found.
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                    rank=rank, world_size=world_size)
+                                    rank=rank, world_size=world_size,
+                                    timeout=timedelta(seconds=cfg.watchdog_seconds))
         run = cls(cfg, rank, world_size, device)
         before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        if store is not None:
-            threading.Thread(target=run.watch, args=(store,), daemon=True).start()
         try:
             yield run
         except Refusal:
             raise
         except Exception as error:
-            run.log_failure(error)
+            # One line to the console, the traceback to the log.
+            text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+            if store is not None and "timed out" in str(error).lower():
+                text = f"waited {cfg.watchdog_seconds:g} s; not there: rank {run.absent(store)}"
+            tqdm.write(f"error: rank {rank}, during {run.phase}: {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a full disk has been named already
+                run.append("log.txt", "".join(traceback.format_exception(error)))
             raise SystemExit(EXIT_FAILED) from None
         finally:
             for number, handler in before.items():
@@ -573,30 +580,21 @@ class Run:
                        "folder holds was kept", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    def watch(self, store: dist.Store) -> None:
-        """Thread: end this process, naming whom it waits for, when a meeting takes too long."""
-        reached: dict[int, float] = {}  # meetings of the other ranks
-        threading.Thread(target=self.compare, args=(store, reached), daemon=True).start()
-        while True:
-            late = time.monotonic() > self.waiting_until
-            time.sleep(3.0 if late and self.is_main else 1.0)  # until the others have said it
-            if late and time.monotonic() > self.waiting_until:
-                behind = [str(rank) for rank in reached if reached[rank] <= self.meetings]
-                tqdm.write(f"error: rank {self.rank} waited {self.cfg.watchdog_seconds:.0f} s or "
-                           f"more during {self.phase}; not there: rank "
-                           f"{', '.join(behind) or 'unknown'}", file=sys.stderr)
-                os._exit(EXIT_FAILED)  # the main thread cannot: it waits
+    def absent(self, store: dist.Store) -> str:
+        """After a time-out: the ranks that are not among those that waited in vain as well."""
+        missing = set(range(self.world_size))
 
-    def compare(self, store: dist.Store, reached: dict[int, float]) -> None:
-        """Thread: say how far this rank is, ask the others; the store hangs if rank 0 does."""
-        while True:
-            late = time.monotonic() > self.waiting_until
-            with contextlib.suppress(RuntimeError):  # the store dies with the rank that holds it
-                # Who waits too long is not the one waited for.
-                store.set(f"meetings of {self.rank}", "inf" if late else str(self.meetings))
-                for rank in range(self.world_size if late else 0):
-                    reached[rank] = float(store.get(f"meetings of {rank}"))
-            time.sleep(0.5)
+        def ask() -> None:
+            store.set(f"rank {self.rank} waited", "")
+            while True:
+                missing.difference_update(
+                    r for r in list(missing) if store.check([f"rank {r} waited"]))
+                time.sleep(0.1)
+
+        asking = threading.Thread(target=ask, daemon=True)  # a dead rank's store never answers
+        asking.start()
+        asking.join(3.0)
+        return "unknown" if self.rank in missing else ", ".join(map(str, sorted(missing)))
 
     # Activations are bf16 only where the hardware multiplies it natively.
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -604,21 +602,12 @@ class Run:
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
 
-    @contextlib.contextmanager
-    def meeting(self, patience: int = 1) -> Iterator[None]:
-        """Note that this rank waits for the others, at most `patience` times WATCHDOG_SECONDS."""
-        self.meetings += 1
-        self.waiting_until = time.monotonic() + patience * self.cfg.watchdog_seconds
-        yield
-        self.waiting_until = math.inf
-
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
         if self.world_size > 1:
             box = torch.tensor(value if op == "most" or self.is_main else -math.inf,
                                dtype=torch.float64)
-            with self.meeting():
-                dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
             value = box.item()
         return value
 
@@ -626,8 +615,7 @@ class Run:
         """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
         if self.world_size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
-            with self.meeting():
-                dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
+            dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
             totals = flat.split([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [total.view_as(t) for t, total in
                                            zip(tensors, totals, strict=True)])
@@ -661,7 +649,6 @@ class Run:
     def waiter(self, result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
         """A function that waits for `result`; waiting again costs nothing."""
         @functools.cache
-        @self.meeting()
         def wait() -> Tensor:
             work.wait()
             return result
@@ -706,8 +693,7 @@ class Run:
         """Rank 0's bytes, on every rank, whether or not they share a file system."""
         box = [content]
         if self.world_size > 1:
-            with self.meeting(patience=20):  # rank 0 may have quantised alone before
-                dist.broadcast_object_list(box, src=0, group=self.control)
+            dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def open_folder(self) -> None:
@@ -792,14 +778,6 @@ class Run:
             self.append("log.txt", line + "\n")
         if self.is_main and event:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
-
-    def log_failure(self, error: Exception) -> None:
-        """Say in one line what failed while doing what; the traceback goes to log.txt."""
-        text = str(error).strip().split("\n")[0]
-        tqdm.write(f"error: rank {self.rank}, during {self.phase}: {type(error).__name__}: {text}",
-                   file=sys.stderr)
-        with contextlib.suppress(OSError):  # a full disk has been named already
-            self.append("log.txt", "".join(traceback.format_exception(error)))
 
     def progress(self, label: str, **how) -> tqdm:
         """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
