@@ -1162,15 +1162,12 @@ def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKer
     return "sdpa", sdpa_attention
 
 
-class ExclusiveSelfAttention(nn.Module):
-    """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||, v the group's value."""
-
-    def forward(self, y: Tensor, v: Tensor) -> Tensor:
-        """y: (B, T, H, K) attention output, v: (B, T, G, K) values it attended -> (B, T, H, K)."""
-        direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
-        grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
-        along = (grouped * direction).sum(-1, keepdim=True)
-        return (grouped - along * direction).flatten(2, 3)
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||; (B, T, H, K), (B, T, G, K)."""
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
+    along = (grouped * direction).sum(-1, keepdim=True)
+    return (grouped - along * direction).flatten(2, 3)
 
 
 class Attention(nn.Module):
@@ -1186,7 +1183,7 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) \
             if cfg.vrl_mode == "mix" and layer else None
         self.kernel, self.head_dim = kernel, cfg.head_dim
-        self.xsa = ExclusiveSelfAttention() if exclusive else lambda y, v: y
+        self.xsa = exclude_own_value if exclusive else lambda y, v: y
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
         """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
@@ -1598,7 +1595,6 @@ class Schedule:
         scale = decay_scale(left, warmdown, cfg.warmdown_type)
         ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) \
             if cfg.muon_momentum_warmup_steps else 1.0
-        start = cfg.muon_momentum_warmup_start
         # Late QAT stays on once it is on: the scale is measured and may waver.
         self.qat = self.qat or cfg.qat_mode == "always" or \
             (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
@@ -1608,7 +1604,7 @@ class Schedule:
         ahead = (1 + self.queued_steps) * self.typical_step()
         over = seconds + ahead >= self.budget and not cfg.step_driven
         done = step >= cfg.iterations or (step > 0 and over)
-        momentum = (1.0 - ramp) * start + ramp * cfg.muon_momentum
+        momentum = (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
         return Moment(scale, momentum, self.qat, done, gamma, snapshot)
 
 
