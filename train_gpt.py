@@ -416,8 +416,10 @@ RETIRED: dict[str, tuple[str, ...] | None] = {
                      "MTP_LOSS_WEIGHT", "MUON_BETA2", "VAL_BATCH_SIZE")),
     **dict.fromkeys(("CONTROL_TENSOR_NAME_PATTERNS", "FP16_KEEP_NAME_PATTERNS",
                      "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"), ("",)),
-    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",),
-    "MUON_QUANT_BLOCK_SIZE": ("256",), "QAT_CLIP_PCT": ("0.9995",),
+    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",), "TARGET_BYTES": ("0",),
+    "MUON_QUANT_BLOCK_SIZE": ("256",), "QAT_CLIP_PCT": ("0.9995",), "Q_SYMMETRIC": ("1",),
+    "AUX_PROJ_MUP": ("1",), "MLP_BITS": ("6",), "ATTN_BITS": ("6",), "EMB_BITS": ("8",),
+    "AUX_EMB_BITS": ("8",),  # BITS has them all
 }
 
 # Names that begin like this are ours: one that is no setting is a mistake, not somebody else's.
@@ -2184,8 +2186,8 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
                      deadline: float, run: Run) -> dict[str, Tensor]:
     """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
 
-    batch_of(n) gives the ids (B, T) of batch n. Ranks take turns until another batch could end
-    after `deadline` seconds of the training clock. An untied head is stored like the embedding.
+    batch_of(n) gives the ids (B, T) of batch n. Ranks take a batch each until for any of them
+    another could end after `deadline` seconds of its clock. An untied head is stored as a table.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, Linear)
              and name != "lm_head" and bits_of(model.cfg, f"{name}.weight", module.weight)]
@@ -2198,15 +2200,16 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
         sums[module].addmm_(x.T, x)
 
     hooks = [module.register_forward_pre_hook(observe) for module in sums]
-    mine = range(run.rank, num_batches, run.world_size)
-    for batch in run.progress("calibrating", iterable=mine, unit="batch"):
+    rounds = range(run.rank, num_batches + run.rank, run.world_size)  # as many on every rank
+    for batch in run.progress("calibrating", iterable=rounds, unit="batch"):
         start = run.training_clock.elapsed()
-        input_ids = batch_of(batch)
-        model.hidden(run.put(input_ids))
-        seen += input_ids.numel()
+        if batch < num_batches:
+            input_ids = batch_of(batch)
+            model.hidden(run.put(input_ids))
+            seen += input_ids.numel()
         run.settle()
         end = run.training_clock.elapsed()
-        if end + 2 * (end - start) > deadline:
+        if run.agree(float(end + 2 * (end - start) > deadline), "most"):
             break
     for hook in hooks:
         hook.remove()
