@@ -246,8 +246,8 @@ class Config:
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
              f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits)),
-             "BITS names a layer beyond NUM_LAYERS"),
+            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits))
+             and self.bits_by_role, "BITS names a layer beyond NUM_LAYERS"),
             (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.clip_sigmas))
              and self.sigmas_by_role, "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
@@ -271,30 +271,31 @@ class Config:
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
-    def by_role(self, setting: str, pattern: str, values: str) -> dict[str, str]:
+    def by_role(self, name: str, text: str, pattern: str, values: str) -> dict[str, str]:
         """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors; raises Refusal."""
-        text, found = getattr(self, setting), {}
+        found = {}
         for part in text.split(","):
             role, _, value = part.strip().partition(":")
             named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
             if role in found or not named or not re.fullmatch(pattern, value):
-                raise Refusal(f"{setting.upper()}={text!r}: {part!r} is not {', '.join(ROLES)} or "
-                              f"a tensor and a colon and {values}")
+                raise Refusal(f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
+                              f"and a colon and {values}")
             found[role] = value
         if not set(ROLES) <= set(found):
-            raise Refusal(f"{setting.upper()}={text!r} must give each of {', '.join(ROLES)} once")
+            raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
         return found
 
     @property
     def bits_by_role(self) -> dict[str, int]:
         """Bits of each role's integers, or of a tensor's by its name; 0 stands for fp16."""
-        named = self.by_role("bits", r"[2-8]|fp16", "2 to 8 or fp16")
+        named = self.by_role("BITS", self.bits, r"[2-8]|fp16", "2 to 8 or fp16")
         return {role: 0 if width == "fp16" else int(width) for role, width in named.items()}
 
     @property
     def sigmas_by_role(self) -> dict[str, float]:
         """Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor."""
-        named = self.by_role("clip_sigmas", r"[1-9]\d{0,2}(\.\d+)?", "a number from 1 to 999")
+        named = self.by_role("CLIP_SIGMAS", self.clip_sigmas, r"[1-9]\d{0,2}(\.\d+)?",
+                             "a number from 1 to 999")
         return {role: float(sigmas) for role, sigmas in named.items()}
 
     @classmethod
@@ -2014,7 +2015,7 @@ CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the 
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE, LEAST_SIGMAS = 8, 5.0  # of QUANT_CLIP=std; a nearer clip costs more than it gains
-SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 5, (-4.0, 2.0), 12
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 2.0), 12
 SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
@@ -2560,7 +2561,7 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
     With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
     tells how far the estimate is off, and the next one takes the factor solved with that.
     """
-    cfg, code, factor, best = run.cfg, len(run.source), 1.0, None
+    cfg, code, factor, best, over, fits = run.cfg, len(run.source), 1.0, None, 0.0, math.inf
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
     for solved in range(SOLVER_PASSES if cfg.quant_clip == "std" else 1):
@@ -2570,10 +2571,14 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
         run.log("size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}", "size_pass",
                 solved=solved, factor=factor, total=total, target=target)
         rank = (total <= target, total if total <= target else -total)
-        best = max(best or (rank,), (rank, stored, blob), key=lambda found: found[0])
+        if best is None or rank > best[0]:
+            best = rank, stored, blob
         if least <= total <= target:
             break
+        over, fits = (max(over, factor), fits) if total > target else (over, min(fits, factor))
         factor = solve_factor(model, estimated_bytes(model, factor) + SOLVER_AIM * target - total)
+        if 0 < over < fits < math.inf and not over < factor < fits:
+            factor = math.sqrt(over * fits)  # a codec's size is not smooth
     return best[1:]
 
 

@@ -1,0 +1,166 @@
+"""The size of an artifact: clips in standard deviations, and the solver that meets a target."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB_SIZE, TinyData
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jobs import environment, events, tiny_job
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    Config,
+    Run,
+    bits_of,
+    clip_candidates,
+    collect_hessians,
+    decode_artifact,
+    estimated_bytes,
+    fit_artifact,
+    initialize,
+    largest_integer,
+    sigmas_of,
+)
+
+SHAPE = {"num_layers": 3, "xsa_last_n": 1, "ve_layers": "1,2", "model_dim": 64, "num_heads": 2,
+         "num_kv_heads": 1, "rope_dims": 8, "bigram_vocab_size": 256, "bigram_dim": 16,
+         "ve_dim": 16, "vocab_size": VOCAB_SIZE, "train_seq_len": 32, "eval_seq_len": 32,
+         "train_batch_tokens": 256, "eval_stride": 16, "int8_keep_float_max_numel": 512,
+         "quant_clip": "std"}
+HEADER = {"settings": {}, "tokenizer": "", "validation": ""}
+
+
+def random_model(**changed: object) -> GPT:
+    """A model none of whose weights is zero, rows of different sizes."""
+    cfg = Config(**{**SHAPE, **changed})
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    initialize(model, cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * torch.rand(p.shape[:1] + (1,) * (p.ndim - 1)) * 0.2
+                   if p.ndim else 0.1)
+    return model
+
+
+def run_of(model: GPT, **changed: object) -> Run:
+    """A run whose code has no bytes, so that a target is the artifact's own."""
+    run = Run(Config(**{**SHAPE, **changed}), 0, 1, torch.device("cpu"))
+    run.source = b""
+    model.cfg = run.cfg
+    return run
+
+
+@given(seed=st.integers(0, 2**20), bits=st.integers(2, 8), sigmas=st.floats(1, 60))
+@settings(deadline=None, max_examples=40)
+def test_a_clip_is_so_many_deviations_of_its_row(seed: int, bits: int, sigmas: float) -> None:
+    """On a grid of eight sizes an octave; a row of zeros has the least step there is."""
+    rng = np.random.default_rng(seed)
+    W = rng.normal(size=(6, 40)) * 10.0 ** rng.uniform(-2, 1, (6, 1))
+    W[0] = 0
+    (steps,) = clip_candidates(torch.tensor(W, dtype=torch.float32), bits, Config(quant_clip="std"),
+                               sigmas).tolist()
+    assert steps[0] == 2.0**-14
+    for step, row in zip(steps[1:], W[1:], strict=True):
+        deviation = math.sqrt(sum(x * x for x in row - sum(row) / 40) / 40)
+        wanted = sigmas * deviation / (2 ** (bits - 1) - 1)
+        if min(step, wanted) > 2.0**-14:
+            assert abs(math.log2(step / wanted)) <= 1 / 16 + 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_matrix_of_the_logits_has_a_hessian_too(tied: bool) -> None:
+    model = random_model(tie_embeddings=tied)
+    run, name = run_of(model, tie_embeddings=tied), "tok_emb" if tied else "lm_head"
+    ids = torch.randint(2, VOCAB_SIZE, (8, 32))
+    hessians = collect_hessians(model, lambda n: ids, 1, math.inf, run)
+    with torch.no_grad():
+        h = model.hidden(ids).flatten(0, 1).double()
+    np.testing.assert_allclose(hessians[name], h.T @ h / len(h), rtol=1e-4, atol=1e-5)
+    assert ("lm_head" in hessians) == (not tied)
+    model.cfg = Config(**{**SHAPE, "quant_clip": "percentile", "tie_embeddings": tied})
+    assert hessians.keys() - collect_hessians(
+        model, lambda n: ids, 1, math.inf, run).keys() == {name}
+
+
+def test_the_estimate_is_the_entropy_of_nearest_integers() -> None:
+    model, total = random_model(), 0.0
+    for name, p in model.named_parameters():
+        if bits := bits_of(model.cfg, name, p):
+            top, W = largest_integer(bits), p.detach()
+            steps = clip_candidates(W, bits, model.cfg, sigmas_of(model.cfg, name, 1.5))[0]
+            counts = Counter(max(-top, min(top, round(float(x / step))))
+                             for row, step in zip(W, steps, strict=True) for x in row)
+            total -= sum(n * math.log2(n / W.numel()) for n in counts.values()) / 8
+    assert estimated_bytes(model, 1.5) == pytest.approx(total, rel=1e-6)
+    sizes = [estimated_bytes(model, factor) for factor in (0.5, 1.0, 2.0, 4.0)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(("codec", "share"), [
+    ("zstd", 1.1), ("zstd", 0.85), ("zstd", 0.7), ("lzma", 1.0), ("lzma", 0.8)])
+def test_the_solver_ends_just_below_its_target(codec: str, share: float) -> None:
+    model = random_model()
+    hessians = collect_hessians(model, lambda n: torch.randint(2, VOCAB_SIZE, (8, 32)), 2,
+                                math.inf, run_of(model))
+    start = len(fit_artifact(model, hessians, HEADER, run_of(model, codec=codec))[1])
+    target = int(share * start)
+    stored, blob = fit_artifact(model, hessians, HEADER, run_of(
+        model, codec=codec, artifact_target_bytes=target))
+    assert 0.99 * target <= len(blob) <= target
+    read = decode_artifact(blob)[1]
+    assert all(torch.equal(read[name].values, s.values) for name, s in stored.items())
+
+
+def test_without_a_target_only_the_limit_counts() -> None:
+    """What fits is left as CLIP_SIGMAS says; what does not is made coarser, never larger."""
+    model = random_model()
+    plain = fit_artifact(model, {}, HEADER, run_of(model))[1]
+    assert plain == fit_artifact(model, {}, HEADER, run_of(
+        model, artifact_limit_bytes=len(plain)))[1]
+    limit = int(0.8 * len(plain))
+    squeezed = fit_artifact(model, {}, HEADER, run_of(model, artifact_limit_bytes=limit))[1]
+    assert 0.9 * limit < len(squeezed) <= limit
+
+
+def test_what_cannot_be_met_gives_the_smallest_that_was_tried() -> None:
+    model = random_model()
+    sizes, encode = [], train_gpt.encode_artifact
+
+    def noted(*arguments):
+        sizes.append(len(blob := encode(*arguments)))
+        return blob
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "encode_artifact", noted)
+        blob = fit_artifact(model, {}, HEADER, run_of(model, artifact_limit_bytes=100))[1]
+    assert 1 < len(sizes) <= train_gpt.SOLVER_PASSES
+    assert len(blob) == min(sizes)
+
+
+def test_a_run_meets_its_target(tiny_data: TinyData, tmp_path: Path) -> None:
+    """Code included, and --eval has nothing to be told."""
+    job = tiny_job(tiny_data, tmp_path, "first", QUANT_CLIP="std")
+    with environment(**job):
+        assert train_gpt.main([]) == 0
+    total = events(tmp_path / "first", "artifact")[-1]["total"]
+    target = total - 2000
+    with environment(**{**job, "RUN_ID": "second", "ARTIFACT_TARGET_BYTES": str(target)}):
+        assert train_gpt.main([]) == 0
+    (size,) = events(tmp_path / "second", "artifact")
+    assert 0.99 * target <= size["total"] <= target
+    passes = events(tmp_path / "second", "size_pass")
+    assert passes[0]["factor"] == 1.0 and passes[0]["total"] > target
+    assert passes[-1]["total"] == size["total"]
+    with environment():
+        assert train_gpt.main(["--eval", str(tmp_path / "second" / "artifact.bin")]) == 2
+    with environment(DATA_PATH=job["DATA_PATH"], TOKENIZER_PATH=job["TOKENIZER_PATH"]):
+        assert train_gpt.main(["--eval", str(tmp_path / "second" / "artifact.bin")]) == 0
