@@ -282,9 +282,7 @@ class Config:
     def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
         """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
         known = {f.name.upper(): f for f in fields(cls)}
-        given, notes = translate_aliases(env, known)
-        for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
-            refuse_near_miss(name, known)
+        given, notes = translate_names(env, known)
         values = {}
         names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
         if "mini" in names[:-1]:
@@ -306,16 +304,16 @@ class Config:
         for f in fields(self):
             if f.name in GROUPS:
                 yield f"{GROUPS[f.name]}:"
-            value, (low, *rest) = getattr(self, f.name), f.metadata["accepts"] or ("",)
-            accepts = "0 or 1" if isinstance(f.default, bool) else "text" if low == "" else \
-                "|".join((low, *rest)) if isinstance(low, str) else f"{low:g} to {rest[0]:g}"
-            mark = " " if value == f.default else "*"
-            default = "" if value == f.default else f"; default {show_setting(f.default)}"
+            value, accepts, kind = getattr(self, f.name), f.metadata["accepts"], type(f.default)
+            accepted = "0 or 1" if kind is bool else "|".join(accepts) or "text" if kind is str \
+                else f"{accepts[0]:g} to {accepts[1]:g}"
+            mark, default = (" ", "") if value == f.default else \
+                ("*", f"; default {show_setting(f.default)}")
             yield (f"{mark} {f.name.upper():<27}{show_setting(value):<12} {f.metadata['doc']} "
-                   f"[{accepts}{default}]")
+                   f"[{accepted}{default}]")
 
 
-# Headings of --help and the setting each stands before.
+# Headings of --help, in order, by the setting each stands before.
 GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
           "tied_embed_init_std": "Training", "lr_mult": "Optimizer", "qat_mode": "Quantization",
           "eval_seq_len": "Evaluation"}
@@ -323,10 +321,9 @@ GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
 
 def settings_of(group: str) -> list[str]:
     """Names of the settings under a heading of GROUPS."""
-    names = [f.name for f in fields(Config)]
-    starts = sorted(map(names.index, GROUPS)) + [len(names)]
-    first = names.index(next(name for name in GROUPS if GROUPS[name] == group))
-    return names[first : starts[starts.index(first) + 1]]
+    names, which = [f.name for f in fields(Config)], list(GROUPS.values()).index(group)
+    bounds = [*map(names.index, GROUPS), len(names)]
+    return names[bounds[which] : bounds[which + 1]]
 
 
 ROLES = ("mlp", "attn", "emb", "aux")
@@ -423,7 +420,7 @@ OWNED_PREFIXES = ("ADAM_", "BACKOUT_", "BIGRAM_", "EMA_", "GPTQ_", "MILE_", "MUO
                   "QAT_", "ROPE_", "SMEAR_", "SWA_", "TTT_", "VE_", "VRL_", "WARMDOWN_", "XSA_")
 
 
-def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
+def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
     """The settings named in `env` under our names, and a note for each translation, or Refusal."""
     given, notes = {name: env[name] for name in known if name in env}, []
     for alias in sorted(set(ALIASES) & set(env)):
@@ -444,17 +441,14 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
         if off is not None and env[name] not in off:
             raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
         notes.append(f"{name}={env[name]} has no effect here")
+    for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
+        # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+        cutoff = 0.88 if len(name) > 8 else 0.92
+        near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
+        if near or name.startswith(OWNED_PREFIXES):
+            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
     return given, notes
-
-
-def refuse_near_miss(name: str, known: dict) -> None:
-    """Raise Refusal if an environment name that is no setting was probably meant to be one."""
-    # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
-    cutoff = 0.88 if len(name) > 8 else 0.92
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
-    if near or name.startswith(OWNED_PREFIXES):
-        near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
 
 
 def parse_setting(name: str, text: str, f) -> object:
@@ -553,8 +547,10 @@ class Run:
             yield run
         except Refusal:
             raise
-        except Exception as error:
-            run.log_failure(error)
+        except Exception as error:  # one line to the console, the traceback to the log
+            text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+            tqdm.write(f"error: rank {rank}, during {run.phase}: {text}", file=sys.stderr)
+            run.append("log.txt", "".join(traceback.format_exception(error)))
             raise SystemExit(EXIT_FAILED) from None
         finally:
             for number, handler in before.items():
@@ -566,10 +562,13 @@ class Run:
         """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
         if self.phase == "training" and not self.signal:
             self.signal = number
-            return
+        else:
+            self.stop(number, f"during {self.phase}; what the run folder holds was kept")
+
+    def stop(self, number: int, situation: str) -> None:
+        """End the process because of a signal."""
         if self.is_main:
-            tqdm.write(f"error: {signal.Signals(number).name} during {self.phase}; what the run "
-                       "folder holds was kept", file=sys.stderr)
+            tqdm.write(f"error: {signal.Signals(number).name} {situation}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     def watch(self, store: dist.Store) -> None:
@@ -779,13 +778,6 @@ class Run:
         if self.is_main and event:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
 
-    def log_failure(self, error: Exception) -> None:
-        """Say in one line what failed while doing what; the traceback goes to log.txt."""
-        text = str(error).strip().split("\n")[0]
-        tqdm.write(f"error: rank {self.rank}, during {self.phase}: {type(error).__name__}: {text}",
-                   file=sys.stderr)
-        self.append("log.txt", "".join(traceback.format_exception(error)))
-
     def progress(self, label: str, **how) -> tqdm:
         """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
         return tqdm(desc=label, leave=False, disable=None if self.is_main else True,
@@ -800,8 +792,7 @@ class Run:
         """Log what this run takes: settings, versions, machine, source."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" \
             else f"{torch.get_num_threads()} threads"
-        for line in (f"{self.folder}/log.txt", *notes, *self.cfg.listing()):
-            self.log(line)
+        self.log("\n".join((f"{self.folder}/log.txt", *notes, *self.cfg.listing())))
         self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
                  "zstandard:{zstd}", "versions", python=sys.version.split()[0],
                  torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
@@ -857,11 +848,11 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
     return tokens
 
 
-def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    """Raise Refusal if a token id is outside the vocabulary."""
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Refusal) -> None:
+    """Raise `error` if a token id is outside the vocabulary."""
     if (largest := int(tokens.max())) >= vocab_size:
-        raise Refusal(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
-                      "the shards belong to another tokenizer")
+        raise error(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
+                    "the shards belong to another tokenizer")
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
@@ -896,10 +887,8 @@ class TrainingRows:
     def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
-        try:
-            check_ids(rows, self.vocab_size, "training shards")
-        except Refusal as refusal:  # too late to refuse: the run has begun
-            raise RuntimeError(str(refusal)) from None
+        # Too late to refuse: the run has begun.
+        check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
 
@@ -965,23 +954,19 @@ class Validation:
 
 
 def read_sidecar(folder: str) -> dict:
-    """The facts data/prepare.py recorded of a validation split; raises Refusal if unusable."""
+    """What data/prepare.py recorded of a validation split, and its fingerprint; or Refusal."""
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise Refusal(f"{path} is missing: run data/prepare.py, which keeps shards it finds")
     try:
         facts = json.loads(path.read_bytes())
-        hashes = (facts["tokenizer"]["sha256"], *facts["val_shards"].values())
-        if all(isinstance(text, str) for text in hashes) and type(facts["encoded_bytes"]) is int:
+        shards = "".join(sha256 for _, sha256 in sorted(facts["val_shards"].items()))
+        facts["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()  # one name for them
+        if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
-
-
-def fingerprint_of(shard_hashes: list[str]) -> str:
-    """One name for a validation split: sha256 of its shards' sha256 sums, in order."""
-    return hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
 
 
 def load_validation(cfg: Config) -> Validation:
@@ -1001,8 +986,7 @@ def load_validation(cfg: Config) -> Validation:
     if tokenizer.vocab_size() != cfg.vocab_size or tokenizer.bos_id() != BOS:
         raise Refusal(f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
                       f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}")
-    hashes = {path.name: sha256_of(path) for path in paths}
-    if hashes != sidecar["val_shards"]:
+    if {path.name: sha256_of(path) for path in paths} != sidecar["val_shards"]:
         raise Refusal(f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
                       "records; delete that folder and run data/prepare.py again")
     tokens = np.concatenate([open_shard(path, cfg.vocab_size) for path in paths])
@@ -1012,8 +996,8 @@ def load_validation(cfg: Config) -> Validation:
     if counted != sidecar["encoded_bytes"]:
         raise Refusal(f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
                       f"records {sidecar['encoded_bytes']:,}: run data/prepare.py again")
-    val = Validation(tokens, target_bytes.astype(np.int16), fingerprint_of(list(hashes.values())),
-                     tokenizer_hash, int((tokens == BOS).sum()), sidecar["encoded_bytes"])
+    val = Validation(tokens, target_bytes.astype(np.int16), sidecar["fingerprint"],
+                     tokenizer_hash, int((tokens == BOS).sum()), counted)
     if not target_bytes[: val.num_targets(cfg)].any():
         raise Refusal(f"{len(tokens):,} validation tokens in {cfg.data_path} leave none to score: "
                       f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}")
@@ -1881,15 +1865,6 @@ class Training:
         run.signal = int(run.agree(run.signal, "most"))
         return run.signal > 0 or (every > 0 and seconds - self.saved_at >= every)
 
-    def end_on_signal(self) -> None:
-        """End the process, once the checkpoint is written, if a signal asked for it."""
-        run = self.run
-        if run.signal:
-            if run.is_main:
-                tqdm.write(f"error: {signal.Signals(run.signal).name} after step {self.step}; "
-                           f"RESUME=1 RUN_ID={run.folder.name} goes on from there", file=sys.stderr)
-            raise SystemExit(128 + run.signal)
-
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
           run: Run) -> GPT:
@@ -1908,7 +1883,10 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     log_step(*pending, step, seconds, groups, run)
                     pending = None
                 state.save(seconds)
-                state.end_on_signal()
+                if run.signal:
+                    name = run.folder and run.folder.name  # rank 0 has one, and says it
+                    run.stop(run.signal, f"after step {step}; RESUME=1 RUN_ID={name} goes on from "
+                                         "there")
             moment = schedule.at(step, seconds)
             if moment.done:
                 break
@@ -2770,7 +2748,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
             recorded=val.recorded_bytes, fingerprint=val.fingerprint)
     run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
     most = max((count for _, count in micro_batches(cfg, run)), default=0)
-    for line in (
+    run.log("\n".join((
         f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
         f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} micro_batch_rows:{most}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
@@ -2778,9 +2756,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
         f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
         f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
-        *routing_table(cfg, model), f"seed:{cfg.seed}",
-    ):
-        run.log(line)
+        *routing_table(cfg, model), f"seed:{cfg.seed}")))
 
 
 def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
@@ -2814,8 +2790,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     run.log("val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
             "final", val_bpb=scores[-1].bpb, val_loss=scores[-1].loss, name=scores[-1].name,
             stride=cfg.eval_stride, sliding="cover")
-    run.log(f"log: {run.folder}/log.txt")
-    run.log(f"artifact: {run.folder}/artifact.bin")
+    run.log(f"log: {run.folder}/log.txt\nartifact: {run.folder}/artifact.bin")
     if total <= limit:
         return 0
     run.log(f"error: code and artifact are {total - limit:,} bytes over ARTIFACT_LIMIT_BYTES="
@@ -2864,8 +2839,7 @@ def locate_validation(cfg: Config, header: dict) -> Config:
     """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
     for folder in (cfg.data_path, *sorted(Path("data/datasets").glob("*"))):
         with contextlib.suppress(Refusal):
-            hashes = read_sidecar(folder)["val_shards"]
-            if fingerprint_of([hashes[name] for name in sorted(hashes)]) == header["validation"]:
+            if read_sidecar(folder)["fingerprint"] == header["validation"]:
                 break
     else:
         raise Refusal(f"no validation split with fingerprint {header['validation'][:12]} in "
