@@ -923,17 +923,13 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.nda
     control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
     document that is not in the text: the first piece after BOS counts one less.
     """
-    counts = np.zeros(tokenizer.vocab_size(), np.int16)
-    for token in range(len(counts)):
-        if tokenizer.is_byte(token):
-            counts[token] = 1
-        elif not (tokenizer.is_control(token) or tokenizer.is_unknown(token)
-                  or tokenizer.is_unused(token)):
-            counts[token] = len(tokenizer.id_to_piece(token).replace("\u2581", " ").encode())
-    opening = np.zeros(len(counts), np.int16)
-    if tokenizer.encode("a", out_type=str)[0].startswith("\u2581"):
-        opening[:] = [tokenizer.id_to_piece(t).startswith("\u2581") for t in range(len(counts))]
-    return counts, opening
+    pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
+    no_text = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
+    counts = [1 if tokenizer.is_byte(token) else 0 if any(kind(token) for kind in no_text)
+              else len(piece.replace("\u2581", " ").encode()) for token, piece in enumerate(pieces)]
+    prefixed = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
+    opening = [prefixed and piece.startswith("\u2581") for piece in pieces]
+    return np.array(counts, np.int16), np.array(opening, np.int16)
 
 
 @dataclass(frozen=True)
@@ -1859,12 +1855,6 @@ class Training:
                 ms=1e3 * saved["seconds"])
         run.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
 
-    def due(self, seconds: float) -> bool:
-        """Whether to write a checkpoint now: a signal came, or CHECKPOINT_SECONDS went by."""
-        run, every = self.run, self.run.cfg.checkpoint_seconds
-        run.signal = int(run.agree(run.signal, "most"))
-        return run.signal > 0 or (every > 0 and seconds - self.saved_at >= every)
-
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
           run: Run) -> GPT:
@@ -1872,13 +1862,14 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     cfg, run.phase, model, schedule = run.cfg, "training", state.model, state.schedule
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     matrices = len(qat_grids(model))
-    pending, before = None, Moment(1.0, 0.0, schedule.qat, False)
+    pending = None  # the step that a GPU may still be at work on
     bar = run.progress("training", total=cfg.iterations if cfg.step_driven else schedule.budget,
                        unit="step" if cfg.step_driven else "s")
     with run.training_clock.running(), bar:
         while True:
             step, seconds = state.step, run.agree(run.training_clock.elapsed())
-            if state.due(seconds):
+            run.signal, every = int(run.agree(run.signal, "most")), cfg.checkpoint_seconds
+            if run.signal or (every and seconds - state.saved_at >= every):
                 if pending is not None:
                     log_step(*pending, step, seconds, groups, run)
                     pending = None
@@ -1887,7 +1878,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     name = run.folder and run.folder.name  # rank 0 has one, and says it
                     run.stop(run.signal, f"after step {step}; RESUME=1 RUN_ID={name} goes on from "
                                          "there")
-            moment = schedule.at(step, seconds)
+            qat_started, moment = schedule.qat, schedule.at(step, seconds)
             if moment.done:
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
@@ -1895,7 +1886,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 with run.training_clock.running(False):
                     report(f"step:{step}/{cfg.iterations}",
                            evaluate("validation", forward, model, val, run), run, step)
-            qat_starts = moment.qat and not before.qat
+            qat_starts = moment.qat and not qat_started
             if qat_starts:
                 run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                         f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
@@ -1909,7 +1900,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 log_step(*pending, step, seconds, groups, run)
             if (step + 1) % REPLICA_CHECK_STEPS == 0:
                 run.check_replicas(model, step + 1)
-            pending, state.step, before = (stats, moment, qat_starts), step + 1, moment
+            pending, state.step = (stats, moment, qat_starts), step + 1
             bar.update((state.step if cfg.step_driven else seconds) - bar.n)
         if pending is not None:
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
