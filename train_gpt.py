@@ -1868,16 +1868,16 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     with run.training_clock.running(), bar:
         while True:
             step, seconds = state.step, run.agree(run.training_clock.elapsed())
-            run.signal, every = int(run.agree(run.signal, "most")), cfg.checkpoint_seconds
-            if run.signal or (every and seconds - state.saved_at >= every):
+            # Not written back to run.signal, which a signal may set while ranks agree.
+            asked, every = int(run.agree(run.signal, "most")), cfg.checkpoint_seconds
+            if asked or (every and seconds - state.saved_at >= every):
                 if pending is not None:
                     log_step(*pending, step, seconds, groups, run)
                     pending = None
                 state.save(seconds)
-                if run.signal:
-                    name = run.folder and run.folder.name  # rank 0 has one, and says it
-                    run.stop(run.signal, f"after step {step}; RESUME=1 RUN_ID={name} goes on from "
-                                         "there")
+                if asked:
+                    hint = f"RESUME=1 RUN_ID={run.folder and run.folder.name} goes on from there"
+                    run.stop(asked, f"after step {step}; {hint}")
             qat_started, moment = schedule.qat, schedule.at(step, seconds)
             if moment.done:
                 break
