@@ -302,9 +302,7 @@ class Config:
     def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
         """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
         known = {f.name.upper(): f for f in fields(cls)}
-        given, notes = translate_aliases(env, known)
-        for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
-            refuse_near_miss(name, known)
+        given, notes = translate_names(env, known)
         values = {}
         names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
         if "mini" in names[:-1]:
@@ -326,16 +324,16 @@ class Config:
         for f in fields(self):
             if f.name in GROUPS:
                 yield f"{GROUPS[f.name]}:"
-            value, (low, *rest) = getattr(self, f.name), f.metadata["accepts"] or ("",)
-            accepts = "0 or 1" if isinstance(f.default, bool) else "text" if low == "" else \
-                "|".join((low, *rest)) if isinstance(low, str) else f"{low:g} to {rest[0]:g}"
-            mark = " " if value == f.default else "*"
-            default = "" if value == f.default else f"; default {show_setting(f.default)}"
+            value, accepts, kind = getattr(self, f.name), f.metadata["accepts"], type(f.default)
+            accepted = "0 or 1" if kind is bool else "|".join(accepts) or "text" if kind is str \
+                else f"{accepts[0]:g} to {accepts[1]:g}"
+            mark, default = (" ", "") if value == f.default else \
+                ("*", f"; default {show_setting(f.default)}")
             yield (f"{mark} {f.name.upper():<27}{show_setting(value):<12} {f.metadata['doc']} "
-                   f"[{accepts}{default}]")
+                   f"[{accepted}{default}]")
 
 
-# Headings of --help and the setting each stands before.
+# Headings of --help, in order, by the setting each stands before.
 GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
           "tied_embed_init_std": "Training", "lr_mult": "Optimizer", "qat_mode": "Quantization",
           "eval_seq_len": "Evaluation"}
@@ -343,10 +341,9 @@ GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
 
 def settings_of(group: str) -> list[str]:
     """Names of the settings under a heading of GROUPS."""
-    names = [f.name for f in fields(Config)]
-    starts = sorted(map(names.index, GROUPS)) + [len(names)]
-    first = names.index(next(name for name in GROUPS if GROUPS[name] == group))
-    return names[first : starts[starts.index(first) + 1]]
+    names, which = [f.name for f in fields(Config)], list(GROUPS.values()).index(group)
+    bounds = [*map(names.index, GROUPS), len(names)]
+    return names[bounds[which] : bounds[which + 1]]
 
 
 ROLES = ("mlp", "attn", "emb", "aux")
@@ -445,7 +442,7 @@ OWNED_PREFIXES = ("ADAM_", "BACKOUT_", "BIGRAM_", "EMA_", "GPTQ_", "MILE_", "MUO
                   "QAT_", "ROPE_", "SMEAR_", "SWA_", "TTT_", "VE_", "VRL_", "WARMDOWN_", "XSA_")
 
 
-def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
+def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
     """The settings named in `env` under our names, and a note for each translation, or Refusal."""
     given, notes = {name: env[name] for name in known if name in env}, []
     for alias in sorted(set(ALIASES) & set(env)):
@@ -466,17 +463,14 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
         if off is not None and env[name] not in off:
             raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
         notes.append(f"{name}={env[name]} has no effect here")
+    for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
+        # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+        cutoff = 0.88 if len(name) > 8 else 0.92
+        near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
+        if near or name.startswith(OWNED_PREFIXES):
+            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
     return given, notes
-
-
-def refuse_near_miss(name: str, known: dict) -> None:
-    """Raise Refusal if an environment name that is no setting was probably meant to be one."""
-    # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
-    cutoff = 0.88 if len(name) > 8 else 0.92
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
-    if near or name.startswith(OWNED_PREFIXES):
-        near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
 
 
 def parse_setting(name: str, text: str, f) -> object:
@@ -594,10 +588,13 @@ class Run:
         """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
         if self.phase == "training" and not self.signal:
             self.signal = number
-            return
+        else:
+            self.stop(number, f"during {self.phase}; what the run folder holds was kept")
+
+    def stop(self, number: int, situation: str) -> None:
+        """End the process because of a signal."""
         if self.is_main:
-            tqdm.write(f"error: {signal.Signals(number).name} during {self.phase}; what the run "
-                       "folder holds was kept", file=sys.stderr)
+            tqdm.write(f"error: {signal.Signals(number).name} {situation}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     def absent(self, store: dist.Store) -> str:
@@ -813,8 +810,7 @@ class Run:
         """Log what this run takes: settings, versions, machine, source."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" \
             else f"{torch.get_num_threads()} threads"
-        for line in (f"{self.folder}/log.txt", *notes, *self.cfg.listing()):
-            self.log(line)
+        self.log("\n".join((f"{self.folder}/log.txt", *notes, *self.cfg.listing())))
         self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
                  "zstandard:{zstd}", "versions", python=sys.version.split()[0],
                  torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
@@ -870,11 +866,11 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
     return tokens
 
 
-def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    """Raise Refusal if a token id is outside the vocabulary."""
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Refusal) -> None:
+    """Raise `error` if a token id is outside the vocabulary."""
     if (largest := int(tokens.max())) >= vocab_size:
-        raise Refusal(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
-                      "the shards belong to another tokenizer")
+        raise error(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
+                    "the shards belong to another tokenizer")
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
@@ -912,10 +908,8 @@ class TrainingRows:
             if shard.base.size() < SHARD_HEADER_BYTES + shard.nbytes:
                 raise RuntimeError(f"{shard.filename} was cut short while the run read it")
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
-        try:
-            check_ids(rows, self.vocab_size, "training shards")
-        except Refusal as refusal:  # too late to refuse: the run has begun
-            raise RuntimeError(str(refusal)) from None
+        # Too late to refuse: the run has begun.
+        check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
 
@@ -950,17 +944,13 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.nda
     control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
     document that is not in the text: the first piece after BOS counts one less.
     """
-    counts = np.zeros(tokenizer.vocab_size(), np.int16)
-    for token in range(len(counts)):
-        if tokenizer.is_byte(token):
-            counts[token] = 1
-        elif not (tokenizer.is_control(token) or tokenizer.is_unknown(token)
-                  or tokenizer.is_unused(token)):
-            counts[token] = len(tokenizer.id_to_piece(token).replace("\u2581", " ").encode())
-    opening = np.zeros(len(counts), np.int16)
-    if tokenizer.encode("a", out_type=str)[0].startswith("\u2581"):
-        opening[:] = [tokenizer.id_to_piece(t).startswith("\u2581") for t in range(len(counts))]
-    return counts, opening
+    pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
+    no_text = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
+    counts = [1 if tokenizer.is_byte(token) else 0 if any(kind(token) for kind in no_text)
+              else len(piece.replace("\u2581", " ").encode()) for token, piece in enumerate(pieces)]
+    prefixed = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
+    opening = [prefixed and piece.startswith("\u2581") for piece in pieces]
+    return np.array(counts, np.int16), np.array(opening, np.int16)
 
 
 @dataclass(frozen=True)
@@ -981,23 +971,19 @@ class Validation:
 
 
 def read_sidecar(folder: str) -> dict:
-    """The facts data/prepare.py recorded of a validation split; raises Refusal if unusable."""
+    """What data/prepare.py recorded of a validation split, and its fingerprint; or Refusal."""
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise Refusal(f"{path} is missing: run data/prepare.py, which keeps shards it finds")
     try:
         facts = json.loads(path.read_bytes())
-        hashes = (facts["tokenizer"]["sha256"], *facts["val_shards"].values())
-        if all(isinstance(text, str) for text in hashes) and type(facts["encoded_bytes"]) is int:
+        shards = "".join(sha256 for _, sha256 in sorted(facts["val_shards"].items()))
+        facts["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()  # one name for them
+        if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
-
-
-def fingerprint_of(shard_hashes: list[str]) -> str:
-    """One name for a validation split: sha256 of its shards' sha256 sums, in order."""
-    return hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
 
 
 def load_validation(cfg: Config) -> Validation:
@@ -1017,8 +1003,7 @@ def load_validation(cfg: Config) -> Validation:
     if tokenizer.vocab_size() != cfg.vocab_size or tokenizer.bos_id() != BOS:
         raise Refusal(f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
                       f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}")
-    hashes = {path.name: sha256_of(path) for path in paths}
-    if hashes != sidecar["val_shards"]:
+    if {path.name: sha256_of(path) for path in paths} != sidecar["val_shards"]:
         raise Refusal(f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
                       "records; delete that folder and run data/prepare.py again")
     tokens = np.concatenate([open_shard(path, cfg.vocab_size) for path in paths])
@@ -1028,8 +1013,8 @@ def load_validation(cfg: Config) -> Validation:
     if counted != sidecar["encoded_bytes"]:
         raise Refusal(f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
                       f"records {sidecar['encoded_bytes']:,}: run data/prepare.py again")
-    val = Validation(tokens, target_bytes.astype(np.int16), fingerprint_of(list(hashes.values())),
-                     tokenizer_hash, int((tokens == BOS).sum()), sidecar["encoded_bytes"])
+    val = Validation(tokens, target_bytes.astype(np.int16), sidecar["fingerprint"],
+                     tokenizer_hash, int((tokens == BOS).sum()), counted)
     if not target_bytes[: val.num_targets(cfg)].any():
         raise Refusal(f"{len(tokens):,} validation tokens in {cfg.data_path} leave none to score: "
                       f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}")
@@ -1889,21 +1874,6 @@ class Training:
                 ms=1e3 * saved["seconds"])
         run.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
 
-    def due(self, seconds: float) -> bool:
-        """Whether to write a checkpoint now: a signal came, or CHECKPOINT_SECONDS went by."""
-        run, every = self.run, self.run.cfg.checkpoint_seconds
-        run.signal = int(run.agree(run.signal, "most"))
-        return run.signal > 0 or (every > 0 and seconds - self.saved_at >= every)
-
-    def end_on_signal(self) -> None:
-        """End the process, once the checkpoint is written, if a signal asked for it."""
-        run = self.run
-        if run.signal:
-            if run.is_main:
-                tqdm.write(f"error: {signal.Signals(run.signal).name} after step {self.step}; "
-                           f"RESUME=1 RUN_ID={run.folder.name} goes on from there", file=sys.stderr)
-            raise SystemExit(128 + run.signal)
-
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
           run: Run) -> GPT:
@@ -1911,19 +1881,23 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     cfg, run.phase, model, schedule = run.cfg, "training", state.model, state.schedule
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     matrices = len(qat_grids(model))
-    pending, before = None, Moment(1.0, 0.0, schedule.qat, False)
+    pending = None  # the step that a GPU may still be at work on
     bar = run.progress("training", total=cfg.iterations if cfg.step_driven else schedule.budget,
                        unit="step" if cfg.step_driven else "s")
     with run.training_clock.running(), bar:
         while True:
             step, seconds = state.step, run.agree(run.training_clock.elapsed())
-            if state.due(seconds):
+            # Not written back to run.signal, which a signal may set while ranks agree.
+            asked, every = int(run.agree(run.signal, "most")), cfg.checkpoint_seconds
+            if asked or (every and seconds - state.saved_at >= every):
                 if pending is not None:
                     log_step(*pending, step, seconds, groups, run)
                     pending = None
                 state.save(seconds)
-                state.end_on_signal()
-            moment = schedule.at(step, seconds)
+                if asked:
+                    hint = f"RESUME=1 RUN_ID={run.folder and run.folder.name} goes on from there"
+                    run.stop(asked, f"after step {step}; {hint}")
+            qat_started, moment = schedule.qat, schedule.at(step, seconds)
             if moment.done:
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
@@ -1931,7 +1905,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 with run.training_clock.running(False):
                     report(f"step:{step}/{cfg.iterations}",
                            evaluate("validation", forward, model, val, run), run, step)
-            qat_starts = moment.qat and not before.qat
+            qat_starts = moment.qat and not qat_started
             if qat_starts:
                 run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                         f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
@@ -1945,7 +1919,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 log_step(*pending, step, seconds, groups, run)
             if (step + 1) % REPLICA_CHECK_STEPS == 0:
                 run.check_replicas(model, step + 1)
-            pending, state.step, before = (stats, moment, qat_starts), step + 1, moment
+            pending, state.step = (stats, moment, qat_starts), step + 1
             bar.update((state.step if cfg.step_driven else seconds) - bar.n)
         if pending is not None:
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
@@ -2878,7 +2852,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
             recorded=val.recorded_bytes, fingerprint=val.fingerprint)
     run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
     most = max((count for _, count in micro_batches(cfg, run)), default=0)
-    for line in (
+    run.log("\n".join((
         f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
         f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} micro_batch_rows:{most}",
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
@@ -2886,9 +2860,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
         f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
         f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
-        *routing_table(cfg, model), f"seed:{cfg.seed}",
-    ):
-        run.log(line)
+        *routing_table(cfg, model), f"seed:{cfg.seed}")))
 
 
 def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
@@ -2922,8 +2894,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     run.log("val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
             "final", val_bpb=scores[-1].bpb, val_loss=scores[-1].loss, name=scores[-1].name,
             stride=cfg.eval_stride, sliding="cover")
-    run.log(f"log: {run.folder}/log.txt")
-    run.log(f"artifact: {run.folder}/artifact.bin")
+    run.log(f"log: {run.folder}/log.txt\nartifact: {run.folder}/artifact.bin")
     if total <= limit:
         return 0
     run.log(f"error: code and artifact are {total - limit:,} bytes over ARTIFACT_LIMIT_BYTES="
@@ -2972,8 +2943,7 @@ def locate_validation(cfg: Config, header: dict) -> Config:
     """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
     for folder in (cfg.data_path, *sorted(Path("data/datasets").glob("*"))):
         with contextlib.suppress(Refusal):
-            hashes = read_sidecar(folder)["val_shards"]
-            if fingerprint_of([hashes[name] for name in sorted(hashes)]) == header["validation"]:
+            if read_sidecar(folder)["fingerprint"] == header["validation"]:
                 break
     else:
         raise Refusal(f"no validation split with fingerprint {header['validation'][:12]} in "
