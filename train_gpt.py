@@ -1850,6 +1850,7 @@ class Training:
     def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
         cfg = run.cfg
         self.model, self.run, self.data, self.step, self.saved_at = model, run, data, 0, 0.0
+        self.signal = 0  # that all ranks heard of
         self.adam, self.muon = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
         self.averages = Averages(model, cfg)
         self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
@@ -1898,17 +1899,17 @@ class Training:
     def due(self, seconds: float) -> bool:
         """Whether to write a checkpoint now: a signal came, or CHECKPOINT_SECONDS went by."""
         run, every = self.run, self.run.cfg.checkpoint_seconds
-        run.signal = int(run.agree(run.signal, "most"))
-        return run.signal > 0 or (every > 0 and seconds - self.saved_at >= every)
+        self.signal = int(run.agree(run.signal, "most"))  # run.signal may change meanwhile
+        return self.signal > 0 or (every > 0 and seconds - self.saved_at >= every)
 
     def end_on_signal(self) -> None:
         """End the process, once the checkpoint is written, if a signal asked for it."""
         run = self.run
-        if run.signal:
+        if self.signal:
             if run.is_main:
-                tqdm.write(f"error: {signal.Signals(run.signal).name} after step {self.step}; "
+                tqdm.write(f"error: {signal.Signals(self.signal).name} after step {self.step}; "
                            f"RESUME=1 RUN_ID={run.folder.name} goes on from there", file=sys.stderr)
-            raise SystemExit(128 + run.signal)
+            raise SystemExit(128 + self.signal)
 
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
@@ -1957,7 +1958,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
         state.save(run.agree(run.training_clock.elapsed()))
     run.phase = "calibration"  # a signal ends the run at once from here on
-    run.signal = int(run.agree(run.signal, "most"))
+    state.due(0.0)
     state.end_on_signal()  # one that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
