@@ -228,7 +228,7 @@ class Config:
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
             (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
-             f"ROPE_DIMS must be even and at most the head width {self.head_dim}"),
+             f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}"),
             (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
              f"ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS (0: all {self.head_dim}) is above 2"),
             (self.xsa_last_n <= layers, "XSA_LAST_N must be at most NUM_LAYERS"),
@@ -439,12 +439,12 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
             raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
                           "is set too: keep one")
-        notes.append(f"{alias}={env[alias]} read as {name}={value}")
+        notes.append(f"{alias}={env[alias].strip()} read as {name}={value.strip()}")
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
         if off is not None and env[name] not in off:
             raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
-        notes.append(f"{name}={env[name]} has no effect here")
+        notes.append(f"{name}={env[name]!r} has no effect here")
     return given, notes
 
 
@@ -475,7 +475,8 @@ def parse_setting(name: str, text: str, f) -> object:
 
 def show_setting(value: object) -> str:
     """A setting's value as one would write it in the environment."""
-    return str(int(value)) if isinstance(value, bool) else f"{value}" if value != "" else "''"
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    return text if text and text.isprintable() else repr(text)
 
 
 # =================================================================================================
