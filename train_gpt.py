@@ -444,7 +444,7 @@ def translate_aliases(env: dict[str, str], known: dict) -> tuple[dict[str, str],
         off = RETIRED[name]
         if off is not None and env[name] not in off:
             raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
-        notes.append(f"{name}={env[name]!r} has no effect here")
+        notes.append(f"{name}={show_setting(env[name])} has no effect here")
     return given, notes
 
 
