@@ -1033,9 +1033,30 @@ BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, without gain."""
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+class RmsNorm(torch.autograd.Function):
+    """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        """y = scale r x, r = 1 / sqrt(mean(x^2) + eps): (..., D) -> (..., D)."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.rsqrt(norm.square() / x.size(-1) + RMS_EPS)
+        ctx.save_for_backward(x, r)
+        ctx.scale = scale
+        return x * (scale * r)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """scale r (g - r^2 mean(g x) x)."""
+        x, r = ctx.saved_tensors
+        along = (grad * x).sum(-1, keepdim=True) * r.square() / x.size(-1)
+        return torch.addcmul(grad, along, x, value=-1).mul_(ctx.scale * r), None
+
+
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale x / sqrt(mean(x^2) + eps) over the last dimension."""
+    return RmsNorm.apply(x, scale) if x.device.type == "cpu" else \
+        F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
 
 
 def like(parameter: Tensor, x: Tensor) -> Tensor:
@@ -1113,22 +1134,22 @@ class ValueEmbedding(nn.Module):
 
 
 def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/R), R rotated dimensions: always float32 (T, R/2)."""
+    """cos and +-sin of position * base^(-2i/R), i mod R/2: always float32 (T, R), R dimensions."""
     dims, base = cfg.rotary_dims, cfg.rope_base
     if 0 < cfg.rope_ntk_ref < seq_len:  # the NTK rule
         base = base * (seq_len / cfg.rope_ntk_ref) ** (dims / (dims - 2))
     exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / base**exponents)
-    return angles.cos(), angles.sin()
+    return angles.cos().repeat(1, 2), torch.cat([angles.sin(), -angles.sin()], dim=-1)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first R of K dimensions of each head, in half-split pairs: (B, T, H, K)."""
     cos, sin = (like(table, x)[:, None, :] for table in rotation)
-    half = cos.size(-1)
-    first, second, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
+    turned, rest = x.tensor_split([cos.size(-1)], dim=-1)
+    turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, -1), sin)
+    return torch.cat([turned, rest], dim=-1)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1170,10 +1191,10 @@ def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKer
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||; (B, T, H, K), (B, T, G, K)."""
-    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
-    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
-    along = (grouped * direction).sum(-1, keepdim=True)
-    return (grouped - along * direction).flatten(2, 3)
+    v, grouped = v.unsqueeze(3), y.unflatten(2, (v.size(2), -1))  # (B, T, G, 1 and H/G, K)
+    square = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-12).square()
+    along = (grouped * v).sum(-1, keepdim=True) / square
+    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
 
 
 class Attention(nn.Module):
@@ -1221,7 +1242,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+        h = F.leaky_relu(self.fc(x), self.slope)
+        return self.proj(h * h)  # half the backward of square()
 
 
 @dataclass
@@ -1254,15 +1276,15 @@ class Block(nn.Module):
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
         """A stream with the embedding mixed in: (B, T, D) and (B, T, D) -> (B, T, D)."""
         keep, inject = like(self.resid_mix, x)
-        return keep * x + inject * x0
+        return torch.addcmul(keep * x, inject, x0)
 
     def forward(self, x: Tensor, c: Context) -> Tensor:
         """The residual stream (B, T, D) -> (B, T, D)."""
         a, b, s = like(self.attn_scale, x), like(self.mlp_scale, x), self.depth_scale
         u = self.mixed(x, c.x0)
         seen = u if self.read_layer is None else self.mixed(c.outputs[self.read_layer], c.x0)
-        x = u + a * self.attn(rms_norm(seen) * s, c.rotation, c.extra_v.get(self.layer), c.first_v)
-        return x + b * self.mlp(rms_norm(x) * s)
+        x = u + a * self.attn(rms_norm(seen, s), c.rotation, c.extra_v.get(self.layer), c.first_v)
+        return x + b * self.mlp(rms_norm(x, s))
 
 
 class GPT(nn.Module):
@@ -1295,7 +1317,7 @@ class GPT(nn.Module):
                 extra_v[layer] = like(scale, shared) * shared
         if cfg.vrl_mode != "off":
             first = self.blocks[0]
-            h = rms_norm(first.mixed(x0, x0)) * first.depth_scale
+            h = rms_norm(first.mixed(x0, x0), first.depth_scale)
             # Only with mix do layer 0's values have its value embedding.
             first_v = first.attn.values(h, extra_v.get(0) if cfg.vrl_mode == "mix" else None, None)
             for layer, alpha in enumerate(self.vrl_alphas, start=1):
@@ -1320,7 +1342,7 @@ class GPT(nn.Module):
         """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
         head = self.tok_emb if self.lm_head is None else self.lm_head
         z, cap = F.linear(hidden, like(head.weight, hidden)).float(), self.cfg.logit_softcap
-        return cap * torch.tanh(z / cap)
+        return cap * z.div_(cap).tanh_()
 
     def forward(self, input_ids: Tensor, target_ids: Tensor,
                 mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,98 @@
+"""Where a training step's time goes, beside the rate of bare float32 products.
+
+    python benchmarks/train_step.py              configuration P
+    python benchmarks/train_step.py mini 31      a preset, 31 timed steps
+
+Steps alternate with one sgemm (2048 x 512 x 2048) each. A part is timed alone at the step's own
+shapes, so the parts need not add up to the step. P's step counts as 31.7 GFLOP, its share of the
+sgemm rate is printed with it; presets have no such count.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from measure import Bench, machine, median, report, seconds, sgemm, t
+from tqdm import tqdm
+
+STEP_GFLOP = {"P": 31.7}  # counted analytically: products, attention and orthogonalisation
+
+
+def both_ways(work: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[[], object]:
+    """Forward and backward of `work` at copies of `inputs`, gradients of ones."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+
+    def call() -> None:
+        y = work(*inputs)
+        y.backward(torch.ones_like(y))
+    return call
+
+
+def parts(bench: Bench) -> dict[str, Callable[[], object]]:
+    """Each part of a step as a call without arguments."""
+    model, cfg, run, rows = bench.model, bench.cfg, bench.run, bench.rows
+    ids, targets = rows.batch(0, min(run.micro_batch_rows, cfg.rows_per_step))
+    block, x = model.blocks[-1], torch.randn(*ids.shape, cfg.model_dim)
+    context = model.context(ids, x)
+    context.rotation = tuple(table.detach() for table in context.rotation)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten())
+
+    def embed() -> None:
+        start = t.rms_norm(model.tok_emb(ids) + model.bigram(ids))
+        model.smear(start, ids).sum().backward()
+
+    averages, adam, muon = t.Averages(model, cfg), *bench.optimizers
+    stacks = [torch.randn(len(weights), *weights[0].shape) for _, weights in muon.stacks]
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return block.attn(x, context.rotation, None, context.first_v)
+
+    def adamw() -> None:
+        for group in adam.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        adam.step()
+
+    return {
+        "loader": lambda: rows.batch(0, cfg.rows_per_step),
+        "forward": lambda: t.training_nats(model, ids, targets),
+        "embedding, both ways": embed,
+        f"attention x {cfg.num_layers}, both ways": both_ways(attend, x),
+        f"mlp x {cfg.num_layers}, both ways": both_ways(block.mlp, x),
+        "head and loss, both ways": both_ways(loss, x),
+        "orthogonalisation": lambda: [t.orthogonalize(stack, muon.steps) for stack in stacks],
+        "AdamW": adamw,
+        "averaging": lambda: averages.update(False),
+    }
+
+
+def main() -> None:
+    """Time whole steps against sgemm, then the parts."""
+    name, steps = (sys.argv[1:] + ["P", "21"][len(sys.argv) - 1:])[:2]
+    bench, rate = Bench(name), sgemm()
+    for number in range(3):
+        bench.step(number)
+        rate()
+    whole, rates = [], []
+    for number in tqdm(range(3, 3 + int(steps)), "steps", disable=None):
+        whole.append(seconds(lambda number=number: bench.step(number)))
+        rates.append(rate())
+    rows = [("step", 1e3 * median(whole))]
+    for part, work in tqdm(parts(bench).items(), "parts", disable=None):
+        work()
+        times = bench.cfg.num_layers if f" x {bench.cfg.num_layers}," in part else 1
+        rows.append((part, 1e3 * times * median(seconds(work) for _ in range(15))))
+    facts = {"configuration": name, "machine": machine(), "sgemm GFLOP/s": median(rates),
+             "tokens/s": bench.cfg.train_batch_tokens / median(whole)}
+    if name in STEP_GFLOP:
+        facts["step GFLOP/s"] = STEP_GFLOP[name] / median(whole)
+        facts["share of sgemm"] = median(STEP_GFLOP[name] / s / r
+                                         for s, r in zip(whole, rates, strict=True))
+    report(rows, facts)
+
+
+if __name__ == "__main__":
+    main()
