@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import array
 import ast
+import codecs
 import contextlib
 import errno
 import functools
@@ -29,6 +30,7 @@ import inspect
 import io
 import itertools
 import json
+import operator
 import os
 import re
 import shutil
@@ -42,6 +44,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import NoReturn
 
 try:
     import numpy as np
@@ -99,19 +102,29 @@ class Failure(Exception):
     status = 1
 
 
+class InputChanged(Failure):
+    """The documents are not those of the first pass."""
+
+
+def one_line(text: str) -> str:
+    """Return text with what cannot be printed on one line (file names may hold it) escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(text: str) -> None:
     """Print one line of report at once, also into a pipe."""
-    print(text, flush=True)
+    print(one_line(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Print one line of warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(one_line(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 def progress_bar(total: float, unit: str, what: str) -> tqdm:
     """Return a bar with an ETA; in a log it writes a line every half minute at most."""
-    pauses = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 10}
+    on_screen = sys.stderr is not None and sys.stderr.isatty()
+    pauses = {} if on_screen else {"mininterval": 30, "delay": 10, "disable": sys.stderr is None}
     return tqdm(total=total, unit=unit, unit_scale=True, desc=what, leave=False, **pauses)
 
 
@@ -122,7 +135,10 @@ def progress_bar(total: float, unit: str, what: str) -> tqdm:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[io.BufferedWriter]:
-    """Open a hidden file that takes the name `path` only when the block ends without error."""
+    """Open a hidden file that takes the name `path` only when the block ends without error.
+
+    Every OSError of the block names a file; those of a full disk do not by themselves.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{path.name}.tmp")
     try:
@@ -131,7 +147,9 @@ def appearing(path: Path) -> Iterator[io.BufferedWriter]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(hidden, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         hidden.unlink(missing_ok=True)
         raise
 
@@ -146,9 +164,16 @@ def read_json(path: Path) -> dict | None:
     """Return the object in a JSON file, or None where it is missing or not an object."""
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def entry(value: object, *keys: str) -> object:
+    """Return value[key][key]..., or None where that is not there."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def file_sha256(path: Path) -> str:
@@ -161,10 +186,11 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock on a dataset folder; it ends with the process, however that dies.
+def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock on a folder; it ends with the process, however that dies.
 
-    Raises Failure when another process holds it. Without file locks (Windows) it does nothing.
+    Another process that holds it is waited for, or a Failure. Without file locks (Windows) it
+    does nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -175,7 +201,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     lock = folder / ".lock"
     with open(lock, "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise Failure(f"{folder}: another prepare.py is writing here; wait for it") from None
         try:
@@ -279,11 +305,12 @@ class SplitProgress:
     """How far one split has got, as of its last finished shard.
 
     `documents` are entirely in finished shards, and `offset` tokens of the next one; `raw_bytes`
-    and `encoded_bytes` count the same documents.
+    and `encoded_bytes` count the same documents and `chain` is their hash.
     """
 
     shards: int = 0
     documents: int = 0
+    chain: str = ""
     offset: int = 0
     tokens: int = 0
     raw_bytes: int = 0
@@ -360,9 +387,11 @@ def load_tokenizer(path: Path):
     if not path.is_file():
         raise BadInput(f"{path}: no such tokenizer file")
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        # Not by name: SentencePiece refuses names that are no UTF-8.
+        tokenizer = sentencepiece.SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(path.read_bytes())
         size = tokenizer.vocab_size()
-    except (OSError, RuntimeError):
+    except RuntimeError:
         raise BadInput(f"{path}: not a SentencePiece model") from None
     if not any(tokenizer.is_byte(i) for i in range(size)):
         raise BadInput(f"{path}: has no byte pieces; train it with byte_fallback=true")
@@ -377,7 +406,7 @@ def piece_bytes(tokenizer) -> np.ndarray:
     """Return (vocabulary,) int64: how many bytes of text each token stands for.
 
     The UTF-8 length of the piece with every U+2581 read as one space; 1 for byte pieces; 0 for
-    control, unknown and unused pieces. A tokenizer with a dummy prefix adds one space a document.
+    control, unknown and unused pieces.
     """
     lengths = np.zeros(tokenizer.vocab_size(), dtype=np.int64)
     for token in range(len(lengths)):
@@ -396,6 +425,22 @@ def is_silent(tokenizer, token: int) -> bool:
 def has_dummy_prefix(tokenizer) -> bool:
     """Say whether the tokenizer puts a space before every text."""
     return tokenizer.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+
+
+class PieceBytes:
+    """Count the bytes of text of a document's tokens as the trainer does: piece by piece."""
+
+    def __init__(self, tokenizer) -> None:
+        ids = range(tokenizer.vocab_size())
+        self.lengths = piece_bytes(tokenizer)
+        # The space of a dummy prefix is not in the text.
+        self.opening = np.zeros(len(ids), dtype=np.int64)
+        if has_dummy_prefix(tokenizer):
+            self.opening[:] = [tokenizer.id_to_piece(i).startswith(SPACE_MARK) for i in ids]
+
+    def count(self, ids: np.ndarray) -> int:
+        """Return the bytes that one document's `ids`, of which the first is BOS, stand for."""
+        return int(self.lengths[ids].sum()) - int(self.opening[ids[1:2]].sum())
 
 
 class DecodedBytes:
@@ -458,9 +503,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, text_bytes: int) -> b
 
     model = io.BytesIO()
     keep_every = max(1, -(-text_bytes // TOKENIZER_TEXT_BYTES))
+    inner: list[BaseException] = []
+
+    def sentences() -> Iterator[str]:
+        """Keep an exception of the texts, which SentencePiece would pass on as one of its own."""
+        try:
+            yield from trainer_sentences(texts, keep_every)
+        except BaseException as error:
+            inner.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=trainer_sentences(texts, keep_every),
+            sentence_iterator=sentences(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -483,7 +538,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, text_bytes: int) -> b
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise BadInput(trainer_complaint(str(error), vocab_size)) from None
+        raise inner[0] if inner else BadInput(trainer_complaint(str(error), vocab_size)) from None
     got = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if got != vocab_size:
         raise BadInput(
@@ -500,7 +555,7 @@ def trainer_complaint(message: str, vocab_size: int) -> str:
             f"--vocab-size {vocab_size}: bytes and frequent characters alone take "
             f"{needed[1]} pieces; give more than that"
         )
-    if "sentences_.empty()" in message:
+    if "sentences_.empty()" in message or "all_chars_count" in message:
         return "the training text has nothing a tokenizer can be trained on; give more text"
     return f"--vocab-size {vocab_size}: SentencePiece said {message.splitlines()[0]}"
 
@@ -538,6 +593,7 @@ def text_complaint(text: str) -> str | None:
     """Return why a text cannot be a document, with the place inside it, or None."""
     for bad, why in (
         (SPACE_MARK, "a literal U+2581, which SentencePiece uses for a space"),
+        ("\0", "a NUL character, as in UTF-16 and in files that are no text"),
         ("[\ud800-\udfff]", "half of a surrogate pair, which is no UTF-8"),
     ):
         if found := re.search(bad, text):
@@ -629,15 +685,23 @@ class Plan:
 class Survey:
     """What one pass over all documents found.
 
-    `val_keys` are the sorted keys of the validation documents (uint64); `documents` and
-    `text_bytes` count per split; `shared` training documents were dropped as also in validation.
+    `val_keys` are the sorted keys of the validation documents (uint64); `documents`, `text_bytes`
+    and `chains` (of the documents' digests, in order) are per split; `shared` training documents
+    were dropped as also in validation, `empty` ones because they have no text.
     """
 
-    fingerprint: str
-    val_keys: np.ndarray
-    documents: dict[str, int]
-    text_bytes: dict[str, int]
-    shared: int
+    fingerprint: str = ""
+    val_keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+    text_bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+    chains: dict[str, str] = field(default_factory=lambda: {"train": "", "val": ""})
+    shared: int = 0
+    empty: int = 0
+
+
+def chained(chain: str, document: Document) -> str:
+    """Return the hash of the documents in `chain` and one more; "" is the chain of none."""
+    return hashlib.sha256(chain.encode() + document.digest).hexdigest()
 
 
 def survey_documents(plan: Plan) -> Survey:
@@ -646,36 +710,42 @@ def survey_documents(plan: Plan) -> Survey:
     Holds 8 bytes for each validation document. Raises BadInput where a split would be empty.
     """
     total = hashlib.sha256(json.dumps(plan.options(), sort_keys=True).encode())
-    counts = {"train": 0, "val": 0}
-    sizes = dict(counts)
-    keys, lowest, shared = array.array("Q"), MAX_KEY, 0
-    if plan.val_documents:
-        for document in plan.val_documents():
-            total.update(b"val" + document.digest)
+    found, keys, lowest = Survey(), array.array("Q"), MAX_KEY
+
+    def count(document: Document, split: str) -> None:
+        found.documents[split] += 1
+        found.text_bytes[split] += len(document.utf8)
+        found.chains[split] = chained(found.chains[split], document)
+        if split == "val":
             keys.append(document.key)
-            counts["val"] += 1
-            sizes["val"] += len(document.utf8)
+
+    for document in plan.val_documents() if plan.val_documents else ():
+        if document.text:
+            total.update(b"val" + document.digest)
+            count(document, "val")
+        else:
+            found.empty += 1
     given_keys = np.unique(np.array(keys, dtype=np.uint64))
     with progress_bar(plan.input_bytes, "B", "reading") as bar:
         for document in plan.documents():
-            total.update(document.digest)
             bar.update(document.position - bar.n)
-            lowest = min(lowest, document.key)
-            if plan.val_documents and contains(given_keys, document.key):
-                shared += 1
+            if not document.text:
+                found.empty += 1
                 continue
-            split = "val" if document.key < plan.val_threshold else "train"
-            if split == "val":
-                keys.append(document.key)
-            counts[split] += 1
-            sizes[split] += len(document.utf8)
-    if counts["train"] and not counts["val"]:
+            total.update(document.digest)
+            lowest = min(lowest, document.key)
+            if contains(given_keys, document.key):
+                found.shared += 1
+            else:
+                count(document, "val" if document.key < plan.val_threshold else "train")
+    if found.documents["train"] and not found.documents["val"] and not plan.val_documents:
         # The fraction missed every document: take the lowest key, in one more pass.
         plan.val_threshold = lowest + 1
         return survey_documents(plan)
-    refuse_empty_split(counts, shared)
-    val_keys = np.unique(np.array(keys, dtype=np.uint64))
-    return Survey(total.hexdigest(), val_keys, counts, sizes, shared)
+    refuse_empty_split(found.documents, found.shared)
+    found.val_keys = np.unique(np.array(keys, dtype=np.uint64))
+    found.fingerprint = total.hexdigest()
+    return found
 
 
 def contains(keys: np.ndarray, key: int) -> bool:
@@ -698,13 +768,23 @@ def refuse_empty_split(counts: dict[str, int], shared: int) -> None:
 
 
 def split_documents(plan: Plan, survey: Survey, split: str) -> Iterator[Document]:
-    """Yield the documents of one split in input order; the keys decide, whatever the source."""
-    if split == "val" and plan.val_documents:
-        yield from plan.val_documents()
-        return
-    for document in plan.documents():
-        if contains(survey.val_keys, document.key) == (split == "val"):
+    """Yield the documents of one split in input order; the keys decide, whatever the source.
+
+    Raises InputChanged at the end unless they were those of the survey.
+    """
+    given, chain = split == "val" and plan.val_documents, ""
+    for document in given() if given else plan.documents():
+        held_out = given or contains(survey.val_keys, document.key)
+        if document.text and bool(held_out) == (split == "val"):
+            chain = chained(chain, document)
             yield document
+    if chain != survey.chains[split]:
+        raise input_changed(plan)
+
+
+def input_changed(plan: Plan) -> InputChanged:
+    """Return the refusal of documents that are not those of the first pass."""
+    return InputChanged(f"{plan.folder}: the input changed while it was read; run it again")
 
 
 class Journal:
@@ -716,8 +796,12 @@ class Journal:
         self.request = stored.get("request")
         self.fingerprint = stored.get("fingerprint")
         self.tokenizer_sha256 = stored.get("tokenizer_sha256")
-        splits = stored.get("splits", {})
-        self.splits = {name: SplitProgress(**splits.get(name, {})) for name in ("val", "train")}
+        self.splits = {name: SplitProgress() for name in ("val", "train")}
+        for name, fresh in self.splits.items():
+            kinds = {key: type(value) for key, value in asdict(fresh).items()}
+            progress = entry(stored, "splits", name)
+            if isinstance(progress, dict) and kinds == {k: type(v) for k, v in progress.items()}:
+                self.splits[name] = SplitProgress(**progress)
 
     def start(self, request: dict, fingerprint: str, rebuild: bool) -> None:
         """Go on where the stored state stands, or start anew.
@@ -736,10 +820,17 @@ class Journal:
         self.request, self.fingerprint = request, fingerprint
         self.save()
 
+    def forget(self) -> None:
+        """Make the next build of this folder start anew."""
+        self.fingerprint = ""
+        self.save()
+
     def shards_whole(self) -> bool:
         """Say whether every shard recorded as finished is there with the right header and size."""
         try:
             for split, progress in self.splits.items():
+                if min(progress.shards, progress.documents, progress.offset) < 0:
+                    return False
                 for number in range(progress.shards):
                     read_shard_header(shard_path(self.path.parent, split, number))
         except BadInput:
@@ -767,7 +858,7 @@ def build(plan: Plan) -> None:
             return say_complete(plan.folder, sidecar)
         survey = survey_documents(plan)
         if sidecar:
-            if (sidecar.get("builder") or {}).get("input") != survey.fingerprint:
+            if entry(sidecar, "builder", "input") != survey.fingerprint:
                 raise BadInput(
                     f"{plan.folder}: holds a data set of other input, settings or versions; "
                     "delete the folder, or build elsewhere (--out, or another --name)"
@@ -776,10 +867,19 @@ def build(plan: Plan) -> None:
                 return say_complete(plan.folder, sidecar)
             warn(f"{damage}: building {plan.folder.name} again")
             (plan.folder / SIDECAR).unlink()
+        if survey.empty or survey.shared:
+            say(
+                f"left out {survey.empty:,} empty documents and {survey.shared:,} training "
+                "documents that are also in the validation text"
+            )
         journal.start(plan.request, survey.fingerprint, rebuild=bool(sidecar))
-        tokenizer = prepare_tokenizer(plan, survey, journal)
-        for split in ("val", "train"):
-            encode_split(plan, survey, tokenizer, journal, split)
+        try:
+            tokenizer = prepare_tokenizer(plan, survey, journal)
+            for split in ("val", "train"):
+                encode_split(plan, survey, tokenizer, journal, split)
+        except InputChanged:
+            journal.forget()
+            raise
         sidecar = built_sidecar(plan, survey, tokenizer, journal)
         write_json(plan.folder / SIDECAR, sidecar)
         for leftover in plan.folder.glob(".*.tmp"):
@@ -815,18 +915,19 @@ def training_texts(plan: Plan, survey: Survey, bar: tqdm) -> Iterator[str]:
 
 def place_tokenizer(path: Path, model: bytes) -> None:
     """Write out/tokenizers/<file> unless it is there; BadInput where a data set needs another."""
-    if path.is_file():
-        if path.read_bytes() == model:
+    # Builds of several data sets may share a tokenizer.
+    with sole_writer(path.parent, wait=True):
+        old = file_sha256(path) if path.is_file() else None
+        if old == hashlib.sha256(model).hexdigest():
             return
-        old = file_sha256(path)
         for other in sorted(path.parent.parent.glob(f"datasets/*/{SIDECAR}")):
-            if ((read_json(other) or {}).get("tokenizer") or {}).get("sha256") == old:
+            if old and entry(read_json(other), "tokenizer", "sha256") == old:
                 raise BadInput(
                     f"{path}: another tokenizer of this name is in use by {other.parent.name}; "
                     "build elsewhere (--out, or another --name), or delete both"
                 )
-    with appearing(path) as file:
-        file.write(model)
+        with appearing(path) as file:
+            file.write(model)
 
 
 def encode_split(plan: Plan, survey: Survey, tokenizer, journal: Journal, split: str) -> None:
@@ -838,25 +939,29 @@ def encode_split(plan: Plan, survey: Survey, tokenizer, journal: Journal, split:
     progress = journal.splits[split]
     if progress.done:
         return
-    lengths, decoded = piece_bytes(tokenizer), DecodedBytes(tokenizer)
+    pieces, decoded = PieceBytes(tokenizer), DecodedBytes(tokenizer)
     writer = SplitWriter(plan.folder, split, plan.shard_tokens, progress, journal.save)
-    documents = split_documents(plan, survey, split)
-    remaining = itertools.islice(documents, progress.documents, None)
+    documents, before = split_documents(plan, survey, split), ""
+    for document in itertools.islice(documents, progress.documents):
+        before = chained(before, document)
+    if before != progress.chain:
+        raise input_changed(plan)
     with progress_bar(survey.text_bytes[split], "B", f"{split} tokens") as bar:
         bar.update(progress.raw_bytes)
-        for batch in batches(remaining):
+        for batch in batches(documents):
             texts = [document.text for document in batch]
             encoded = tokenizer.encode(texts, out_type="numpy", num_threads=plan.workers)
             for document, ids in zip(batch, encoded, strict=True):
                 ids = np.concatenate(([BOS_ID], ids)).astype(np.uint16)
-                counted = int(lengths[ids].sum()) - int(decoded.dummy_prefix and len(ids) > 1)
+                counted = pieces.count(ids)
                 expected = decoded.count(ids) if plan.given_tokenizer else len(document.utf8)
-                if counted != expected or np.count_nonzero(ids == BOS_ID) != 1:
+                if counted != expected or np.count_nonzero(decoded.silent[ids]) != 1:
                     raise BadInput(
-                        f"{document.place}: the tokens stand for {counted:,} bytes of text, "
-                        f"not {expected:,}; {plan.tokenizer_path.name} cannot be used for it"
+                        f"{document.place}: the tokens stand for {counted:,} bytes of text, not "
+                        f"{expected:,}, or for none; {plan.tokenizer_path.name} cannot be used"
                     )
                 writer.add(ids, len(document.utf8), counted)
+                progress.chain = chained(progress.chain, document)
                 bar.update(len(document.utf8))
     writer.close()
 
@@ -864,8 +969,6 @@ def encode_split(plan: Plan, survey: Survey, tokenizer, journal: Journal, split:
 def built_sidecar(plan: Plan, survey: Survey, tokenizer, journal: Journal) -> dict:
     """Return the sidecar of a finished build."""
     val, train = journal.splits["val"], journal.splits["train"]
-    if {"val": val.documents, "train": train.documents} != survey.documents:
-        raise Failure(f"{plan.folder}: the input changed while it was read; run it again")
     return {
         "format": SIDECAR_FORMAT,
         "dataset": plan.folder.name,
@@ -909,11 +1012,14 @@ def dataset_damage(folder: Path, tokenizers: Path, sidecar: dict) -> str | None:
             return f"{tokenizers / facts['file']}: not the bytes the sidecar records"
         tokens = sum(read_shard_header(path) for path in shard_paths(folder, "train"))
         if sidecar["train"]["tokens"] not in (None, tokens):
-            return f"{folder}: {tokens:,} training tokens, not {sidecar['train']['tokens']:,}"
+            return f"{folder}: {tokens:,} training tokens, not {sidecar['train']['tokens']}"
+        operator.index(sidecar["tokens"])
     except FileNotFoundError as error:
         return f"{error.filename}: missing"
-    except (BadInput, KeyError, TypeError) as error:
+    except BadInput as error:
         return str(error)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"{folder / SIDECAR}: damaged"
     return None
 
 
@@ -954,13 +1060,8 @@ DOCS_PYTHON = (3, 10)
 
 
 def installed_version(name: str) -> str:
-    """Return a package's version without its build tag ("+cpu"); Failure if not installed."""
-    try:
-        return importlib.metadata.version(name).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        raise Failure(
-            f"the package {name} is not installed: pip install -r requirements.txt"
-        ) from None
+    """Return a package's version without its build tag ("+cpu")."""
+    return importlib.metadata.version(name).partition("+")[0]
 
 
 def warn_of_other_versions(versions: dict[str, str]) -> None:
@@ -975,7 +1076,7 @@ def package_folder(name: str) -> Path:
     """Return the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise Failure(f"the package {name} is not installed: pip install -r requirements.txt")
+        raise ModuleNotFoundError(name=name)
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -1000,7 +1101,7 @@ def module_docstrings(path: Path) -> list[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes(), feature_version=DOCS_PYTHON)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError):
         return []
     found = []
     stack: list[ast.AST] = [tree]
@@ -1025,7 +1126,8 @@ def start_worker() -> None:
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
-        parent.join()
+        if parent:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -1043,6 +1145,8 @@ def map_files(paths: list[Path], workers: int) -> Iterator[list[str]]:
     with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker) as pool:
         try:
             yield from pool.map(module_docstrings, paths, chunksize=8)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise Failure("a worker process was killed; run again with --workers 1") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -1116,18 +1220,35 @@ def find_inputs(paths: Iterable[Path]) -> list[Path]:
     """
     found: dict[str, Path] = {}
     for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and is_text_file(p))
-            if not inside:
-                raise BadInput(f"{path}: no {', '.join(TEXT_SUFFIXES)} file in this folder")
-        elif not path.exists():
-            raise BadInput(f"{path}: no such file or folder")
-        elif not is_text_file(path):
-            raise BadInput(f"{path}: expected a file ending in {', '.join(TEXT_SUFFIXES)}")
-        else:
-            inside = [path]
-        found |= {os.path.realpath(p): p for p in inside if os.path.realpath(p) not in found}
+        inside = text_files_in(path) if path.is_dir() else [path]
+        if not inside:
+            raise BadInput(f"{path}: no {', '.join(TEXT_SUFFIXES)} file in this folder")
+        for file in inside:
+            if not file.exists():
+                raise BadInput(f"{file}: no such file or folder")
+            if not file.is_file() or not is_text_file(file):
+                # Not a pipe: it could be read only once.
+                raise BadInput(f"{file}: expected a file ending in {', '.join(TEXT_SUFFIXES)}")
+            found.setdefault(os.path.realpath(file), file)
     return list(found.values())
+
+
+def text_files_in(folder: Path) -> list[Path]:
+    """Return what has a text file's name in a folder and all below it, sorted.
+
+    Links to folders are followed, each real folder once; one that cannot be read is an OSError.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found, seen = [], {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        found += [path for name in names if is_text_file(path := Path(place, name))]
+        real = {os.path.realpath(Path(place, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = [name for path, name in real.items() if path not in seen]
+        seen |= real.keys()
+    return sorted(found)
 
 
 def is_text_file(path: Path) -> bool:
@@ -1138,6 +1259,8 @@ def is_text_file(path: Path) -> bool:
 def unpacked_blocks(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
     """Yield a file's content in small blocks, unpacked by its suffix; BadInput where damaged."""
     try:
+        if path.name.lower().endswith((".gz", ".zst")) and not raw.peek(1):
+            raise EOFError("0 bytes")
         if path.name.lower().endswith(".gz"):
             with gzip.GzipFile(fileobj=raw) as unpacked:
                 while block := unpacked.read(READ_BYTES):
@@ -1199,15 +1322,28 @@ def whole_text(blocks: Iterable[bytes], place: str) -> bytes:
 
 def json_text(line: bytes, place: str) -> str:
     """Return the "text" of one .jsonl line; BadInput where there is none."""
+    content = decoded_text(line.removeprefix(codecs.BOM_UTF8), place)
     try:
-        value = json.loads(line)
+        # Numbers of other fields, of any length, are not worked out.
+        value = json.loads(content, parse_int=str, parse_float=str)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{place}: not JSON ({error})") from None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        got = f"an object with {sorted(value)[:5]}" if isinstance(value, dict) else type(value)
-        raise BadInput(f'{place}: expected {{"text": "..."}}, got {got}')
-    return text
+    if not isinstance(value, dict) or "text" not in value:
+        keys = str(sorted(value)[:5])[:80] if isinstance(value, dict) else "no object"
+        raise BadInput(f'{place}: expected {{"text": "..."}}, got {keys}')
+    if not isinstance(value["text"], str):
+        raise BadInput(f'{place}: "text" is not a string')
+    return value["text"]
+
+
+def decoded_text(content: bytes, place: str) -> str:
+    """Return UTF-8 as text; BadInput with the place of the first byte that is none."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{place}: not UTF-8 at byte {error.start:,}; convert it, e.g. with iconv"
+        ) from None
 
 
 def file_texts(path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
@@ -1218,25 +1354,18 @@ def file_texts(path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
             if line.strip():
                 yield f"{path}:{number}", json_text(line, f"{path}:{number}")
         return
-    content = whole_text(blocks, str(path))
-    try:
-        yield str(path), content.decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path}: not UTF-8 at byte {error.start:,}; convert it, e.g. with iconv"
-        ) from None
+    yield str(path), decoded_text(whole_text(blocks, str(path)), str(path))
 
 
 def read_documents(files: Iterable[Path]) -> Iterator[Document]:
-    """Yield the non-empty documents of text files; BadInput with file and place for bad ones."""
+    """Yield the documents of text files, empty ones too; BadInput with the place of bad ones."""
     before = 0
     for path in files:
         with open(path, "rb") as raw:
             for place, text in file_texts(path, raw):
                 if why := text_complaint(text):
                     raise BadInput(f"{place}: {why}; remove or replace it")
-                if text:
-                    yield Document(text, place, before + raw.tell())
+                yield Document(text, place, before + raw.tell())
             before += os.fstat(raw.fileno()).st_size
 
 
@@ -1371,11 +1500,11 @@ class Hub:
         class Ticker(tqdm):
             def __init__(self, *args, **kwargs) -> None:
                 # hf_xet reports twice: bytes received, and written as a bar one position below.
-                self.counts = tick is not None and not kwargs.get("position")
+                self.counts = not kwargs.get("position")
                 super().__init__(*args, **{**kwargs, "disable": True})
 
             def update(self, n: float = 1) -> None:
-                if self.counts:
+                if tick and self.counts:
                     tick(n)
 
         def download() -> Path:
@@ -1470,7 +1599,7 @@ def published(hub: Hub, variant: str, skip_manifest: bool) -> Published:
         ) from None
     try:
         return read_manifest(json.loads(path.read_bytes()), name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"{hub.repository}: manifest.json does not describe {name} "
             f"({type(error).__name__}: {error}); try --skip-manifest"
@@ -1547,18 +1676,25 @@ def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) ->
                 ) from None
 
 
-def count_validation(folder: Path, tokenizer, name: str) -> dict[str, int]:
+def count_validation(folder: Path, tokenizer, name: str) -> dict[str, int | None]:
     """Return documents, tokens and encoded bytes of the validation split, by decoding it."""
-    decoded, vocab_size = DecodedBytes(tokenizer), tokenizer.vocab_size()
+    pieces, decoded = PieceBytes(tokenizer), DecodedBytes(tokenizer)
+    vocab_size = tokenizer.vocab_size()
     paths = shard_paths(folder, "val")
     documents = tokens = encoded = 0
     with progress_bar(sum(map(read_shard_header, paths)), "token", "counting bytes") as bar:
         for ids in iter_documents(paths):
             if int(ids.max()) >= vocab_size:
                 raise BadInput(f"{folder}: token {ids.max()}, but {name} has {vocab_size} pieces")
+            counted, expected = pieces.count(ids), decoded.count(ids)
+            if counted != expected:
+                raise BadInput(
+                    f"{folder}: validation document {documents:,} is {counted:,} bytes by its "
+                    f"pieces but {expected:,} decoded; bytes cannot be counted with {name}"
+                )
             documents += 1
             tokens += len(ids)
-            encoded += decoded.count(ids)
+            encoded += counted
             bar.update(len(ids))
     return {"documents": documents, "tokens": tokens, "raw_bytes": None, "encoded_bytes": encoded}
 
@@ -1699,7 +1835,7 @@ example:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message} (try: {self.prog} --help)")
 
 
@@ -1712,6 +1848,13 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def given_path(text: str) -> Path:
+    """Parse a path for argparse; an empty one, of a variable not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    return Path(text)
 
 
 def fraction(text: str) -> float:
@@ -1738,18 +1881,29 @@ def build_parser() -> Parser:
             name, help=what, description=what, epilog=epilog, formatter_class=raw
         )
         sub.add_argument(
-            "--out", type=Path, default=DATA_ROOT, help="gets datasets/ and tokenizers/ (data/)"
+            "--out",
+            type=given_path,
+            default=DATA_ROOT,
+            help="gets datasets/ and tokenizers/ (data/)",
         )
         return sub
 
     docs = command("docs", "Build the built-in corpus.", DOCS_HELP)
     text = command("text", "Build a data set of your own text.", TEXT_HELP)
-    text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files and folders")
+    text.add_argument("paths", nargs="+", type=given_path, metavar="PATH", help="files and folders")
     text.add_argument("--name", help="data set name (default: after the first PATH)")
     add = text.add_argument
-    add("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model as it is")
-    add("--val", type=Path, metavar="PATH", help="validation text (default: a share of PATH)")
     add(
+        "--tokenizer",
+        type=given_path,
+        metavar="MODEL",
+        help="use this SentencePiece model as it is",
+    )
+    held_out = text.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--val", type=given_path, metavar="PATH", help="validation text (default: a share of PATH)"
+    )
+    held_out.add_argument(
         "--val-fraction",
         type=fraction,
         default=TEXT_VAL_FRACTION,
@@ -1796,8 +1950,10 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         complaint = f"the package {error.name} is not installed: pip install -r requirements.txt"
         status = 1
+    except MemoryError:
+        complaint, status = "out of memory; free some, or run with --workers 1", 1
     except OSError as error:
-        full = error.errno == errno.ENOSPC
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space and run the same command again" if full else ""
         complaint = f"{error.filename or 'writing'}: {error.strerror or error}{advice}"
         status = 1
@@ -1805,7 +1961,7 @@ def main(argv: list[str] | None = None) -> int:
         complaint, status = "interrupted; the same command goes on from here", 130
     else:
         return 0
-    print(f"error: {complaint}", file=sys.stderr)
+    print(one_line(f"error: {complaint}"), file=sys.stderr)
     return status
 
 

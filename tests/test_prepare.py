@@ -569,7 +569,7 @@ REFUSED = {
     "bad.jsonl": (b'{"text": "a"}\nnot json', ("bad.jsonl:2: not JSON",)),
     "list.jsonl": (b"[1]", ("list.jsonl:1: ", '{"text": "..."}', "list")),
     "key.jsonl": (b'{"body": "a"}', ("key.jsonl:1: ", "body")),
-    "latin.jsonl": (b'{"text": "caf\xe9"}', ("latin.jsonl:1: not JSON",)),
+    "latin.jsonl": (b'{"text": "caf\xe9"}', ("latin.jsonl:1: not UTF-8 at byte 13",)),
     "cut.jsonl.gz": (gzip.compress(json_lines(make_texts(9)))[:-20], ("cut.jsonl.gz", "damaged")),
     "no.txt.gz": (b"plain", ("no.txt.gz: damaged",)),
     "cut.txt.zst": (zstandard.compress(os.urandom(9999))[:-20], ("cut.txt.zst", "not complete")),
