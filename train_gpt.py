@@ -36,6 +36,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -194,7 +195,8 @@ class Config:
     gptq_block_size: int = knob(128, (1, 1 << 16), "Columns between lazy GPTQ updates.")
     prune_frac: float = knob(0.0, (0.0, 0.99), "Share of each large matrix zeroed before export.")
     prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
-    codec: str = knob("zstd", ("zstd", "lzma", "brotli"), "Artifact compression.")
+    codec: str = knob("zstd", ("zstd", "lzma", "brotli", "range", "best"),
+                      "Artifact compression; best is the smallest of zstd, lzma and range.")
 
     eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
     eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
@@ -2320,10 +2322,17 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Sto
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
-CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
+CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "range": 4}
+BEST_OF = ("zstd", "lzma", "range")  # what CODEC=best tries: the runtime packages'
 ZSTD_LEVEL, LZMA_PRESET = 22, 6
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
+RAW_LZMA = ({"id": lzma.FILTER_LZMA2, "preset": LZMA_PRESET, "lc": 0, "pb": 0},)
+MAX_RANGE_INTEGERS, MAX_RANGE_TENSORS = 1 << 27, 1 << 10  # bound the time a decoder can take
+OCTAVES, BINS, PRIOR = (-6, 7), 4, 128  # of mean |q|; bins an octave; weight of a table's prior
+MAX_STEP, TWINS = 1 << 20, 8  # rows of a stack, and integers of a step; rows worth a prototype
+UNIT, SMALLEST = 256, 2.0**-7  # fixed point of sums; smallest mean |q| they are divided by
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = settings_of("Evaluation")
 
@@ -2351,12 +2360,14 @@ def compress(body: bytes, codec: str) -> bytes:
         return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
+    if codec == "range":
+        return range_compress(body)
     return brotli_codec().compress(body, quality=11, lgwin=24)
 
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
-    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError}
+    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError, "range": (ValueError, lzma.LZMAError)}
     try:
         if codec == "zstd":
             reader = zstandard.ZstdDecompressor()
@@ -2366,6 +2377,8 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
             reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
             body = reader.decompress(packed, max_length=size + 1)
             whole = reader.eof and not reader.unused_data
+        elif codec == "range":
+            body, whole = range_decompress(packed, size), True
         else:
             broken[codec] = brotli_codec().error
             reader = brotli_codec().Decompressor()
@@ -2376,6 +2389,289 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
     if len(body) != size or not whole:
         raise Refusal("the artifact's body does not end where its prelude says")
     return body
+
+
+class RangeEncoder:
+    """Interleaved rANS with 16-bit words and tables of 2^16, and the model's few hints.
+
+    A symbol of frequency f, the ones before it summing to F, takes a lane's state x to
+    (x // f) 2^16 + x % f + F. Decoding runs that backwards, so a stream is written from its end.
+    """
+
+    def __init__(self):
+        self.hints, self.steps = bytearray(), []
+
+    def hint(self, size: int, choose: Callable[[], bytes]) -> bytes:
+        """`size` bytes that the decoder is told."""
+        self.hints += (told := choose())
+        return told
+
+    def code(self, ends: np.ndarray, bins: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        """Take note of symbols; ends: (bins, symbols), the frequencies' running sums, from 0."""
+        start, end = ends[bins, symbols], ends[bins, symbols + 1]
+        self.steps.append((start.astype(np.uint32), (end - start).astype(np.uint32)))
+        return symbols
+
+    def words(self, lanes: int) -> bytes:
+        """The stream: final states, then the words in the order a decoder asks for them."""
+        states, words = np.full(lanes, 1 << 32, np.uint64), []
+        for start, frequency in reversed(self.steps):
+            for at in reversed(range(0, len(start), lanes)):
+                f = frequency[at : at + lanes].astype(np.uint64)
+                x = states[: len(f)]
+                full = x >= f << 32
+                words.append(x[full].astype(np.uint16))  # the low half
+                x[full] >>= 16
+                x[:] = (x // f << 16) + x % f + start[at : at + lanes]
+        last = states.astype("<u8").view("<u2").reshape(-1, 4)[:, :3]  # states have 48 bits
+        return last.tobytes() + b"".join(w.astype("<u2").tobytes() for w in reversed(words))
+
+
+class RangeDecoder:
+    """What RangeEncoder wrote; raises ValueError where it cannot have."""
+
+    def __init__(self, hints: bytes, stream: bytes, lanes: int):
+        if len(stream) < 6 * lanes or len(stream) % 2:
+            raise ValueError("the stream of integers is cut")
+        self.hints, self.words, self.at = io.BytesIO(hints), np.frombuffer(stream, "<u2"), 3 * lanes
+        first = self.words[: self.at].reshape(lanes, 3).astype(np.uint64)
+        self.states = first[:, 0] | first[:, 1] << 16 | first[:, 2] << 32
+
+    def hint(self, size: int, choose: Callable) -> bytes:
+        """The next `size` bytes that the encoder told."""
+        if len(told := self.hints.read(size)) != size:
+            raise ValueError("the hints are cut")
+        return told
+
+    def code(self, ends: np.ndarray, bins: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        """The next symbols; those given only say how many."""
+        bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
+        frequencies, read = np.diff(ends).ravel().astype(np.uint64), np.empty_like(bins)
+        for at in range(0, len(bins), lanes := len(self.states)):
+            x = self.states[: len(bins) - at]
+            slots = (x & 0xFFFF).astype(np.int64) + (bins[at : at + lanes] << 16)
+            found = np.searchsorted(bounds, slots, side="right") - 1
+            read[at : at + lanes] = found
+            x[:] = frequencies[found] * (x >> 16) + (slots - bounds[found]).astype(np.uint64)
+            low = x < 1 << 32
+            taken = self.words[self.at : self.at + np.count_nonzero(low)]
+            if len(taken) < np.count_nonzero(low):
+                raise ValueError("the stream of integers ends early")
+            x[low], self.at = x[low] << 16 | taken, self.at + len(taken)
+        return read - bins * (ends.shape[1] - 1)
+
+    def check_end(self) -> None:
+        """Raise ValueError unless everything was used and leads back to where encoding began."""
+        whole = self.at == len(self.words) and not self.hints.read(1)
+        if not whole or (self.states != 1 << 32).any():
+            raise ValueError("the stream of integers does not end where it began")
+
+
+def gaussian_tables(top: int) -> np.ndarray:
+    """Counts to start from, (bins, 2 top + 1): PRIOR g^(k k), g such that mean |k| fits the bin.
+
+    Only + - * / of float64, each rounded as IEEE 754 says, so that all machines agree.
+    """
+    low, high = OCTAVES
+    edges = np.ldexp(1 + (np.arange(BINS) + 0.5) / BINS, np.arange(low, high)[:, None]).reshape(-1, 1)
+    g, step, k = np.full_like(edges, 0.5), 0.25, np.arange(1, top + 1)
+    for _ in range(50):
+        odd = np.multiply.accumulate(np.repeat(g * g, top, 1), 1) / g  # g^(2k - 1)
+        half = np.multiply.accumulate(odd, 1)
+        whole = 1 + 2 * (np.add.accumulate(half, 1)[:, -1:] if top else 0.0)
+        mean = 2 * np.add.accumulate(half * k, 1)[:, -1:] / whole if top else edges
+        g, step = g + step * np.sign(edges - mean), step / 2
+    counts = np.concatenate([half[:, ::-1], np.ones_like(g), half], 1) / whole
+    return np.rint(PRIOR * UNIT * counts).astype(np.int64)
+
+
+def running_sums(counts: np.ndarray) -> np.ndarray:
+    """Frequencies in proportion to counts, none 0, as their sums from 0 to 2^16: (bins, n + 1)."""
+    n = counts.shape[1]
+    frequencies = 1 + counts * ((1 << 16) - n) // counts.sum(1, keepdims=True)
+    frequencies[:, n // 2] += (1 << 16) - frequencies.sum(1)
+    return np.pad(frequencies.cumsum(1), ((0, 0), (1, 0)))
+
+
+def byte_of(x: float, parts: int) -> int:
+    """The byte whose from_byte() is near x, within 2^-8 to 2^12."""
+    mantissa, exponent = math.frexp(min(max(x, 2.0**-8), 2.0**12))
+    return round((exponent + 6 + 2 * mantissa) * parts)
+
+
+def from_byte(byte: int, parts: int) -> float:
+    """The number 2^-8 (1 + part / parts) 2^octave of a byte."""
+    return math.ldexp(1 + byte % parts / parts, byte // parts - 8)
+
+
+def spread_weight(means: np.ndarray, samples: int) -> float:
+    """How many samples the prior is worth for means (groups, n) of `samples` each, by moments:
+    variance of the log of one |q|, 0.57 for Gaussians, over that of the true means' logs."""
+    logs = np.log(means + 0.001)
+    return 0.57 / max(logs.var(axis=1).mean() - 0.57 / samples, 1e-4)
+
+
+def choose_hints(Q: np.ndarray, columns: np.ndarray, like: np.ndarray | None) -> bytes:
+    """What code_stack() is told: weights of rows' and columns' priors, mean |q| of each matrix."""
+    D = np.abs(Q if like is None else Q - np.rint(Q.mean(1, keepdims=True))) / columns[:, None]
+    weights = spread_weight(D.mean(2), Q.shape[2]), spread_weight(D.mean(1), Q.shape[1])
+    return bytes([*(byte_of(k, 1) for k in weights), *(byte_of(m, 8) for m in D.mean((1, 2)))])
+
+
+def code_stack(coder: RangeEncoder | RangeDecoder, Q: np.ndarray, top: int, counts: np.ndarray,
+               columns: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+    """Code (L, r, c) integers within +-top, into Q in place; returns mean |q| of rows, (L, r).
+
+    Diagonals of all matrices are coded together, so that each step meets every row and column.
+    An integer's table is that of the bin of a_i b_j s: mean |q| of its matrix, and how much
+    larger row i and column j were so far. What is coded is its difference from the column's mean
+    so far. All sums are integers in float64, exact in any order.
+    columns: (L, c), b_j to begin with; like: (c,), the mean to begin with, where there is one.
+    """
+    L, r, c = Q.shape
+    told = coder.hint(2 + L, lambda: choose_hints(Q, columns, like))
+    (weight_i, weight_j), size = (from_byte(b, 1) for b in told[:2]), 2 * top + 1
+    scale = np.array([from_byte(b, 8) for b in told[2:]])[:, None, None]
+    rows, columns = np.full((L, r), UNIT * weight_i), np.rint(UNIT * weight_j * columns)
+    sums = np.zeros((L, c)) if like is None else like[None].astype(np.float64)
+    seen, done, i = np.zeros(c), 0, np.arange(r)[:, None]
+    while done < c:
+        width = min(c - done, max(1, min(done // 8, MAX_STEP // (L * r + 1))))
+        j = (np.arange(done, done + width) - i) % c
+        row = rows[:, :, None] / (UNIT * (weight_i + done))
+        column = (columns / (UNIT * (weight_j + seen)))[:, j] * scale
+        mean = np.rint(sums / (1 + seen))[:, j].astype(np.int64)
+        expected = np.clip(row * column, 2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1] * 0.99)
+        bins = (expected.astype(np.float32).view(np.int32) >> 21).astype(np.int64).ravel()
+        bins -= (127 + OCTAVES[0]) * BINS  # exponent and 2 bits of the mantissa, in a float32
+        symbols = (Q[:, i, j] - mean + top) % size
+        symbols = coder.code(running_sums(counts), bins, symbols.ravel())
+        counts += UNIT * np.bincount(bins * size + symbols, minlength=counts.size).reshape(
+            counts.shape)
+        symbols = symbols.reshape(mean.shape)
+        Q[:, i, j] = (symbols + mean) % size - top
+        magnitude = UNIT * np.abs(symbols - top)
+        rows += np.rint(magnitude / np.maximum(column, SMALLEST)).sum(2)
+        place = (np.arange(L)[:, None, None] * c + j).ravel()
+        ratio = np.rint(magnitude / np.maximum(row * scale, SMALLEST))
+        columns += np.bincount(place, ratio.ravel(), L * c).reshape(L, c)
+        if like is not None:
+            sums += np.bincount(place, Q[:, i, j].ravel(), c)
+        seen += np.bincount(j.ravel(), minlength=c)
+        done += width
+    return rows / (UNIT * (weight_i + c)) * scale[:, :, 0]
+
+
+def grid_top(Q: np.ndarray) -> int:
+    """The top of the smallest grid of 2^n - 1 that holds Q; 128 for the whole of int8."""
+    largest = int(np.abs(Q).max())
+    return min(128, (1 << largest.bit_length()) - 1)
+
+
+def twins(Q: np.ndarray) -> np.ndarray:
+    """Which rows of (r, c) integers point the same way as most others do, as those of never used
+    tokens do: cosine above 0.9 with the one of up to 256 rows that has most such; (r,) bool."""
+    Q = Q.astype(np.float64)  # in which these sums of integers are exact, in any order
+    some, squares = Q[:: len(Q) // 256 + 1], (Q * Q).sum(1)
+    products = some @ Q.T
+    bound = 0.81 * (some * some).sum(1)[:, None] * squares
+    near = (products > 0) & (products * products > bound)
+    found = near[near.sum(1).argmax()]
+    return found if found.sum() >= TWINS else np.zeros_like(found)
+
+
+def code_integers(coder: RangeEncoder | RangeDecoder, matrices: list, halves: np.ndarray,
+                  q: np.ndarray) -> None:
+    """Code the flat integers q, in place, of matrices (name, place of its scales, rows, columns).
+
+    The same matrix of all layers is one stack. Columns of mlp.proj start from the rows of mlp.fc,
+    the same hidden units; rows of a table that are like a first one start from that.
+    """
+    tables, rows_of, at = {}, {}, 0
+    for _, group in itertools.groupby(matrices, lambda m: (re.sub(r"\d+", "", m[0]), *m[2:])):
+        names, places, (r, *_), (c, *_) = zip(*group, strict=True)
+        Q = q[at : (at := at + len(names) * r * c)].reshape(len(names), r, c)
+        if not Q.size:
+            continue
+        if len(names) * r > MAX_STEP:
+            raise ValueError(f"{len(names)} times {r} rows")
+        (top,) = coder.hint(1, lambda Q=Q: bytes([grid_top(Q)]))
+        units = [rows_of.get(name.replace(".mlp.proj.", ".mlp.fc.")) for name in names]
+        linked = all(u is not None and len(u) == c for u in units)
+        columns = np.stack(units) if linked else np.ones((len(names), c))
+        columns = np.fmax(columns / np.fmax(columns.max(1, keepdims=True), TINY_STEP), 1 / 64)
+        counts = tables.setdefault(top, gaussian_tables(top))
+        if len(names) > 1 or r < 8 * TWINS:
+            rows = code_stack(coder, Q, top, counts, columns)
+            scales = np.stack([halves[place : place + r] for place in places]).astype(np.float64)
+            rows_of |= zip(names, rows * np.nan_to_num(np.abs(scales)), strict=True)
+            continue
+        told = coder.hint((r + 7) // 8, lambda Q=Q: np.packbits(twins(Q[0])).tobytes())
+        twin = np.unpackbits(np.frombuffer(told, np.uint8))[:r] == 1
+        first = twin.argmax()
+        twin[first] = False
+        for chosen in (~twin, twin):
+            part, like = Q[:, chosen], Q[0, first] if chosen is twin else None
+            if part.size:
+                counts = tables.setdefault((top, chosen is twin), gaussian_tables(top))
+                code_stack(coder, part, top, counts, columns, like)
+                Q[:, chosen] = part
+
+
+def range_parts(body: bytes, size: int) -> tuple[int, list, int]:
+    """Of a body, or its beginning: bytes before its integers, the matrices of integers (name,
+    place of its scales, rows, columns), number of floats. Other bodies have no integers."""
+    try:
+        header, start = cut_header(body)
+        matrices, integers, floats = [], 0, 0
+        for name, is_integer, *shape in header["tensors"]:
+            if is_integer:
+                matrices.append((name, floats, *shape))
+            integers += math.prod(shape) * bool(is_integer)
+            floats += shape[0] if is_integer else math.prod(shape)
+        if start + integers + 2 * floats == size:
+            return start, matrices, floats
+    except MALFORMED:
+        pass
+    return size, [], 0
+
+
+def range_lanes(matrices: list) -> int:
+    """Lanes of the coder for so many integers; raises Refusal above the bounds."""
+    integers = sum(r * c for *_, r, c in matrices)
+    if integers > MAX_RANGE_INTEGERS or len(matrices) > MAX_RANGE_TENSORS:
+        raise Refusal(f"{integers:,} integers in {len(matrices):,} matrices: CODEC=range takes "
+                      f"{MAX_RANGE_INTEGERS:,} in {MAX_RANGE_TENSORS:,}")
+    return min(4096, -(-integers // (1 << 15)))
+
+
+def range_compress(body: bytes) -> bytes:
+    """Length of what LZMA packs, that (header, high and low bytes of floats, hints), integers."""
+    start, matrices, floats = range_parts(body, len(body))
+    lanes, split, coder = range_lanes(matrices), len(body) - 2 * floats, RangeEncoder()
+    halves = np.frombuffer(body, "<f2", floats, split)
+    code_integers(coder, matrices, halves, np.frombuffer(body, "<i1", split - start, start)
+                  .astype(np.int16))
+    planes = halves.view(np.uint8).reshape(-1, 2).T[::-1].tobytes()
+    packed = lzma.compress(body[:start] + planes + coder.hints, lzma.FORMAT_RAW, filters=RAW_LZMA)
+    return struct.pack("<I", len(packed)) + packed + coder.words(lanes)
+
+
+def range_decompress(packed: bytes, size: int) -> bytes:
+    """What range_compress() was given; raises ValueError if that cannot be."""
+    end = 4 + int.from_bytes(packed[:4], "little")
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=RAW_LZMA)
+    told = reader.decompress(packed[4:end], max_length=2 * size + 4096)
+    if not reader.eof or reader.unused_data or end > len(packed):
+        raise ValueError("the part under LZMA does not end where it should")
+    start, matrices, floats = range_parts(told, size)
+    split, lanes = start + 2 * floats, range_lanes(matrices)
+    planes = np.frombuffer(told, np.uint8, 2 * floats, start).reshape(2, -1)
+    halves = np.ascontiguousarray(planes[::-1].T).view("<f2")[:, 0]
+    q, decoder = np.zeros(size - split, np.int16), RangeDecoder(told[split:], packed[end:], lanes)
+    code_integers(decoder, matrices, halves, q)
+    decoder.check_end()
+    return told[:start] + q.astype(np.int8).tobytes() + halves.tobytes()
 
 
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
@@ -2391,7 +2687,8 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
     body = b"".join([struct.pack("<I", len(text)), text.encode(),
                      *(q.numpy().astype("<i1").tobytes() for q in integers),
                      *(x.numpy().astype("<f2").tobytes() for x in floats)])
-    packed = compress(body, codec)
+    tried = {name: compress(body, name) for name in (BEST_OF if codec == "best" else (codec,))}
+    codec, packed = min(tried.items(), key=lambda item: len(item[1]))
     return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
                         hashlib.sha256(packed).digest()) + packed
 
@@ -2411,24 +2708,31 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         raise Refusal(f"the artifact's body has {size:,} bytes; the bound is {MAX_BODY_BYTES:,}")
     body = decompress(packed, codec, size)
     try:
-        (header_bytes,) = struct.unpack_from("<I", body)
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
-        header = json.loads(body[4 : 4 + header_bytes])
+        header, start = cut_header(body)
         texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a setting or fingerprint is not text")
-        return header, cut_payload(body, 4 + header_bytes, header["tensors"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        return header, cut_payload(body, start, header["tensors"])
+    except MALFORMED as error:
         raise Refusal(f"the artifact's header is malformed ({error!r})") from None
 
 
-def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
-    """The header's tensors, each [name, is integer, *shape], or ValueError or TypeError."""
-    for name, is_integer, *shape in tensors:
+def cut_header(body: bytes) -> tuple[dict, int]:
+    """A body's header, its tensors [name, is integer, *shape], and the integers' place, or what
+    decode_artifact() takes for malformed."""
+    (header_bytes,) = struct.unpack_from("<I", body)
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
+    header = json.loads(body[4 : 4 + header_bytes])
+    for name, is_integer, *shape in header["tensors"]:
         whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
         if type(name) is not str or len(shape) > 2 or not whole or (is_integer and len(shape) < 2):
             raise ValueError(f"tensor {name!r} of shape {shape!r}")
+    return header, 4 + header_bytes
+
+
+def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
+    """The header's tensors, or ValueError."""
     stored, q_at = {}, start
     x_at = start + sum(math.prod(shape) for _, is_integer, *shape in tensors if is_integer)
     for name, is_integer, *shape in tensors:
