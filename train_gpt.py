@@ -2328,10 +2328,10 @@ ZSTD_LEVEL, LZMA_PRESET = 22, 6
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 RAW_LZMA = ({"id": lzma.FILTER_LZMA2, "preset": LZMA_PRESET, "lc": 0, "pb": 0},)
-MAX_RANGE_INTEGERS, MAX_RANGE_TENSORS = 1 << 27, 1 << 10  # bound the time a decoder can take
-OCTAVES, BINS, PRIOR = (-6, 7), 4, 128  # of mean |q|; bins an octave; weight of a table's prior
-MAX_STEP, TWINS = 1 << 20, 8  # rows of a stack, and integers of a step; rows worth a prototype
-UNIT, SMALLEST = 256, 2.0**-7  # fixed point of sums; smallest mean |q| they are divided by
+MAX_RANGE_INTEGERS, MAX_RANGE_MATRICES = 1 << 27, 1 << 10  # bound a decoder's time
+MAX_STEP, SYMBOLS_A_LANE = 1 << 20, 1 << 15  # integers decoded at once, and so rows of a stack
+OCTAVES, BINS, PRIOR = (-6, 7), 4, 128  # of mean |q|; bins an octave; samples of a first table
+UNIT, SMALLEST = 256, 2.0**-7  # fixed point of sums; smallest divisor of what they sum
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = settings_of("Evaluation")
@@ -2367,7 +2367,8 @@ def compress(body: bytes, codec: str) -> bytes:
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
-    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError, "range": (ValueError, lzma.LZMAError)}
+    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError,
+              "range": (ValueError, lzma.LZMAError)}
     try:
         if codec == "zstd":
             reader = zstandard.ZstdDecompressor()
@@ -2392,269 +2393,211 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
 
 
 class RangeEncoder:
-    """Interleaved rANS with 16-bit words and tables of 2^16, and the model's few hints.
+    """Interleaved rANS: 48-bit states in lanes, 16-bit words, frequencies of 2^16 in all.
 
-    A symbol of frequency f, the ones before it summing to F, takes a lane's state x to
-    (x // f) 2^16 + x % f + F. Decoding runs that backwards, so a stream is written from its end.
+    A symbol of frequency f, start F the sum of those before it, takes the state x of its lane to
+    (x // f) 2^16 + x % f + F. Decoding runs backwards, so the stream is written from its end.
     """
 
     def __init__(self):
         self.hints, self.steps = bytearray(), []
 
-    def hint(self, size: int, choose: Callable[[], bytes]) -> bytes:
-        """`size` bytes that the decoder is told."""
+    def hint(self, size: int, choose: Callable[[], bytes]) -> np.ndarray:
+        """Bytes that the decoder is told."""
         self.hints += (told := choose())
-        return told
+        return np.frombuffer(told, np.uint8)
 
     def code(self, ends: np.ndarray, bins: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Take note of symbols; ends: (bins, symbols), the frequencies' running sums, from 0."""
-        start, end = ends[bins, symbols], ends[bins, symbols + 1]
-        self.steps.append((start.astype(np.uint32), (end - start).astype(np.uint32)))
+        """Note symbols of tables `bins`; ends: running sums of their frequencies, from 0."""
+        starts = ends[bins, symbols]
+        self.steps.append((starts, ends[bins, symbols + 1] - starts))
         return symbols
 
-    def words(self, lanes: int) -> bytes:
-        """The stream: final states, then the words in the order a decoder asks for them."""
+    def stream(self, lanes: int) -> bytes:
+        """Final states, then words in the order in which a decoder wants them."""
         states, words = np.full(lanes, 1 << 32, np.uint64), []
-        for start, frequency in reversed(self.steps):
-            for at in reversed(range(0, len(start), lanes)):
-                f = frequency[at : at + lanes].astype(np.uint64)
+        for starts, frequencies in reversed(self.steps):
+            for at in reversed(range(0, len(starts), lanes)):
+                f = frequencies[at : at + lanes].astype(np.uint64)
                 x = states[: len(f)]
                 full = x >= f << 32
-                words.append(x[full].astype(np.uint16))  # the low half
+                words.append(x[full].astype("<u2"))  # the low half
                 x[full] >>= 16
-                x[:] = (x // f << 16) + x % f + start[at : at + lanes]
-        last = states.astype("<u8").view("<u2").reshape(-1, 4)[:, :3]  # states have 48 bits
-        return last.tobytes() + b"".join(w.astype("<u2").tobytes() for w in reversed(words))
+                x[:] = (x // f << 16) + x % f + starts[at : at + lanes]
+        words.append(states.astype("<u8").view("<u2").reshape(-1, 4)[:, :3])
+        return b"".join(part.tobytes() for part in reversed(words))
 
 
 class RangeDecoder:
-    """What RangeEncoder wrote; raises ValueError where it cannot have."""
+    """Reads what RangeEncoder wrote; raises ValueError where it cannot have."""
 
     def __init__(self, hints: bytes, stream: bytes, lanes: int):
-        if len(stream) < 6 * lanes or len(stream) % 2:
-            raise ValueError("the stream of integers is cut")
-        self.hints, self.words, self.at = io.BytesIO(hints), np.frombuffer(stream, "<u2"), 3 * lanes
-        first = self.words[: self.at].reshape(lanes, 3).astype(np.uint64)
-        self.states = first[:, 0] | first[:, 1] << 16 | first[:, 2] << 32
+        self.hints, self.at = io.BytesIO(hints), 3 * lanes
+        self.words = np.frombuffer(stream, "<u2").astype(np.uint64)
+        low, middle, high = self.words[: self.at].reshape(lanes, 3).T
+        self.states = low | middle << 16 | high << 32
 
-    def hint(self, size: int, choose: Callable) -> bytes:
-        """The next `size` bytes that the encoder told."""
-        if len(told := self.hints.read(size)) != size:
-            raise ValueError("the hints are cut")
-        return told
+    def hint(self, size: int, choose: Callable) -> np.ndarray:
+        """The next bytes that the encoder told; raises ValueError past their end."""
+        return np.frombuffer(self.hints.read(size), np.uint8, size)
 
     def code(self, ends: np.ndarray, bins: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """The next symbols; those given only say how many."""
+        """The next symbols; of those given only the number counts."""
         bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
         frequencies, read = np.diff(ends).ravel().astype(np.uint64), np.empty_like(bins)
         for at in range(0, len(bins), lanes := len(self.states)):
             x = self.states[: len(bins) - at]
             slots = (x & 0xFFFF).astype(np.int64) + (bins[at : at + lanes] << 16)
-            found = np.searchsorted(bounds, slots, side="right") - 1
-            read[at : at + lanes] = found
+            read[at : at + lanes] = found = np.searchsorted(bounds, slots, side="right") - 1
             x[:] = frequencies[found] * (x >> 16) + (slots - bounds[found]).astype(np.uint64)
             low = x < 1 << 32
-            taken = self.words[self.at : self.at + np.count_nonzero(low)]
-            if len(taken) < np.count_nonzero(low):
-                raise ValueError("the stream of integers ends early")
-            x[low], self.at = x[low] << 16 | taken, self.at + len(taken)
+            end = self.at + np.count_nonzero(low)
+            x[low] = x[low] << 16 | self.words[self.at : end]  # ValueError where too few are left
+            self.at = end
         return read - bins * (ends.shape[1] - 1)
 
-    def check_end(self) -> None:
-        """Raise ValueError unless everything was used and leads back to where encoding began."""
-        whole = self.at == len(self.words) and not self.hints.read(1)
-        if not whole or (self.states != 1 << 32).any():
-            raise ValueError("the stream of integers does not end where it began")
 
+def first_counts(top: int) -> np.ndarray:
+    """A table of PRIOR g^(k k), |k| <= top, for each bin of mean |k|; (bins, 2 top + 1).
 
-def gaussian_tables(top: int) -> np.ndarray:
-    """Counts to start from, (bins, 2 top + 1): PRIOR g^(k k), g such that mean |k| fits the bin.
-
-    Only + - * / of float64, each rounded as IEEE 754 says, so that all machines agree.
+    A Gaussian's g is exp(-1 / (pi m^2)). Here and below only + - * / of float64, each rounded as
+    IEEE 754 says, and sums of integers: all machines agree.
     """
-    low, high = OCTAVES
-    edges = np.ldexp(1 + (np.arange(BINS) + 0.5) / BINS, np.arange(low, high)[:, None]).reshape(-1, 1)
-    g, step, k = np.full_like(edges, 0.5), 0.25, np.arange(1, top + 1)
-    for _ in range(50):
-        odd = np.multiply.accumulate(np.repeat(g * g, top, 1), 1) / g  # g^(2k - 1)
-        half = np.multiply.accumulate(odd, 1)
-        whole = 1 + 2 * (np.add.accumulate(half, 1)[:, -1:] if top else 0.0)
-        mean = 2 * np.add.accumulate(half * k, 1)[:, -1:] / whole if top else edges
-        g, step = g + step * np.sign(edges - mean), step / 2
-    counts = np.concatenate([half[:, ::-1], np.ones_like(g), half], 1) / whole
-    return np.rint(PRIOR * UNIT * counts).astype(np.int64)
+    octaves = np.ldexp(1.0, np.arange(*OCTAVES))[:, None]
+    means = (octaves * (1 + (np.arange(BINS) + 0.5) / BINS)).reshape(-1, 1)
+    g = np.repeat(1 - 1 / (1 + means / 4 + math.pi * means * means), top, 1)
+    half = np.cumprod(np.cumprod(g * g, 1) / g, 1)  # of g^(2k - 1)
+    table = np.concatenate([half[:, ::-1], np.ones_like(means), half], 1)
+    return np.rint(UNIT * PRIOR * table / np.maximum(math.pi * means, 1)).astype(np.int64)
 
 
-def running_sums(counts: np.ndarray) -> np.ndarray:
-    """Frequencies in proportion to counts, none 0, as their sums from 0 to 2^16: (bins, n + 1)."""
-    n = counts.shape[1]
-    frequencies = 1 + counts * ((1 << 16) - n) // counts.sum(1, keepdims=True)
-    frequencies[:, n // 2] += (1 << 16) - frequencies.sum(1)
-    return np.pad(frequencies.cumsum(1), ((0, 0), (1, 0)))
-
-
-def byte_of(x: float, parts: int) -> int:
-    """The byte whose from_byte() is near x, within 2^-8 to 2^12."""
-    mantissa, exponent = math.frexp(min(max(x, 2.0**-8), 2.0**12))
-    return round((exponent + 6 + 2 * mantissa) * parts)
-
-
-def from_byte(byte: int, parts: int) -> float:
-    """The number 2^-8 (1 + part / parts) 2^octave of a byte."""
-    return math.ldexp(1 + byte % parts / parts, byte // parts - 8)
-
-
-def spread_weight(means: np.ndarray, samples: int) -> float:
-    """How many samples the prior is worth for means (groups, n) of `samples` each, by moments:
-    variance of the log of one |q|, 0.57 for Gaussians, over that of the true means' logs."""
-    logs = np.log(means + 0.001)
-    return 0.57 / max(logs.var(axis=1).mean() - 0.57 / samples, 1e-4)
-
-
-def choose_hints(Q: np.ndarray, columns: np.ndarray, like: np.ndarray | None) -> bytes:
-    """What code_stack() is told: weights of rows' and columns' priors, mean |q| of each matrix."""
-    D = np.abs(Q if like is None else Q - np.rint(Q.mean(1, keepdims=True))) / columns[:, None]
-    weights = spread_weight(D.mean(2), Q.shape[2]), spread_weight(D.mean(1), Q.shape[1])
-    return bytes([*(byte_of(k, 1) for k in weights), *(byte_of(m, 8) for m in D.mean((1, 2)))])
+def choose_hints(Q: np.ndarray, columns: np.ndarray) -> bytes:
+    """What code_stack() is told: how many samples the prior of a row's, of a column's mean |q|
+    is worth, by moments: 0.57, the variance of log |q|, over that of their true logs; and the
+    mean |q| of each matrix. All as the 5 exponent and 3 mantissa bits of a float16."""
+    size, weights = np.abs(Q) / columns[:, None], []
+    for axis in (2, 1):
+        logs, noise = np.log(size.mean(axis) + 0.001), 0.57 / Q.shape[axis]
+        weights.append(0.57 / max(logs.var(axis=1).mean() - noise, 2e-4))
+    told = np.array([*weights, *size.mean((1, 2))], np.float16)
+    return ((told.view(np.uint16) + 64) >> 7).astype(np.uint8).tobytes()
 
 
 def code_stack(coder: RangeEncoder | RangeDecoder, Q: np.ndarray, top: int, counts: np.ndarray,
-               columns: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """Code (L, r, c) integers within +-top, into Q in place; returns mean |q| of rows, (L, r).
+               columns: np.ndarray) -> None:
+    """Code (L, r, c) integers within +-top, in place, counting them in `counts`.
 
-    Diagonals of all matrices are coded together, so that each step meets every row and column.
-    An integer's table is that of the bin of a_i b_j s: mean |q| of its matrix, and how much
-    larger row i and column j were so far. What is coded is its difference from the column's mean
-    so far. All sums are integers in float64, exact in any order.
-    columns: (L, c), b_j to begin with; like: (c,), the mean to begin with, where there is one.
+    Diagonals of all L matrices are coded together, so that each step meets every row and every
+    column. An integer's table is that of the bin of a_i b_j m: the mean |q| of its matrix, and
+    how many times larger row i and column j were so far. columns: (L, c), what b_j starts from.
     """
     L, r, c = Q.shape
-    told = coder.hint(2 + L, lambda: choose_hints(Q, columns, like))
-    (weight_i, weight_j), size = (from_byte(b, 1) for b in told[:2]), 2 * top + 1
-    scale = np.array([from_byte(b, 8) for b in told[2:]])[:, None, None]
+    told = coder.hint(2 + L, lambda: choose_hints(Q, columns)).astype(np.uint16) << 7
+    told = np.fmax(np.fmin(told.view(np.float16).astype(np.float64), 2.0**12), SMALLEST)
+    weight_i, weight_j, m, size = told[0], told[1], told[2:, None, None], 2 * top + 1
     rows, columns = np.full((L, r), UNIT * weight_i), np.rint(UNIT * weight_j * columns)
-    sums = np.zeros((L, c)) if like is None else like[None].astype(np.float64)
     seen, done, i = np.zeros(c), 0, np.arange(r)[:, None]
     while done < c:
-        width = min(c - done, max(1, min(done // 8, MAX_STEP // (L * r + 1))))
+        width = min(c - done, max(1, min(done // 8, MAX_STEP // (L * r))))
         j = (np.arange(done, done + width) - i) % c
-        row = rows[:, :, None] / (UNIT * (weight_i + done))
-        column = (columns / (UNIT * (weight_j + seen)))[:, j] * scale
-        mean = np.rint(sums / (1 + seen))[:, j].astype(np.int64)
-        expected = np.clip(row * column, 2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1] * 0.99)
+        a = rows[:, :, None] / (UNIT * (weight_i + done))
+        b = (columns / (UNIT * (weight_j + seen)))[:, j]
+        expected = np.clip(a * b * m, 2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1] - 1)
         bins = (expected.astype(np.float32).view(np.int32) >> 21).astype(np.int64).ravel()
         bins -= (127 + OCTAVES[0]) * BINS  # exponent and 2 bits of the mantissa, in a float32
-        symbols = (Q[:, i, j] - mean + top) % size
-        symbols = coder.code(running_sums(counts), bins, symbols.ravel())
+        f = 1 + counts * ((1 << 16) - size) // counts.sum(1, keepdims=True)
+        f[:, top] += (1 << 16) - f.sum(1)
+        ends = np.pad(f.cumsum(1), ((0, 0), (1, 0)))
+        symbols = coder.code(ends, bins, Q[:, i, j].ravel() + top)
         counts += UNIT * np.bincount(bins * size + symbols, minlength=counts.size).reshape(
             counts.shape)
-        symbols = symbols.reshape(mean.shape)
-        Q[:, i, j] = (symbols + mean) % size - top
-        magnitude = UNIT * np.abs(symbols - top)
-        rows += np.rint(magnitude / np.maximum(column, SMALLEST)).sum(2)
-        place = (np.arange(L)[:, None, None] * c + j).ravel()
-        ratio = np.rint(magnitude / np.maximum(row * scale, SMALLEST))
-        columns += np.bincount(place, ratio.ravel(), L * c).reshape(L, c)
-        if like is not None:
-            sums += np.bincount(place, Q[:, i, j].ravel(), c)
+        Q[:, i, j] = symbols.reshape(a.shape[0], *j.shape) - top
+        x = UNIT * np.abs(Q[:, i, j])
+        rows += np.rint(x / np.maximum(b * m, SMALLEST)).sum(2)
+        place = np.arange(L)[:, None, None] * c + j
+        ratios = np.rint(x / np.maximum(a * m, SMALLEST))
+        columns += np.bincount(place.ravel(), ratios.ravel(), L * c).reshape(L, c)
         seen += np.bincount(j.ravel(), minlength=c)
         done += width
-    return rows / (UNIT * (weight_i + c)) * scale[:, :, 0]
-
-
-def grid_top(Q: np.ndarray) -> int:
-    """The top of the smallest grid of 2^n - 1 that holds Q; 128 for the whole of int8."""
-    largest = int(np.abs(Q).max())
-    return min(128, (1 << largest.bit_length()) - 1)
 
 
 def twins(Q: np.ndarray) -> np.ndarray:
-    """Which rows of (r, c) integers point the same way as most others do, as those of never used
-    tokens do: cosine above 0.9 with the one of up to 256 rows that has most such; (r,) bool."""
+    """Which rows of (r, c) point where most others do, as those of unused tokens do; (r,) bool:
+    cosine above 0.9 with the one of up to 256 rows that has most such."""
     Q = Q.astype(np.float64)  # in which these sums of integers are exact, in any order
     some, squares = Q[:: len(Q) // 256 + 1], (Q * Q).sum(1)
     products = some @ Q.T
-    bound = 0.81 * (some * some).sum(1)[:, None] * squares
-    near = (products > 0) & (products * products > bound)
-    found = near[near.sum(1).argmax()]
-    return found if found.sum() >= TWINS else np.zeros_like(found)
+    near = np.sign(products) * products**2 > 0.81 * (some * some).sum(1)[:, None] * squares
+    return near[near.sum(1).argmax()]
 
 
-def code_integers(coder: RangeEncoder | RangeDecoder, matrices: list, halves: np.ndarray,
-                  q: np.ndarray) -> None:
-    """Code the flat integers q, in place, of matrices (name, place of its scales, rows, columns).
+def code_integers(coder: RangeEncoder | RangeDecoder, matrices: dict[str, tuple[int, int, int]],
+                  halves: np.ndarray, q: np.ndarray) -> None:
+    """Code the flat integers q, in place, of matrices {name: (rows, columns, scales' place)}.
 
-    The same matrix of all layers is one stack. Columns of mlp.proj start from the rows of mlp.fc,
-    the same hidden units; rows of a table that are like a first one start from that.
+    A run of names that differ in numbers only is a stack. Columns of mlp.proj start from the
+    scales of mlp.fc, of the same hidden units. Rows of a table with twins are coded as
+    differences from the first of them, modulo the grid.
     """
-    tables, rows_of, at = {}, {}, 0
-    for _, group in itertools.groupby(matrices, lambda m: (re.sub(r"\d+", "", m[0]), *m[2:])):
-        names, places, (r, *_), (c, *_) = zip(*group, strict=True)
-        Q = q[at : (at := at + len(names) * r * c)].reshape(len(names), r, c)
+    tables, at = {}, 0
+    for (_, r, c), group in itertools.groupby(
+            matrices, lambda name: (re.sub(r"\d+", "", name), *matrices[name][:2])):
+        L = len(names := list(group))
+        Q = q[at : (at := at + L * r * c)].reshape(L, r, c)
         if not Q.size:
             continue
-        if len(names) * r > MAX_STEP:
-            raise ValueError(f"{len(names)} times {r} rows")
-        (top,) = coder.hint(1, lambda Q=Q: bytes([grid_top(Q)]))
-        units = [rows_of.get(name.replace(".mlp.proj.", ".mlp.fc.")) for name in names]
-        linked = all(u is not None and len(u) == c for u in units)
-        columns = np.stack(units) if linked else np.ones((len(names), c))
-        columns = np.fmax(columns / np.fmax(columns.max(1, keepdims=True), TINY_STEP), 1 / 64)
-        counts = tables.setdefault(top, gaussian_tables(top))
-        if len(names) > 1 or r < 8 * TWINS:
-            rows = code_stack(coder, Q, top, counts, columns)
-            scales = np.stack([halves[place : place + r] for place in places]).astype(np.float64)
-            rows_of |= zip(names, rows * np.nan_to_num(np.abs(scales)), strict=True)
-            continue
-        told = coder.hint((r + 7) // 8, lambda Q=Q: np.packbits(twins(Q[0])).tobytes())
-        twin = np.unpackbits(np.frombuffer(told, np.uint8))[:r] == 1
-        first = twin.argmax()
-        twin[first] = False
-        for chosen in (~twin, twin):
-            part, like = Q[:, chosen], Q[0, first] if chosen is twin else None
-            if part.size:
-                counts = tables.setdefault((top, chosen is twin), gaussian_tables(top))
-                code_stack(coder, part, top, counts, columns, like)
-                Q[:, chosen] = part
+        if L * r > MAX_STEP:
+            raise ValueError(f"{L} times {r} rows")
+        told = coder.hint(1, lambda Q=Q: bytes([int(np.abs(Q).max()).bit_length()]))
+        top = min(128, (1 << min(int(told[0]), 8)) - 1)  # of a grid of 2^n - 1, or of int8
+        columns, twin = np.ones((L, c)), np.zeros(r, bool)
+        for b, name in zip(columns, names, strict=True):
+            units, _, place = matrices.get(name.replace(".mlp.proj.", ".mlp.fc."), (0, 0, 0))
+            if ".mlp.proj." in name and units == c:
+                scales = np.fmin(np.abs(halves[place : place + c].astype(np.float64)), 2.0**16)
+                b[:] = np.fmax(scales / np.fmax(scales.max(), TINY_STEP), 1 / 64)
+        if L == 1:
+            told = coder.hint((r + 7) // 8, lambda Q=Q: np.packbits(twins(Q[0])).tobytes())
+            twin = np.unpackbits(told)[:r] == 1
+            twin[first := twin.argmax()] = False
+        for like, chosen in ((0, ~twin), (1, twin)):
+            if (part := Q[:, chosen] - like * Q[:, first : first + 1]).size:
+                part = (part + top) % (2 * top + 1) - top
+                counts = tables.setdefault((top, like), first_counts(top))
+                code_stack(coder, part, top, counts, columns)
+                part += like * Q[:, first : first + 1]
+                Q[:, chosen] = (part + top) % (2 * top + 1) - top
 
 
-def range_parts(body: bytes, size: int) -> tuple[int, list, int]:
-    """Of a body, or its beginning: bytes before its integers, the matrices of integers (name,
-    place of its scales, rows, columns), number of floats. Other bodies have no integers."""
+def range_parts(body: bytes, size: int) -> tuple[int, dict[str, tuple[int, int, int]], int]:
+    """Of a body of `size` bytes, or its beginning: bytes before its integers, the matrices of
+    those as code_integers() wants them, their number. A body of another kind has no integers."""
+    matrices, floats = {}, 0
     try:
         header, start = cut_header(body)
-        matrices, integers, floats = [], 0, 0
         for name, is_integer, *shape in header["tensors"]:
             if is_integer:
-                matrices.append((name, floats, *shape))
-            integers += math.prod(shape) * bool(is_integer)
+                matrices[name] = (*shape, floats)
             floats += shape[0] if is_integer else math.prod(shape)
-        if start + integers + 2 * floats == size:
-            return start, matrices, floats
     except MALFORMED:
-        pass
-    return size, [], 0
-
-
-def range_lanes(matrices: list) -> int:
-    """Lanes of the coder for so many integers; raises Refusal above the bounds."""
-    integers = sum(r * c for *_, r, c in matrices)
-    if integers > MAX_RANGE_INTEGERS or len(matrices) > MAX_RANGE_TENSORS:
-        raise Refusal(f"{integers:,} integers in {len(matrices):,} matrices: CODEC=range takes "
-                      f"{MAX_RANGE_INTEGERS:,} in {MAX_RANGE_TENSORS:,}")
-    return min(4096, -(-integers // (1 << 15)))
+        return size, {}, 0
+    n = sum(r * c for r, c, _ in matrices.values())
+    if start + n + 2 * floats != size:
+        return size, {}, 0
+    if n > MAX_RANGE_INTEGERS or len(matrices) > MAX_RANGE_MATRICES:
+        raise ValueError(f"{n:,} integers in {len(matrices):,} matrices")
+    return start, matrices, n
 
 
 def range_compress(body: bytes) -> bytes:
-    """Length of what LZMA packs, that (header, high and low bytes of floats, hints), integers."""
-    start, matrices, floats = range_parts(body, len(body))
-    lanes, split, coder = range_lanes(matrices), len(body) - 2 * floats, RangeEncoder()
-    halves = np.frombuffer(body, "<f2", floats, split)
-    code_integers(coder, matrices, halves, np.frombuffer(body, "<i1", split - start, start)
-                  .astype(np.int16))
-    planes = halves.view(np.uint8).reshape(-1, 2).T[::-1].tobytes()
-    packed = lzma.compress(body[:start] + planes + coder.hints, lzma.FORMAT_RAW, filters=RAW_LZMA)
-    return struct.pack("<I", len(packed)) + packed + coder.words(lanes)
+    """The length of what LZMA packs; that: header, high, low bytes of floats, hints; integers."""
+    start, matrices, n = range_parts(body, len(body))
+    q, coder = np.frombuffer(body, "<i1", n, start).astype(np.int16), RangeEncoder()
+    floats = np.frombuffer(body, np.uint8, offset=start + n)
+    code_integers(coder, matrices, floats.view("<f2"), q)
+    packed = lzma.compress(body[:start] + floats[1::2].tobytes() + floats[::2].tobytes()
+                           + coder.hints, lzma.FORMAT_RAW, filters=RAW_LZMA)
+    return struct.pack("<I", len(packed)) + packed + coder.stream(-(-n // SYMBOLS_A_LANE))
 
 
 def range_decompress(packed: bytes, size: int) -> bytes:
@@ -2662,16 +2605,15 @@ def range_decompress(packed: bytes, size: int) -> bytes:
     end = 4 + int.from_bytes(packed[:4], "little")
     reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=RAW_LZMA)
     told = reader.decompress(packed[4:end], max_length=2 * size + 4096)
-    if not reader.eof or reader.unused_data or end > len(packed):
-        raise ValueError("the part under LZMA does not end where it should")
-    start, matrices, floats = range_parts(told, size)
-    split, lanes = start + 2 * floats, range_lanes(matrices)
-    planes = np.frombuffer(told, np.uint8, 2 * floats, start).reshape(2, -1)
-    halves = np.ascontiguousarray(planes[::-1].T).view("<f2")[:, 0]
-    q, decoder = np.zeros(size - split, np.int16), RangeDecoder(told[split:], packed[end:], lanes)
-    code_integers(decoder, matrices, halves, q)
-    decoder.check_end()
-    return told[:start] + q.astype(np.int8).tobytes() + halves.tobytes()
+    start, matrices, n = range_parts(told, size)
+    floats = np.frombuffer(told, np.uint8, size - start - n, start).reshape(2, -1)[::-1].T.copy()
+    coder = RangeDecoder(told[size - n :], packed[end:], -(-n // SYMBOLS_A_LANE))
+    code_integers(coder, matrices, floats.view("<f2").ravel(), q := np.zeros(n, np.int16))
+    # Decoding ends where encoding began.
+    used = reader.eof and not coder.hints.read(1) and coder.at == len(coder.words)
+    if not used or reader.unused_data or (coder.states != 1 << 32).any():
+        raise ValueError("its parts do not end where they should")
+    return told[:start] + q.astype(np.int8).tobytes() + floats.tobytes()
 
 
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
