@@ -2330,7 +2330,7 @@ LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 RAW_LZMA = ({"id": lzma.FILTER_LZMA2, "preset": LZMA_PRESET, "lc": 0, "pb": 0},)
 MAX_RANGE_INTEGERS, MAX_RANGE_MATRICES = 1 << 27, 1 << 10  # bound a decoder's time
 MAX_STEP, SYMBOLS_A_LANE = 1 << 20, 1 << 15  # integers decoded at once, and so rows of a stack
-OCTAVES, BINS, PRIOR = (-6, 7), 4, 128  # of mean |q|; bins an octave; samples of a first table
+OCTAVES, BINS, PRIOR = (-6, 7), 4, 128  # of mean |q|; bins an octave; a first table's samples
 UNIT, SMALLEST = 256, 2.0**-7  # fixed point of sums; smallest divisor of what they sum
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
@@ -2512,7 +2512,7 @@ def code_stack(coder: RangeEncoder | RangeDecoder, Q: np.ndarray, top: int, coun
         counts += UNIT * np.bincount(bins * size + symbols, minlength=counts.size).reshape(
             counts.shape)
         Q[:, i, j] = symbols.reshape(a.shape[0], *j.shape) - top
-        x = UNIT * np.abs(Q[:, i, j])
+        x = UNIT * np.abs(Q[:, i, j].astype(np.float64))
         rows += np.rint(x / np.maximum(b * m, SMALLEST)).sum(2)
         place = np.arange(L)[:, None, None] * c + j
         ratios = np.rint(x / np.maximum(a * m, SMALLEST))
@@ -2550,7 +2550,7 @@ def code_integers(coder: RangeEncoder | RangeDecoder, matrices: dict[str, tuple[
             raise ValueError(f"{L} times {r} rows")
         told = coder.hint(1, lambda Q=Q: bytes([int(np.abs(Q).max()).bit_length()]))
         top = min(128, (1 << min(int(told[0]), 8)) - 1)  # of a grid of 2^n - 1, or of int8
-        columns, twin = np.ones((L, c)), np.zeros(r, bool)
+        columns, twin, first = np.ones((L, c)), np.zeros(r, bool), 0
         for b, name in zip(columns, names, strict=True):
             units, _, place = matrices.get(name.replace(".mlp.proj.", ".mlp.fc."), (0, 0, 0))
             if ".mlp.proj." in name and units == c:
