@@ -380,7 +380,7 @@ def test_more_than_the_bounds_is_refused(tensors: list, said: str) -> None:
 
 def test_a_tall_table_is_decoded_in_bounded_steps() -> None:
     packed, size = forged([["w", 1, 1 << 20, 16]], bytes([1]) + bytes(1 << 17) + bytes(3),
-                          bytes(6 * 512))
+                          bytes(6 * 256))
     tracemalloc.start()
     try:
         with pytest.raises(Refusal):
@@ -393,7 +393,11 @@ def test_a_tall_table_is_decoded_in_bounded_steps() -> None:
 # The format
 
 
-GOLDEN = ""
+GOLDEN = """
+rwAAAOABDQCnAABdgDC+Ol36pTRnvR3ie8bDdF93Yxq8GkXID83ZBoalNzcNfvEWfEG7BVa2lkTAVFtSNZMol9qIOpYJItYB
+dFW5EroUrelPObCGnJNUT6GTvLVZDjUqnL6KIEX6byor4gedXH4eNDBwb4xO931Iu+Yv/QYieqQQEO9L1hMHHTYxMjUBOEJv
+rHrXXzei6ASaWutw7YfFoDkfkdmwRzLyGcx/yViCo5n/QACj+woliADiILyMGWB5N286glZZDR9bnqagS8qinndV4Q==
+"""
 
 
 def test_an_artifact_of_today_is_read_as_ever() -> None:
