@@ -36,7 +36,6 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import math
@@ -49,9 +48,11 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
@@ -195,8 +196,7 @@ class Config:
     gptq_block_size: int = knob(128, (1, 1 << 16), "Columns between lazy GPTQ updates.")
     prune_frac: float = knob(0.0, (0.0, 0.99), "Share of each large matrix zeroed before export.")
     prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
-    codec: str = knob("zstd", ("zstd", "lzma", "brotli", "range", "best"),
-                      "Artifact compression; best is the smallest of zstd, lzma and range.")
+    codec: str = knob("zstd", ("zstd", "lzma", "brotli"), "Artifact compression.")
 
     eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
     eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
@@ -416,8 +416,10 @@ RETIRED: dict[str, tuple[str, ...] | None] = {
                      "MTP_LOSS_WEIGHT", "MUON_BETA2", "VAL_BATCH_SIZE")),
     **dict.fromkeys(("CONTROL_TENSOR_NAME_PATTERNS", "FP16_KEEP_NAME_PATTERNS",
                      "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"), ("",)),
-    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",),
-    "MUON_QUANT_BLOCK_SIZE": ("256",), "QAT_CLIP_PCT": ("0.9995",),
+    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",), "TARGET_BYTES": ("0",),
+    "MUON_QUANT_BLOCK_SIZE": ("256",), "QAT_CLIP_PCT": ("0.9995",), "Q_SYMMETRIC": ("1",),
+    "AUX_PROJ_MUP": ("1",), "MLP_BITS": ("6",), "ATTN_BITS": ("6",), "EMB_BITS": ("8",),
+    "AUX_EMB_BITS": ("8",),  # BITS has them all
 }
 
 # Names that begin like this are ours: one that is no setting is a mistake, not somebody else's.
@@ -517,16 +519,17 @@ class Run:
         self.trained_seconds = 0.0  # of the training clock, before calibration
         self.calibration_tokens, self.last_logged_share = 0, -1
         self.phase, self.signal = "starting", 0  # the signal that asked training to end
-        self.meetings, self.waiting_until = 0, math.inf  # exchanges so far; the end of patience
         tokens = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
         self.occasions: Counter[str] = Counter()  # times a technique could have acted
         self.activity: Counter[str] = Counter()  # times it did
         self.ineligible: list[str] = []
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
-        # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
-        self.control = dist.new_group(backend="gloo") if device.type == "cuda" and world_size > 1 \
-            else None
+        # Decisions are exchanged through host memory, so that they never wait for a GPU queue;
+        # rank 0 may quantise long alone before it shares what came out.
+        self.control, self.patient = (dist.new_group(backend="gloo", timeout=timedelta(
+            seconds=times * cfg.watchdog_seconds)) if world_size > 1 and dist.is_initialized()
+            else None for times in (1, 20))
 
     @classmethod
     @contextlib.contextmanager
@@ -546,17 +549,22 @@ class Run:
                 # Its store outlives a restart: what dead processes left there must not be found.
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                    rank=rank, world_size=world_size)
+                                    rank=rank, world_size=world_size,
+                                    timeout=timedelta(seconds=cfg.watchdog_seconds))
         run = cls(cfg, rank, world_size, device)
         before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        if store is not None:
-            threading.Thread(target=run.watch, args=(store,), daemon=True).start()
         try:
             yield run
         except Refusal:
             raise
         except Exception as error:
-            run.log_failure(error)
+            # One line to the console, the traceback to the log.
+            text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+            if store is not None and "timed out" in str(error).lower():
+                text = f"waited {cfg.watchdog_seconds:g} s; not there: rank {run.absent(store)}"
+            tqdm.write(f"error: rank {rank}, during {run.phase}: {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a full disk has been named already
+                run.append("log.txt", "".join(traceback.format_exception(error)))
             raise SystemExit(EXIT_FAILED) from None
         finally:
             for number, handler in before.items():
@@ -574,21 +582,21 @@ class Run:
                        "folder holds was kept", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    def watch(self, store: dist.Store) -> None:
-        """Thread: end this process, naming whom it waits for, when a meeting takes too long."""
-        while True:
-            late, behind = time.monotonic() > self.waiting_until, []
-            with contextlib.suppress(RuntimeError):  # the store dies with the rank that holds it
-                store.set(f"meetings of {self.rank}", str(self.meetings))
-            time.sleep(3.0 if late and self.is_main else 1.0)  # until the others have said it
-            with contextlib.suppress(RuntimeError):
-                behind = [rank for rank in range(self.world_size if late else 0)
-                          if int(store.get(f"meetings of {rank}")) < self.meetings]
-            if late and time.monotonic() > self.waiting_until:
-                tqdm.write(f"error: rank {self.rank} waited {self.cfg.watchdog_seconds:.0f} s or "
-                           f"more during {self.phase}; not there: rank "
-                           f"{', '.join(map(str, behind)) or 'unknown'}", file=sys.stderr)
-                os._exit(EXIT_FAILED)  # the main thread cannot: it waits
+    def absent(self, store: dist.Store) -> str:
+        """After a time-out: the ranks that are not among those that waited in vain as well."""
+        missing = set(range(self.world_size))
+
+        def ask() -> None:
+            store.set(f"rank {self.rank} waited", "")
+            while True:
+                missing.difference_update(
+                    r for r in list(missing) if store.check([f"rank {r} waited"]))
+                time.sleep(0.1)
+
+        asking = threading.Thread(target=ask, daemon=True)  # a dead rank's store never answers
+        asking.start()
+        asking.join(3.0)
+        return "unknown" if self.rank in missing else ", ".join(map(str, sorted(missing)))
 
     # Activations are bf16 only where the hardware multiplies it natively.
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -596,21 +604,12 @@ class Run:
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
 
-    @contextlib.contextmanager
-    def meeting(self, patience: int = 1) -> Iterator[None]:
-        """Note that this rank waits for the others, at most `patience` times WATCHDOG_SECONDS."""
-        self.meetings += 1
-        self.waiting_until = time.monotonic() + patience * self.cfg.watchdog_seconds
-        yield
-        self.waiting_until = math.inf
-
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
         if self.world_size > 1:
             box = torch.tensor(value if op == "most" or self.is_main else -math.inf,
                                dtype=torch.float64)
-            with self.meeting():
-                dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
             value = box.item()
         return value
 
@@ -618,8 +617,7 @@ class Run:
         """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
         if self.world_size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
-            with self.meeting():
-                dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
+            dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
             totals = flat.split([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [total.view_as(t) for t, total in
                                            zip(tensors, totals, strict=True)])
@@ -653,7 +651,6 @@ class Run:
     def waiter(self, result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
         """A function that waits for `result`; waiting again costs nothing."""
         @functools.cache
-        @self.meeting()
         def wait() -> Tensor:
             work.wait()
             return result
@@ -698,8 +695,7 @@ class Run:
         """Rank 0's bytes, on every rank, whether or not they share a file system."""
         box = [content]
         if self.world_size > 1:
-            with self.meeting(patience=20):  # rank 0 may have quantised alone before
-                dist.broadcast_object_list(box, src=0, group=self.control)
+            dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def open_folder(self) -> None:
@@ -731,6 +727,8 @@ class Run:
         except OSError:
             raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
         self.folder = folder
+        for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
+            torn.unlink()
         for log in filter(Path.is_file, (folder / "log.txt", folder / "metrics.jsonl")):
             write_file(log, b"".join(log.read_bytes().rpartition(b"\n")[:2]))  # no torn last line
         write_file(paths[0], json.dumps(ours, indent=1).encode())
@@ -756,8 +754,11 @@ class Run:
         content = b""
         for path in self.checkpoints() if self.is_main and self.cfg.resume else ():
             try:
-                torch.load(path, weights_only=True)
-                content = path.read_bytes()
+                read = path.read_bytes()
+                if bad := zipfile.ZipFile(io.BytesIO(read)).testzip():  # torch checks no sums
+                    raise ValueError(f"{bad} is damaged")
+                torch.load(io.BytesIO(read), weights_only=True)
+                content = read
                 break
             except Exception as error:
                 self.log(f"warning: {path} cannot be read ({error}); trying the one before")
@@ -779,13 +780,6 @@ class Run:
             self.append("log.txt", line + "\n")
         if self.is_main and event:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
-
-    def log_failure(self, error: Exception) -> None:
-        """Say in one line what failed while doing what; the traceback goes to log.txt."""
-        text = str(error).strip().split("\n")[0]
-        tqdm.write(f"error: rank {self.rank}, during {self.phase}: {type(error).__name__}: {text}",
-                   file=sys.stderr)
-        self.append("log.txt", "".join(traceback.format_exception(error)))
 
     def progress(self, label: str, **how) -> tqdm:
         """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
@@ -896,6 +890,9 @@ class TrainingRows:
 
     def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
+        for shard in self.shards:  # what a file no longer holds would end the process by SIGBUS
+            if shard.base.size() < SHARD_HEADER_BYTES + shard.nbytes:
+                raise RuntimeError(f"{shard.filename} was cut short while the run read it")
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
         try:
             check_ids(rows, self.vocab_size, "training shards")
@@ -1167,15 +1164,12 @@ def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKer
     return "sdpa", sdpa_attention
 
 
-class ExclusiveSelfAttention(nn.Module):
-    """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||, v the group's value."""
-
-    def forward(self, y: Tensor, v: Tensor) -> Tensor:
-        """y: (B, T, H, K) attention output, v: (B, T, G, K) values it attended -> (B, T, H, K)."""
-        direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
-        grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
-        along = (grouped * direction).sum(-1, keepdim=True)
-        return (grouped - along * direction).flatten(2, 3)
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||; (B, T, H, K), (B, T, G, K)."""
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
+    along = (grouped * direction).sum(-1, keepdim=True)
+    return (grouped - along * direction).flatten(2, 3)
 
 
 class Attention(nn.Module):
@@ -1191,7 +1185,7 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) \
             if cfg.vrl_mode == "mix" and layer else None
         self.kernel, self.head_dim = kernel, cfg.head_dim
-        self.xsa = ExclusiveSelfAttention() if exclusive else lambda y, v: y
+        self.xsa = exclude_own_value if exclusive else lambda y, v: y
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
         """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
@@ -1603,7 +1597,6 @@ class Schedule:
         scale = decay_scale(left, warmdown, cfg.warmdown_type)
         ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) \
             if cfg.muon_momentum_warmup_steps else 1.0
-        start = cfg.muon_momentum_warmup_start
         # Late QAT stays on once it is on: the scale is measured and may waver.
         self.qat = self.qat or cfg.qat_mode == "always" or \
             (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
@@ -1613,7 +1606,7 @@ class Schedule:
         ahead = (1 + self.queued_steps) * self.typical_step()
         over = seconds + ahead >= self.budget and not cfg.step_driven
         done = step >= cfg.iterations or (step > 0 and over)
-        momentum = (1.0 - ramp) * start + ramp * cfg.muon_momentum
+        momentum = (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
         return Moment(scale, momentum, self.qat, done, gamma, snapshot)
 
 
@@ -1843,6 +1836,8 @@ class Training:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
         run, schedule, self.saved_at = self.run, self.schedule, seconds
         momentum = self.muon.whole_momentum()
+        if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
+            raise FloatingPointError(f"step {self.step}: {bad[0]} is not finite any more")
         run.check_replicas(self.model, self.step)
         run.save_checkpoint({
             "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
@@ -1937,6 +1932,9 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
         if pending is not None:
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
         state.save(run.agree(run.training_clock.elapsed()))
+    run.phase = "calibration"  # a signal ends the run at once from here on
+    run.signal = int(run.agree(run.signal, "most"))
+    state.end_on_signal()  # one that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
             reason="stopping: last step" if step == cfg.iterations
@@ -2188,8 +2186,8 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
                      deadline: float, run: Run) -> dict[str, Tensor]:
     """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
 
-    batch_of(n) gives the ids (B, T) of batch n. Ranks take turns until another batch could end
-    after `deadline` seconds of the training clock. An untied head is stored like the embedding.
+    batch_of(n) gives the ids (B, T) of batch n. Ranks take a batch each until for any of them
+    another could end after `deadline` seconds of its clock. An untied head is stored as a table.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, Linear)
              and name != "lm_head" and bits_of(model.cfg, f"{name}.weight", module.weight)]
@@ -2202,15 +2200,16 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
         sums[module].addmm_(x.T, x)
 
     hooks = [module.register_forward_pre_hook(observe) for module in sums]
-    mine = range(run.rank, num_batches, run.world_size)
-    for batch in run.progress("calibrating", iterable=mine, unit="batch"):
+    rounds = range(run.rank, num_batches + run.rank, run.world_size)  # as many on every rank
+    for batch in run.progress("calibrating", iterable=rounds, unit="batch"):
         start = run.training_clock.elapsed()
-        input_ids = batch_of(batch)
-        model.hidden(run.put(input_ids))
-        seen += input_ids.numel()
+        if batch < num_batches:
+            input_ids = batch_of(batch)
+            model.hidden(run.put(input_ids))
+            seen += input_ids.numel()
         run.settle()
         end = run.training_clock.elapsed()
-        if end + 2 * (end - start) > deadline:
+        if run.agree(float(end + 2 * (end - start) > deadline), "most"):
             break
     for hook in hooks:
         hook.remove()
@@ -2322,17 +2321,10 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run) -> dict[str, Sto
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
-CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "range": 4}
-BEST_OF = ("zstd", "lzma", "range")  # what CODEC=best tries: the runtime packages'
+CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
 ZSTD_LEVEL, LZMA_PRESET = 22, 6
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
-RAW_LZMA = ({"id": lzma.FILTER_LZMA2, "preset": LZMA_PRESET, "lc": 0, "pb": 0},)
-MAX_RANGE_INTEGERS, MAX_RANGE_MATRICES = 1 << 27, 1 << 10  # bound a decoder's time
-MAX_STEP, SYMBOLS_A_LANE = 1 << 20, 1 << 16  # integers decoded at once, and so rows of a stack
-OCTAVES, BINS, PRIOR = (-6, 7), 4, 128  # of mean |q|; bins an octave; a first table's samples
-UNIT, SMALLEST = 256, 2.0**-7  # fixed point of sums; smallest divisor of what they sum
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = settings_of("Evaluation")
 
@@ -2360,15 +2352,12 @@ def compress(body: bytes, codec: str) -> bytes:
         return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
-    if codec == "range":
-        return range_compress(body)
     return brotli_codec().compress(body, quality=11, lgwin=24)
 
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
-    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError,
-              "range": (ValueError, lzma.LZMAError)}
+    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError}
     try:
         if codec == "zstd":
             reader = zstandard.ZstdDecompressor()
@@ -2378,8 +2367,6 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
             reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
             body = reader.decompress(packed, max_length=size + 1)
             whole = reader.eof and not reader.unused_data
-        elif codec == "range":
-            body, whole = range_decompress(packed, size), True
         else:
             broken[codec] = brotli_codec().error
             reader = brotli_codec().Decompressor()
@@ -2390,230 +2377,6 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
     if len(body) != size or not whole:
         raise Refusal("the artifact's body does not end where its prelude says")
     return body
-
-
-class RangeEncoder:
-    """Interleaved rANS: 48-bit states in lanes, 16-bit words, frequencies of 2^16 in all.
-
-    A symbol of frequency f, start F the sum of those before it, takes the state x of its lane to
-    (x // f) 2^16 + x % f + F. Decoding runs backwards, so the stream is written from its end.
-    """
-
-    def __init__(self):
-        self.hints, self.steps = bytearray(), []
-
-    def hint(self, size: int, choose: Callable[[], bytes]) -> np.ndarray:
-        """Bytes that the decoder is told."""
-        self.hints += (told := choose())
-        return np.frombuffer(told, np.uint8)
-
-    def code(self, ends: np.ndarray, bins: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Note symbols of tables `bins`; ends: running sums of their frequencies, from 0."""
-        starts = ends[bins, symbols]
-        self.steps.append((starts, ends[bins, symbols + 1] - starts))
-        return symbols
-
-    def stream(self, lanes: int) -> bytes:
-        """Final states, then words in the order in which a decoder wants them."""
-        states, words = np.full(lanes, 1 << 32, np.uint64), []
-        for starts, frequencies in reversed(self.steps):
-            for at in reversed(range(0, len(starts), lanes)):
-                f = frequencies[at : at + lanes].astype(np.uint64)
-                x = states[: len(f)]
-                full = x >= f << 32
-                words.append(x[full].astype("<u2"))  # the low half
-                x[full] >>= 16
-                x[:] = (x // f << 16) + x % f + starts[at : at + lanes]
-        words.append(states.astype("<u8").view("<u2").reshape(-1, 4)[:, :3])
-        return b"".join(part.tobytes() for part in reversed(words))
-
-
-class RangeDecoder:
-    """Reads what RangeEncoder wrote; raises ValueError where it cannot have."""
-
-    def __init__(self, hints: bytes, stream: bytes, lanes: int):
-        self.hints, self.at = io.BytesIO(hints), 3 * lanes
-        self.words = np.frombuffer(stream, "<u2").astype(np.uint64)
-        low, middle, high = self.words[: self.at].reshape(lanes, 3).T
-        self.states = low | middle << 16 | high << 32
-
-    def hint(self, size: int, choose: Callable) -> np.ndarray:
-        """The next bytes that the encoder told; raises ValueError past their end."""
-        return np.frombuffer(self.hints.read(size), np.uint8, size)
-
-    def code(self, ends: np.ndarray, bins: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """The next symbols; of those given only the number counts."""
-        bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
-        frequencies, read = np.diff(ends).ravel().astype(np.uint64), np.empty_like(bins)
-        for at in range(0, len(bins), lanes := len(self.states)):
-            x = self.states[: len(bins) - at]
-            slots = (x & 0xFFFF).astype(np.int64) + (bins[at : at + lanes] << 16)
-            read[at : at + lanes] = found = np.searchsorted(bounds, slots, side="right") - 1
-            x[:] = frequencies[found] * (x >> 16) + (slots - bounds[found]).astype(np.uint64)
-            low = x < 1 << 32
-            end = self.at + np.count_nonzero(low)
-            x[low] = x[low] << 16 | self.words[self.at : end]  # ValueError where too few are left
-            self.at = end
-        return read - bins * (ends.shape[1] - 1)
-
-
-def first_counts(top: int) -> np.ndarray:
-    """A table of PRIOR g^(k k), |k| <= top, for each bin of mean |k|; (bins, 2 top + 1).
-
-    A Gaussian's g is exp(-1 / (pi m^2)). Here and below only + - * / of float64, each rounded as
-    IEEE 754 says, and sums of integers: all machines agree.
-    """
-    octaves = np.ldexp(1.0, np.arange(*OCTAVES))[:, None]
-    means = (octaves * (1 + (np.arange(BINS) + 0.5) / BINS)).reshape(-1, 1)
-    g = np.repeat(1 - 1 / (1 + means / 4 + math.pi * means * means), top, 1)
-    half = np.cumprod(np.cumprod(g * g, 1) / g, 1)  # of g^(2k - 1)
-    table = np.concatenate([half[:, ::-1], np.ones_like(means), half], 1)
-    return np.rint(UNIT * PRIOR * table / np.maximum(math.pi * means, 1)).astype(np.int64)
-
-
-def choose_hints(Q: np.ndarray, columns: np.ndarray) -> bytes:
-    """What code_stack() is told: how many samples the prior of a row's, of a column's mean |q|
-    is worth, by moments: 0.57, the variance of log |q|, over that of their true logs; and the
-    mean |q| of each matrix. All as the 5 exponent and 3 mantissa bits of a float16."""
-    size, weights = np.abs(Q) / columns[:, None], []
-    for axis in (2, 1):
-        logs, noise = np.log(size.mean(axis) + 0.001), 0.57 / Q.shape[axis]
-        weights.append(0.57 / max(logs.var(axis=1).mean() - noise, 2e-4))
-    told = np.array([*weights, *size.mean((1, 2))], np.float16)
-    return ((told.view(np.uint16) + 64) >> 7).astype(np.uint8).tobytes()
-
-
-def code_stack(coder: RangeEncoder | RangeDecoder, Q: np.ndarray, top: int, counts: np.ndarray,
-               columns: np.ndarray) -> None:
-    """Code (L, r, c) integers within +-top, in place, counting them in `counts`.
-
-    Diagonals of all L matrices are coded together, so that each step meets every row and every
-    column. An integer's table is that of the bin of a_i b_j m: the mean |q| of its matrix, and
-    how many times larger row i and column j were so far. columns: (L, c), what b_j starts from.
-    """
-    L, r, c = Q.shape
-    told = coder.hint(2 + L, lambda: choose_hints(Q, columns)).astype(np.uint16) << 7
-    told = np.fmax(np.fmin(told.view(np.float16).astype(np.float64), 2.0**12), SMALLEST)
-    weight_i, weight_j, m, size = told[0], told[1], told[2:, None, None], 2 * top + 1
-    rows, columns = np.full((L, r), UNIT * weight_i), np.rint(UNIT * weight_j * columns)
-    seen, done, i = np.zeros(c), 0, np.arange(r)[:, None]
-    while done < c:
-        width = min(c - done, max(1, min(done // 8, MAX_STEP // (L * r))))
-        j = (np.arange(done, done + width) - i) % c
-        a = rows[:, :, None] / (UNIT * (weight_i + done))
-        b = (columns / (UNIT * (weight_j + seen)))[:, j]
-        expected = np.clip(a * b * m, 2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1] - 1)
-        bins = (expected.astype(np.float32).view(np.int32) >> 21).astype(np.int64).ravel()
-        bins -= (127 + OCTAVES[0]) * BINS  # exponent and 2 bits of the mantissa, in a float32
-        f = 1 + counts * ((1 << 16) - size) // counts.sum(1, keepdims=True)
-        f[:, top] += (1 << 16) - f.sum(1)
-        ends = np.pad(f.cumsum(1), ((0, 0), (1, 0)))
-        symbols = coder.code(ends, bins, Q[:, i, j].ravel() + top)
-        counts += UNIT * np.bincount(bins * size + symbols, minlength=counts.size).reshape(
-            counts.shape)
-        Q[:, i, j] = symbols.reshape(a.shape[0], *j.shape) - top
-        x = UNIT * np.abs(Q[:, i, j].astype(np.float64))
-        rows += np.rint(x / np.maximum(b * m, SMALLEST)).sum(2)
-        place = np.arange(L)[:, None, None] * c + j
-        ratios = np.rint(x / np.maximum(a * m, SMALLEST))
-        columns += np.bincount(place.ravel(), ratios.ravel(), L * c).reshape(L, c)
-        seen += np.bincount(j.ravel(), minlength=c)
-        done += width
-
-
-def twins(Q: np.ndarray) -> np.ndarray:
-    """Which rows of (r, c) point where most others do, as those of unused tokens do; (r,) bool:
-    cosine above 0.9 with the one of up to 256 rows that has most such."""
-    Q = Q.astype(np.float64)  # in which these sums of integers are exact, in any order
-    some, squares = Q[:: len(Q) // 256 + 1], (Q * Q).sum(1)
-    products = some @ Q.T
-    near = np.sign(products) * products**2 > 0.81 * (some * some).sum(1)[:, None] * squares
-    return near[near.sum(1).argmax()]
-
-
-def code_integers(coder: RangeEncoder | RangeDecoder, matrices: dict[str, tuple[int, int, int]],
-                  halves: np.ndarray, q: np.ndarray) -> None:
-    """Code the flat integers q, in place, of matrices {name: (rows, columns, scales' place)}.
-
-    A run of names that differ in numbers only is a stack. Columns of mlp.proj start from the
-    scales of mlp.fc, of the same hidden units. Rows of a table with twins are coded as
-    differences from the first of them, modulo the grid.
-    """
-    tables, at = {}, 0
-    for (_, r, c), group in itertools.groupby(
-            matrices, lambda name: (re.sub(r"\d+", "", name), *matrices[name][:2])):
-        L = len(names := list(group))
-        Q = q[at : (at := at + L * r * c)].reshape(L, r, c)
-        if not Q.size:
-            continue
-        if L * r > MAX_STEP:
-            raise ValueError(f"{L} times {r} rows")
-        told = coder.hint(1, lambda Q=Q: bytes([int(np.abs(Q).max()).bit_length()]))
-        top = min(128, (1 << min(int(told[0]), 8)) - 1)  # of a grid of 2^n - 1, or of int8
-        columns, twin, first = np.ones((L, c)), np.zeros(r, bool), 0
-        for b, name in zip(columns, names, strict=True):
-            units, _, place = matrices.get(name.replace(".mlp.proj.", ".mlp.fc."), (0, 0, 0))
-            if ".mlp.proj." in name and units == c:
-                scales = np.fmin(np.abs(halves[place : place + c].astype(np.float64)), 2.0**16)
-                b[:] = np.fmax(scales / np.fmax(scales.max(), TINY_STEP), 1 / 64)
-        if L == 1:
-            told = coder.hint((r + 7) // 8, lambda Q=Q: np.packbits(twins(Q[0])).tobytes())
-            twin = np.unpackbits(told)[:r] == 1
-            twin[first := twin.argmax()] = False
-        for like, chosen in ((0, ~twin), (1, twin)):
-            if (part := Q[:, chosen] - like * Q[:, first : first + 1]).size:
-                part = (part + top) % (2 * top + 1) - top
-                counts = tables.setdefault((top, like), first_counts(top))
-                code_stack(coder, part, top, counts, columns)
-                part += like * Q[:, first : first + 1]
-                Q[:, chosen] = (part + top) % (2 * top + 1) - top
-
-
-def range_parts(body: bytes, size: int) -> tuple[int, dict[str, tuple[int, int, int]], int]:
-    """Of a body of `size` bytes, or its beginning: bytes before its integers, the matrices of
-    those as code_integers() wants them, their number. A body of another kind has no integers."""
-    matrices, floats = {}, 0
-    try:
-        header, start = cut_header(body)
-        for name, is_integer, *shape in header["tensors"]:
-            if is_integer:
-                matrices[name] = (*shape, floats)
-            floats += shape[0] if is_integer else math.prod(shape)
-    except MALFORMED:
-        return size, {}, 0
-    n = sum(r * c for r, c, _ in matrices.values())
-    if start + n + 2 * floats != size:
-        return size, {}, 0
-    if n > MAX_RANGE_INTEGERS or len(matrices) > MAX_RANGE_MATRICES:
-        raise ValueError(f"{n:,} integers in {len(matrices):,} matrices")
-    return start, matrices, n
-
-
-def range_compress(body: bytes) -> bytes:
-    """The length of what LZMA packs; that: header, high, low bytes of floats, hints; integers."""
-    start, matrices, n = range_parts(body, len(body))
-    q, coder = np.frombuffer(body, "<i1", n, start).astype(np.int16), RangeEncoder()
-    floats = np.frombuffer(body, np.uint8, offset=start + n)
-    code_integers(coder, matrices, floats.view("<f2"), q)
-    packed = lzma.compress(body[:start] + floats[1::2].tobytes() + floats[::2].tobytes()
-                           + coder.hints, lzma.FORMAT_RAW, filters=RAW_LZMA)
-    return struct.pack("<I", len(packed)) + packed + coder.stream(-(-n // SYMBOLS_A_LANE))
-
-
-def range_decompress(packed: bytes, size: int) -> bytes:
-    """What range_compress() was given; raises ValueError if that cannot be."""
-    end = 4 + int.from_bytes(packed[:4], "little")
-    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=RAW_LZMA)
-    told = reader.decompress(packed[4:end], max_length=2 * size + 4096)
-    start, matrices, n = range_parts(told, size)
-    floats = np.frombuffer(told, np.uint8, size - start - n, start).reshape(2, -1)[::-1].T.copy()
-    coder = RangeDecoder(told[size - n :], packed[end:], -(-n // SYMBOLS_A_LANE))
-    code_integers(coder, matrices, floats.view("<f2").ravel(), q := np.zeros(n, np.int16))
-    # Decoding ends where encoding began.
-    used = reader.eof and not coder.hints.read(1) and coder.at == len(coder.words)
-    if not used or reader.unused_data or (coder.states != 1 << 32).any():
-        raise ValueError("its parts do not end where they should")
-    return told[:start] + q.astype(np.int8).tobytes() + floats.tobytes()
 
 
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
@@ -2629,8 +2392,7 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
     body = b"".join([struct.pack("<I", len(text)), text.encode(),
                      *(q.numpy().astype("<i1").tobytes() for q in integers),
                      *(x.numpy().astype("<f2").tobytes() for x in floats)])
-    tried = {name: compress(body, name) for name in (BEST_OF if codec == "best" else (codec,))}
-    codec, packed = min(tried.items(), key=lambda item: len(item[1]))
+    packed = compress(body, codec)
     return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
                         hashlib.sha256(packed).digest()) + packed
 
@@ -2650,31 +2412,24 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         raise Refusal(f"the artifact's body has {size:,} bytes; the bound is {MAX_BODY_BYTES:,}")
     body = decompress(packed, codec, size)
     try:
-        header, start = cut_header(body)
+        (header_bytes,) = struct.unpack_from("<I", body)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
+        header = json.loads(body[4 : 4 + header_bytes])
         texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a setting or fingerprint is not text")
-        return header, cut_payload(body, start, header["tensors"])
-    except MALFORMED as error:
+        return header, cut_payload(body, 4 + header_bytes, header["tensors"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise Refusal(f"the artifact's header is malformed ({error!r})") from None
 
 
-def cut_header(body: bytes) -> tuple[dict, int]:
-    """A body's header, its tensors [name, is integer, *shape], and the integers' place, or what
-    decode_artifact() takes for malformed."""
-    (header_bytes,) = struct.unpack_from("<I", body)
-    if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
-    header = json.loads(body[4 : 4 + header_bytes])
-    for name, is_integer, *shape in header["tensors"]:
+def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
+    """The header's tensors, each [name, is integer, *shape], or ValueError or TypeError."""
+    for name, is_integer, *shape in tensors:
         whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
         if type(name) is not str or len(shape) > 2 or not whole or (is_integer and len(shape) < 2):
             raise ValueError(f"tensor {name!r} of shape {shape!r}")
-    return header, 4 + header_bytes
-
-
-def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
-    """The header's tensors, or ValueError."""
     stored, q_at = {}, start
     x_at = start + sum(math.prod(shape) for _, is_integer, *shape in tensors if is_integer)
     for name, is_integer, *shape in tensors:

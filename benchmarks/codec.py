@@ -6,7 +6,8 @@
 
 The integers of a kind are packed alone by zstd-22, lzma-9e and brotli-11; `range` is what they
 take within the whole stream. `order-0` is the entropy of their histogram, which a decoder would
-not know. The last lines are whole artifacts, CODEC as a run writes it.
+not know. The last lines are whole artifacts: each CODEC as a run writes it, and range_coder.py, an
+experiment that no run uses.
 """
 
 import argparse
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 import zstandard
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import range_coder  # noqa: E402
+
 import train_gpt  # noqa: E402
 from train_gpt import Stored  # noqa: E402
 
@@ -45,21 +47,21 @@ def packed_alone(content: bytes) -> list[int]:
 
 
 def range_bytes(body: bytes) -> tuple[list[tuple], int]:
-    """Kind, integers and bytes under CODEC=range of each stack of a body, and bytes of the rest."""
-    start, matrices, n = train_gpt.range_parts(body, len(body))
-    q, costs, code_stack = np.frombuffer(body, np.int8, n, start), [], train_gpt.code_stack
+    """Kind, integers and coded bytes of each stack of a body, and bytes of the rest."""
+    start, matrices, n = range_coder.range_parts(body, len(body))
+    q, costs, code_stack = np.frombuffer(body, np.int8, n, start), [], range_coder.code_stack
 
-    def counted(coder: train_gpt.RangeEncoder, Q: np.ndarray, *rest: object) -> None:
+    def counted(coder: range_coder.RangeEncoder, Q: np.ndarray, *rest: object) -> None:
         steps = len(coder.steps)
         code_stack(coder, Q, *rest)
         used = np.concatenate([f for _, f in coder.steps[steps:]]) / 65536
         costs.append((Q.size, -np.log2(used).sum() / 8))
 
-    train_gpt.code_stack = counted
+    range_coder.code_stack = counted
     try:
-        packed = train_gpt.range_compress(body)
+        packed = range_coder.compress(body)
     finally:
-        train_gpt.code_stack = code_stack
+        range_coder.code_stack = code_stack
     kinds, at, costs = [], 0, iter(costs)
     for kind, names in groupby(matrices, lambda name: re.sub(r"\d+\.", "*.", name)):
         size = sum(math.prod(matrices[name][:2]) for name in names)
@@ -74,10 +76,7 @@ def range_bytes(body: bytes) -> tuple[list[tuple], int]:
 
 def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
     """Print the tables of one artifact."""
-    header = {name: fact for name, fact in header.items() if name != "tensors"}
-    blob = train_gpt.encode_artifact(header, stored, "zstd")
-    size = train_gpt.PRELUDE.unpack_from(blob)[3]
-    body = train_gpt.decompress(blob[train_gpt.PRELUDE.size :], "zstd", size)
+    body = range_coder.body_of(header, stored)
     kinds, rest = range_bytes(body)
     print(f"\n{label}\n{'kind':32}{'integers':>10}" + "".join(
         f"{name:>11}" for name in ("order-0", "zstd-22", "lzma-9e", "brotli-11", "range")))
@@ -86,21 +85,23 @@ def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
         print(f"{kind:32}{numbers[0]:10,}" + "".join(f"{x:11,.0f}" for x in numbers[1:]))
     totals = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
     print(f"{'all integers':32}{totals[0]:10,}" + "".join(f"{x:11,.0f}" for x in totals[1:]))
-    start, _, n = train_gpt.range_parts(body, size)
+    start, _, n = range_coder.range_parts(body, len(body))
     others = body[:start] + body[start + n :]
     print(f"{'header and floats':32}{len(others):10,}{'':11}" + "".join(
         f"{x:11,}" for x in (*packed_alone(others), rest)))
     sizes = {}
-    for codec in (*train_gpt.CODECS, "best"):
+    for codec in (*train_gpt.CODECS, "range"):
         begin = time.perf_counter()
-        blob = train_gpt.encode_artifact(header, stored, codec)
-        middle, sizes[codec] = time.perf_counter(), len(blob)
-        read = train_gpt.decode_artifact(blob)[1]
+        packed = (range_coder.compress(body) if codec == "range"
+                  else train_gpt.compress(body, codec))
+        middle, sizes[codec] = time.perf_counter(), train_gpt.PRELUDE.size + len(packed)
+        read = (range_coder.decompress(packed, len(body)) if codec == "range"
+                else train_gpt.decompress(packed, codec, len(body)))
         end = time.perf_counter()
-        if not all(torch.equal(read[name].values, stored[name].values) for name in stored):
-            raise SystemExit(f"CODEC={codec} gave back other integers")
+        if read != body:
+            raise SystemExit(f"{codec} gave back other bytes")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"CODEC={codec:7} {len(blob):11,} bytes, {len(blob) / sizes['zstd'] - 1:+7.2%} of "
+        print(f"{codec:7} {sizes[codec]:11,} bytes, {sizes[codec] / sizes['zstd'] - 1:+7.2%} of "
               f"zstd, encode {middle - begin:6.2f} s, decode {end - middle:6.2f} s, "
               f"peak {peak:,.0f} MiB")
     print(f"range against brotli: {sizes['range'] / sizes['brotli'] - 1:+.2%}")

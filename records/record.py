@@ -524,8 +524,10 @@ def check_training(run: SeedRun) -> Iterator[str]:
     if times != sorted(times):
         yield f"{place}: step times run backwards"
     for event in steps:
-        if not math.isclose(event["step_avg"], event["ms"] / event["step"], rel_tol=1e-9):
+        if event["step_avg"] != event["ms"] / event["step"]:
             yield f"{place}: step {event['step']}: step_avg {event['step_avg']} is not ms / step"
+        if event["iterations"] != settings["iterations"]:
+            yield f"{place}: step {event['step']}: {event['iterations']} iterations"
     if summary["seconds"] * 1e3 < times[-1] - 1:
         yield f"{place}: training took {times[-1] / 1e3:.1f} s, not {summary['seconds']:.1f}"
     rate = summary["steps"] * settings["train_batch_tokens"] / trained["ms"] * 1e3
@@ -630,6 +632,9 @@ def check_claims(folder: Path, runs: list[SeedRun], script: bytes, claims: dict)
     derived["compliance"] = dict.fromkeys(CONDITIONS, True)
     yield from differences("submission.json", derived,
                            {k: v for k, v in claims.items() if k != "files"})
+    # Some digits are beyond a float's precision: the text shows them changed, the number does not.
+    if content(folder / "submission.json").decode() != json.dumps(claims, indent=1) + "\n":
+        yield "submission.json: not character by character as `new` writes it"
     if not isinstance(files, dict):
         files = {}
     for path in sorted(folder.iterdir()):
@@ -668,9 +673,6 @@ def differences(place: str, derived: object, claimed: object) -> Iterator[str]:
     if isinstance(derived, dict) and isinstance(claimed, dict):
         for key in sorted({*derived, *claimed}):
             yield from differences(f"{place}: {key}", derived.get(key), claimed.get(key))
-    elif isinstance(derived, float) and type(claimed) in (int, float):
-        if not math.isclose(derived, claimed, rel_tol=1e-12, abs_tol=1e-15):
-            yield f"{place} is {claimed}, the logs give {derived}"
     elif derived != claimed or type(derived) is not type(claimed):
         yield f"{place} is {claimed!r}, the logs give {derived!r}"
 
@@ -1034,6 +1036,7 @@ def draw(folder: Path, runs: list[SeedRun]) -> None:
         for axis, x in ((by_step, [e["step"] for e in steps]),
                         (by_time, [e["ms"] / 1e3 for e in steps])):
             axis.plot(np.array(x)[where], smooth, linewidth=1, label=f"seed {run.seed}")
+    figure.suptitle("Training loss against steps and against time")
     by_step.set(xlabel="step", ylabel="training loss, nats a token (running mean)")
     by_time.set(xlabel="seconds of training")
     by_step.legend()
@@ -1047,8 +1050,9 @@ def draw(folder: Path, runs: list[SeedRun]) -> None:
     axis.barh(names, integers, label="integers (entropy)")
     axis.barh(names, floats, left=integers, label="scales and floats")
     axis.invert_yaxis()
-    axis.set(xlabel="kB before compression of the whole", title=f"seed {best.seed}: "
-             f"{best.one('artifact')['model_bytes']:,} bytes in the artifact")
+    axis.set(xlabel="kB, estimated (entropy of the integers, floats as they are)",
+             title=f"Seed {best.seed}: where the artifact's "
+                   f"{best.one('artifact')['model_bytes']:,} bytes go")
     axis.legend()
     save(figure, folder / "bytes.png", plt)
 
@@ -1056,8 +1060,8 @@ def draw(folder: Path, runs: list[SeedRun]) -> None:
     for run in runs:
         scores = {e["name"]: e["val_bpb"] for e in run.all("eval") if not e["step"]}
         axis.plot(list(scores), list(scores.values()), marker="o", label=f"seed {run.seed}")
-    axis.set(ylabel="bits per byte")
-    axis.tick_params(axis="x", rotation=12)
+    axis.set(ylabel="bits per byte (less is better)",
+             title="Score of the float weights, of the artifact, and the headline (last)")
     axis.legend()
     save(figure, folder / "bpb.png", plt)
 
@@ -1087,7 +1091,8 @@ def against(base: Path, facts: dict, script: bytes) -> dict:
              if not line.startswith(("---", "+++", "@@"))]
     source = f"+{delta.count('+')} -{delta.count('-')} lines" if delta else "the same"
     try:
-        p = compare_scores(*scores_of(claims, facts, "val_loss")).p_better
+        # Three digits: beyond them versions of scipy may differ.
+        p = float(f"{compare_scores(*scores_of(claims, facts, 'val_loss')).p_better:.3g}")
     except Wrong:
         p = None
     return {"folder": base.name, "name": claims["name"], "val_bpb": claims["val_bpb"], "p": p,
@@ -1229,7 +1234,8 @@ def compare_text(a: dict, b: dict) -> str:
 def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]]:
     """Entries under the tracks, best first; and what cannot be ranked, with the reason."""
     ranked, rest = [], []
-    for folder in sorted(path for track in TRACKS for path in (root / track).glob("[!.]*/")):
+    for folder in sorted(path for track in TRACKS for path in (root / track).glob("[!.]*")
+                         if path.is_dir()):
         result = check_folder(folder)
         if result["findings"]:
             rest.append((folder, f"`check` has {len(result['findings'])} findings"))
@@ -1270,6 +1276,25 @@ def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str
     return "\n".join(lines)
 
 
+def track_page(track: str) -> str:
+    """README.md of a track: its rules and the command of an entry."""
+    rules = TRACKS[track]
+    train, score = (f"at most {rules[kind]} s" if math.isfinite(rules[kind]) else "no limit"
+                    for kind in ("train_seconds", "eval_seconds"))
+    return f"""# {rules['title']}
+
+Training and calibration: {train}; scoring: {score}; code and artifact: at most
+{LIMIT_BYTES:,} bytes; seeds: {rules['seeds']} or more; machine: \
+{rules.get('machine_words', 'any')}; data: {rules['dataset'] + '*' if rules['dataset'] else 'any'}.
+
+    SEED=$SEED {rules['command']}
+    python records/record.py new RUN... --name Name --author You --github-id you \\
+        --blurb "What is new." --track {track}
+
+the first once for each seed, here at the root of the repository. [Entries](../README.md).
+"""
+
+
 def draw_board(root: Path, found: list[tuple[Path, dict]]) -> None:
     """board.png: bits per byte against bytes; other validation text has a panel of its own."""
     import matplotlib
@@ -1285,8 +1310,9 @@ def draw_board(root: Path, found: list[tuple[Path, dict]]) -> None:
         axis.errorbar(sizes, scores, fmt="o", capsize=3, yerr=[c["val_bpb_std"] for c in mine])
         for claims, x, y in zip(mine, sizes, scores, strict=True):
             axis.annotate(claims["name"], (x, y), xytext=(6, 4), textcoords="offset points")
-        axis.set(title=f"{track}, {mine[0]['data']['dataset']}", xlabel="code and artifact, MB",
-                 ylabel="bits per byte, mean and spread of seeds")
+        axis.set(title=f"{track}, {mine[0]['data']['dataset']}\nmean of the seeds, bar: one "
+                       "standard deviation", xlabel="code and artifact, MB",
+                 ylabel="bits per byte (less is better)")
         axis.margins(0.3)
     save(figure, root / "board.png", plt)
 
@@ -1337,6 +1363,9 @@ def verb_compare(args: argparse.Namespace) -> int:
 def verb_board(args: argparse.Namespace) -> int:
     found, rest = entries(args.root)
     (args.root / "README.md").write_text(board(args.root, found, rest), encoding="utf-8")
+    for track in TRACKS:
+        (args.root / track).mkdir(exist_ok=True)
+        (args.root / track / "README.md").write_text(track_page(track), encoding="utf-8")
     if found:
         draw_board(args.root, found)
     print(args.root / "README.md", *(f"{folder}: not ranked: {reason}" for folder, reason in rest),

@@ -248,7 +248,7 @@ def test_a_bomb_of_any_codec_allocates_little(codec: str) -> None:
 
 
 def test_an_unknown_codec_is_refused() -> None:
-    for number in (0, 5, 65535):
+    for number in (0, 4, 65535):
         blob = PRELUDE.pack(ARTIFACT_MAGIC, 1, number, 0, hashlib.sha256(b"").digest())
         assert f"codec {number}" in refused(lambda blob=blob: decode_artifact(blob))
 

@@ -16,6 +16,7 @@ from train_gpt import (
     PRESETS,
     Config,
     Run,
+    Training,
     TrainingRows,
     evaluate,
     initialize,
@@ -102,7 +103,7 @@ def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: T
     prime(forward, model, rows, run)
     primed = graphs()
     assert primed >= 2
-    model, _ = train(forward, model, rows, val, 0.0, run)
+    model = train(forward, Training(model, 0.0, [], run), rows, val, run)
     evaluate("float_chunked", forward, model, val, run)
     score_artifact(cfg, quantize(model, {}, run), val, forward, run, diagnostics=True)
     assert all(run.activity.values())

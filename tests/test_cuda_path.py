@@ -283,8 +283,8 @@ TYPE_MISTAKES = {
     "float32 leaves the MLP": patch_of(MLP, "forward", lambda old: lambda self, x: self.proj(
         F.leaky_relu(self.fc(x), self.slope).float().square())),
     "float32 inside XSA": patch_of(
-        train_gpt.ExclusiveSelfAttention, "forward",
-        lambda old: lambda self, y, v: old(self, y.float(), v.float()).to(y.dtype)),
+        train_gpt, "exclude_own_value",
+        lambda old: lambda y, v: old(y.float(), v.float()).to(y.dtype)),
     "the mix of streams is not cast": patch_of(train_gpt, "like", lambda old: lambda p, x: (
         p if p.shape == (2, 512) else old(p, x))),
     "float32 from the embedding on": patch_of(GPT, "hidden", lambda old: lambda self, ids: (

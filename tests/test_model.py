@@ -258,7 +258,7 @@ def test_attention_is_its_equation(heads: tuple[int, int], exclusive: bool) -> N
 def test_exclusive_attention_leaves_nothing_along_the_own_value() -> None:
     torch.manual_seed(0)
     y, v = torch.randn(2, 5, 6, 8, dtype=torch.float64), torch.randn(2, 5, 3, 8).double()
-    kept = train_gpt.ExclusiveSelfAttention()(y, v)
+    kept = train_gpt.exclude_own_value(y, v)
     own = v.repeat_interleave(2, dim=2)
     assert (kept * own).sum(-1).abs().max() < 1e-12
     along = ((y - kept) * own).sum(-1).abs() / ((y - kept).norm(dim=-1) * own.norm(dim=-1))

@@ -171,6 +171,8 @@ TAMPERINGS = {
     "a digit of the README": ("README.md", r"(\| \*\*\d\.)\d", None),
     "a digit of the mean": ("submission.json", r'^( "val_bpb": \d\.)\d', None),
     "a digit of the spread": ("submission.json", r'^( "val_bpb_std": \d\.\d)\d', None),
+    "the last digit of the mean": ("submission.json", r'^( "val_bpb": [0-9.]*)\d(?=,)', None),
+    "iterations of a step": ("metrics_seed2.jsonl", r'("step": 12, "iterations": )\d', None),
     "a seed's result": ("submission.json", r'("val_loss": \d\.\d\d)\d', None),
     "the size": ("submission.json", r'("bytes_total": )\d', None),
     "the script": ("train_gpt.py", r"^import math$", "import math  # slip"),
@@ -466,7 +468,7 @@ def test_a_target_scored_twice_is_seen(tmp_path: Path) -> None:
 
 
 def test_learning_before_scoring_is_seen(tmp_path: Path) -> None:
-    script = flawed(tmp_path, "done * cfg.ttt_chunk_tokens,", "(done + 1) * cfg.ttt_chunk_tokens,")
+    script = flawed(tmp_path, "done * size, cfg.ttt_lr", "(done + 1) * size, cfg.ttt_lr")
     cfg, model = small(script, ttt_mode="score_first", ttt_freeze_blocks=0)
     assert not compliance.scores_before_update(script, cfg, model)
     cfg, model = small(train_gpt, ttt_mode="score_first", ttt_freeze_blocks=0)
@@ -696,6 +698,8 @@ def test_board_ranks_within_one_text_only(made: Path, tmp_path: Path,
     ranked = re.findall(r"^\| (\d) \| \[(\w+)\]", page, re.M)
     assert ranked == [("1", "Good"), ("2", "Bad"), ("1", "Elsewhere")]
     assert "Nobody has run it yet" in page
+    for track, rules in record.TRACKS.items():
+        assert rules["command"] in (root / track / "README.md").read_text()
     assert (root / "board.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -1,0 +1,27 @@
+"""Runs that are killed, starved, misled and damaged keep what the trainer promises (inject.py)."""
+
+from __future__ import annotations
+
+import pytest
+from inject import FRESH, KINDS, bench, inject_all
+
+
+def test_a_few_faults_of_each_kind() -> None:
+    chosen = [(kind, number) for kind, (_, _, few) in KINDS.items() for number in range(few)]
+    assert len(chosen) >= 30
+    with bench() as made:
+        broken = inject_all(made, chosen)
+    assert not broken, "\n".join(broken)
+
+
+def test_the_set_is_as_large_as_was_promised() -> None:
+    assert sum(many for _, many, _ in KINDS.values()) >= 200
+    assert sum(KINDS[kind][1] for kind in FRESH) == 40
+
+
+@pytest.mark.slow
+def test_every_fault() -> None:
+    chosen = [(kind, number) for kind, (_, many, _) in KINDS.items() for number in range(many)]
+    with bench() as made:
+        broken = inject_all(made, chosen)
+    assert not broken, "\n".join(broken)
