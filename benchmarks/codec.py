@@ -1,0 +1,142 @@
+"""What each codec makes of an artifact: bytes of each kind of tensor and of the whole, seconds.
+
+    python benchmarks/codec.py records/track_cpu_5min/2026-11-24_Defaults-mini/artifact.bin
+    python benchmarks/codec.py runs/*/artifact.bin
+    python benchmarks/codec.py --synthetic     27 million Gaussian integers, for time and memory
+
+The integers of a kind are packed alone by zstd-22, lzma-9e and brotli-11; `range` is what they
+take within the whole stream. `order-0` is the entropy of their histogram, which a decoder would
+not know. The last lines are whole artifacts: each CODEC as a run writes it, and range_coder.py, an
+experiment that no run uses.
+"""
+
+import argparse
+import lzma
+import math
+import re
+import resource
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+
+import brotli
+import numpy as np
+import torch
+import zstandard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import range_coder  # noqa: E402
+
+import train_gpt  # noqa: E402
+from train_gpt import Stored  # noqa: E402
+
+
+def order_0(q: np.ndarray) -> float:
+    """Bytes of the integers at the entropy of their histogram."""
+    shares = np.unique(q, return_counts=True)[1] / q.size
+    return -(shares * np.log(shares)).sum() / math.log(256) * q.size
+
+
+def packed_alone(content: bytes) -> list[int]:
+    """Bytes under zstd-22, lzma-9e and brotli-11."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    return [len(zstandard.ZstdCompressor(level=22).compress(content)),
+            len(lzma.compress(content, lzma.FORMAT_RAW, filters=filters)),
+            len(brotli.compress(content, quality=11, lgwin=24))]
+
+
+def range_bytes(body: bytes) -> tuple[list[tuple], int]:
+    """Kind, integers and coded bytes of each stack of a body, and bytes of the rest."""
+    start, matrices, n = range_coder.range_parts(body, len(body))
+    q, costs, code_stack = np.frombuffer(body, np.int8, n, start), [], range_coder.code_stack
+
+    def counted(coder: range_coder.RangeEncoder, Q: np.ndarray, *rest: object) -> None:
+        steps = len(coder.steps)
+        code_stack(coder, Q, *rest)
+        used = np.concatenate([f for _, f in coder.steps[steps:]]) / 65536
+        costs.append((Q.size, -np.log2(used).sum() / 8))
+
+    range_coder.code_stack = counted
+    try:
+        packed = range_coder.compress(body)
+    finally:
+        range_coder.code_stack = code_stack
+    kinds, at, costs = [], 0, iter(costs)
+    for kind, names in groupby(matrices, lambda name: re.sub(r"\d+\.", "*.", name)):
+        size = sum(math.prod(matrices[name][:2]) for name in names)
+        seen = total = 0
+        while seen < size:  # a table with twins is coded in two parts
+            some, cost = next(costs)
+            seen, total = seen + some, total + cost
+        kinds.append((kind, q[at : at + size], total))
+        at += size
+    return kinds, len(packed) - sum(int(cost) for *_, cost in kinds)
+
+
+def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
+    """Print the tables of one artifact."""
+    body = range_coder.body_of(header, stored)
+    kinds, rest = range_bytes(body)
+    print(f"\n{label}\n{'kind':32}{'integers':>10}" + "".join(
+        f"{name:>11}" for name in ("order-0", "zstd-22", "lzma-9e", "brotli-11", "range")))
+    rows = [(kind, len(q), order_0(q), *packed_alone(q.tobytes()), cost) for kind, q, cost in kinds]
+    for kind, *numbers in rows:
+        print(f"{kind:32}{numbers[0]:10,}" + "".join(f"{x:11,.0f}" for x in numbers[1:]))
+    totals = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
+    print(f"{'all integers':32}{totals[0]:10,}" + "".join(f"{x:11,.0f}" for x in totals[1:]))
+    start, _, n = range_coder.range_parts(body, len(body))
+    others = body[:start] + body[start + n :]
+    print(f"{'header and floats':32}{len(others):10,}{'':11}" + "".join(
+        f"{x:11,}" for x in (*packed_alone(others), rest)))
+    sizes = {}
+    for codec in (*train_gpt.CODECS, "range"):
+        begin = time.perf_counter()
+        packed = (range_coder.compress(body) if codec == "range"
+                  else train_gpt.compress(body, codec))
+        middle, sizes[codec] = time.perf_counter(), train_gpt.PRELUDE.size + len(packed)
+        read = (range_coder.decompress(packed, len(body)) if codec == "range"
+                else train_gpt.decompress(packed, codec, len(body)))
+        end = time.perf_counter()
+        if read != body:
+            raise SystemExit(f"{codec} gave back other bytes")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{codec:7} {sizes[codec]:11,} bytes, {sizes[codec] / sizes['zstd'] - 1:+7.2%} of "
+              f"zstd, encode {middle - begin:6.2f} s, decode {end - middle:6.2f} s, "
+              f"peak {peak:,.0f} MiB")
+    print(f"range against brotli: {sizes['range'] / sizes['brotli'] - 1:+.2%}")
+
+
+def synthetic() -> dict[str, Stored]:
+    """Gaussian integers of the published size: 11 layers of width 512, steps of std / 2.41."""
+    rng, stored = np.random.default_rng(0), {}
+    shapes = {"attn.c_q": (512, 512), "attn.c_k": (256, 512), "attn.c_v": (256, 512),
+              "attn.proj": (512, 512), "mlp.fc": (1536, 512), "mlp.proj": (512, 1536)}
+    matrices = {f"blocks.{layer}.{name}.weight": (*shape, 31 / 12.85)
+                for layer in range(11) for name, shape in shapes.items()}
+    matrices |= {"tok_emb.weight": (1024, 512, 127 / 20), "bigram.embed.weight": (2048, 128, 6.35)}
+    for name, (r, c, spread) in matrices.items():
+        q = rng.standard_normal((r, c), dtype=np.float32) * spread
+        if name.endswith("mlp.proj.weight"):
+            q *= rng.lognormal(0, 0.3, c).astype(np.float32)
+        stored[name] = Stored(torch.from_numpy(q.round().clip(-127, 127).astype(np.int8)),
+                              torch.from_numpy(rng.lognormal(-3, 0.15, r).astype(np.float16)))
+    return stored
+
+
+def main() -> None:
+    """Show every artifact named."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", nargs="*", type=Path)
+    parser.add_argument("--synthetic", action="store_true")
+    options = parser.parse_args()
+    for path in options.artifacts:
+        show(str(path), *train_gpt.read_artifact(path))
+    if options.synthetic:
+        empty = {"settings": {}, "tokenizer": "", "validation": ""}
+        show("synthetic, 11 layers of width 512", empty, synthetic())
+
+
+if __name__ == "__main__":
+    main()
