@@ -1,71 +1,69 @@
-"""Export a trained model again under other settings, and score each artifact.
+"""Export a trained model again under other settings, and score each artifact in chunks.
 
     python benchmarks/export.py RUN_FOLDER "CODEC=lzma" "QUANT_CLIP=std CLIP_SIGMAS=..." ...
 
-RUN_FOLDER holds a checkpoint of the end of training (checkpoint_<step>.pt). Each further argument
-is a list of settings. Hessians are collected once, on the training rows that would come next.
+RUN_FOLDER holds the checkpoint of the end of training. Each further argument is a list of settings.
+Hessians are collected once, on the training rows that would come next.
 """
 
-import contextlib
-import io
 import json
 import math
-import os
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt as t
+import train_gpt
+from train_gpt import CALIBRATION_ROWS, GPT, Config, Run, show_setting
 
 
-def load(folder: Path) -> tuple[t.Config, t.GPT, int]:
+def environment_of(settings: dict[str, object]) -> dict[str, str]:
+    """Settings as one would write them in the environment."""
+    return {name.upper(): show_setting(value) for name, value in settings.items()}
+
+
+def load(folder: Path) -> tuple[Config, GPT, int]:
     """Settings, averaged model and steps of a run that has finished training."""
-    env = {k.upper(): t.show_setting(v) for k, v in
-           json.loads((folder / "settings.json").read_text()).items()}
-    cfg = t.Config.from_env({**env, "RESUME": "0"})[0]
+    settings = json.loads((folder / "settings.json").read_text())
+    cfg = Config.from_env({**environment_of(settings), "RESUME": "0"})[0]
     path = max(folder.glob("checkpoint_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
     saved = torch.load(path, weights_only=True)
-    model = t.GPT(cfg)
-    states = saved["averages"] or [saved["model"]]
-    model.load_state_dict(states[-1] if saved["snapshots"] or len(states) == 1 else states[0])
-    return cfg, model, saved["step"]
+    model = GPT(cfg)
+    averages = train_gpt.Averages(model, cfg)
+    model.load_state_dict(saved["model"])
+    for average, state in zip(averages.kept, saved["averages"], strict=True):
+        average.load_state_dict(state)
+    averages.snapshots = saved["snapshots"]
+    return cfg, averages.result(Run(cfg, 0, 1, torch.device("cpu"))), saved["step"]
 
 
-def main(folder: str, variants: list[str]) -> None:
-    cfg, model, steps = load(Path(folder))
-    torch.manual_seed(0)
-    rows, val = t.TrainingRows(cfg), t.load_validation(cfg)
-    run = t.Run(replace(cfg, quant_clip="std", max_wallclock_seconds=0), 0, 1, torch.device("cpu"))
-    model.cfg = run.cfg
-    hessians = t.collect_hessians(model, lambda n: rows.batch(
-        steps * cfg.rows_per_step + n * t.CALIBRATION_ROWS, t.CALIBRATION_ROWS)[0],
+def main(folder: Path, variants: list[str]) -> None:
+    cfg, model, steps = load(folder)
+    rows, val = train_gpt.TrainingRows(cfg), train_gpt.load_validation(cfg)
+    model.cfg = replace(cfg, quant_clip="std")  # the Hessian of the logits' matrix too
+    run = Run(model.cfg, 0, 1, torch.device("cpu"))
+    hessians = train_gpt.collect_hessians(model, lambda n: rows.batch(
+        steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0],
         cfg.gptq_calib_batches, math.inf, run)
-    stride = int(os.environ.get("STRIDE", 0))
-    result = t.evaluate("float", t.training_nats, model, val, run, stride)
-    print(f"float {result.bpb:.5f}", flush=True)
+    result = train_gpt.evaluate("float", train_gpt.training_nats, model, val, run)
+    print(f"float {result.bpb:.5f} bpb", flush=True)
     for variant in variants:
         changes = dict(pair.split("=", 1) for pair in variant.split())
-        new = t.Config.from_env({**{f: t.show_setting(v) for f, v in
-                                    ((k.upper(), v) for k, v in vars(cfg).items())}, **changes})[0]
-        model.cfg = new
-        run = t.Run(new, 0, 1, torch.device("cpu"))
-        known = hessians if new.quant_clip == "std" else {
-            k: v for k, v in hessians.items() if k not in ("tok_emb", "lm_head")}
+        model.cfg = Config.from_env({**environment_of(asdict(cfg)), **changes})[0]
+        run = Run(model.cfg, 0, 1, torch.device("cpu"))
+        used = {name: H for name, H in hessians.items()
+                if model.cfg.quant_clip == "std" or name not in ("tok_emb", "lm_head")}
         with tempfile.TemporaryDirectory() as place:
             run.folder = Path(place)
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                blob = t.export(model, known, val, run)
-        sizes = [line for line in out.getvalue().splitlines() if line.startswith("size_pass")]
-        print(*sizes, sep="\n")
-        scored = t.rebuild_model(new, t.decode_artifact(blob)[1], run)
-        result = t.evaluate("artifact", t.training_nats, scored, val, run, stride)
+            blob = train_gpt.export(model, used, val, run)
+        stored = train_gpt.decode_artifact(blob)[1]
+        rebuilt = train_gpt.rebuild_model(model.cfg, stored, run)
+        result = train_gpt.evaluate("artifact", train_gpt.training_nats, rebuilt, val, run)
         print(f"{variant}: {len(blob)} bytes {result.bpb:.5f} bpb", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2:])
