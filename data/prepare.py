@@ -1298,11 +1298,12 @@ def bounded_lines(blocks: Iterable[bytes], place: str) -> Iterator[tuple[int, by
     for block in blocks:
         first, *others = block.split(b"\n")
         held += first
-        for line in others:
-            yield number, bytes(held)
-            number, held = number + 1, bytearray(line)
-        if len(held) > MAX_DOCUMENT_BYTES:
-            raise BadInput(f"{place}:{number}: a line of over {MAX_DOCUMENT_BYTES >> 20} MiB")
+        for line in (*others, None):
+            if len(held) > MAX_DOCUMENT_BYTES:
+                raise BadInput(f"{place}:{number}: a line of over {MAX_DOCUMENT_BYTES >> 20} MiB")
+            if line is not None:
+                yield number, bytes(held)
+                number, held = number + 1, bytearray(line)
     if held:
         yield number, bytes(held)
 
@@ -1324,8 +1325,8 @@ def json_text(line: bytes, place: str) -> str:
     """Return the "text" of one .jsonl line; BadInput where there is none."""
     content = decoded_text(line.removeprefix(codecs.BOM_UTF8), place)
     try:
-        # Numbers of other fields, of any length, are not worked out.
-        value = json.loads(content, parse_int=str, parse_float=str)
+        # Numbers, of any length, stay numbers but are not worked out.
+        value = json.loads(content, parse_int=len, parse_float=len)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{place}: not JSON ({error})") from None
     if not isinstance(value, dict) or "text" not in value:
@@ -1434,7 +1435,7 @@ FINEWEB_PREFIX = "datasets"
 RETRY_PAUSES = (1, 2, 4, 8)
 
 
-class NotPublished(Exception):
+class NotPublished(BadInput):
     """The repository is there but has no such file."""
 
 
@@ -1548,7 +1549,7 @@ class Hub:
                 "(MATCHED_FINEWEB_REPO_ID chooses it)"
             ) from None
         if status == 404:
-            raise NotPublished(path) from None
+            raise NotPublished(f"{self.repository} does not publish {self.remote(path)}") from None
         if status is not None and status < 500 and status not in (408, 429):
             raise Failure(f"{path}: the hub answered {status}") from None
         if status is not None:
@@ -1593,10 +1594,8 @@ def published(hub: Hub, variant: str, skip_manifest: bool) -> Published:
         return Published(tokenizer=f"tokenizers/fineweb_{size}_bpe.model")
     try:
         path = hub.fetch("manifest.json")
-    except NotPublished:
-        raise BadInput(
-            f"{hub.repository}: no {hub.remote('manifest.json')}; try --skip-manifest"
-        ) from None
+    except NotPublished as error:
+        raise BadInput(f"{error}; try --skip-manifest") from None
     try:
         return read_manifest(json.loads(path.read_bytes()), name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -1660,9 +1659,7 @@ def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) ->
                 fetch_shard(hub, folder, "val", number, 1, bar)
             except NotPublished:
                 if number == 0 or offer.val_shards is not None:
-                    raise BadInput(
-                        f"{hub.repository}: no {folder.name}/fineweb_val_{number:06d}.bin"
-                    ) from None
+                    raise
                 break
         if extra := shard_paths(folder, "val")[number:]:
             raise BadInput(f"{extra[0]}: {hub.repository} publishes only {number}; delete it")
@@ -1670,10 +1667,14 @@ def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) ->
             try:
                 fetch_shard(hub, folder, "train", number, train_shards - number, bar)
             except NotPublished:
-                raise BadInput(
-                    f"--train-shards {train_shards}: {hub.repository} has only {number} "
-                    f"for {folder.name}"
-                ) from None
+                raise too_many_shards(train_shards, hub, folder, number) from None
+
+
+def too_many_shards(wanted: int, hub: Hub, folder: Path, number: int) -> BadInput:
+    """Return the refusal of more training shards than there are."""
+    return BadInput(
+        f"--train-shards {wanted}: {hub.repository} publishes {number} for {folder.name}"
+    )
 
 
 def count_validation(folder: Path, tokenizer, name: str) -> dict[str, int | None]:
@@ -1754,10 +1755,7 @@ def download_fineweb(
             hub = Hub(repository, prefix, staging)
             offer = published(hub, variant, skip_manifest)
             if offer.train_shards is not None and train_shards > offer.train_shards:
-                raise BadInput(
-                    f"--train-shards {train_shards}: {repository} publishes "
-                    f"{offer.train_shards} for {folder.name}"
-                )
+                raise too_many_shards(train_shards, hub, folder, offer.train_shards)
             path = out / "tokenizers" / Path(offer.tokenizer).name
             tokenizer = fetch_tokenizer(hub, offer.tokenizer, path, FINEWEB_VARIANTS[variant])
             write_json(folder / JOURNAL, {"request": {"repository": repository}})
@@ -1786,10 +1784,7 @@ def refuse_mixture(folder: Path, repository: str) -> None:
 
 def fetch_tokenizer(hub: Hub, remote: str, path: Path, vocab_size: int):
     """Download the published tokenizer, check it, put it in place and return it loaded."""
-    try:
-        staged = hub.fetch(remote)
-    except NotPublished:
-        raise BadInput(f"{hub.repository}: no {hub.remote(remote)}") from None
+    staged = hub.fetch(remote)
     size = load_tokenizer(staged).vocab_size()
     if size != vocab_size:
         raise BadInput(f"{hub.repository}: {remote} has {size} pieces, not {vocab_size}")
