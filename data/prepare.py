@@ -236,12 +236,9 @@ def shard_header(count: int) -> bytes:
 
 def read_shard_header(path: Path) -> int:
     """Return the token count of a shard whose header and size agree; BadInput otherwise."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such shard") from None
+    with open(path, "rb") as file:
+        start = file.read(HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
     if len(start) < HEADER_BYTES:
         raise BadInput(
             f"{path}: {size:,} bytes, but a shard starts with a header of {HEADER_BYTES:,}"
@@ -380,7 +377,8 @@ def load_tokenizer(path: Path):
     """Return the SentencePieceProcessor of a model file.
 
     Raises BadInput for a file that is no model, for one without byte fallback (it would lose
-    text), with another BOS than id 1 (it would lose document starts) or with ids over 16 bits.
+    text), with another BOS than id 1 (it would lose document starts), with ids over 16 bits or
+    that gives another text back, such as one that ends in a space (it would be counted).
     """
     import sentencepiece
 
@@ -399,6 +397,8 @@ def load_tokenizer(path: Path):
         raise BadInput(f"{path}: its BOS is id {tokenizer.bos_id()}; shards need id {BOS_ID}")
     if size > MAX_VOCAB:
         raise BadInput(f"{path}: {size:,} pieces; shards hold ids below {MAX_VOCAB:,}")
+    if (back := tokenizer.decode(tokenizer.encode("a b"))) != "a b":
+        raise BadInput(f"{path}: makes {back!r} of 'a b'; bytes cannot be counted with it")
     return tokenizer
 
 
@@ -833,7 +833,7 @@ class Journal:
                     return False
                 for number in range(progress.shards):
                     read_shard_header(shard_path(self.path.parent, split, number))
-        except BadInput:
+        except (BadInput, FileNotFoundError):
             return False
         return True
 
@@ -958,7 +958,7 @@ def encode_split(plan: Plan, survey: Survey, tokenizer, journal: Journal, split:
                 if counted != expected or np.count_nonzero(decoded.silent[ids]) != 1:
                     raise BadInput(
                         f"{document.place}: the tokens stand for {counted:,} bytes of text, not "
-                        f"{expected:,}, or for none; {plan.tokenizer_path.name} cannot be used"
+                        f"{expected:,}; {plan.tokenizer_path.name} cannot be used for it"
                     )
                 writer.add(ids, len(document.utf8), counted)
                 progress.chain = chained(progress.chain, document)
@@ -1629,7 +1629,7 @@ def fetch_shard(hub: Hub, folder: Path, split: str, number: int, remaining: int,
     Does nothing for one that is there and whole. `remaining` shards are still to come.
     """
     path = shard_path(folder, split, number)
-    with contextlib.suppress(BadInput):
+    with contextlib.suppress(BadInput, FileNotFoundError):
         read_shard_header(path)
         return
     remote = f"datasets/{folder.name}/{path.name}"

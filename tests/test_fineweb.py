@@ -75,8 +75,8 @@ class Download:
         self.environment = {
             "HF_ENDPOINT": endpoint,
             "MATCHED_FINEWEB_REPO_ID": NAME,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
         }
 
     def argv(self, *more: str, shards: int = 2) -> list[str]:
