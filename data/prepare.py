@@ -236,12 +236,9 @@ def shard_header(count: int) -> bytes:
 
 def read_shard_header(path: Path) -> int:
     """Return the token count of a shard whose header and size agree; BadInput otherwise."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such shard") from None
+    with open(path, "rb") as file:
+        start = file.read(HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
     if len(start) < HEADER_BYTES:
         raise BadInput(
             f"{path}: {size:,} bytes, but a shard starts with a header of {HEADER_BYTES:,}"
@@ -380,7 +377,8 @@ def load_tokenizer(path: Path):
     """Return the SentencePieceProcessor of a model file.
 
     Raises BadInput for a file that is no model, for one without byte fallback (it would lose
-    text), with another BOS than id 1 (it would lose document starts) or with ids over 16 bits.
+    text), with another BOS than id 1 (it would lose document starts), with ids over 16 bits or
+    that gives another text back, such as one that ends in a space (it would be counted).
     """
     import sentencepiece
 
@@ -399,6 +397,8 @@ def load_tokenizer(path: Path):
         raise BadInput(f"{path}: its BOS is id {tokenizer.bos_id()}; shards need id {BOS_ID}")
     if size > MAX_VOCAB:
         raise BadInput(f"{path}: {size:,} pieces; shards hold ids below {MAX_VOCAB:,}")
+    if (back := tokenizer.decode(tokenizer.encode("a b"))) != "a b":
+        raise BadInput(f"{path}: makes {back!r} of 'a b'; bytes cannot be counted with it")
     return tokenizer
 
 
@@ -833,7 +833,7 @@ class Journal:
                     return False
                 for number in range(progress.shards):
                     read_shard_header(shard_path(self.path.parent, split, number))
-        except BadInput:
+        except (BadInput, FileNotFoundError):
             return False
         return True
 
@@ -958,7 +958,7 @@ def encode_split(plan: Plan, survey: Survey, tokenizer, journal: Journal, split:
                 if counted != expected or np.count_nonzero(decoded.silent[ids]) != 1:
                     raise BadInput(
                         f"{document.place}: the tokens stand for {counted:,} bytes of text, not "
-                        f"{expected:,}, or for none; {plan.tokenizer_path.name} cannot be used"
+                        f"{expected:,}; {plan.tokenizer_path.name} cannot be used for it"
                     )
                 writer.add(ids, len(document.utf8), counted)
                 progress.chain = chained(progress.chain, document)
@@ -1298,11 +1298,12 @@ def bounded_lines(blocks: Iterable[bytes], place: str) -> Iterator[tuple[int, by
     for block in blocks:
         first, *others = block.split(b"\n")
         held += first
-        for line in others:
-            yield number, bytes(held)
-            number, held = number + 1, bytearray(line)
-        if len(held) > MAX_DOCUMENT_BYTES:
-            raise BadInput(f"{place}:{number}: a line of over {MAX_DOCUMENT_BYTES >> 20} MiB")
+        for line in (*others, None):
+            if len(held) > MAX_DOCUMENT_BYTES:
+                raise BadInput(f"{place}:{number}: a line of over {MAX_DOCUMENT_BYTES >> 20} MiB")
+            if line is not None:
+                yield number, bytes(held)
+                number, held = number + 1, bytearray(line)
     if held:
         yield number, bytes(held)
 
@@ -1324,8 +1325,8 @@ def json_text(line: bytes, place: str) -> str:
     """Return the "text" of one .jsonl line; BadInput where there is none."""
     content = decoded_text(line.removeprefix(codecs.BOM_UTF8), place)
     try:
-        # Numbers of other fields, of any length, are not worked out.
-        value = json.loads(content, parse_int=str, parse_float=str)
+        # Numbers, of any length, stay numbers but are not worked out.
+        value = json.loads(content, parse_int=len, parse_float=len)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{place}: not JSON ({error})") from None
     if not isinstance(value, dict) or "text" not in value:
@@ -1434,7 +1435,7 @@ FINEWEB_PREFIX = "datasets"
 RETRY_PAUSES = (1, 2, 4, 8)
 
 
-class NotPublished(Exception):
+class NotPublished(BadInput):
     """The repository is there but has no such file."""
 
 
@@ -1548,7 +1549,7 @@ class Hub:
                 "(MATCHED_FINEWEB_REPO_ID chooses it)"
             ) from None
         if status == 404:
-            raise NotPublished(path) from None
+            raise NotPublished(f"{self.repository} does not publish {self.remote(path)}") from None
         if status is not None and status < 500 and status not in (408, 429):
             raise Failure(f"{path}: the hub answered {status}") from None
         if status is not None:
@@ -1593,10 +1594,8 @@ def published(hub: Hub, variant: str, skip_manifest: bool) -> Published:
         return Published(tokenizer=f"tokenizers/fineweb_{size}_bpe.model")
     try:
         path = hub.fetch("manifest.json")
-    except NotPublished:
-        raise BadInput(
-            f"{hub.repository}: no {hub.remote('manifest.json')}; try --skip-manifest"
-        ) from None
+    except NotPublished as error:
+        raise BadInput(f"{error}; try --skip-manifest") from None
     try:
         return read_manifest(json.loads(path.read_bytes()), name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -1630,7 +1629,7 @@ def fetch_shard(hub: Hub, folder: Path, split: str, number: int, remaining: int,
     Does nothing for one that is there and whole. `remaining` shards are still to come.
     """
     path = shard_path(folder, split, number)
-    with contextlib.suppress(BadInput):
+    with contextlib.suppress(BadInput, FileNotFoundError):
         read_shard_header(path)
         return
     remote = f"datasets/{folder.name}/{path.name}"
@@ -1660,9 +1659,7 @@ def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) ->
                 fetch_shard(hub, folder, "val", number, 1, bar)
             except NotPublished:
                 if number == 0 or offer.val_shards is not None:
-                    raise BadInput(
-                        f"{hub.repository}: no {folder.name}/fineweb_val_{number:06d}.bin"
-                    ) from None
+                    raise
                 break
         if extra := shard_paths(folder, "val")[number:]:
             raise BadInput(f"{extra[0]}: {hub.repository} publishes only {number}; delete it")
@@ -1670,10 +1667,14 @@ def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) ->
             try:
                 fetch_shard(hub, folder, "train", number, train_shards - number, bar)
             except NotPublished:
-                raise BadInput(
-                    f"--train-shards {train_shards}: {hub.repository} has only {number} "
-                    f"for {folder.name}"
-                ) from None
+                raise too_many_shards(train_shards, hub, folder, number) from None
+
+
+def too_many_shards(wanted: int, hub: Hub, folder: Path, number: int) -> BadInput:
+    """Return the refusal of more training shards than there are."""
+    return BadInput(
+        f"--train-shards {wanted}: {hub.repository} publishes {number} for {folder.name}"
+    )
 
 
 def count_validation(folder: Path, tokenizer, name: str) -> dict[str, int | None]:
@@ -1754,10 +1755,7 @@ def download_fineweb(
             hub = Hub(repository, prefix, staging)
             offer = published(hub, variant, skip_manifest)
             if offer.train_shards is not None and train_shards > offer.train_shards:
-                raise BadInput(
-                    f"--train-shards {train_shards}: {repository} publishes "
-                    f"{offer.train_shards} for {folder.name}"
-                )
+                raise too_many_shards(train_shards, hub, folder, offer.train_shards)
             path = out / "tokenizers" / Path(offer.tokenizer).name
             tokenizer = fetch_tokenizer(hub, offer.tokenizer, path, FINEWEB_VARIANTS[variant])
             write_json(folder / JOURNAL, {"request": {"repository": repository}})
@@ -1786,10 +1784,7 @@ def refuse_mixture(folder: Path, repository: str) -> None:
 
 def fetch_tokenizer(hub: Hub, remote: str, path: Path, vocab_size: int):
     """Download the published tokenizer, check it, put it in place and return it loaded."""
-    try:
-        staged = hub.fetch(remote)
-    except NotPublished:
-        raise BadInput(f"{hub.repository}: no {hub.remote(remote)}") from None
+    staged = hub.fetch(remote)
     size = load_tokenizer(staged).vocab_size()
     if size != vocab_size:
         raise BadInput(f"{hub.repository}: {remote} has {size} pieces, not {vocab_size}")

@@ -8,7 +8,8 @@ up in order, one a GET:
     "cut"      half of the bytes, then the connection is closed
     "hang"     half of the bytes, then nothing for a while
     "short"    three quarters of the bytes, announced and sent as if they were all
-    "500"      an internal server error ("head500": already at the HEAD)
+    "500"      an internal server error ("head500", "head403": that answer already at the HEAD)
+    "portal"   an answer to the HEAD as of a server that is no hub
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ class Handler(BaseHTTPRequestHandler):
         repository.log.append(f"{self.command} {name}")
         if name not in repository.files:
             return self.refuse(404, "EntryNotFound")
-        if self.command == "HEAD" and repository.take_fault(name, "head500"):
-            return self.refuse(500)
+        if self.command == "HEAD":
+            fault = repository.take_fault(name, "head500", "head403", "portal")
+            if fault:
+                return self.refuse({"head500": 500, "head403": 403, "portal": 200}[fault])
         if name.endswith(".bin") and not stored:
             return self.redirect(name)
         self.send_file(name)
@@ -93,7 +96,9 @@ class Handler(BaseHTTPRequestHandler):
         """Send the address of a large file's bytes, with its size and hash."""
         content = self.server.repository.files[name]
         self.send_response(302)
-        self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/storage/{name}")
+        # Another host, as storage is: what the hub says of the file counts, not what storage says.
+        port = self.server.server_port
+        self.send_header("Location", f"http://localhost:{port}/storage/{name}")
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')

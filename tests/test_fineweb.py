@@ -75,8 +75,8 @@ class Download:
         self.environment = {
             "HF_ENDPOINT": endpoint,
             "MATCHED_FINEWEB_REPO_ID": NAME,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
         }
 
     def argv(self, *more: str, shards: int = 2) -> list[str]:
@@ -242,7 +242,7 @@ def test_missing_repository(download):
 
 def test_missing_shard(repository, download):
     del repository.files[f"{FOLDER}/fineweb_train_000001.bin"]
-    assert_one_error(download(), 2, "has only 1")
+    assert_one_error(download(), 2, "publishes 1")
 
 
 def test_offline(download):
@@ -288,10 +288,10 @@ def test_bad_manifest(repository, download, manifest):
 
 def test_without_manifest(repository, download):
     del repository.files["datasets/manifest.json"]
-    assert_one_error(download(), 2, "no datasets/manifest.json")
+    assert_one_error(download(), 2, "does not publish datasets/manifest.json")
     assert download("--skip-manifest")[0] == 0
     assert len(download.shards()) == 3
-    assert_one_error(download("--skip-manifest", shards=9), 2, "has only 3")
+    assert_one_error(download("--skip-manifest", shards=9), 2, "publishes 3")
     assert download.sidecar()["documents"] == len(VAL_TEXTS)
 
 

@@ -1,0 +1,542 @@
+"""Every message in data/README.md's "When something goes wrong" is produced here.
+
+Each case is filed under its message as the table has it (`...` stands for anything). Two checks
+close the circle: the table lists exactly these messages, and every place in data/prepare.py that
+refuses or warns was reached by one of them and is described by the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gzip
+import io
+import json
+import os
+import re
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import HubServer, Repository
+from test_fineweb import FOLDER, NAME, shard
+from test_prepare import ROOT, VOCAB, model_bytes, words
+
+from data import prepare
+
+SOURCE = ROOT / "data" / "prepare.py"
+REPORTERS = ("BadInput", "Failure", "InputChanged", "NotPublished", "ArgumentTypeError", "warn")
+README = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+TABLE = re.findall(r"^\| `(.+?)` \| .+ \| .+ \|$", README.partition("goes wrong")[2], re.MULTILINE)
+
+reached: set[int] = set()  # lines of SOURCE that made a report which a case printed
+
+
+class Place:
+    """A folder for one case, with a tokenizer, a text and the means to run prepare.py."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capsys) -> None:
+        self.folder, self.patch, self.capsys = folder, patch, capsys
+        self.out, self.model = folder / "out", folder / "given.model"
+        self.model.write_bytes(model_bytes())
+        self.data = self.out / f"datasets/t_sp{VOCAB}"
+        self.good = self.write("t.jsonl", *({"text": f"text {i}"} for i in range(9)))
+
+    def write(self, name: str, *lines: object) -> Path:
+        """Write a file: bytes as they are, other objects as lines of JSON."""
+        path = self.folder / name
+        content = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
+        path.write_bytes(b"\n".join(content))
+        return path
+
+    def run(self, *argv: object) -> str:
+        """Run a command line; return the one line of its stderr."""
+        self.capsys.readouterr()
+        status = prepare.main([str(x) for x in (*argv, "--out", self.out)])
+        stderr = self.capsys.readouterr().err
+        assert stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+        expected = {"warning": (0,), "error": (1, 2, 130)}[stderr.partition(":")[0]]
+        assert status in expected, stderr
+        return stderr[:-1]
+
+    def text(self, path: Path | None = None, *more: object) -> str:
+        """Prepare a text with the given tokenizer."""
+        return self.run("text", path or self.good, "--tokenizer", self.model, *more)
+
+    def built(self) -> Place:
+        """Have the good text prepared."""
+        argv = ["text", self.good, "--tokenizer", self.model, "--out", self.out]
+        assert prepare.main([str(x) for x in argv]) == 0
+        return self
+
+
+OURS = {"byte_fallback": True, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+
+# Your text: file name, content
+
+TEXTS = {
+    "...: expected a file ending in ...": ("a.png", b"x"),
+    "...: damaged or cut short (...)": ("a.txt.gz", gzip.compress(b"text" * 99)[:-9]),
+    "...: not UTF-8 at byte ...": ("a.txt", b"caf\xe9"),
+    "a NUL character, ... (line ..., column ... of the document)": ("a.txt", b"a\0b\0"),
+    "a literal U+2581, ... (line ..., column ... of the document)": ("a.txt", "\u2581".encode()),
+    "half of a surrogate pair, ... (line ..., column ... of the document)": (
+        "a.jsonl",
+        b'{"text": "\\ud800"}',
+    ),
+    "...: not JSON (...)": ("a.jsonl", b"text"),
+    '...: expected {"text": "..."}, got ...': ("a.jsonl", b'{"body": "a"}'),
+    '...: "text" is not a string': ("a.jsonl", b'{"text": 5}'),
+    "the input holds no document with any text": ("a.txt", b""),
+    "... document(s) and none left for training": ("a.txt", b"a"),
+}
+
+
+def of_text(name: str, content: bytes) -> Callable[[Place], str]:
+    return lambda place: place.text(place.write(name, content))
+
+
+def small_limit(name: str, content: bytes) -> Callable[[Place], str]:
+    def case(place: Place) -> str:
+        place.patch.setattr(prepare, "MAX_DOCUMENT_BYTES", 1 << 20)
+        return place.text(place.write(name, content))
+
+    return case
+
+
+def changed_input(place: Place) -> str:
+    """The text changes when the first pass is over."""
+    place.patch.setattr(
+        prepare.Journal, "start", lambda *args, **more: place.write("t.jsonl", {"text": "other"})
+    )
+    return place.text()
+
+
+# Tokenizers
+
+
+def trained(place: Place, size: int, text: str) -> str:
+    lines = ({"text": f"{i} {text}"} for i in range(9))
+    return place.run("text", place.write("a.jsonl", *lines), "--vocab-size", size)
+
+
+def broken_trainer(place: Place) -> str:
+    import sentencepiece
+
+    def train(**options) -> None:
+        raise RuntimeError("INTERNAL: bad luck\nand more")
+
+    place.patch.setattr(sentencepiece.SentencePieceTrainer, "train", train)
+    return place.run("text", place.good)
+
+
+def with_model(content: bytes | None, limit: int | None = None) -> Callable[[Place], str]:
+    """The given tokenizer has other content, is missing, or MAX_VOCAB is smaller."""
+
+    def case(place: Place) -> str:
+        place.model.unlink() if content is None else place.model.write_bytes(content)
+        if limit:
+            place.patch.setattr(prepare, "MAX_VOCAB", limit)
+        return place.text()
+
+    return case
+
+
+def other_model(place: Place, **options: object) -> str:
+    """A tokenizer trained with other options is given."""
+    import sentencepiece
+
+    defaults = {"model_type": "bpe", "vocab_size": 300, "hard_vocab_limit": False}
+    with open(place.model, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([words(300, seed=i) for i in range(10)]),
+            model_writer=file,
+            minloglevel=2,
+            **{**defaults, **options},
+        )
+    return place.text()
+
+
+def wordy_model(place: Place) -> str:
+    """A tokenizer that decodes an x as two y."""
+    rules = place.write("rules.tsv", b"78\t79 79\n")
+    lines = ({"text": text} for text in ("a", "b", "xx"))
+    place.write("t.jsonl", *lines)
+    return other_model(place, denormalization_rule_tsv=str(rules), **OURS)
+
+
+def used_name(place: Place) -> str:
+    place.built().model.write_bytes(prepare.train_tokenizer([words(4000, seed=9)], VOCAB, 0))
+    return place.text(place.write("u.jsonl", {"text": "a"}, {"text": "b"}))
+
+
+# The data set's folder
+
+
+def other_input(place: Place) -> str:
+    place.built().write("t.jsonl", {"text": "a"}, {"text": "b"})
+    return place.text()
+
+
+def foreign_shards(place: Place) -> str:
+    place.built()
+    for name in ("fineweb_val.json", ".build.json"):
+        (place.data / name).unlink()
+    return place.text()
+
+
+def at_once(place: Place) -> str:
+    with prepare.sole_writer(place.data):
+        return place.text()
+
+
+def damaged(place: Place) -> str:
+    (place.built().data / "fineweb_val_000000.bin").write_bytes(b"")
+    return place.text()
+
+
+def full_disk(place: Place) -> str:
+    place.data.mkdir(parents=True)
+    (place.data / ".fineweb_val_000000.bin.tmp").symlink_to("/dev/full")
+    return place.text()
+
+
+def not_allowed(place: Place) -> str:
+    place.good.chmod(0)
+    if os.access(place.good, os.R_OK):  # the superuser may
+        denied = PermissionError(13, "Permission denied", str(place.good))
+        place.patch.setattr(prepare, "read_documents", lambda files: raises(denied))
+    return place.text()
+
+
+def raises(error: BaseException) -> Iterator:
+    raise error
+    yield
+
+
+def stopped(error: BaseException) -> Callable[[Place], str]:
+    def case(place: Place) -> str:
+        place.patch.setattr(prepare, "survey_documents", lambda plan: next(raises(error)))
+        return place.text()
+
+    return case
+
+
+def missing_package(place: Place) -> str:
+    place.patch.setitem(sys.modules, "sentencepiece", None)
+    return place.text()
+
+
+def missing_at_start(place: Place) -> str:
+    """What is needed before anything else."""
+    place.patch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SOURCE))
+    return str(caught.value)
+
+
+def small_packages(place: Place) -> None:
+    """Let `docs` read two modules instead of the installed packages."""
+    for name in ("a", "b"):
+        place.write(f"{name}.py", f'"""{words(900, seed=ord(name))}"""'.encode())
+    place.patch.setattr(prepare, "package_folder", lambda name: place.folder)
+
+
+def other_versions(place: Place) -> str:
+    small_packages(place)
+    pins = place.write("requirements.txt", b"numpy==0.1")
+    place.patch.setattr(prepare, "REQUIREMENTS", pins)
+    return place.run("docs", "--vocab-size", VOCAB, "--workers", 1)
+
+
+def killed_worker(place: Place) -> str:
+    """A worker waits for a pipe, and is killed there."""
+    import multiprocessing
+
+    small_packages(place)
+    os.mkfifo(place.folder / "pipe.py")
+    place.patch.setattr(prepare, "warn_of_other_versions", lambda versions: None)
+
+    def kill() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.02)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        return place.run("docs", "--vocab-size", VOCAB, "--workers", 2)
+    finally:
+        killer.join()
+
+
+# FineWeb
+
+
+def published() -> Repository:
+    """Return a repository of one shard a split and a small tokenizer."""
+    tokens = np.array([1, *range(300, 310)])
+    entry = {"name": "fineweb10B_sp1024", "tokenizer_name": "t"}
+    manifest = {
+        "datasets": [{**entry, "stats": {"files_train": 1, "files_val": 1}}],
+        "tokenizers": [{"name": "t", "model_path": "tokenizers/t.model"}],
+    }
+    files = {f"{FOLDER}/fineweb_{split}_000000.bin": shard(tokens) for split in ("train", "val")}
+    files["datasets/manifest.json"] = json.dumps(manifest).encode()
+    for name in ("t", f"fineweb_{VOCAB}_bpe"):
+        files[f"datasets/tokenizers/{name}.model"] = model_bytes()
+    return Repository(NAME, files)
+
+
+def hub(
+    change: Callable[[Repository], object] = lambda repository: None,
+    *argv: object,
+    here: Callable[[Place], object] = lambda place: None,
+    twice: bool = False,
+    **environment: str,
+) -> Callable[[Place], str]:
+    """Download from a changed repository with something done here before, or between two times."""
+
+    def case(place: Place) -> str:
+        repository = published()
+        change(repository)
+        command = ("fineweb", "--variant", "sp1024", "--train-shards", 1, *argv)
+        with HubServer(repository) as server:
+            settings = {"HF_ENDPOINT": server.endpoint, "MATCHED_FINEWEB_REPO_ID": NAME}
+            settings |= {
+                "NO_PROXY": "127.0.0.1,localhost",
+                "no_proxy": "127.0.0.1,localhost",
+                **environment,
+            }
+            for name, value in settings.items():
+                place.patch.setenv(name, value)
+            place.patch.setattr(prepare, "RETRY_PAUSES", (0.01,))
+            place.patch.setattr(prepare, "FINEWEB_VARIANTS", {"sp1024": VOCAB})
+            if twice:
+                assert prepare.main([str(x) for x in (*command, "--out", place.out)]) == 0
+            here(place)
+            return place.run(*command)
+
+    return case
+
+
+def val_shard(content: bytes) -> Callable[[Repository], object]:
+    """Publish another validation shard."""
+    return lambda r: r.files.update({f"{FOLDER}/fineweb_val_000000.bin": content})
+
+
+def faults(kind: str) -> Callable[[Repository], object]:
+    """Let a fault strike at every attempt at the validation shard."""
+    return lambda r: r.faults.update({f"{FOLDER}/fineweb_val_000000.bin": [kind] * 9})
+
+
+def without(part: str) -> Callable[[Repository], object]:
+    """Take away the files with `part` in their names."""
+    return lambda r: [r.files.pop(name) for name in list(r.files) if part in name]
+
+
+def miscounted(repository: Repository) -> None:
+    """Publish a tokenizer that puts a space before a text, and a text that starts without one."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words(300, seed=i) for i in range(10)]),
+        model_writer=model,
+        minloglevel=2,
+        model_type="bpe",
+        vocab_size=VOCAB,
+        **OURS,
+    )
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    first = next(i for i in range(260, VOCAB) if tokenizer.id_to_piece(i)[0] != "\u2581")
+    repository.files["datasets/tokenizers/t.model"] = model.getvalue()
+    val_shard(shard([1, first]))(repository)
+
+
+def patched(target: object, name: str, value: object) -> Callable[[Place], object]:
+    return lambda place: place.patch.setattr(target, name, value)
+
+
+def hub_library(place: Place) -> None:
+    import huggingface_hub
+
+    place.patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def leave(name: str, content: bytes) -> Callable[[Place], object]:
+    """Leave a file in the folder of the download."""
+
+    def act(place: Place) -> None:
+        folder = place.out / "datasets/fineweb10B_sp1024"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return act
+
+
+CASES: dict[str, Callable[[Place], str]] = {
+    # Your text
+    **{message: of_text(*file) for message, file in TEXTS.items()},
+    "...: no such file or folder": lambda p: p.text(p.folder / "missing"),
+    "...: no .txt, ... file in this folder": lambda p: p.text(p.data.mkdir(parents=True) or p.data),
+    "...: a line of over ... MiB": small_limit("a.jsonl", b"x" * (2 << 20)),
+    "...: over ... MiB, and a .txt file is one document": small_limit("a.txt", b"x" * (2 << 20)),
+    "the validation text (--val) holds no document": lambda p: p.text(
+        p.good, "--val", p.write("v.txt")
+    ),
+    "...: the input changed while it was read": changed_input,
+    # Tokenizers
+    "--vocab-size ...: the training text only yields ... pieces": lambda p: trained(p, 9000, "a"),
+    "--vocab-size ...: bytes and frequent characters alone take ... pieces": lambda p: trained(
+        p, 261, "abcdefgh"
+    ),
+    "the training text has nothing a tokenizer can be trained on": lambda p: p.run(
+        "text", p.write("a.jsonl", {"text": "\u2585"}, {"text": "\u2585\u2585"})
+    ),
+    "--vocab-size ...: SentencePiece said ...": broken_trainer,
+    "--vocab-size ...: ... has ...": lambda p: p.text(p.good, "--vocab-size", 999),
+    "...: no such tokenizer file": with_model(None),
+    "...: not a SentencePiece model": with_model(b"no model"),
+    "...: has no byte pieces": lambda p: other_model(p, bos_id=1, unk_id=0),
+    "...: its BOS is id ...; shards need id ...": lambda p: other_model(
+        p, byte_fallback=True, bos_id=2, eos_id=1
+    ),
+    "...: ... pieces; shards hold ids below ...": with_model(model_bytes(), limit=100),
+    "...: makes ... of 'a b'": lambda p: other_model(p, treat_whitespace_as_suffix=True, **OURS),
+    "...: the tokens stand for ... bytes of text, not ...": wordy_model,
+    "...: another tokenizer of this name is in use by ...": used_name,
+    # The data set's folder
+    "...: holds a data set of other input, settings or versions": other_input,
+    "...: not written by prepare.py": foreign_shards,
+    "...: another prepare.py is writing here": at_once,
+    "warning: ...: building ... again": damaged,
+    "...: No space left on device; free some space": full_disk,
+    "...: Permission denied": not_allowed,
+    "out of memory": stopped(MemoryError()),
+    "a worker process was killed": killed_worker,
+    "interrupted; the same command goes on from here": stopped(KeyboardInterrupt()),
+    "the package ... is not installed": missing_package,
+    "warning: ...: these shards will differ from other machines' shards": other_versions,
+    # The command line
+    "... (try: ... --help)": lambda p: p.text(p.good, "--val", "a", "--val-fraction", 0.1),
+    "...: expected a whole number ...": lambda p: p.text(p.good, "--vocab-size", 9),
+    "...: expected a number over 0 and at most 0.5": lambda p: p.text(p.good, "--val-fraction", 1),
+    "expected a path, got an empty one": lambda p: p.run("text", ""),
+    "--name ...: expected letters, digits, ...": lambda p: p.text(p.good, "--name", "../a"),
+    # FineWeb
+    "...: cannot reach ...: offline, or a proxy is in the way": hub(
+        HF_ENDPOINT="http://127.0.0.1:9"
+    ),
+    "HF_HUB_OFFLINE is set": hub(here=hub_library),
+    "...: fewer bytes arrived than the hub announced; run the same command again": hub(
+        faults("short")
+    ),
+    "...: ...: ...; run the same command again": hub(
+        here=patched(prepare, "file_sha256", lambda path: "0")
+    ),
+    "...: the hub answered ..., ... times": hub(faults("head500")),
+    "...: the hub answered ...": hub(faults("head403")),
+    "... does not answer like a Hugging Face hub": hub(faults("portal")),
+    "...: no such data set repository": hub(MATCHED_FINEWEB_REPO_ID="nobody/nothing"),
+    "... does not publish ...": hub(without("manifest")),
+    "...: manifest.json does not describe ...": hub(
+        lambda r: r.files.update({"datasets/manifest.json": b"[]"})
+    ),
+    "--train-shards ...: ... publishes ... for ...": hub(
+        lambda r: None, "--skip-manifest", "--train-shards", 2
+    ),
+    "disk full: ... needs ... GB more": hub(
+        here=patched(prepare.shutil, "disk_usage", lambda path: argparse.Namespace(free=10))
+    ),
+    "...: ... publishes only ...; delete it": hub(
+        here=leave("fineweb_val_000001.bin", shard([1, 5]))
+    ),
+    "...: holds files of ..., not of ...": hub(
+        here=leave(".build.json", b'{"request": {"repository": "other/golf"}}')
+    ),
+    "warning: ...: fetching again what is damaged": hub(
+        here=leave("fineweb_val_000000.bin", b""), twice=True
+    ),
+    "...: ... has ... pieces, not ...": hub(
+        here=patched(prepare, "FINEWEB_VARIANTS", {"sp1024": 999})
+    ),
+    "...: header says magic ..., version ...": hub(val_shard(bytes(2000))),
+    "...: the header promises ... tokens": hub(val_shard(shard([1, 5])[:-1])),
+    "...: ... bytes, but a shard starts with a header of ...": hub(val_shard(b"short")),
+    "...: the first token is ..., not BOS (...)": hub(val_shard(shard([5, 1]))),
+    "...: over ... tokens without a BOS": hub(here=patched(prepare, "MAX_DOCUMENT_BYTES", 4)),
+    "...: token ..., but ... has ... pieces": hub(val_shard(shard([1, VOCAB]))),
+    "...: validation document ... is ... bytes by its pieces": hub(miscounted),
+}
+# Other ways to some of the messages.
+MORE = [
+    ("the package ... is not installed", missing_at_start),
+    ("... does not publish ...", hub(without("_bpe.model"), "--skip-manifest")),
+    ("--train-shards ...: ... publishes ... for ...", hub(lambda r: None, "--train-shards", 2)),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch, capsys) -> Iterator[Place]:
+    """A place for one case; what is reported there is traced to its line."""
+    made: list[tuple[int, str]] = []
+
+    def traced(function: Callable) -> Callable:
+        def report(*args, **more):
+            made.append((sys._getframe(1).f_lineno, str(args[-1])))
+            return function(*args, **more)
+
+        return report
+
+    monkeypatch.setattr(prepare, "warn", traced(prepare.warn))
+    for kind in (prepare.BadInput, prepare.Failure, argparse.ArgumentTypeError):
+        monkeypatch.setattr(kind, "__init__", traced(kind.__init__))
+    here = Place(tmp_path, monkeypatch, capsys)
+    here.made = made
+    return here
+
+
+def check_case(place: Place, message: str, case: Callable[[Place], str]) -> None:
+    """Run a case; its line has to be as the message says."""
+    line = case(place)
+    assert re.search(".+".join(map(re.escape, message.split("..."))), line), line
+    for number, text in place.made:
+        # A path at the start may have been replaced by a public name.
+        text = prepare.one_line(text)
+        if text in line or text.partition(": ")[2] in line:
+            reached.add(number)
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_message(place, message):
+    check_case(place, message, CASES[message])
+
+
+@pytest.mark.parametrize(("message", "case"), MORE, ids=range(len(MORE)))
+def test_other_ways(place, message, case):
+    check_case(place, message, case)
+
+
+def test_the_table_lists_these_messages():
+    assert sorted(TABLE) == sorted(CASES)
+
+
+def test_every_report_in_the_source_was_printed(request):
+    """Each call that makes a refusal or a warning was reached by a case above, and printed."""
+    selected = sum(
+        item.name.startswith(("test_message", "test_other")) for item in request.session.items
+    )
+    if selected < len(CASES) + len(MORE):
+        pytest.skip("needs all the cases of this file in the same run")
+    calls = [node for node in ast.walk(ast.parse(SOURCE.read_text())) if isinstance(node, ast.Call)]
+    sites = [c for c in calls if ast.unparse(c.func).rpartition(".")[2] in REPORTERS]
+    assert len(sites) > 50
+    missed = [c.lineno for c in sites if not reached & set(range(c.lineno, c.end_lineno + 1))]
+    assert not missed
