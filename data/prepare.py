@@ -1283,9 +1283,11 @@ def zstd_blocks(raw: io.BufferedReader) -> Iterator[bytes]:
         while chunk:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                yield frame.decompress(chunk)
+                unpacked = frame.decompress(chunk)
             except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from None
+            for start in range(0, len(unpacked), READ_BYTES):
+                yield unpacked[start : start + READ_BYTES]
             chunk = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame:
@@ -1296,6 +1298,9 @@ def bounded_lines(blocks: Iterable[bytes], place: str) -> Iterator[tuple[int, by
     """Yield (number from 1, line without its newline); BadInput over MAX_DOCUMENT_BYTES."""
     number, held = 1, bytearray()
     for block in blocks:
+        if not held and not block.strip(b"\n"):
+            number += len(block)
+            continue
         first, *others = block.split(b"\n")
         held += first
         for line in (*others, None):
