@@ -24,6 +24,22 @@ BARE_ENVIRONMENT = {
     if name in os.environ
 } | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
+# The beginning of a script that may open no connection, server or look-up: an audit hook refuses
+# every one, and nothing can take it away.
+NO_NETWORK = """
+import sys
+def hook(event, arguments):
+    if event.startswith("socket."):
+        raise RuntimeError("network: " + event)
+sys.addaudithook(hook)
+import socket
+try:
+    socket.socket()
+    raise SystemExit("sockets are not blocked")
+except RuntimeError:
+    pass
+"""
+
 # A model of 45,000 parameters with every technique on. Three rows a step are uneven for two
 # processes and leave one of four without a row.
 TINY = {

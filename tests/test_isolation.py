@@ -10,22 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TinyData
-from jobs import BARE_ENVIRONMENT, environment, tiny_job
+from jobs import BARE_ENVIRONMENT, NO_NETWORK, environment, tiny_job
 
-# Every call of Python that opens a connection, a server or a look-up is refused by an audit hook,
-# which nothing can take away; without arguments the trainer is imported, with some it is run.
-BLOCKED = """
-import sys
-def hook(event, arguments):
-    if event.startswith("socket."):
-        raise RuntimeError("network: " + event)
-sys.addaudithook(hook)
-import socket
-try:
-    socket.socket()
-    raise SystemExit("sockets are not blocked")
-except RuntimeError:
-    pass
+# Without arguments the trainer is imported, with some it is run.
+BLOCKED = NO_NETWORK + """
 import train_gpt
 sys.exit(train_gpt.main(sys.argv[1:]) if sys.argv[1:] else 0)
 """

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from jobs import NO_NETWORK
 from test_prepare import (
     ROOT,
     VOCAB,
@@ -392,18 +393,7 @@ def test_memory_is_bounded(build, name):
 
 # No network
 
-BLOCKED = """
-import sys
-def hook(event, arguments):
-    if event.startswith("socket."):
-        raise RuntimeError("network: " + event)
-sys.addaudithook(hook)
-import socket
-try:
-    socket.socket()
-    raise SystemExit("sockets are not blocked")
-except RuntimeError:
-    pass
+BLOCKED = NO_NETWORK + """
 sys.path.insert(0, sys.argv.pop(1))
 import prepare
 from pathlib import Path
