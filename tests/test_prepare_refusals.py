@@ -15,10 +15,8 @@ import json
 import os
 import re
 import runpy
-import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -256,23 +254,29 @@ def other_versions(place: Place) -> str:
 
 
 def killed_worker(place: Place) -> str:
-    """A worker waits for a pipe, and is killed there."""
+    """Workers wait for a pipe and are killed there.
+
+    All of them, until the run has ended: one that starts while the pool ends for the first one's
+    death is not told to stop by Python 3.11, and would wait for the pipe for ever.
+    """
     import multiprocessing
 
     small_packages(place)
     os.mkfifo(place.folder / "pipe.py")
     place.patch.setattr(prepare, "warn_of_other_versions", lambda versions: None)
+    ended = threading.Event()
 
     def kill() -> None:
-        while not (workers := multiprocessing.active_children()):
-            time.sleep(0.02)
-        os.kill(workers[0].pid, signal.SIGKILL)
+        while not ended.wait(0.02):
+            for worker in multiprocessing.active_children():
+                worker.kill()
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
         return place.run("docs", "--vocab-size", VOCAB, "--workers", 2)
     finally:
+        ended.set()
         killer.join()
 
 
