@@ -172,8 +172,8 @@ class Config:
     muon_parallel: bool = knob(True, (), "Ranks share Muon's matrices out, not each doing all.")
     muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
     muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
-    optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim"),
-        "Muon for matrices, for those of blocks (others start unscaled), or for all 2-D tensors.")
+    optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim", "adam"),
+        "Muon for matrices, those of blocks (others start unscaled), all 2-D, all but of blocks.")
     adam_wd: float = knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
     grad_clip_norm: float = knob(0.3, (0.0, 1e6), "Largest gradient norm; 0: off.")
     clip_before_reduce: bool = knob(False, (), "Clip each rank's share, before the sum.")
@@ -232,6 +232,8 @@ class Config:
         for holds, complaint in (
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
+            (self.optimizer_routing != "adam" or self.bigram_vocab_size or self.value_layers,
+             "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED"),
             (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
              f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}"),
             (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
@@ -1417,6 +1419,7 @@ ROUTES_FIRST = {
     "banks": ((AUXILIARY,                               "adam", "scalar_lr",     "adam_wd"),),
     "by_ndim": ((AUXILIARY + r"|(bigram|ve_shared)\.embed\.weight|skip_weights|"
                  r"blocks\.\d+\.resid_mix",           "muon", "matrix_lr",     "muon_wd"),),
+    "adam": ((r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "adam", "matrix_lr",     "adam_wd"),),
 }
 ROUTES = (
     # parameter name (full match, first row wins)      optimizer learning rate  decay

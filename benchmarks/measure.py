@@ -1,7 +1,7 @@
 """What the measuring scripts share: a configuration's run, medians, the machine and its sgemm rate.
 
-`Bench("P")` is benchmarks/config_p.env, any other name a PRESET. A warm model, its rows and
-optimizers are ready to be timed; nothing is written to runs/.
+`Bench("P")` is benchmarks/config_p.env, "NAME=value ..." those settings, any other name a PRESET. A
+warm model, its rows and optimizers are ready to be timed; nothing is written to runs/.
 """
 
 import json
@@ -19,7 +19,9 @@ import train_gpt as t
 
 
 def settings(name: str) -> dict[str, str]:
-    """The environment of configuration P, or of a preset by its name."""
+    """The environment of configuration P, of NAME=value pairs, or of a preset by its name."""
+    if "=" in name:
+        return dict(pair.split("=", 1) for pair in name.split())
     if name != "P":
         return {"PRESET": name}
     lines = Path(__file__).with_name("config_p.env").read_text().splitlines()
