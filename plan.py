@@ -21,7 +21,9 @@ FITTED = {"block": 0.205, "table": 0.342, "seam": 14_000, "float": 1.68, "zstd":
 
 def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]:
     """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled."""
-    flash, saved, found = torch.ops.aten._scaled_dot_product_flash_attention, {}, Counter()
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    saved: dict[int, torch.Tensor] = {}
+    found: Counter[str] = Counter()
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda x: (saved.setdefault(x.untyped_storage()._cdata, x), x), lambda both: both[1])
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, hooks:
@@ -81,7 +83,8 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
 
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     """Everything that --plan prints; `code_bytes` is the size of the file that would run."""
-    (model, step), widths, ranks = traced_step(cfg), Counter(), int(os.environ.get("WORLD_SIZE", 8))
+    (model, step), ranks = traced_step(cfg), int(os.environ.get("WORLD_SIZE", 8))
+    widths: Counter[int] = Counter()
     parameters, groups = dict(model.named_parameters()), train_gpt.route_parameters(cfg, model)
     for name, p in parameters.items():
         widths[train_gpt.bits_of(cfg, name, p)] += p.numel()

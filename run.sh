@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # ./run.sh               set up, prepare data, train, export and score on what this machine has
 # ./run.sh --VERB ...    set up, then a verb of train_gpt.py: --help, --check, --plan, --eval FILE
-# ./run.sh test [--all]  lint and the CI set of tests (--all: slow ones too); further arguments
-#                        go to pytest
+# ./run.sh test [--all]  lint, types and the CI set of tests (--all: slow ones too); further
+#                        arguments go to pytest
 # Settings are environment variables: SEED=7 ./run.sh. PYTHON=... names the Python for .venv.
 set -euo pipefail
 
@@ -96,7 +96,7 @@ set_up() {
 }
 
 run_tests() {
-    local arg all=0 lint=0 tests=0
+    local arg all=0 lint=0 types=0 tests=0
     for arg in "$@"; do
         shift
         if [ "$arg" = --all ]; then
@@ -109,10 +109,12 @@ run_tests() {
     set_up
     install requirements-dev.txt requirements.txt
     "$python" -m ruff check . || lint=$?
+    "$python" -m mypy || types=$?
     "$python" -m pytest "$@" || tests=$?
     [ "$lint" = 0 ] || say "ruff found problems, see above pytest's output"
+    [ "$types" = 0 ] || say "mypy found problems, see above pytest's output"
     [ "$tests" = 0 ] || exit "$tests"
-    exit "$lint"
+    exit $((lint ? lint : types))
 }
 
 # torch counts what a run can use (CUDA_VISIBLE_DEVICES, the build installed); nvidia-smi does not.

@@ -305,7 +305,7 @@ class Config:
         """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
         known = {f.name.upper(): f for f in fields(cls)}
         given, notes = translate_names(env, known)
-        values = {}
+        values: dict = {}
         names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
         if "mini" in names[:-1]:
             raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
@@ -507,7 +507,8 @@ class Clock:
     """Seconds that count against a budget: runs only inside `with clock.running()`."""
 
     def __init__(self) -> None:
-        self.banked, self.since = 0.0, None
+        self.banked = 0.0
+        self.since: float | None = None  # when it began to run
 
     def elapsed(self) -> float:
         return self.banked + (time.perf_counter() - self.since if self.since is not None else 0.0)
@@ -678,7 +679,7 @@ class Run:
         """Raise RuntimeError unless all ranks hold the same weights, by a sum of their bits."""
         if self.world_size > 1:
             sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
-            mine = float(sum(sums).item() % 2**50)
+            mine = float(torch.stack(sums).sum().item() % 2**50)
             if self.agree(float(mine != self.agree(mine)), "most"):
                 raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
 
@@ -764,7 +765,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, newest first."""
-        return sorted(self.folder.glob("checkpoint_*.pt"), reverse=True,
+        return sorted(self.folder.glob("checkpoint_*.pt") if self.folder else (), reverse=True,
                       key=lambda path: int(re.sub(r"\D", "", path.stem)))
 
     def last_checkpoint(self) -> dict | None:
@@ -854,7 +855,7 @@ FULL_SCAN_TOKENS, SCAN_TOKENS = 200_000_000, 1 << 20
 SIDECAR = "fineweb_val.json"
 
 
-def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.ndarray:
+def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.memmap:
     """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
     size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -900,7 +901,8 @@ class TrainingRows:
         self.first_token = np.cumsum([0, *sizes])
         self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
         self.num_tokens, self.num_blocks = int(self.first_token[-1]), int(self.first_block[-1])
-        self.epoch, self.order = -1, np.empty(0, np.uint32)
+        self.epoch = -1
+        self.order: np.ndarray = np.empty(0, np.uint32)  # of the epoch's blocks
         if not self.num_blocks:
             raise Refusal(f"DATA_PATH={cfg.data_path}: no shard holds a row of "
                           f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more")
@@ -908,7 +910,8 @@ class TrainingRows:
     def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
         for shard in self.shards:  # what a file no longer holds would end the process by SIGBUS
-            if shard.base.size() < SHARD_HEADER_BYTES + shard.nbytes:
+            size = shard.base.size()  # type: ignore[union-attr, operator]  # its base is an mmap
+            if size < SHARD_HEADER_BYTES + shard.nbytes:
                 raise RuntimeError(f"{shard.filename} was cut short while the run read it")
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
         # Too late to refuse: the run has begun.
@@ -1319,6 +1322,7 @@ class GPT(nn.Module):
                 extra_v[layer] = like(scale, shared) * shared
         if cfg.vrl_mode != "off":
             first = self.blocks[0]
+            assert isinstance(first, Block)
             h = rms_norm(first.mixed(x0, x0), first.depth_scale)
             # Only with mix do layer 0's values have its value embedding.
             first_v = first.attn.values(h, extra_v.get(0) if cfg.vrl_mode == "mix" else None, None)
@@ -1385,13 +1389,13 @@ def initialize(model: GPT, cfg: Config) -> None:
                 else:
                     nn.init.orthogonal_(module.weight, scale if scaled else 1.0)
         nn.init.normal_(model.tok_emb.weight, std=cfg.tied_embed_init_std)
-        if cfg.value_layers:
+        if model.ve_shared is not None:
             nn.init.normal_(model.ve_shared.embed.weight, std=0.01)
         if cfg.emb_svd_init:  # the k-th singular value becomes the first / sqrt(k)
             U, S, Vh = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
             powers = torch.arange(1, len(S) + 1, dtype=torch.float32) ** -0.5
             model.tok_emb.weight.copy_(U * (S[0] * powers) @ Vh)
-        if cfg.bigram_vocab_size:
+        if isinstance(model.bigram, BigramHash):
             (model.bigram.proj if with_zero_proj else model.bigram.embed).weight.zero_()
             if with_zero_proj:
                 nn.init.orthogonal_(model.bigram.embed.weight)
@@ -1436,7 +1440,8 @@ ROUTES = (
 def route_parameters(cfg: Config, model: nn.Module) -> list[dict]:
     """Parameter groups, one for each row of ROUTES in use; raises ValueError on one unrouted."""
     rates = {**asdict(cfg), "token_lr": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr}
-    routes, groups = (*ROUTES_FIRST[cfg.optimizer_routing], *ROUTES), {}
+    routes = (*ROUTES_FIRST[cfg.optimizer_routing], *ROUTES)
+    groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
         row = next((row for row in routes if re.fullmatch(row[0], name)), None)
         if row is None:
@@ -1492,7 +1497,8 @@ class Muon(torch.optim.Optimizer):
                  decay_first: bool = True, run: "Run | None" = None) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
         self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
-        self.run, self.shares = run or Run(Config(), 0, 1, torch.device("cpu")), []
+        self.run = run or Run(Config(), 0, 1, torch.device("cpu"))
+        self.shares: list[Callable[[], Tensor]] = []  # of launched sums
         self.stacks = [(group, [w for w in group["params"] if w.shape == shape])
                        for group in self.param_groups
                        for shape in dict.fromkeys(w.shape for w in group["params"])]
@@ -1514,7 +1520,7 @@ class Muon(torch.optim.Optimizer):
                 if group is None or of is group]
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # without closures
         """Apply one update from the gradients; one stack's travels while the next is computed."""
         updates = []
         for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
@@ -1600,9 +1606,9 @@ class Schedule:
 
     def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
         """What is left of the run and how much of it decays, in steps or seconds alike."""
-        cfg, steps_left = self.cfg, self.cfg.iterations - step
+        cfg, steps_left = self.cfg, float(self.cfg.iterations - step)
         if cfg.step_driven:
-            whole, left, iters = cfg.iterations, steps_left, float(cfg.warmdown_iters)
+            whole, left, iters = float(cfg.iterations), steps_left, float(cfg.warmdown_iters)
         else:
             whole, iters = self.budget, 0.0
             if step_seconds := self.typical_step():
@@ -1672,11 +1678,11 @@ def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
     return [(start, min(size, last - start)) for start in range(first, last, size)]
 
 
-def reduce_gradients(parameters: list[Tensor], others: list[Tensor], run: Run) -> None:
+def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: Run) -> None:
     """Add up gradients and other tensors over ranks; a rank without rows adds nothing."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    run.add_up([*others, *(p.grad for p in parameters)])
+    run.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
 
 
 def backward(forward: Forward, model: GPT, batch: tuple[Tensor, Tensor], moment: Moment,
@@ -1797,7 +1803,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         for name, p in model.named_parameters():
             p.copy_(before[name])
 
-    def blank(rows: int) -> tuple[Tensor, Tensor]:  # not one tensor twice: that compiles anew
+    def blank(rows: int) -> tuple[Tensor, ...]:  # not one tensor twice: that compiles anew
         return torch.full((2, rows, cfg.eval_seq_len), BOS, device=run.device).unbind()
 
     @torch.no_grad()
@@ -1968,8 +1974,8 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
 def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
              groups: list[dict], run: Run) -> None:
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
-    stats = stats.tolist()
-    refuse_non_finite(stats, step, groups)
+    loss, *norms = stats.tolist()
+    refuse_non_finite([loss, *norms], step, groups)
     cfg = run.cfg
     share = step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
     due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
@@ -1980,7 +1986,7 @@ def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: floa
     template = ("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
                 "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
     run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
-            train_loss=stats[0], ms=1e3 * seconds, step_avg=1e3 * seconds / step,
+            train_loss=loss, ms=1e3 * seconds, step_avg=1e3 * seconds / step,
             lr_scale=moment.lr_scale, eta=seconds * (1 - share) / max(share, 1e-9))
 
 
@@ -2287,13 +2293,13 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
     if cfg.gptq_variant == "off":
         return {}
 
-    def batch_of(n: int) -> Tensor:
+    def batch_of(n: int, /) -> Tensor:
         return rows.batch(steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0]
 
     if cfg.gptq_calib == "selfgen":
         mine = range(run.rank, cfg.gptq_calib_batches, run.world_size)
         batch_of = {n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
-                    for n in run.progress("drawing rows", iterable=mine, unit="batch")}.get
+                    for n in run.progress("drawing rows", iterable=mine, unit="batch")}.__getitem__
     with run.training_clock.running() if inside else contextlib.nullcontext():
         deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
         hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
@@ -2356,7 +2362,8 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
             except torch.linalg.LinAlgError:
                 result, fallbacks = round_to_nearest(W, *how), fallbacks + 1
             objective += weighted_error(W, result, H)
-        stored[name] = Stored(result.values.cpu(), result.scale.cpu() if bits else None)
+        stored[name] = Stored(result.values.cpu(), result.scale if result.scale is None
+                              else result.scale.cpu())
         if 0 < bits < 8:
             low[name] = stored[name]
     if cfg.prune_pct and low:
@@ -2417,9 +2424,9 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
     broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError}
     try:
         if codec == "zstd":
-            reader = zstandard.ZstdDecompressor()
             whole = zstandard.frame_content_size(packed) == size
-            body = reader.decompress(packed, allow_extra_data=False) if whole else b""
+            body = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False) \
+                if whole else b""
         elif codec == "lzma":
             reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
             body = reader.decompress(packed, max_length=size + 1)
@@ -2565,7 +2572,8 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
     With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
     tells how far the estimate is off, and the next one takes the factor solved with that.
     """
-    cfg, code, factor, best, over, fits = run.cfg, len(run.source), 1.0, None, 0.0, math.inf
+    cfg, code, factor, over, fits = run.cfg, len(run.source), 1.0, 0.0, math.inf
+    best: tuple[tuple[bool, float], dict[str, Stored], bytes] = (False, -math.inf), {}, b""
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
     for solved in range(SOLVER_PASSES if cfg.quant_clip == "std" else 1):
@@ -2575,7 +2583,7 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
         run.log("size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}", "size_pass",
                 solved=solved, factor=factor, total=total, target=target)
         rank = (total <= target, total if total <= target else -total)
-        if best is None or rank > best[0]:
+        if rank > best[0]:
             best = rank, stored, blob
         if least <= total <= target:
             break
@@ -2588,7 +2596,7 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
 
 def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
     """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
-    if not run.is_main:
+    if run.folder is None:  # only rank 0 has one
         return run.share(b"")
     cfg, path = run.cfg, run.folder / "artifact.bin"
     stored, blob = fit_artifact(model, hessians, artifact_header(cfg, val), run)
@@ -2658,7 +2666,7 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
     """
     if stride == 0:
         stride, form = seq_len, "published_s1"  # which cuts the last one short
-    starts = np.arange(0, num_targets, stride)
+    starts: np.ndarray = np.arange(0, num_targets, stride)
     if form != "published_s1":
         last = max(num_targets - seq_len, 0)
         starts = np.append(starts[starts < last], last)
@@ -2804,7 +2812,7 @@ def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forw
             score("artifact_sliding", f"final_{label}_sliding_window_exact", stride)
         else:
             score(*chunked)
-        if diagnostics and ttt == "train_then_score":
+        if diagnostics and adapter and ttt == "train_then_score":
             adapter.learn_all(results[-1].seconds)
             run.log("warning: no legal score follows: the model has trained on the text before "
                     "scoring it")
@@ -2971,16 +2979,16 @@ def verb_plan(cfg: Config, notes: list[str]) -> int:
 
 def locate_validation(cfg: Config, header: dict) -> Config:
     """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
-    for folder in (cfg.data_path, *sorted(Path("data/datasets").glob("*"))):
+    for folder in (cfg.data_path, *map(str, sorted(Path("data/datasets").glob("*")))):
         with contextlib.suppress(Refusal):
             if read_sidecar(folder)["fingerprint"] == header["validation"]:
                 break
     else:
         raise Refusal(f"no validation split with fingerprint {header['validation'][:12]} in "
                       f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py")
-    for tokenizer in (cfg.tokenizer_path, *sorted(Path("data/tokenizers").glob("*.model"))):
-        if Path(tokenizer).is_file() and sha256_of(Path(tokenizer)) == header["tokenizer"]:
-            return replace(cfg, data_path=str(folder), tokenizer_path=str(tokenizer))
+    for path in (Path(cfg.tokenizer_path), *sorted(Path("data/tokenizers").glob("*.model"))):
+        if path.is_file() and sha256_of(path) == header["tokenizer"]:
+            return replace(cfg, data_path=folder, tokenizer_path=str(path))
     raise Refusal(f"no tokenizer with sha256 {header['tokenizer'][:12]} at "
                   f"TOKENIZER_PATH={cfg.tokenizer_path} or in data/tokenizers/")
 
@@ -3028,9 +3036,9 @@ def main(arguments: list[str]) -> int:
                           "--plan or --eval ARTIFACT; hyperparameters are environment variables")
         return VERBS[tuple(arguments)](*Config.from_env(dict(os.environ)))
     except Refusal as refusal:
-        code, said = EXIT_REFUSED, refusal
+        code, said = EXIT_REFUSED, str(refusal)
     except OSError as error:
-        code, said = EXIT_FAILED, error
+        code, said = EXIT_FAILED, str(error)
     except KeyboardInterrupt:
         code, said = EXIT_INTERRUPTED, "interrupted; what the run folder holds was kept"
     if code != EXIT_REFUSED or int(os.environ.get("RANK", 0)) == 0:  # torchrun: one is enough

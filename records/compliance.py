@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ BOS = 1
 def load_script(path: Path) -> ModuleType:
     """A train_gpt.py as a module of its own; leaves no __pycache__ beside it."""
     spec = importlib.util.spec_from_file_location("script_of_record", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up there
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
@@ -41,7 +44,7 @@ def random_ids(vocab_size: int, rows: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def is_causal(model: torch.nn.Module, vocab_size: int, length: int) -> bool:
+def is_causal(model: Any, vocab_size: int, length: int) -> bool:
     """No logit changes, bit for bit, when any later token does; and later ones do change."""
     ids = random_ids(vocab_size, 2, length)
     before = model.logits(model.hidden(ids))
@@ -56,7 +59,7 @@ def is_causal(model: torch.nn.Module, vocab_size: int, length: int) -> bool:
 
 
 @torch.no_grad()
-def is_a_distribution(model: torch.nn.Module, vocab_size: int, length: int) -> bool:
+def is_a_distribution(model: Any, vocab_size: int, length: int) -> bool:
     """Probabilities of all tokens sum to one, are what is scored, and do not know the target."""
     ids = random_ids(vocab_size, 2, length + 1)
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -80,7 +83,7 @@ def scores_once(script: ModuleType, cfg, num_targets: int) -> bool:
     return np.array_equal(scored, np.arange(num_targets))
 
 
-def scores_before_update(script: ModuleType, cfg, model: torch.nn.Module) -> bool:
+def scores_before_update(script: Any, cfg, model: Any) -> bool:
     """Weights learn from no target before its score is final; without adaptation, never."""
     cfg = replace(cfg, ttt_chunk_tokens=2 * cfg.eval_seq_len, compile="0", eval_truncate=False,
                   eval_stride=max(1, cfg.eval_seq_len // 4))
@@ -99,8 +102,12 @@ def scores_before_update(script: ModuleType, cfg, model: torch.nn.Module) -> boo
     if cfg.ttt_mode == "score_first":
         adapter = script.Adapter(script.training_nats, model, val, run)
         learn = adapter.learn
-        adapter.learn = lambda first, end, *rest: (legal.append(end <= scored[-1]),
-                                                   learn(first, end, *rest))[1]
+
+        def watched(first: int, end: int, *rest) -> int:
+            legal.append(end <= scored[-1])
+            return learn(first, end, *rest)
+
+        adapter.learn = watched
     script.score_windows = recorded
     try:
         script.evaluate("compliance", script.training_nats, model, val, run, cfg.eval_stride,

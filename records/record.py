@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -263,7 +264,8 @@ def defaults_of(script: str) -> dict:
     for node in parsed(script).body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
+                if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call) \
+                        and isinstance(line.target, ast.Name):
                     defaults[line.target.id] = ast.literal_eval(line.value.args[0])
     return defaults
 
@@ -273,20 +275,23 @@ def given_by_hand(settings: dict, script: str) -> dict[str, str]:
 
     PRESETS is read from the script's text: literals, names of earlier ones, `|` and Fraction.
     """
-    known: dict[str, object] = {}
+    known: dict[str, Any] = {}
 
-    def value(node: ast.expr) -> object:
+    def value(node: ast.expr | None) -> Any:
+        if node is None:  # of a name without a value, or `**` in a dictionary
+            raise ValueError("no literal")
         if isinstance(node, ast.Dict):
             return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
             return value(node.left) | value(node.right)
-        if isinstance(node, ast.Call) and node.func.id == "Fraction":
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Fraction":
             return Fraction(*map(value, node.args))
         return known[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
 
     for line in parsed(script).body:
-        target = line.target if isinstance(line, ast.AnnAssign) else \
-            line.targets[0] if isinstance(line, ast.Assign) else None
+        if not isinstance(line, ast.AnnAssign | ast.Assign):
+            continue
+        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
         if isinstance(target, ast.Name):
             with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
                 known[target.id] = value(line.value)
@@ -352,7 +357,7 @@ def lines_of(run: SeedRun, script: str) -> Iterator[tuple[int, dict, dict[str, s
     by_fields: dict[frozenset, list[str]] = {}
     headline = run.one("final")["name"]
     for number, event in enumerate(run.events, start=1):
-        kind, facts = event.get("event"), frozenset(event) - {"event"}
+        kind, facts = event.get("event", ""), frozenset(event) - {"event"}
         if facts not in by_fields:
             by_fields[facts] = [text for fields, text in templates_of(script) if fields <= facts]
         derived = DERIVED_LINES.get(kind, ())
@@ -386,7 +391,9 @@ def steps_to_show(run: SeedRun, script: str) -> set[int]:
 def check_log(run: SeedRun, script: str) -> Iterator[str]:
     """The log and the metrics file of a run say the same, line by line."""
     lines = run.log.splitlines()
-    expected, templates, here, due = set(), set(), set(lines), steps_to_show(run, script)
+    expected: set[str] = set()
+    templates: set[str] = set()
+    here, due = set(lines), steps_to_show(run, script)
     for number, event, said, must in lines_of(run, script):
         expected |= said.keys()
         templates |= set(said.values())
@@ -413,13 +420,15 @@ def loose_lines(run: SeedRun, script: str) -> tuple[dict[str, int], dict[str, in
     """
     own = re.compile(r"[* ] (?:RUN_ID|RUNS_DIR|SEED) |seed:|.*/log\.txt$|artifact: |log: |"
                      r"warning: |peak memory ")
-    expected, first = set(), math.inf
+    expected: set[str] = set()
+    first = math.inf
     lines = run.log.splitlines()
     for _, event, said, _ in lines_of(run, script):
         expected |= said.keys()
         if event.get("event") == "step" and first == math.inf:
             first = min((lines.index(line) for line in said if line in lines), default=math.inf)
-    head, tail = {}, {}
+    head: dict[str, int] = {}
+    tail: dict[str, int] = {}
     for number, line in enumerate(lines):
         if line not in expected and not own.match(line):
             (head if number < first else tail)[line] = number + 1
@@ -596,8 +605,8 @@ def check_together(runs: list[SeedRun], track: str) -> Iterator[str]:
     kinds = [{(e.get("event"), e.get("name") or e.get("role")) for e in run.events
               if e.get("event") not in ("machine", "step")} for run in runs]
     for run, mine in zip(runs, kinds, strict=True):
-        for kind in sorted(set.union(*kinds) - mine, key=str):
-            yield f"{run.metrics_path}: no event {kind}, which another seed has"
+        for missing in sorted(set.union(*kinds) - mine, key=str):
+            yield f"{run.metrics_path}: no event {missing}, which another seed has"
     first = common_settings(runs[0].settings)
     for run in runs[1:]:
         for name, value in common_settings(run.settings).items():
@@ -863,7 +872,7 @@ def check_official_claims(claims: dict, found: dict) -> Iterator[str]:
                f"{statistics.stdev(scores):.8f}")
     sizes = {name: number_in(claims, name) for name in SIZE_NAMES if name in claims}
     for name, value in sizes.items():
-        if value > LIMIT_BYTES:
+        if value is not None and value > LIMIT_BYTES:
             yield f"submission.json: {name} is {value:,}, over the cap of {LIMIT_BYTES:,}"
         elif totals and not name.startswith("bytes_model") and value not in totals:
             yield (f"submission.json: {name} is {value}, the logs say "
@@ -882,7 +891,8 @@ def is_own(folder: Path) -> bool:
 
 def check_folder(folder: Path, rescore: bool = False) -> dict:
     """What is wrong with a folder, and what cannot be told."""
-    kind, unverified = "unreadable", []
+    kind = "unreadable"
+    unverified: list[str] = []
     try:
         if not folder.is_dir():
             raise Wrong(f"{folder}: no such folder")
@@ -1175,7 +1185,9 @@ class Comparison:
 
 def scores_of(a: dict, b: dict, unit: str) -> tuple[dict[str, float], dict[str, float]]:
     """Scores by seed of two submission.json."""
-    return tuple({seed: r[unit] for seed, r in claims["seed_results"].items()} for claims in (a, b))
+    of_a, of_b = ({seed: r[unit] for seed, r in claims["seed_results"].items()}
+                  for claims in (a, b))
+    return of_a, of_b
 
 
 def compare_scores(a: dict[str, float], b: dict[str, float], margin: float = 0.0) -> Comparison:

@@ -33,6 +33,7 @@ case "$*" in
     exit 1
     ;;
 "-m ruff"*) exit "${STUB_RUFF_EXIT:-0}" ;;
+"-m mypy"*) exit "${STUB_MYPY_EXIT:-0}" ;;
 "-m pytest"*) exit "${STUB_PYTEST_EXIT:-0}" ;;
 "data/prepare.py docs"*) dataset=docs_sp1024 tokenizer=docs_1024_bpe.model ;;
 "data/prepare.py fineweb"*) dataset=fineweb10B_sp1024 tokenizer=fineweb_1024_bpe.model ;;
@@ -234,17 +235,20 @@ def test_gpus_that_torch_cannot_use_are_named(checkout: Checkout) -> None:
     assert checkout.calls[-1] == "train_gpt.py" and "PRESET=mini" in checkout.lines[-1]
 
 
-def test_tests_are_lint_and_the_ci_set(checkout: Checkout) -> None:
+def test_tests_are_lint_types_and_the_ci_set(checkout: Checkout) -> None:
     assert checkout.run("test", "tests/test_a.py", "-x").returncode == 0
     assert [call.split()[-1] for call in checkout.calls[1:3]] == ["requirements.txt",
                                                                  "requirements-dev.txt"]
-    assert checkout.calls[3:] == ["-m ruff check .", "-m pytest -m not slow tests/test_a.py -x"]
+    assert checkout.calls[3:] == ["-m ruff check .", "-m mypy",
+                                  "-m pytest -m not slow tests/test_a.py -x"]
     assert checkout.run("test", "--all").returncode == 0
-    assert checkout.calls == ["-m ruff check .", "-m pytest"]
+    assert checkout.calls == ["-m ruff check .", "-m mypy", "-m pytest"]
 
 
-def test_tests_fail_when_lint_or_pytest_fails(checkout: Checkout) -> None:
+def test_tests_fail_when_lint_types_or_pytest_fail(checkout: Checkout) -> None:
     assert checkout.run("test", STUB_RUFF_EXIT="1").returncode == 1
+    assert checkout.calls[-1].startswith("-m pytest")
+    assert checkout.run("test", STUB_MYPY_EXIT="1").returncode == 1
     assert checkout.calls[-1].startswith("-m pytest")
     assert checkout.run("test", STUB_PYTEST_EXIT="5").returncode == 5
 
