@@ -78,6 +78,10 @@ NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a
 class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
 
+    def __str__(self) -> str:
+        """Up to 1,000 characters; a hostile file's texts may hold anything."""
+        return "".join(c if c.isprintable() else "?" for c in super().__str__()[:1000])
+
 
 def knob(default, accepts: tuple, doc: str):
     """A setting: default, (low, high) or choices, and one line of meaning for --help."""
@@ -246,10 +250,10 @@ class Config:
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
              f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits))
-             and self.bits_by_role, "BITS names a layer beyond NUM_LAYERS"),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.clip_sigmas))
-             and self.sigmas_by_role, "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
+            (self.bits_by_role
+             and all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits)), "BITS names a layer beyond NUM_LAYERS"),
+            (self.sigmas_by_role
+             and all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.clip_sigmas)), "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
@@ -267,7 +271,7 @@ class Config:
     def value_layers(self) -> tuple[int, ...]:
         """Layers with value embeddings, in the order of their scales."""
         names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"0|[1-9]\d*", n) for n in names):
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"0|[1-9]\d{0,2}", n) for n in names):
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
@@ -347,7 +351,7 @@ def settings_of(group: str) -> list[str]:
 
 
 ROLES = ("mlp", "attn", "emb", "aux")
-TENSOR_NAME = r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
+TENSOR_NAME = r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
               r"(bigram|ve_shared)\.(embed|proj)"
 MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
 
@@ -2033,7 +2037,7 @@ class Stored:
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
         values = self.values.float()
-        return values if self.scale is None else values * self.scale.float()[:, None]
+        return values if self.scale is None else values.mul_(self.scale.float()[:, None])
 
 
 def role_of(name: str) -> str:
@@ -2377,7 +2381,7 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
 ZSTD_LEVEL, LZMA_PRESET = 22, 6
-MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
+MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = settings_of("Evaluation")
@@ -2475,7 +2479,8 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
             raise ValueError("a setting or fingerprint is not text")
         return header, cut_payload(body, 4 + header_bytes, header["tensors"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise Refusal(f"the artifact's header is malformed ({error!r})") from None
+        raise Refusal("the artifact's header is malformed "
+                      f"({type(error).__name__}: {error})") from None
 
 
 def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
@@ -2501,6 +2506,15 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
     if x_at != len(body):
         raise ValueError("the tensors do not add up to the body")
     return stored
+
+
+def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
+    """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
+    names = {name.upper() for name in (*MODEL_SETTINGS, *EVALUATION_SETTINGS)}
+    if wrong := sorted(names ^ set(header["settings"])):
+        raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
+                      f"{wrong[0]!r} is not here or missing there")
+    return Config.from_env({**header["settings"], **env})
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -2988,11 +3002,7 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
     if repeated := sorted(ours & set(env)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
-    ours |= {name.upper() for name in EVALUATION_SETTINGS}
-    if wrong := sorted(ours ^ set(header["settings"])):
-        raise Refusal(f"{path}: its header must name the settings of this train_gpt.py; "
-                      f"{wrong[0]!r} is not here or missing there")
-    cfg, notes = Config.from_env({**header["settings"], **env})
+    cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)
     with Run.start(cfg) as run:
         run.log_header(notes)
