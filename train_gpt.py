@@ -51,6 +51,7 @@ import traceback
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -204,7 +205,8 @@ class Config:
     prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
     artifact_target_bytes: int = knob(0, (0, 1 << 40),
         "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.")
-    codec: str = knob("zstd", ("zstd", "lzma", "brotli"), "Artifact compression.")
+    codec: str = knob("zstd", ("zstd", "lzma", "brotli", "best"),
+        "Artifact compression; best is the smaller of zstd and lzma.")
 
     eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
     eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
@@ -250,10 +252,10 @@ class Config:
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
              f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
-            (self.bits_by_role
-             and all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits)), "BITS names a layer beyond NUM_LAYERS"),
-            (self.sigmas_by_role
-             and all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.clip_sigmas)), "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
+            (all(int(n) < layers for role in self.bits_by_role for n in re.findall(r"\d+", role)),
+             "BITS names a layer beyond NUM_LAYERS"),
+            (all(int(n) < layers for role in self.sigmas_by_role for n in re.findall(r"\d+", role)),
+             "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
@@ -271,7 +273,7 @@ class Config:
     def value_layers(self) -> tuple[int, ...]:
         """Layers with value embeddings, in the order of their scales."""
         names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"0|[1-9]\d{0,2}", n) for n in names):
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
@@ -2381,6 +2383,7 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
 ZSTD_LEVEL, LZMA_PRESET = 22, 6
+ZSTD_MATCHES = (3, 4, 5, 6)  # shortest repetitions to look for: no rule says which packs best
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
@@ -2407,7 +2410,11 @@ def brotli_codec():
 def compress(body: bytes, codec: str) -> bytes:
     """The body under a codec of CODECS; the same bytes always give the same bytes."""
     if codec == "zstd":
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body)
+        tries = [zstandard.ZstdCompressionParameters.from_level(
+            ZSTD_LEVEL, source_size=len(body), min_match=n) for n in ZSTD_MATCHES]
+        with ThreadPoolExecutor(2) as pool:
+            return min(pool.map(lambda how: zstandard.ZstdCompressor(
+                compression_params=how).compress(body), tries), key=len)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
     return brotli_codec().compress(body, quality=11, lgwin=24)
@@ -2450,7 +2457,8 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
     body = b"".join([struct.pack("<I", len(text)), text.encode(),
                      *(q.numpy().astype("<i1").tobytes() for q in integers),
                      *(x.numpy().astype("<f2").tobytes() for x in floats)])
-    packed = compress(body, codec)
+    packed, codec = min(((compress(body, c), c) for c in (
+        ("zstd", "lzma") if codec == "best" else (codec,))), key=lambda pair: len(pair[0]))
     return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
                         hashlib.sha256(packed).digest()) + packed
 
