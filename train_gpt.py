@@ -51,6 +51,7 @@ import traceback
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -77,6 +78,10 @@ NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a
 
 class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
+
+    def __str__(self) -> str:
+        """Up to 1,000 characters; a hostile file's texts may hold anything."""
+        return "".join(c if c.isprintable() else "?" for c in super().__str__()[:1000])
 
 
 def knob(default, accepts: tuple, doc: str):
@@ -200,7 +205,8 @@ class Config:
     prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
     artifact_target_bytes: int = knob(0, (0, 1 << 40),
         "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.")
-    codec: str = knob("zstd", ("zstd", "lzma", "brotli"), "Artifact compression.")
+    codec: str = knob("zstd", ("zstd", "lzma", "brotli", "best"),
+        "Artifact compression; best is the smaller of zstd and lzma.")
 
     eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
     eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
@@ -248,10 +254,10 @@ class Config:
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
              f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits))
-             and self.bits_by_role, "BITS names a layer beyond NUM_LAYERS"),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.clip_sigmas))
-             and self.sigmas_by_role, "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
+            (all(int(n) < layers for role in self.bits_by_role for n in re.findall(r"\d+", role)),
+             "BITS names a layer beyond NUM_LAYERS"),
+            (all(int(n) < layers for role in self.sigmas_by_role for n in re.findall(r"\d+", role)),
+             "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
@@ -269,7 +275,7 @@ class Config:
     def value_layers(self) -> tuple[int, ...]:
         """Layers with value embeddings, in the order of their scales."""
         names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"0|[1-9]\d*", n) for n in names):
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
@@ -349,7 +355,7 @@ def settings_of(group: str) -> list[str]:
 
 
 ROLES = ("mlp", "attn", "emb", "aux")
-TENSOR_NAME = r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
+TENSOR_NAME = r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
               r"(bigram|ve_shared)\.(embed|proj)"
 MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
 
@@ -2042,7 +2048,7 @@ class Stored:
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
         values = self.values.float()
-        return values if self.scale is None else values * self.scale.float()[:, None]
+        return values if self.scale is None else values.mul_(self.scale.float()[:, None])
 
 
 def role_of(name: str) -> str:
@@ -2387,7 +2393,8 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
 ZSTD_LEVEL, LZMA_PRESET = 22, 6
-MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
+ZSTD_MATCHES = (3, 4, 5, 6)  # shortest repetitions to look for: no rule says which packs best
+MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = settings_of("Evaluation")
@@ -2413,7 +2420,11 @@ def brotli_codec():
 def compress(body: bytes, codec: str) -> bytes:
     """The body under a codec of CODECS; the same bytes always give the same bytes."""
     if codec == "zstd":
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body)
+        tries = [zstandard.ZstdCompressionParameters.from_level(
+            ZSTD_LEVEL, source_size=len(body), min_match=n) for n in ZSTD_MATCHES]
+        with ThreadPoolExecutor(2) as pool:
+            return min(pool.map(lambda how: zstandard.ZstdCompressor(
+                compression_params=how).compress(body), tries), key=len)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
     return brotli_codec().compress(body, quality=11, lgwin=24)
@@ -2456,7 +2467,8 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
     body = b"".join([struct.pack("<I", len(text)), text.encode(),
                      *(q.numpy().astype("<i1").tobytes() for q in integers),
                      *(x.numpy().astype("<f2").tobytes() for x in floats)])
-    packed = compress(body, codec)
+    packed, codec = min(((compress(body, c), c) for c in (
+        ("zstd", "lzma") if codec == "best" else (codec,))), key=lambda pair: len(pair[0]))
     return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
                         hashlib.sha256(packed).digest()) + packed
 
@@ -2485,7 +2497,8 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
             raise ValueError("a setting or fingerprint is not text")
         return header, cut_payload(body, 4 + header_bytes, header["tensors"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise Refusal(f"the artifact's header is malformed ({error!r})") from None
+        raise Refusal("the artifact's header is malformed "
+                      f"({type(error).__name__}: {error})") from None
 
 
 def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
@@ -2511,6 +2524,15 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
     if x_at != len(body):
         raise ValueError("the tensors do not add up to the body")
     return stored
+
+
+def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
+    """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
+    names = {name.upper() for name in (*MODEL_SETTINGS, *EVALUATION_SETTINGS)}
+    if wrong := sorted(names ^ set(header["settings"])):
+        raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
+                      f"{wrong[0]!r} is not here or missing there")
+    return Config.from_env({**header["settings"], **env})
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -2999,11 +3021,7 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
     if repeated := sorted(ours & set(env)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
-    ours |= {name.upper() for name in EVALUATION_SETTINGS}
-    if wrong := sorted(ours ^ set(header["settings"])):
-        raise Refusal(f"{path}: its header must name the settings of this train_gpt.py; "
-                      f"{wrong[0]!r} is not here or missing there")
-    cfg, notes = Config.from_env({**header["settings"], **env})
+    cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)
     with Run.start(cfg) as run:
         run.log_header(notes)

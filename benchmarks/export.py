@@ -3,7 +3,8 @@
     python benchmarks/export.py RUN_FOLDER "CODEC=lzma" "QUANT_CLIP=std CLIP_SIGMAS=..." ...
 
 RUN_FOLDER holds the checkpoint of the end of training. Each further argument is a list of settings.
-Hessians are collected once, on the training rows that would come next.
+Hessians are collected once, on the training rows that would come next. The artifacts are kept in
+RUN_FOLDER as artifact_1.bin and so on.
 """
 
 import json
@@ -50,7 +51,7 @@ def main(folder: Path, variants: list[str]) -> None:
         cfg.gptq_calib_batches, math.inf, run)
     result = train_gpt.evaluate("float", train_gpt.training_nats, model, val, run)
     print(f"float {result.bpb:.5f} bpb", flush=True)
-    for variant in variants:
+    for number, variant in enumerate(variants, 1):
         changes = dict(pair.split("=", 1) for pair in variant.split())
         model.cfg = Config.from_env({**environment_of(asdict(cfg)), **changes})[0]
         run = Run(model.cfg, 0, 1, torch.device("cpu"))
@@ -62,6 +63,7 @@ def main(folder: Path, variants: list[str]) -> None:
         stored = train_gpt.decode_artifact(blob)[1]
         rebuilt = train_gpt.rebuild_model(model.cfg, stored, run)
         result = train_gpt.evaluate("artifact", train_gpt.training_nats, rebuilt, val, run)
+        (folder / f"artifact_{number}.bin").write_bytes(blob)
         print(f"{variant}: {len(blob)} bytes {result.bpb:.5f} bpb", flush=True)
 
 
