@@ -2031,7 +2031,7 @@ CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the 
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE, LEAST_SIGMAS = 8, 5.0  # of QUANT_CLIP=std; a nearer clip costs more than it gains
-SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 2.0), 12
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 3.0), 12
 SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
@@ -2592,12 +2592,14 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
     """Quantised tensors and their artifact, the largest below the target that few passes find.
 
     With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
-    tells how far the estimate is off, and the next one takes the factor solved with that.
+    tells how far the estimate is off, two how much of its change is real, and the next one takes
+    the factor solved with that.
     """
     cfg, code, factor, over, fits = run.cfg, len(run.source), 1.0, 0.0, math.inf
     best: tuple[tuple[bool, float], dict[str, Stored], bytes] = (False, -math.inf), {}, b""
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
+    seen: dict[float, int] = {}  # whole bytes by estimate
     for solved in range(SOLVER_PASSES if cfg.quant_clip == "std" else 1):
         stored = quantize(model, hessians, run, factor)
         blob = encode_artifact(header, stored, cfg.codec)
@@ -2610,9 +2612,14 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
         if least <= total <= target:
             break
         over, fits = (max(over, factor), fits) if total > target else (over, min(fits, factor))
-        factor = solve_factor(model, estimated_bytes(model, factor) + SOLVER_AIM * target - total)
+        seen[estimate := estimated_bytes(model, factor)] = total
+        slopes = [(total - t) / (estimate - e) for e, t in seen.items() if e != estimate]
+        slope = min(max(slopes[-1], 0.5), 2.0) if slopes else 1.0
+        last, factor = factor, solve_factor(model, estimate + (SOLVER_AIM * target - total) / slope)
         if 0 < over < fits < math.inf and not over < factor < fits:
             factor = math.sqrt(over * fits)  # a codec's size is not smooth
+        if factor == last:
+            break  # at an end of the scale
     return best[1:]
 
 

@@ -23,7 +23,7 @@ from train_gpt import CALIBRATION_ROWS, GPT, Config, Run, show_setting
 
 def environment_of(settings: dict[str, object]) -> dict[str, str]:
     """Settings as one would write them in the environment."""
-    return {name.upper(): show_setting(value) for name, value in settings.items()}
+    return {name.upper(): show_setting(value) for name, value in settings.items() if value != ""}
 
 
 def load(folder: Path) -> tuple[Config, GPT, int]:

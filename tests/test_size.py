@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from jobs import environment, events, tiny_job
 import train_gpt
 from train_gpt import (
     GPT,
+    PRESETS,
     Config,
     Run,
     bits_of,
@@ -38,17 +41,20 @@ SHAPE = {"num_layers": 3, "xsa_last_n": 1, "ve_layers": "1,2", "model_dim": 64, 
 HEADER = {"settings": {}, "tokenizer": "", "validation": ""}
 
 
-def random_model(**changed: object) -> GPT:
-    """A model none of whose weights is zero, rows of different sizes."""
-    cfg = Config(**{**SHAPE, **changed})
+def noisy(model: GPT) -> GPT:
+    """The model with weights none of which is zero, rows of different sizes."""
     torch.manual_seed(0)
-    model = GPT(cfg)
-    initialize(model, cfg)
+    initialize(model, model.cfg)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * torch.rand(p.shape[:1] + (1,) * (p.ndim - 1)) * 0.2
                    if p.ndim else 0.1)
     return model
+
+
+def random_model(**changed: object) -> GPT:
+    """A noisy model of SHAPE."""
+    return noisy(GPT(Config(**{**SHAPE, **changed})))
 
 
 def run_of(model: GPT, **changed: object) -> Run:
@@ -118,6 +124,28 @@ def test_the_solver_ends_just_below_its_target(codec: str, share: float) -> None
     assert 0.99 * target <= len(blob) <= target
     read = decode_artifact(blob)[1]
     assert all(torch.equal(read[name].values, s.values) for name, s in stored.items())
+
+
+@pytest.mark.parametrize("preset", ["pr1361", "pr569", "pr703", "pr334", "pr295"])
+def test_every_system_meets_every_share_of_its_size(preset: str) -> None:
+    """With code that takes a third of the whole, as at mini scale, so that models shrink more."""
+    kind = PRESETS[preset].get("gptq_variant", "full").replace("off", "full")
+    cfg = Config.from_env({"PRESET": f"{preset},mini", "GPTQ_VARIANT": kind, "QUANT_CLIP": "std",
+                           "CLIP_SIGMAS": "mlp:12.85,attn:12.85,emb:20,aux:20", "NUM_LAYERS": "3",
+                           "XSA_LAST_N": "0", "VE_LAYERS": "1,2", "CACHE_LAYER": "1",
+                           "BIGRAM_VOCAB_SIZE": "256", "VOCAB_SIZE": str(VOCAB_SIZE),
+                           "BITS": re.sub(r",blocks.*", "", Config(**PRESETS[preset]).bits)})[0]
+    model = noisy(GPT(cfg))
+    run = Run(cfg, 0, 1, torch.device("cpu"))
+    ids = torch.randint(2, VOCAB_SIZE, (8, 32))
+    hessians = collect_hessians(model, lambda n: ids, 1, math.inf, run)
+    run.source = b""
+    run.source = bytes(len(fit_artifact(model, hessians, HEADER, run)[1]) // 2)
+    whole = 3 * len(run.source)
+    for share in (1.0, 0.85, 0.7):
+        run.cfg = replace(cfg, artifact_target_bytes=int(share * whole))
+        total = len(run.source) + len(fit_artifact(model, hessians, HEADER, run)[1])
+        assert 0.99 * int(share * whole) <= total <= int(share * whole)
 
 
 def test_without_a_target_only_the_limit_counts() -> None:
