@@ -11,6 +11,7 @@ that runs, so its own size is the code of the artifact it makes, and it is what 
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import bz2
 import re
@@ -18,14 +19,15 @@ import sys
 from pathlib import Path
 
 MAX_TEXT_BYTES = 1 << 22
-# What runs is the payload and nothing else. linecache is told the text, so that tracebacks and
-# whatever compiles functions from their source find the lines they ask for.
+# What runs is the payload and nothing else. linecache is told the text, so that logged tracebacks
+# and whatever compiles functions from their source find the lines they ask for.
 STUB = '''"""Packed text: `python records/pack.py --text FILE` prints it; so does FILE --text."""
 import base64, bz2, linecache, sys
 text = bz2.decompress(base64.b85decode(b"{payload}")).decode()
 if sys.argv[1:] == ["--text"]: sys.exit(print(end=text))
-linecache.cache[__file__] = len(text), None, text.splitlines(True), __file__
-exec(compile(text, __file__, "exec", dont_inherit=True))
+name = __file__ + " (text)"
+linecache.cache[name] = len(text), None, text.splitlines(True), name
+exec(compile(text, name, "exec", dont_inherit=True))
 '''
 HEAD, TAIL = (part.encode() for part in STUB.split("{payload}"))
 PAYLOAD = re.compile(rb"[0-9A-Za-z!#$%&()*+;<=>?@^_`{|}~-]+")  # base 85: none of it ends a string
@@ -35,7 +37,7 @@ def pack(text: bytes) -> bytes:
     """A Python file that runs as `text` does; the same text always gives the same bytes."""
     if not 0 < len(text) <= MAX_TEXT_BYTES:
         raise ValueError(f"{len(text):,} bytes of text, expected 1 to {MAX_TEXT_BYTES:,}")
-    compile(text, "train_gpt.py", "exec")
+    ast.parse(text)
     return HEAD + base64.b85encode(bz2.compress(text, 9)) + TAIL
 
 

@@ -48,8 +48,9 @@ def scales(run) -> Iterator[tuple[float, float]]:
         else:
             whole = min(budget, now + (cfg["iterations"] - n) * median) if median else budget
             left, decay = whole - now, cfg["warmdown_iters"] * median
-            # The clock stood at some fraction of a millisecond, not 0, before the first step.
-            if n <= 50 and (whole < budget or not cfg["warmdown_frac"]):
+            # Before the first step the clock stood at some fraction of a millisecond, not at 0.
+            if median and n <= 50 and (whole < budget or not cfg["warmdown_frac"]) and \
+                    statistics.median([recent[0] - 0.01, *recent[1:]]) != median:
                 exact = 0.01
         decay = cfg["warmdown_frac"] * whole if cfg["warmdown_frac"] else min(decay, whole)
         scale = min(1.0, max(0.0, left) / decay) if decay > 0 else 1.0
