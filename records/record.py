@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -1015,7 +1016,10 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
     rows.append(("mean (std)", f"**{facts['val_bpb']:.6f}** ({facts['val_bpb_std']:.6f})",
                  f"{facts['val_loss']:.6f} ({facts['val_loss_std']:.6f})", "", "", ""))
     packed = f" (packed; {facts['bytes_text']:,} as text)" if "bytes_text" in facts else ""
-    sizes = [f"Code {facts['bytes_code']:,} bytes{packed}; code and largest artifact "
+    sizes = ["val_bpb: bits per byte of the validation text under the artifact, less is better; "
+             "val_loss: the same in nats a token; before quantisation: val_bpb of the float "
+             "weights, scored in chunks; std: how far the seeds scatter.",
+             f"Code {facts['bytes_code']:,} bytes{packed}; code and largest artifact "
              f"{facts['bytes_total']:,} of {LIMIT_BYTES:,} bytes.",
              f"Validation text: {facts['data']['val_tokens']:,} tokens, "
              f"{facts['data']['val_bytes']:,} bytes, split {facts['data']['fingerprint'][:12]}."]
@@ -1292,12 +1296,12 @@ def compare_scores(a: dict[str, float], b: dict[str, float], margin: float = 0.0
 def compare_text(a: dict, b: dict) -> str:
     """Two entries in words that take no statistics to read."""
     if a["seed_results"] == b["seed_results"]:
-        return (f"A and B are the same runs ({a['name']}, {len(a['seed_results'])} seeds): a thing "
-                "compared with itself is neither better nor worse.")
+        return (f"A and B are the same runs ({a['name']}, {len(a['seed_results'])} seeds):\n"
+                "a thing compared with itself is neither better nor worse.")
     nats = compare_scores(*scores_of(a, b, "val_loss"), margin=0.005)
     bpb = compare_scores(*scores_of(a, b, "val_bpb"))
-    how = f"the {bpb.count} seeds that both have, each with itself" if bpb.paired else \
-        f"{bpb.count} runs with different seeds on the two sides"
+    how = f"Over the {bpb.count} seeds that both have" if bpb.paired else \
+        f"Over {bpb.count} runs, with different seeds on the two sides"
     low, high = bpb.interval
     verdict = f"B is better: chance alone would rarely give {bpb.count} such runs." if high < 0 \
         else f"A is better: chance alone would rarely give {bpb.count} such runs." if low > 0 else \
@@ -1306,8 +1310,8 @@ def compare_text(a: dict, b: dict) -> str:
         *(f"{letter}  {claims['name']}: {claims['val_bpb']:.6f} bits per byte, the mean of "
           f"{len(claims['seed_results'])} seeds" for letter, claims in (("A", a), ("B", b))),
         "Bits per byte is what a byte of text costs under the model; less is better.",
-        f"B's mean is {'lower' if bpb.difference < 0 else 'higher'} by {abs(bpb.difference):.6f} "
-        f"bits per byte, comparing {how}.",
+        f"{how}, B is {'lower' if bpb.difference < 0 else 'higher'} on average by "
+        f"{abs(bpb.difference):.6f} bits per byte.",
         "Each seed has its luck. With many more seeds the difference B - A would settle; these "
         f"runs say between {low:+.6f} and {high:+.6f} (of 20 such statements about 19 come true).",
         verdict,
@@ -1324,7 +1328,7 @@ def compare_text(a: dict, b: dict) -> str:
     if a["data"]["fingerprint"] != b["data"]["fingerprint"]:
         lines.insert(0, "warning: A and B were scored on different validation text; nothing below "
                         "means anything")
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith(" ") else textwrap.fill(line, 98) for line in lines)
 
 
 def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]]:
@@ -1388,6 +1392,8 @@ Training and calibration: {train}; scoring: {score}; code and artifact: at most
         --blurb "What is new." --track {track}
 
 the first once for each seed, here at the root of the repository. [Entries](../README.md).
+`python records/pack.py train_gpt.py packed/train_gpt.py` makes a smaller file that runs the same;
+it counts where it is the file that ran.
 """
 
 

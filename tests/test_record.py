@@ -817,20 +817,20 @@ def claims_of(name: str, scores: list[float], fingerprint: str = "f") -> dict:
 def test_the_verdict_in_words() -> None:
     a = claims_of("Old", [2.00, 2.10, 2.05])
     text = record.compare_text(a, claims_of("New", [1.90, 2.001, 1.949]))
-    assert "B's mean is lower by 0.100" in text
+    assert "B is lower on average by 0.100" in text
     assert "B is better: chance alone would rarely give 3 such runs." in text
     assert "p < 0.01: met" in text
     unclear = record.compare_text(a, claims_of("New", [2.01, 2.08, 2.06]))
     assert "Nobody can tell" in unclear
     assert "p < 0.01: not met" in unclear
     worse = record.compare_text(a, claims_of("New", [2.10, 2.201, 2.149]))
-    assert "B's mean is higher" in worse
+    assert "B is higher on average" in worse
     assert "A is better" in worse
     assert "p < 0.25: not met" in worse
     assert "different validation text" in record.compare_text(a, claims_of("X", [1.0, 1.2], "g"))
     assert record.compare_text(a, a) == (
-        "A and B are the same runs (Old, 3 seeds): a thing compared with itself is neither better "
-        "nor worse.")
+        "A and B are the same runs (Old, 3 seeds):\n"
+        "a thing compared with itself is neither better nor worse.")
     shifted = claims_of("New", [score + 0.01 for score in (2.00, 2.10, 2.05)])
     with pytest.raises(record.Wrong, match="do not scatter"):
         record.compare_text(a, shifted)
