@@ -40,7 +40,7 @@ def places_of(text: str, tree: ast.Module) -> list[str]:
         for node in nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                for n in range(first - 1, min(node.end_lineno, len(places))):
+                for n in range(first - 1, min(node.end_lineno or 0, len(places))):
                     places[n] = f"{places[n].split(': ')[0]}: {prefix}{node.name}"
                 if isinstance(node, ast.ClassDef):
                     name(node.body, f"{prefix}{node.name}.")
@@ -53,7 +53,8 @@ def counted(old: str, new: str, old_tree: ast.Module, new_tree: ast.Module) -> l
     """[place, lines added, lines removed] in the order of the new script, then what is gone."""
     a, b = old.splitlines(), new.splitlines()
     old_places, new_places = places_of(old, old_tree), places_of(new, new_tree)
-    added, removed = Counter(), Counter()
+    added: Counter[str] = Counter()
+    removed: Counter[str] = Counter()
     for _, i, j, k, m in difflib.SequenceMatcher(None, a, b).get_opcodes():
         if a[i:j] != b[k:m]:
             removed.update(old_places[i:j])

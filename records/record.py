@@ -773,10 +773,11 @@ def check_contents(folder: Path, runs: list[SeedRun],
     if not (folder / "artifact.bin").is_file():
         return [], []
     import artifact  # torch: only where it is needed
+    from train_gpt import Refusal
     best = min(runs, key=lambda run: run.one("final")["val_bpb"])
     try:
         return list(rederive.check_kept(best, artifact.anatomy(folder / "artifact.bin"))), []
-    except artifact.Refusal as refusal:
+    except Refusal as refusal:
         if rederive.same_code(parsed(script), our_code(), "decode_artifact", "cut_payload"):
             return [str(refusal)], []
         return [], [f"artifact.bin: this repository's train_gpt.py cannot read it ({refusal}); "
@@ -1451,11 +1452,12 @@ def verb_show(args: argparse.Namespace) -> int:
 def show_artifact(path: Path, plot: Path | None) -> int:
     """Say what an artifact holds; its code is the train_gpt.py beside it, else ours."""
     import artifact  # torch: only where it is needed
+    from train_gpt import Refusal
     script = next(f for f in (path.parent / "train_gpt.py", RECORDS.parent / "train_gpt.py")
                   if f.is_file())
     try:
         found = artifact.anatomy(path)
-    except artifact.Refusal as refusal:
+    except Refusal as refusal:
         raise Wrong(str(refusal)) from None
     print(f"{path}, with the code of {script}", end="\n\n")
     print(*artifact.lines(found, script.stat().st_size, LIMIT_BYTES), sep="\n")
