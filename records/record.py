@@ -773,6 +773,7 @@ def check_contents(folder: Path, runs: list[SeedRun],
     if not (folder / "artifact.bin").is_file():
         return [], []
     import artifact  # torch: only where it is needed
+
     from train_gpt import Refusal
     best = min(runs, key=lambda run: run.one("final")["val_bpb"])
     try:
@@ -1452,6 +1453,7 @@ def verb_show(args: argparse.Namespace) -> int:
 def show_artifact(path: Path, plot: Path | None) -> int:
     """Say what an artifact holds; its code is the train_gpt.py beside it, else ours."""
     import artifact  # torch: only where it is needed
+
     from train_gpt import Refusal
     script = next(f for f in (path.parent / "train_gpt.py", RECORDS.parent / "train_gpt.py")
                   if f.is_file())
