@@ -716,7 +716,7 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
         raise Wrong(f"{folder}: no train_seed*.log")
     findings = list(check_runs(runs, script, claims["track"]))
     findings += check_claims(folder, runs, script, claims)
-    unverified = [*untold(runs, readable(script)), *schedule_doubts(runs, readable(script)),
+    unverified = [*untold(runs, readable(script)), *check_schedules(runs, readable(script))[1],
                   "the pictures: only that they are those listed; `redraw` makes them anew"]
     if len(runs) > 1:
         unverified.append("seeds whose artifact is not kept: a forger who rewrites all that is "
@@ -774,12 +774,18 @@ def check_contents(folder: Path, runs: list[SeedRun],
                     "--rescore reads it with its own"]
 
 
-def schedule_doubts(runs: list[SeedRun], script: str) -> list[str]:
-    """That a script with a schedule of its own is not followed, where it is not."""
-    if own_schedule(script) and any(found for run in runs for found in
-                                    rederive.check_schedule(run)):
-        return ["lr_scale and the activity ledger: the script has a schedule of its own"]
-    return []
+def check_schedules(runs: list[SeedRun], script: str) -> tuple[list[str], list[str]]:
+    """The steps of all runs keep to the schedule, unless the script has one of its own."""
+    found = []
+    try:
+        found = [list(rederive.check_schedule(run)) for run in runs]
+    except MALFORMED:
+        if not own_schedule(script):
+            raise
+    # A changed script whose other seeds keep to ours has no schedule of its own.
+    if own_schedule(script) and (not found or all(found)):
+        return [], ["lr_scale and the activity ledger: the script has a schedule of its own"]
+    return [finding for mine in found for finding in mine], []
 
 
 def own_schedule(script: str) -> bool:
@@ -798,7 +804,6 @@ def check_runs(runs: list[SeedRun], script: bytes, track: str) -> Iterator[str]:
         try:
             yield from check_numbers(run, script)
             yield from check_training(run)
-            yield from () if own_schedule(text) else rederive.check_schedule(run)
             yield from check_track(run, track)
             yield from check_listing(run, text)
             yield from check_log(run, text)
@@ -807,6 +812,7 @@ def check_runs(runs: list[SeedRun], script: bytes, track: str) -> Iterator[str]:
                 raise
             yield (f"{run.metrics_name}: not in the form that a run writes "
                    f"({type(error).__name__}: {error})")
+    yield from check_schedules(runs, text)[0]
     yield from check_loose_lines(runs, text)
 
 

@@ -11,6 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 
 # Facts of events that nothing else in a folder gives: the log line, where there is one, has fewer
 # digits. Of every other fact one changed digit is found, up to the ninth.
@@ -188,7 +189,7 @@ def check_own_lines(run, defaults: dict) -> Iterator[str]:
     for mark, name, value, text in re.findall(
             r"^([* ]) (RUN_ID|RUNS_DIR|SEED) +(\S.*?) +([A-Z][^\[]*\[.*\])$", run.log, re.M):
         right = {"SEED": str(run.seed)}.get(name, value)
-        inside = value == "''" or name == "SEED" or value.rstrip("/") in (named or [""])[0]
+        inside = value == "''" or name == "SEED" or str(Path(value)) in (named or [""])[0]
         default = str(defaults.get(name.lower(), "")) or "''"
         if right != value or not inside or (mark == "*") == (value == default) or \
                 ("; default" in text) != (mark == "*") or (
