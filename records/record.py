@@ -1354,8 +1354,10 @@ def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]
 
 def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str]]) -> str:
     """records/README.md: one table a track and validation text."""
-    lines = ["# Records", "", "Written by `python records/record.py board`; less is better. "
-             "Different validation text is never ranked together. Each folder can be checked with "
+    lines = ["# Records", "", "Written by `python records/record.py board`. val_bpb: bits per "
+             "byte of the validation text, mean of the seeds, less is better; std: how far the "
+             "seeds scatter (standard deviation); bytes: code and the largest artifact. Different "
+             "validation text is never ranked together. Each folder can be checked with "
              "`python records/record.py check FOLDER`.", ""]
     for track, rules in TRACKS.items():
         lines += [f"## {rules['title']} (`{track}`)", ""]
