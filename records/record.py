@@ -431,6 +431,8 @@ def loose_lines(run: SeedRun, script: str) -> tuple[dict[str, int], dict[str, in
             first = min((lines.index(line) for line in said if line in lines), default=math.inf)
     head, tail = {}, {}
     for number, line in enumerate(lines):
+        if listed := re.match(r"[* ] (RUN_ID|RUNS_DIR|SEED) +\S.*? +([A-Z][^\[]*\[.*)", line):
+            head[f"{listed[1]} {re.sub('; default .*', ']', listed[2])}"] = number + 1
         if line not in expected and not own.match(line):
             (head if number < first else tail)[line] = number + 1
     return head, tail
@@ -473,7 +475,8 @@ def untold(runs: list[SeedRun], script: str) -> list[str]:
         head, tail = loose_lines(run, script)
         numbers = {**tail, **(head if len(runs) == 1 else {})}
         loose.append({line.partition(" budget:")[0]: n for line, n in numbers.items()
-                      if re.search("[0-9]", line) and not re.match(r"[* ] [A-Z]|swa:start", line)})
+                      if re.search("[0-9]", line)
+                      and not re.match(r"[* ] [A-Z]|[A-Z_]+ |swa:start", line)})
     shown = [sum(bool(said.keys() & set(run.log.splitlines())) for _, event, said, _ in
                  lines_of(run, script) if event.get("event") == "step") for run in runs]
     return rederive.doubts(runs, loose, shown)

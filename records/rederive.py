@@ -18,7 +18,7 @@ from pathlib import Path
 TRUSTED = {
     "step": ("train_loss",), "eval": ("ms",), "reserve": ("seconds",), "memory": ("mib",),
     "quantized": ("objective",), "size": ("entropy",), "size_pass": ("factor", "total"),
-    "summary": ("eval_seconds",), "trained": ("ms",), "calibrated": ("ms",)}
+    "summary": ("eval_seconds",)}
 DIGITS = 1e-9  # relative; of what is derived from times in ms, which are rounded once
 # Log lines whose numbers no event holds, and that a run may have alone.
 ALONE = (r"scoring expected:\d+s budget:\d+s", r"checkpoint step:\d+ bytes:\d+",
@@ -236,7 +236,7 @@ def doubts(runs: list, loose: list[dict[str, int]], shown: list[int]) -> list[st
     facts = ", ".join(f"{kind}'s {' and '.join(names)}" for kind, names in TRUSTED.items()
                       if any(run.all(kind) for run in runs))
     said.append(f"digits that the log line rounds away, of {facts}; of derived facts any beyond "
-                "the ninth digit")
+                "the ninth digit; artifact's sha256 of seeds whose artifact is not kept")
     shapes = {re.sub(r"[0-9][0-9.,]*", "N", line) for part in loose for line in part}
     said += [f"log line {shape!r}: its numbers stand nowhere else" for shape in sorted(shapes)]
     return said
