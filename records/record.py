@@ -380,13 +380,14 @@ def steps_to_show(run: SeedRun, script: str) -> set[int]:
     """Numbers of the step events that the trainer would have logged: the first ten, the last, and
     one every TRAIN_LOG_EVERY steps or fiftieth of the run after the one before."""
     cfg, lines, last, due = run.settings, set(run.log.splitlines()), -1, set()
+    end = run.one("trained")["step"]
     for number, event, said, _ in lines_of(run, script):
         if event.get("event") == "step":
             share = event["ms"] / 1e3 / cfg["max_wallclock_seconds"] \
                 if cfg["max_wallclock_seconds"] else event["step"] / cfg["iterations"]
             wanted = event["step"] % cfg["train_log_every"] == 0 if cfg["train_log_every"] else \
                 int(50 * share) > last
-            if wanted or event["step"] <= 10 or event["step"] == run.one("trained")["step"]:
+            if wanted or event["step"] <= 10 or event["step"] == end:
                 due.add(number)
             if said.keys() & lines or number in due:
                 last = int(50 * share)
@@ -477,8 +478,9 @@ def untold(runs: list[SeedRun], script: str) -> list[str]:
         loose.append({line.partition(" budget:")[0]: n for line, n in numbers.items()
                       if re.search("[0-9]", line)
                       and not re.match(r"[* ] [A-Z]|[A-Z_]+ |swa:start", line)})
-    shown = [sum(bool(said.keys() & set(run.log.splitlines())) for _, event, said, _ in
-                 lines_of(run, script) if event.get("event") == "step") for run in runs]
+    logs = [set(run.log.splitlines()) for run in runs]
+    shown = [sum(not said.keys().isdisjoint(here) for _, event, said, _ in lines_of(run, script)
+                 if event.get("event") == "step") for run, here in zip(runs, logs, strict=True)]
     return rederive.doubts(runs, loose, shown)
 
 

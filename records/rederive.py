@@ -158,6 +158,9 @@ def check_words(run, loose: dict[str, int], defaults: dict) -> Iterator[str]:
     known = {**{k: v for k, v in cfg.items() if type(v) in (int, float)}, "seed": run.seed,
              "world_size": machine["world_size"], "budget": cfg["eval_wallclock_seconds"],
              "rows_per_step": cfg["train_batch_tokens"] // cfg["train_seq_len"]}
+    rates = [event["lr_scale"] for event in run.all("step")]
+    first = next((n + 1 for n, scale in enumerate(rates) if scale < cfg["swa_start_frac"]
+                  and (n + 1) % cfg["swa_every"] == 0), 0)
     for line, number in loose.items():
         for name, text in re.findall(r"(?<![\w.])([a-z_]+):([0-9]+(?:\.[0-9]+)?)", line):
             if not re.match(r"\s+[0-9,]+ parameters", line) and name in known and \
@@ -166,9 +169,6 @@ def check_words(run, loose: dict[str, int], defaults: dict) -> Iterator[str]:
         found = re.fullmatch(r"warmup_step:(\d+)/(\d+)", line)
         if found and not 1 <= int(found[1]) <= int(found[2]):
             yield f"{place}:{number}: {line}"
-        rates = [event["lr_scale"] for event in run.all("step")]
-        first = next((n + 1 for n, scale in enumerate(rates) if scale < cfg["swa_start_frac"]
-                      and (n + 1) % cfg["swa_every"] == 0), 0)
         if (found := re.fullmatch(r"swa:start step:(\d+)", line)) and int(found[1]) != first:
             yield f"{place}:{number}: {line}, the schedule says {first}"
         if (found := re.fullmatch(r"checkpoint step:(\d+) bytes:\d+", line)) and \
