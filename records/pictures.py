@@ -94,20 +94,26 @@ def draw_board(path: Path, found: list[dict]) -> None:
     groups: dict[tuple[str, str], list[dict]] = {}
     for claims in found:
         groups.setdefault((claims["track"], claims["data"]["fingerprint"]), []).append(claims)
-    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False,
+    figure, axes = plt.subplots(1, len(groups), figsize=(7.5 * len(groups), 4.2), squeeze=False,
                                 layout="constrained")
     for axis, ((track, _), mine) in zip(axes[0], sorted(groups.items()), strict=True):
-        for claims in mine:
+        ranked = sorted(mine, key=lambda claims: claims["val_bpb"])
+        for rank, claims in reversed(list(enumerate(ranked, start=1))):
             x, scores = claims["bytes_total"] / 1e6, [
                 result["val_bpb"] for result in claims["seed_results"].values()]
-            axis.plot([x] * len(scores), scores, "_", color=GREY, markersize=12)
-            axis.plot([x], [claims["val_bpb"]], "o", color=BLUE)
-            axis.annotate(f"{claims['name']}\n{claims['val_bpb']:.4f}", (x, claims["val_bpb"]),
-                          xytext=(9, 0), textcoords="offset points", va="center", fontsize=9)
-        axis.set(title=f"{track}, {mine[0]['data']['dataset']}\ndot: mean of the seeds, dashes: "
-                       "each seed", xlabel="code and artifact, MB (the limit is 16)",
-                 ylabel="bits per byte (less is better)")
-        axis.margins(0.3)
+            axis.plot([x] * len(scores), scores, "_", color=GREY, markersize=14)
+            axis.plot([x], [claims["val_bpb"]], "o", color=BLUE, markersize=15, markeredgecolor="w")
+            axis.annotate(str(rank), (x, claims["val_bpb"]), ha="center", va="center_baseline",
+                          color="white", fontsize=8, fontweight="bold")
+        names = [f"{rank}  {claims['name']}  {claims['val_bpb']:.4f}"
+                 for rank, claims in enumerate(ranked, start=1)]
+        more = [f"and {len(names) - 12} more"] if len(names) > 12 else []
+        axis.text(1.02, 1.0, "\n".join([*names[:12], *more]), transform=axis.transAxes, va="top",
+                  fontsize=9, linespacing=1.6)
+        axis.set(title=f"{track}, {printable(mine[0]['data']['dataset'], 60)}\ndisc: mean of the "
+                       "seeds, dashes: each seed", ylabel="bits per byte (less is better)",
+                 xlabel="code and artifact, MB (the limit is 16)")
+        axis.margins(0.25)
     save(figure, path)
 
 

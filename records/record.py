@@ -385,13 +385,14 @@ def steps_to_show(run: SeedRun, script: str) -> set[int]:
     """Numbers of the step events that the trainer would have logged: the first ten, the last, and
     one every TRAIN_LOG_EVERY steps or fiftieth of the run after the one before."""
     cfg, lines, last, due = run.settings, set(run.log.splitlines()), -1, set()
+    end = run.one("trained")["step"]
     for number, event, said, _ in lines_of(run, script):
         if event.get("event") == "step":
             share = event["ms"] / 1e3 / cfg["max_wallclock_seconds"] \
                 if cfg["max_wallclock_seconds"] else event["step"] / cfg["iterations"]
             wanted = event["step"] % cfg["train_log_every"] == 0 if cfg["train_log_every"] else \
                 int(50 * share) > last
-            if wanted or event["step"] <= 10 or event["step"] == run.one("trained")["step"]:
+            if wanted or event["step"] <= 10 or event["step"] == end:
                 due.add(number)
             if said.keys() & lines or number in due:
                 last = int(50 * share)
@@ -440,6 +441,8 @@ def loose_lines(run: SeedRun, script: str) -> tuple[dict[str, int], dict[str, in
     head: dict[str, int] = {}
     tail: dict[str, int] = {}
     for number, line in enumerate(lines):
+        if listed := re.match(r"[* ] (RUN_ID|RUNS_DIR|SEED) +\S.*? +([A-Z][^\[]*\[.*)", line):
+            head[f"{listed[1]} {re.sub('; default .*', ']', listed[2])}"] = number + 1
         if line not in expected and not own.match(line):
             (head if number < first else tail)[line] = number + 1
     return head, tail
@@ -482,9 +485,11 @@ def untold(runs: list[SeedRun], script: str) -> list[str]:
         head, tail = loose_lines(run, script)
         numbers = {**tail, **(head if len(runs) == 1 else {})}
         loose.append({line.partition(" budget:")[0]: n for line, n in numbers.items()
-                      if re.search("[0-9]", line) and not re.match(r"[* ] [A-Z]|swa:start", line)})
-    shown = [sum(bool(said.keys() & set(run.log.splitlines())) for _, event, said, _ in
-                 lines_of(run, script) if event.get("event") == "step") for run in runs]
+                      if re.search("[0-9]", line)
+                      and not re.match(r"[* ] [A-Z]|[A-Z_]+ |swa:start", line)})
+    logs = [set(run.log.splitlines()) for run in runs]
+    shown = [sum(not said.keys().isdisjoint(here) for _, event, said, _ in lines_of(run, script)
+                 if event.get("event") == "step") for run, here in zip(runs, logs, strict=True)]
     return rederive.doubts(runs, loose, shown)
 
 
@@ -725,7 +730,7 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
         raise Wrong(f"{folder}: no train_seed*.log")
     findings = list(check_runs(runs, script, claims["track"]))
     findings += check_claims(folder, runs, script, claims)
-    unverified = [*untold(runs, readable(script)), *schedule_doubts(runs, readable(script)),
+    unverified = [*untold(runs, readable(script)), *check_schedules(runs, readable(script))[1],
                   "the pictures: only that they are those listed; `redraw` makes them anew"]
     if len(runs) > 1:
         unverified.append("seeds whose artifact is not kept: a forger who rewrites all that is "
@@ -785,12 +790,18 @@ def check_contents(folder: Path, runs: list[SeedRun],
                     "--rescore reads it with its own"]
 
 
-def schedule_doubts(runs: list[SeedRun], script: str) -> list[str]:
-    """That a script with a schedule of its own is not followed, where it is not."""
-    if own_schedule(script) and any(found for run in runs for found in
-                                    rederive.check_schedule(run)):
-        return ["lr_scale and the activity ledger: the script has a schedule of its own"]
-    return []
+def check_schedules(runs: list[SeedRun], script: str) -> tuple[list[str], list[str]]:
+    """The steps of all runs keep to the schedule, unless the script has one of its own."""
+    found = []
+    try:
+        found = [list(rederive.check_schedule(run)) for run in runs]
+    except MALFORMED:
+        if not own_schedule(script):
+            raise
+    # A changed script whose other seeds keep to ours has no schedule of its own.
+    if own_schedule(script) and (not found or all(found)):
+        return [], ["lr_scale and the activity ledger: the script has a schedule of its own"]
+    return [finding for mine in found for finding in mine], []
 
 
 def own_schedule(script: str) -> bool:
@@ -809,7 +820,6 @@ def check_runs(runs: list[SeedRun], script: bytes, track: str) -> Iterator[str]:
         try:
             yield from check_numbers(run, script)
             yield from check_training(run)
-            yield from () if own_schedule(text) else rederive.check_schedule(run)
             yield from check_track(run, track)
             yield from check_listing(run, text)
             yield from check_log(run, text)
@@ -818,6 +828,7 @@ def check_runs(runs: list[SeedRun], script: bytes, track: str) -> Iterator[str]:
                 raise
             yield (f"{run.metrics_name}: not in the form that a run writes "
                    f"({type(error).__name__}: {error})")
+    yield from check_schedules(runs, text)[0]
     yield from check_loose_lines(runs, text)
 
 
@@ -1362,8 +1373,10 @@ def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]
 
 def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str]]) -> str:
     """records/README.md: one table a track and validation text."""
-    lines = ["# Records", "", "Written by `python records/record.py board`; less is better. "
-             "Different validation text is never ranked together. Each folder can be checked with "
+    lines = ["# Records", "", "Written by `python records/record.py board`. val_bpb: bits per "
+             "byte of the validation text, mean of the seeds, less is better; std: how far the "
+             "seeds scatter (standard deviation); bytes: code and the largest artifact. Different "
+             "validation text is never ranked together. Each folder can be checked with "
              "`python records/record.py check FOLDER`.", ""]
     for track, rules in TRACKS.items():
         lines += [f"## {rules['title']} (`{track}`)", ""]
