@@ -6,7 +6,7 @@
 
 The integers of a kind are packed alone by zstd-22, lzma-9e and brotli-11; `range` is what they
 take within the whole stream. `order-0` is the entropy of their histogram, which a decoder would
-not know. The last lines are whole artifacts: each CODEC as a run writes it (zstd tries four least
+not know. The last lines are whole artifacts: each CODEC as a run writes it (zstd tries three least
 lengths of a repetition), zstd-22 and lzma-9e as they come, and range_coder.py, an experiment that
 no run uses.
 """
