@@ -4,12 +4,12 @@ What it is: interleaved rANS with adaptive tables. An integer's table is chosen 
 magnitude that what was coded so far of its row and its column suggests, so that the decoder needs
 no tables; the header, the floats and a few hints go through LZMA beside it.
 
-What it measured, in bytes of whole artifacts (README.md has the table): 1.2 to 2.8 % less than
-brotli-11 and 6 to 12 % less than zstd-22, over six trained models; on the record of 2026-11-24
-355,930 against brotli's 360,378 and zstd's 383,320.
+What it measured, in bytes of whole artifacts (records/ARTIFACT.md, README.md): 1.2 to 2.8 % less
+than brotli-11 over seven trained models; on the record of 2026-11-24 355,930 against brotli's
+360,378 and CODEC=zstd's 368,730.
 
 Why it is not in train_gpt.py: a codec of the project's own must beat brotli-11 by 2 %, which this
-misses on four of those six, and its 220 lines would break the file's cap.
+misses on five of those seven, and its 220 lines would break the file's cap.
 
     packed = pack(*train_gpt.read_artifact(path))
     header, stored = unpack(packed)
