@@ -51,7 +51,6 @@ import traceback
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -2400,7 +2399,7 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
 ZSTD_LEVEL, LZMA_PRESET = 22, 6
-ZSTD_MATCHES = (3, 4, 5, 6)  # shortest repetitions to look for: no rule says which packs best
+ZSTD_MATCHES, LONG_BODY = (6, 4, 3), 1 << 22  # shortest repetitions; of a long body only the first
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
@@ -2427,11 +2426,12 @@ def brotli_codec():
 def compress(body: bytes, codec: str) -> bytes:
     """The body under a codec of CODECS; the same bytes always give the same bytes."""
     if codec == "zstd":
-        tries = [zstandard.ZstdCompressionParameters.from_level(
-            ZSTD_LEVEL, source_size=len(body), min_match=n) for n in ZSTD_MATCHES]
-        with ThreadPoolExecutor(2) as pool:
-            return min(pool.map(lambda how: zstandard.ZstdCompressor(
-                compression_params=how).compress(body), tries), key=len)
+        # Repetitions of three integers rarely pay, but no rule says which least length packs best.
+        tries = [zstandard.ZstdCompressor(
+            compression_params=zstandard.ZstdCompressionParameters.from_level(
+                ZSTD_LEVEL, source_size=len(body), min_match=shortest)).compress(body)
+            for shortest in ZSTD_MATCHES[: 1 if len(body) > LONG_BODY else None]]
+        return min(tries, key=len)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
     return brotli_codec().compress(body, quality=11, lgwin=24)

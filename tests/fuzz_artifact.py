@@ -160,11 +160,13 @@ def mutated_body(rng: random.Random, body: bytes) -> bytes:
     return PLACE.pack(len(text)) + text + payload
 
 
-def bombs(body: bytes) -> list[bytes]:
+def bombs(body: bytes, largest: int) -> list[bytes]:
     """Artifacts of few bytes that stand for many: zeros, a long text, the largest of models."""
     (length,) = PLACE.unpack_from(body)
     header, made = json.loads(body[4 : 4 + length]), []
     for size in (1 << 23, 3 << 25, 255 << 20, 1 << 28):
+        if size > largest:
+            break
         rows = size // 4096
         settings = {**header["settings"], "VOCAB_SIZE": str(rows), "MODEL_DIM": "4064"}
         cfg = Config.from_env(settings)[0]
@@ -183,10 +185,10 @@ def bombs(body: bytes) -> list[bytes]:
     return [bomb for bomb in made if len(bomb) <= INPUT_BYTES]
 
 
-def inputs(seed: int) -> Callable[[], bytes]:
-    """A function that makes the next hostile input."""
+def inputs(seed: int, largest: int) -> Callable[[], bytes]:
+    """A function that makes the next hostile input; bombs stand for up to `largest` bytes."""
     rng, real = random.Random(seed), bodies()
-    explosive, codecs = bombs(real[0]), list(CODECS.items())
+    explosive, codecs = bombs(real[0], largest), list(CODECS.items())
     packs = [(fast(body, codec), number, len(body)) for body in real for codec, number in codecs]
     whole = [sealed(*pack) for pack in packs]
 
@@ -240,11 +242,14 @@ def run_in_empty_folder() -> Run:
 
 def fuzz(count: int, seed: int) -> int:
     """Put `count` inputs through the reader and print what came of them; the exit status."""
-    draw, run = inputs(seed), run_in_empty_folder()
+    draw, run = inputs(seed, 1 << 28 if count >= 100_000 else 1 << 23), run_in_empty_folder()
     kinds, slowest, begin = Counter(), 0.0, time.perf_counter()
     limit = address_space() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for done in range(count):
+        if done % 100_000 == 0:
+            seconds = time.perf_counter() - begin
+            print(f"{done:,} done, {seconds:.0f} s", file=sys.stderr, flush=True)
         if done % 1000 == 0:
             faulthandler.dump_traceback_later(600, exit=True)  # a hang inside a library
         while len(blob := draw()) > INPUT_BYTES:

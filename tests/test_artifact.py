@@ -44,6 +44,7 @@ from train_gpt import (
 )
 
 MEBIBYTE, FUZZ = 1 << 20, ROOT / "tests/fuzz_artifact.py"
+RECORD = ROOT / "records/track_cpu_5min/2026-11-24_Defaults-mini/artifact.bin"
 SPLIT = Validation(np.zeros(2, np.uint16), np.zeros(1, np.int16), fingerprint="the split",
                    tokenizer_sha256="the tokenizer", documents=1, recorded_bytes=0)
 SMALL = Config(vocab_size=16, num_layers=1, xsa_last_n=1, ve_layers="0", model_dim=8, num_heads=2,
@@ -233,6 +234,33 @@ def test_every_codec_gives_back_what_it_was_given(codec: str) -> None:
     stored = small_tensors()
     blob = encode_artifact(artifact_header(SMALL, SPLIT), stored, codec)
     assert bits_of_tensors(decode_artifact(blob)[1]) == bits_of_tensors(stored)
+
+
+@pytest.mark.parametrize("kind", ["noise", "repeated", "text", "record"])
+def test_zstd_packs_no_worse_than_its_level_as_it_comes(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    noise = np.rint(rng.normal(0, 2.4, 300_000)).astype(np.int8).tobytes()
+    text = json.dumps(artifact_header(Config(), SPLIT)).encode()
+    record = RECORD.read_bytes()[PRELUDE.size :]
+    body = {"noise": text + noise, "repeated": noise[:999] * 99, "text": text * 3,
+            "record": zstandard.ZstdDecompressor().decompress(record)}[kind]
+    plain, packed = zstandard.ZstdCompressor(level=22).compress(body), compress(body, "zstd")
+    assert len(packed) <= len(plain)
+    assert kind != "record" or len(packed) < 0.97 * len(plain)
+    assert zstandard.ZstdDecompressor().decompress(packed) == body
+
+
+def test_best_is_the_smaller_of_the_runtime_codecs() -> None:
+    header, rng, won = artifact_header(SMALL, SPLIT), np.random.default_rng(0), set()
+    for values in (rng.normal(0, 2.4, (512, 512)), np.tile(rng.normal(0, 9, 512), (9, 1))):
+        stored = {"w": Stored(torch.from_numpy(np.rint(values).astype(np.int8)),
+                              torch.ones(len(values)).half())}
+        zstd, xz = (encode_artifact(header, stored, codec) for codec in ("zstd", "lzma"))
+        best = encode_artifact(header, stored, "best")
+        assert best == (zstd if len(zstd) <= len(xz) else xz)
+        won.add("zstd" if len(zstd) <= len(xz) else "lzma")
+        assert bits_of_tensors(decode_artifact(best)[1]) == bits_of_tensors(stored)
+    assert won == {"zstd", "lzma"}
 
 
 @pytest.mark.parametrize("codec", CODECS)
