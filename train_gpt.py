@@ -1946,9 +1946,12 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     pending = None
                 state.save(seconds)
                 state.stop(asked)
-            qat_started, moment = schedule.qat, schedule.at(step, seconds)
+            qat_started, before = schedule.qat, share_of_run(cfg, step - 1, schedule.last_seconds)
+            moment = schedule.at(step, seconds)
             if moment.done:
                 break
+            if run.is_main and before < SIZE_SHARE <= share_of_run(cfg, step, seconds):
+                foresee_size(model, step, run)
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 run.settle()
                 with run.training_clock.running(False):
@@ -1983,13 +1986,18 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     return state.averages.result(run)
 
 
+def share_of_run(cfg: Config, step: int, seconds: float) -> float:
+    """How much of the run is over after so many steps and seconds; from 0 to 1."""
+    return step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
+
+
 def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
              groups: list[dict], run: Run) -> None:
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
     loss, *norms = stats.tolist()
     refuse_non_finite([loss, *norms], step, groups)
     cfg = run.cfg
-    share = step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
+    share = share_of_run(cfg, step, seconds)
     due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
         int(50 * share) > run.last_logged_share
     show = show or step <= 10 or due
@@ -2037,8 +2045,9 @@ CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the 
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE, LEAST_SIGMAS = 8, 5.0  # of QUANT_CLIP=std; a nearer clip costs more than it gains
-SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 3.0), 12
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
 SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
+SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
                  (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
@@ -2592,6 +2601,26 @@ def solve_factor(model: GPT, goal: float) -> float:
         fits = estimated_bytes(model, 2.0**middle) <= goal
         finest, coarsest = (finest, middle) if fits else (middle, coarsest)
     return 2.0**coarsest
+
+
+def foresee_size(model: GPT, step: int, run: Run) -> None:
+    """Log what code and artifact of the present weights would take, and warn of a vain target.
+
+    Without Hessians and codec, and rather less than with them: integers near their entropy, floats
+    at a byte. Rows keep their shape as they grow, and QUANT_CLIP=std goes by shapes.
+    """
+    cfg, std = run.cfg, run.cfg.quant_clip == "std"
+    target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
+    fixed = len(run.source) + sum(len(p) if bits_of(cfg, name, p) else p.numel()
+                                  for name, p in model.named_parameters())
+    total, coarsest = (fixed + LEAST_CODED * estimated_bytes(model, factor)
+                       for factor in (1.0, 2.0 ** SOLVER_OCTAVES[1] if std else 1.0))
+    run.log("size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} "
+            "target:{target}", "size_foreseen", step=step, total=total, coarsest=coarsest,
+            target=target)
+    if coarsest > target:
+        run.log(f"warning: code and artifact will be over {target} bytes, by "
+                f"{coarsest - target:.0f} or more: take fewer parameters or BITS")
 
 
 def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,

@@ -8,7 +8,6 @@ run's export would do it, ARTIFACT_TARGET_BYTES at 100, 85 and 70 % of that. Exi
 artifact is above its target or below 99 % of it.
 """
 
-import math
 import sys
 import time
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from export import environment_of, load
+from export import calibrated, environment_of, load
 
 import train_gpt
 
@@ -42,12 +41,8 @@ def main(folder: Path) -> bool:
     variant = "full" if cfg.gptq_variant == "off" else cfg.gptq_variant
     model.cfg = train_gpt.Config.from_env(environment_of(asdict(cfg)) | {
         "QUANT_CLIP": "std", "CLIP_SIGMAS": CLIP_SIGMAS, "GPTQ_VARIANT": variant})[0]
-    rows, val = train_gpt.TrainingRows(cfg), train_gpt.load_validation(cfg)
-    hessians = train_gpt.collect_hessians(model, lambda n: rows.batch(
-        steps * cfg.rows_per_step + n * train_gpt.CALIBRATION_ROWS,
-        train_gpt.CALIBRATION_ROWS)[0], cfg.gptq_calib_batches, math.inf,
-        train_gpt.Run(model.cfg, 0, 1, torch.device("cpu")))
-    header = train_gpt.artifact_header(model.cfg, val)
+    hessians = calibrated(model.cfg, model, steps)
+    header = train_gpt.artifact_header(model.cfg, train_gpt.load_validation(cfg))
     whole, met = fitted(model, hessians, header, 0)[0], True
     for share in SHARES:
         target, start = int(share * whole), time.perf_counter()
