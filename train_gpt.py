@@ -1304,6 +1304,43 @@ class Block(nn.Module):
         return x + b * self.mlp(rms_norm(x, s))
 
 
+class HeadNats(torch.autograd.Function):
+    """Nats of the targets at capped logits and their weights, with one [tokens, vocabulary] copy.
+
+    The gradient of each nat is found while its row of logits is in the processor's cache; its
+    factor in the loss is known only later, and then scales hidden states instead.
+    """
+
+    ROWS = 128  # at a time
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
+                gamma: Tensor | None, clamp_min: float) -> tuple[Tensor, Tensor]:
+        """Of hidden (B, T, D), head (V, D) and targets (B, T): what GPT.forward gives."""
+        hidden, shape, nats, weights = hidden.flatten(0, 1), targets.shape, [], []
+        pull = hidden.new_empty(len(hidden), len(head))
+        for own, at, bent in zip(*(x.split(HeadNats.ROWS) for x in (
+                hidden, targets.reshape(-1, 1), pull)), strict=True):
+            torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
+            logits = cap * bent
+            total = logits.logsumexp(-1, keepdim=True)
+            nats.append(total - logits.gather(1, at))
+            weights.append(mile_weights(logits, gamma, clamp_min))
+            excess = logits.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total))
+            bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
+        ctx.save_for_backward(hidden, head, pull)
+        ctx.mark_non_differentiable(weights := torch.cat(weights).view(shape))
+        return torch.cat(nats).view(shape), weights
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Of hidden and head, the only inputs that have one."""
+        (hidden, head, pull), shape = ctx.saved_tensors, grad.shape
+        grad = grad.reshape(-1, 1)
+        return ((grad * (pull @ head)).view(*shape, -1), pull.t() @ (grad * hidden),
+                None, None, None, None)
+
+
 class GPT(nn.Module):
     """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
 
@@ -1324,6 +1361,8 @@ class GPT(nn.Module):
             torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0))
         self.backout_lambda = nn.Parameter(torch.tensor(cfg.backout_init)) \
             if cfg.backout_layer >= 0 else None
+
+    head = property(lambda self: self.tok_emb if self.lm_head is None else self.lm_head)
 
     def context(self, input_ids: Tensor, x0: Tensor) -> Context:
         """What all blocks share, with VRL layer 0's values too: of ids (B, T), x0 (B, T, D)."""
@@ -1358,24 +1397,29 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
-        head = self.tok_emb if self.lm_head is None else self.lm_head
-        z, cap = F.linear(hidden, like(head.weight, hidden)).float(), self.cfg.logit_softcap
+        z = F.linear(hidden, like(self.head.weight, hidden)).float()
+        cap = self.cfg.logit_softcap
         return cap * z.div_(cap).tanh_()
 
     def forward(self, input_ids: Tensor, target_ids: Tensor,
                 mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T)."""
-        logits = self.logits(self.hidden(input_ids))
+        hidden, clamp_min = self.hidden(input_ids), self.cfg.mile_clamp_min
+        # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
+        plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
+        if hidden.requires_grad and not plain:
+            return HeadNats.apply(hidden, self.head.weight, target_ids, self.cfg.logit_softcap,
+                                  mile_gamma, clamp_min)
+        logits = self.logits(hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none")
-        nats = nats.view_as(target_ids)
-        return nats, torch.ones_like(nats) if mile_gamma is None else \
-            mile_weights(logits, mile_gamma, self.cfg.mile_clamp_min)
+        return nats.view_as(target_ids), mile_weights(logits, mile_gamma, clamp_min)
 
 
 @torch.no_grad()
-def mile_weights(logits: Tensor, gamma: Tensor, clamp_min: float) -> Tensor:
-    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (B, T, V) -> (B, T)."""
-    # gamma is a tensor, so that its schedule never recompiles a graph.
+def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
+    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (..., V) -> (...)."""
+    if gamma is None:  # without MiLe; else a tensor, so that its schedule never recompiles a graph
+        return torch.ones_like(logits[..., 0])
     p = torch.softmax(logits, dim=-1)
     entropy = -(p * torch.log(p + 1e-8)).sum(-1)
     return (1.0 - torch.exp(-entropy)).clamp_min(0.0).pow(gamma).clamp_min(clamp_min)
