@@ -19,7 +19,8 @@ FITTED = {"block": 0.204, "table": 0.501, "float": 1.68, "coded": 1.011, "error"
 
 def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]:
     """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled."""
-    flash, saved, found = torch.ops.aten._scaled_dot_product_flash_attention, {}, Counter()
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    saved, found = dict[int, torch.Tensor](), Counter[str]()
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda x: (saved.setdefault(x.untyped_storage()._cdata, x), x), lambda both: both[1])
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, hooks:
@@ -79,7 +80,8 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
 
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     """Everything that --plan prints; `code_bytes` is the size of the file that would run."""
-    (model, step), widths, ranks = traced_step(cfg), Counter(), int(os.environ.get("WORLD_SIZE", 8))
+    (model, step), widths = traced_step(cfg), Counter[int]()
+    ranks = int(os.environ.get("WORLD_SIZE", 8))
     parameters, groups = dict(model.named_parameters()), train_gpt.route_parameters(cfg, model)
     for name, p in parameters.items():
         widths[train_gpt.bits_of(cfg, name, p)] += p.numel()

@@ -72,6 +72,7 @@ from tqdm import tqdm
 # =================================================================================================
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
+CACHED_TOKENS = 1024
 NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a resumed run
 
 
@@ -632,6 +633,10 @@ class Run:
     compiled = property(lambda self: self.cfg.compile == "1" or (
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
+    # Windows a forward of a batch of EVAL_BATCH_SEQS: on a CPU few enough to stay in its caches.
+    scored_rows = property(lambda self: min(self.cfg.eval_batch_seqs, max(
+        1, CACHED_TOKENS // self.cfg.eval_seq_len)) if self.device.type == "cpu"
+        else self.cfg.eval_batch_seqs)
 
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
@@ -1329,8 +1334,8 @@ class HeadNats(torch.autograd.Function):
             excess = logits.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total))
             bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
         ctx.save_for_backward(hidden, head, pull)
-        ctx.mark_non_differentiable(weights := torch.cat(weights).view(shape))
-        return torch.cat(nats).view(shape), weights
+        ctx.mark_non_differentiable(of_loss := torch.cat(weights).view(shape))
+        return torch.cat(nats).view(shape), of_loss
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -1401,10 +1406,15 @@ class GPT(nn.Module):
         cap = self.cfg.logit_softcap
         return cap * z.div_(cap).tanh_()
 
-    def forward(self, input_ids: Tensor, target_ids: Tensor,
-                mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T)."""
+    def forward(self, input_ids: Tensor, target_ids: Tensor, mile_gamma: Tensor | None = None,
+                places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T).
+
+        With `places` (B, S) in the rows the targets are those of these places: (B, S) -> (B, S).
+        """
         hidden, clamp_min = self.hidden(input_ids), self.cfg.mile_clamp_min
+        if places is not None:
+            hidden = hidden.take_along_dim(places.unsqueeze(-1), dim=1)
         # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
         if hidden.requires_grad and not plain:
@@ -1712,10 +1722,10 @@ Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compile
 
 
 def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
-                  grids: dict[str, int] | None = None,
-                  mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                  grids: dict[str, int] | None = None, mile_gamma: Tensor | None = None,
+                  places: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Nats of each target and its weight in the loss (B, T), QAT rounding weights to `grids`."""
-    given = (input_ids, target_ids, mile_gamma)
+    given = (input_ids, target_ids, mile_gamma, places)
     return torch.func.functional_call(model, fake_quantized(model, grids), given) if grids \
         else model(*given)
 
@@ -1859,8 +1869,8 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         for name, p in model.named_parameters():
             p.copy_(before[name])
 
-    def blank(rows: int) -> tuple[Tensor, ...]:  # not one tensor twice: that compiles anew
-        return torch.full((2, rows, cfg.eval_seq_len), BOS, device=run.device).unbind()
+    def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
+        return [torch.full((rows, width), BOS, device=run.device) for width in widths]
 
     @torch.no_grad()
     def timed(work: Callable[[], object]) -> float:  # the second of two calls, all compiled
@@ -1869,12 +1879,17 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         work()
         return run.agree(time.perf_counter() - start)
 
+    T, strip, first_rows = cfg.eval_seq_len, cfg.eval_stride, rows.batch(0, CALIBRATION_ROWS)[0]
     if cfg.ttt_mode != "off":
-        forward(model, *blank(run.adaptation_rows))[0].sum().backward()
+        forward(model, *blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
-    first_rows, evaluated = rows.batch(0, CALIBRATION_ROWS)[0], blank(cfg.eval_batch_seqs)
+    whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
+    scored = timed(lambda: forward(model, *whole)[0].sum().item())
+    if 0 < strip < T:
+        ids, targets, places = sliding
+        scored = timed(lambda: forward(model, ids, targets, places=places)[0].sum().item())
     return (timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf, run)),
-            timed(lambda: forward(model, *evaluated)[0].sum().item()))
+            scored * cfg.eval_batch_seqs / run.scored_rows)
 
 
 class Averages:
@@ -2246,19 +2261,18 @@ def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> S
 
 def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Tensor:
     """GPTQ's loop over columns, e = (w - q s) / U_ii, later columns -= e U_ij: Q, (n, r, c)."""
-    levels, rest = largest_integer(bits), W.repeat(len(step), 1, 1)
+    levels, steps, diagonal = largest_integer(bits), step.flatten(), U.diagonal().tolist()
+    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes lies together
     Q = torch.empty_like(rest)
-    for start in range(0, W.size(1), cfg.gptq_block_size):
-        stop = min(start + cfg.gptq_block_size, W.size(1))
-        errors = torch.empty_like(rest[..., start:stop])
+    for start in range(0, len(rest), cfg.gptq_block_size):
+        stop, errors = min(start + cfg.gptq_block_size, len(rest)), []
         for col in range(start, stop):
-            column = rest[..., col : col + 1]
-            Q[..., col : col + 1] = torch.round(column / step).clamp_(-levels, levels)
-            error = (column - Q[..., col : col + 1] * step) / U[col, col]
-            rest[..., col:stop] -= error * U[col, col:stop]
-            errors[..., col - start : col - start + 1] = error
-        rest[..., stop:] -= errors @ U[start:stop, stop:]
-    return Q
+            column = rest[col]
+            q = torch.div(column, steps, out=Q[col]).round_().clamp_(-levels, levels)
+            errors.append((column - q * steps).div_(diagonal[col]))
+            rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
+        rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
+    return Q.T.reshape(len(step), *W.shape)
 
 
 def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
@@ -2784,27 +2798,41 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
     return np.stack([starts, firsts, ends], axis=1)
 
 
-def window_batch(val: Validation, rows: np.ndarray, size: int, cfg: Config) -> tuple[Tensor, ...]:
-    """Input ids, target ids, bytes and scored mask of the windows `rows`: (size, T) each."""
-    rows = np.pad(rows, ((0, size - len(rows)), (0, 0)))  # by windows that score nothing
-    at = rows[:, :1] + np.arange(cfg.eval_seq_len)
-    scored = (at >= rows[:, 1:2]) & (at < rows[:, 2:])
-    at = np.minimum(at, val.num_targets(cfg) - 1)  # causality keeps what fills a window harmless
-    columns = val.tokens[at], val.tokens[at + 1], val.target_bytes[at], scored
+def window_batch(val: Validation, rows: np.ndarray, size: int, width: int,
+                 cfg: Config) -> tuple[Tensor, ...]:
+    """Input ids of the windows `rows`: (size, T). Of the strip of each that holds what it scores:
+
+    places in the row, target ids, bytes and scored mask, (size, width) each.
+    """
+    T, last = cfg.eval_seq_len, val.num_targets(cfg) - 1
+    start, first, end = np.split(np.pad(rows, ((0, size - len(rows)), (0, 0))), 3, axis=1)
+    places = np.minimum(first - start, T - width) + np.arange(width)
+    scored = (start + places >= first) & (start + places < end)  # padding scores nothing
+    # Causality keeps what fills a window harmless.
+    at, strip = (np.minimum(start + place, last) for place in (np.arange(T), places))
+    columns = val.tokens[at], places, val.tokens[strip + 1], val.target_bytes[strip], scored
     return tuple(torch.from_numpy(column.astype(np.int64)) for column in columns)
 
 
 @torch.no_grad()
-def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, run: Run,
-                  bar: tqdm) -> Tensor:
-    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,)."""
-    size = run.cfg.eval_batch_seqs
-    batches = np.array_split(spans, range(size, len(spans), size))
+def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, width: int,
+                  run: Run, bar: tqdm) -> Tensor:
+    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,).
+
+    Only `width` places of a window meet the head; one that scores more is shown again for them.
+    """
+    cfg, size, few = run.cfg, run.cfg.eval_batch_seqs, run.scored_rows
+    strips = np.array([(start, at, min(at + width, end)) for start, first, end in spans.tolist()
+                       for at in range(first, end, width)])
+    batches = np.array_split(strips, range(size, len(strips), size))
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for index in range(run.rank, len(batches), run.world_size):
-        ids, targets, num_bytes, scored = window_batch(val, batches[index], size, run.cfg)
-        nats = forward(model, run.put(ids), run.put(targets))[0].cpu().double()
-        sums[index] = torch.stack([(x * scored).sum().double() for x in (nats, scored, num_bytes)])
+        for rows in np.array_split(batches[index], range(few, len(batches[index]), few)):
+            ids, places, targets, num_bytes, scored = window_batch(val, rows, few, width, cfg)
+            where = {"places": run.put(places)} if width < cfg.eval_seq_len else {}
+            nats = forward(model, run.put(ids), run.put(targets), **where)[0].cpu().double()
+            sums[index] += torch.stack([(x * scored).sum().double()
+                                        for x in (nats, scored, num_bytes)])
         bar.update(run.world_size)
     run.add_up([sums])
     return sums.sum(0)
@@ -2820,10 +2848,11 @@ def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
     spans = windows(num_targets, cfg.eval_seq_len, stride, form)
     chunk_of = spans[:, 1] // (cfg.ttt_chunk_tokens if adapter else num_targets)
     sums, num_chunks = torch.zeros(3, dtype=torch.float64), int(chunk_of[-1]) + 1
+    width = stride or cfg.eval_seq_len
     with run.progress(name, total=-(-len(spans) // cfg.eval_batch_seqs), unit="batch") as bar:
         for chunk in range(num_chunks):
             if len(mine := spans[chunk_of == chunk]):
-                sums += score_windows(forward, model, val, mine, run, bar)
+                sums += score_windows(forward, model, val, mine, width, run, bar)
             if adapter is not None and chunk < num_chunks - 1:
                 adapter.after_chunk(chunk, num_chunks, time.perf_counter() - start)
     nats, targets, num_bytes = sums.tolist()
@@ -2866,8 +2895,9 @@ class Adapter:
         for steps, batch in enumerate(batches):
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
                 return steps
-            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, cfg)
-            ids, targets, _, learned = map(run.put, mine)
+            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows,
+                                cfg.eval_seq_len, cfg)
+            ids, _, targets, _, learned = map(run.put, mine)
             nats, _ = self.forward(self.model, ids, targets)
             ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
             reduce_gradients(self.parameters, [], run)
