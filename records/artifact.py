@@ -58,13 +58,18 @@ class Anatomy:
     header_bytes = property(lambda self: self.body_bytes - int(self.total("raw")))
 
 
+def role_in(name: str) -> str:
+    """A tensor's role; a stranger's name may hold line ends, which role_of does not expect."""
+    return role_of(name.replace("\n", " "))
+
+
 def part_of(name: str, stored: Stored) -> Part:
     """The measures of one tensor."""
     values = stored.values
     if stored.scale is None:
-        return Part(name, role_of(name), tuple(values.shape), 0, 0, 2 * values.numel(), 0.0)
+        return Part(name, role_in(name), tuple(values.shape), 0, 0, 2 * values.numel(), 0.0)
     largest = int(values.short().abs().max()) if values.numel() else 0
-    return Part(name, role_of(name), tuple(values.shape), largest.bit_length() + 1,
+    return Part(name, role_in(name), tuple(values.shape), largest.bit_length() + 1,
                 values.numel(), 2 * len(stored.scale), entropy_bytes(values) if largest else 0.0)
 
 
@@ -76,7 +81,7 @@ def anatomy(path: Path) -> Anatomy:
     integers: dict[str, list[torch.Tensor]] = {}
     for name, tensor in stored.items():
         if tensor.scale is not None:
-            integers.setdefault(role_of(name), []).append(tensor.values.flatten())
+            integers.setdefault(role_in(name), []).append(tensor.values.flatten())
     by_role = {role: entropy_bytes(torch.cat(mine)) for role, mine in integers.items()}
     return Anatomy([part_of(name, tensor) for name, tensor in stored.items()], header["settings"],
                    header["tokenizer"], header["validation"], codec, path.stat().st_size,
