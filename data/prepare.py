@@ -102,6 +102,10 @@ class Failure(Exception):
     status = 1
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
 class InputChanged(Failure):
     """The documents are not those of the first pass."""
 
@@ -1942,7 +1946,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the tool; return 0, or 2 for bad input and 1 for anything in the way, in one line."""
+    """Run the tool; return 0, 2 for bad input, 1 for anything in the way, 128 + a signal."""
     try:
         run(argv)
     except (BadInput, Failure) as error:
@@ -1957,13 +1961,20 @@ def main(argv: list[str] | None = None) -> int:
         advice = "; free some space and run the same command again" if full else ""
         complaint = f"{error.filename or 'writing'}: {error.strerror or error}{advice}"
         status = 1
-    except KeyboardInterrupt:
-        complaint, status = "interrupted; the same command goes on from here", 130
+    except KeyboardInterrupt as stop:
+        status = 128 + (signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT)
+        complaint = "interrupted; the same command goes on from here"
     else:
         return 0
     print(one_line(f"error: {complaint}"), file=sys.stderr)
     return status
 
 
+def stop(number: int, frame: object) -> NoReturn:
+    """End as after Ctrl-C, so that nothing half written stays."""
+    raise Stopped
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -124,6 +124,32 @@ def test_ctrl_c_while_the_tokenizer_reads(build, capsys, monkeypatch):
     assert_one_error(run_main(capsys, *argv), 130, "interrupted")
 
 
+SIGNALLED = """
+import os, runpy, signal, sys
+replace, calls = os.replace, iter(range(99))
+def planted(*paths):
+    if next(calls) == 3:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    return replace(*paths)
+os.replace = planted
+program = sys.argv[2]
+sys.argv[1:] = sys.argv[3:]
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_one_line_and_the_next_run_goes_on(build, expected, number):
+    program = str(ROOT / "data" / "prepare.py")
+    argv = [str(number.value), program, *map(str, build.argv)]
+    done = subprocess.run([sys.executable, "-B", "-c", SIGNALLED, *argv], capture_output=True,
+                          text=True)
+    assert_one_error((done.returncode, "", done.stderr), 128 + number, "interrupted")
+    assert len(list(build.data.glob("*.bin"))) > 0 and not list(build.out.rglob(".*.tmp"))
+    assert build.run() == 0
+    assert tree(build.out) == expected
+
+
 # Disks and folders
 
 
