@@ -558,7 +558,12 @@ class Run:
             device = torch.device("mps")
         store = None
         if world_size > 1:
-            store, rank, world_size = next(dist.rendezvous("env://"))
+            try:
+                store, rank, world_size = next(dist.rendezvous("env://"))
+            except (ValueError, RuntimeError) as error:
+                said = str(error).strip().split("\n")[0]
+                raise Refusal(f"WORLD_SIZE={world_size}, but the processes do not find each other "
+                              f"({said}); torchrun sets up all that they need") from None
             if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
                 # Its store outlives a restart: what dead processes left there must not be found.
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -683,14 +688,16 @@ class Run:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Turn one rank's Refusal inside into a Refusal on every rank, so that none waits."""
+        """Turn a rank's Refusal inside into that of every rank, so that none waits or is silent."""
         refusal = None
         try:
             yield
         except Refusal as error:
             refusal = error
-        if self.agree(float(refusal is not None), "most"):
-            raise refusal or Refusal("another rank refused its settings or data")
+        first = -self.agree(-math.inf if refusal is None else -self.rank, "most")
+        if first < math.inf:
+            text = f"rank {first:.0f}: {refusal}" if first else str(refusal)
+            raise Refusal(self.share(text.encode(), int(first)).decode())
 
     def copy_from_main(self, model: nn.Module) -> None:
         """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
@@ -708,11 +715,11 @@ class Run:
         pinned = x.pin_memory() if self.device.type == "cuda" else x
         return pinned.to(self.device, non_blocking=True)
 
-    def share(self, content: bytes) -> bytes:
-        """Rank 0's bytes, on every rank, whether or not they share a file system."""
+    def share(self, content: bytes, source: int = 0) -> bytes:
+        """A rank's bytes, on every rank, whether or not they share a file system."""
         box = [content]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.patient)
+            dist.broadcast_object_list(box, src=source, group=self.patient)
         return box[0]
 
     def open_folder(self) -> None:
@@ -3038,7 +3045,7 @@ def main(arguments: list[str]) -> int:
         code, said = EXIT_FAILED, str(error)
     except KeyboardInterrupt:
         code, said = EXIT_INTERRUPTED, "interrupted; what the run folder holds was kept"
-    if code != EXIT_REFUSED or int(os.environ.get("RANK", 0)) == 0:  # torchrun: one is enough
+    if code != EXIT_REFUSED or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one a host is enough
         print(f"error: {said}", file=sys.stderr)
     return code
 
