@@ -13,17 +13,14 @@ import train_gpt
 
 PEAK_FLOPS, UTILISATION = 989e12, 0.265  # an H100's dense bf16; what the 11-layer systems reach
 TRACED_ROWS = 1009  # a prime, so that only what grows with the batch is a multiple of it in size
-# By benchmarks/fit_plan.py: rms of block weights by sqrt(width / row length), and of tables; bytes
-# lost beside 8-bit tables, of a float, coded over entropy's; error of a system left out of the fit.
-FITTED = {"block": 0.205, "table": 0.342, "seam": 14_000, "float": 1.68, "zstd": 1.012,
-          "lzma": 1.009, "brotli": 1.009, "error": 0.03}
+# By benchmarks/fit_plan.py: rms (in blocks by sqrt(width / row length)), coded bytes, worst error.
+FITTED = {"block": 0.204, "table": 0.501, "float": 1.68, "coded": 1.011, "error": 0.05}
 
 
 def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]:
     """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    saved: dict[int, torch.Tensor] = {}
-    found: Counter[str] = Counter()
+    saved, found = dict[int, torch.Tensor](), Counter[str]()
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda x: (saved.setdefault(x.untyped_storage()._cdata, x), x), lambda both: both[1])
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, hooks:
@@ -43,22 +40,24 @@ def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]
     return model, {kind: n / ids.numel() for kind, n in found.items()}
 
 
-def artifact_bytes(cfg: train_gpt.Config, parameters: dict, fit: dict = FITTED) -> float:
-    """Predicted size of the artifact: Gaussian rows on their grids, coded near their entropy."""
-    total, width = 1100.0, cfg.model_dim  # the header
-    for name, p in parameters.items():
+def artifact_bytes(cfg: train_gpt.Config, model: dict, fit: dict = FITTED, by: float = 1) -> float:
+    """Predicted size, CLIP_SIGMAS times `by`: Gaussian rows on grids, coded near their entropy."""
+    total, std = 1100.0, cfg.quant_clip == "std"  # the header
+    for name, p in model.items():
         if not (bits := train_gpt.bits_of(cfg, name, p)):
             total += fit["float"] * p.numel()
             continue
-        rms = fit["block"] * (width / p.size(1)) ** 0.5 if "blocks" in name else fit["table"]
-        clip = -rms * float(torch.special.ndtri(torch.tensor(0.28 / p.size(1))))  # mean maximum
-        floor, top = float(bits == 8 or cfg.q_scale_floor == "inv_clip"), 2 ** (bits - 1) - 1
-        edges = torch.arange(0.5 - top, top, dtype=torch.float64) * max(clip, floor) / top / rms
-        shares = torch.special.ndtr(edges).diff(prepend=torch.zeros(1), append=torch.ones(1))
+        block = "blocks" in name and fit["block"] * (cfg.model_dim / p.size(1)) ** 0.5
+        mean_maximum = -float(torch.special.ndtri(torch.tensor(0.28 / p.size(1))))
+        clip = train_gpt.sigmas_of(cfg, name, by) if std else mean_maximum  # in rms
+        floor = (bits == 8 or cfg.q_scale_floor == "inv_clip") / (block or fit["table"]) * (not std)
+        step = max(clip, floor) / (top := 2 ** (bits - 1) - 1)
+        step /= (1 + std * step**2 / 12) ** 0.5  # GPTQ feeds errors back, which widens rows
+        edges = torch.special.ndtr(step * torch.arange(0.5 - top, top, dtype=torch.float64))
+        shares = edges.diff(prepend=torch.zeros(1), append=torch.ones(1))
         entropy = float(torch.special.entr(shares).sum()) / math.log(256)  # bytes an integer
-        # Scales at the floor are all alike and take no bytes.
-        total += fit[cfg.codec] * p.numel() * entropy + fit["float"] * len(p) * (clip > floor)
-        total += fit["seam"] * (name == "bigram.embed.weight" and bits == 8 and cfg.codec == "zstd")
+        scales = len(p) * (clip > floor)  # those at the floor are all alike and take no bytes
+        total += fit["coded"] * p.numel() * entropy + fit["float"] * scales
     return total
 
 
@@ -67,10 +66,8 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
     whole, unit = (cfg.iterations, "steps") if cfg.step_driven else (cfg.max_wallclock_seconds, "s")
     known, swa = cfg.warmdown_frac or cfg.step_driven, cfg.swa_start_frac * ("swa" in cfg.avg_mode)
     warmdown = cfg.warmdown_frac * whole or min(cfg.warmdown_iters, whole if known else math.inf)
-    limits = "" if cfg.step_driven else f", less calibration; at most {cfg.iterations:,} steps"
-    yield f"end: {whole:g} {unit}{limits}"
-    yield f"momentum ramp: {cfg.muon_momentum_warmup_start:g} to {cfg.muon_momentum:g} in " \
-          f"{cfg.muon_momentum_warmup_steps:,} steps"
+    yield f"end: {whole:g} {unit}" + f", or {cfg.iterations:,} steps" * (not cfg.step_driven)
+    yield f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
     for name, share in ((f"warmdown ({cfg.warmdown_type})", 1.0),
                         ("late QAT", cfg.late_qat_threshold * (cfg.qat_mode == "late")),
                         (f"SWA, every {cfg.swa_every} steps", swa),
@@ -83,8 +80,8 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
 
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     """Everything that --plan prints; `code_bytes` is the size of the file that would run."""
-    (model, step), ranks = traced_step(cfg), int(os.environ.get("WORLD_SIZE", 8))
-    widths: Counter[int] = Counter()
+    (model, step), widths = traced_step(cfg), Counter[int]()
+    ranks = int(os.environ.get("WORLD_SIZE", 8))
     parameters, groups = dict(model.named_parameters()), train_gpt.route_parameters(cfg, model)
     for name, p in parameters.items():
         widths[train_gpt.bits_of(cfg, name, p)] += p.numel()
@@ -92,24 +89,25 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     stacks = Counter((g["route"], p.shape) for g in groups if g["optimizer"] == "muon"
                      for p in g["params"])
     muon = sum(-(-n // ranks) * shape.numel() for (_, shape), n in stacks.items())  # a rank's part
-    count, tokens, row = widths.total(), cfg.train_batch_tokens, cfg.train_seq_len
+    tokens, row, attention = cfg.train_batch_tokens, cfg.train_seq_len, step["attention"]
+    work = step["products"] + attention
     rows = min(cfg.micro_batch_seqs or 98_304 // row or 1, -(-cfg.rows_per_step // ranks))
-    work = step["products"] + step["attention"]
     seconds = work * tokens / (ranks * PEAK_FLOPS * UTILISATION)
     steps = int(min(cfg.iterations, cfg.max_wallclock_seconds / seconds or math.inf))
+    count, limit, end = widths.total(), cfg.artifact_limit_bytes, train_gpt.SOLVER_OCTAVES[1]
+    size, least = (artifact_bytes(cfg, parameters, by=2.0**octaves) for octaves in (0, end))
+    least, target = (1 - FITTED["error"]) * least + code_bytes, cfg.artifact_target_bytes or limit
     memory = {"parameters": 4 * count, "gradients": 4 * count,
               "optimizer": 8 * adam + muon * (1 + 2 / 256 if cfg.muon_quant_momentum else 4),
               "averages": 4 * count * (("ema" in cfg.avg_mode) + ("swa" in cfg.avg_mode)),
               **{kind: step[kind] * rows * row for kind in ("saved activations", "logits")}}
-    size, limit = artifact_bytes(cfg, parameters), cfg.artifact_limit_bytes
     yield f"parameters: {count:,}"
     yield from train_gpt.routing_table(cfg, model)
     yield "stored as: " + ", ".join(f"{n:,} at {f'int{bits}' if bits else 'fp16'}"
                                     for bits, n in sorted(widths.items()))
     yield f"a step: {tokens:,} tokens, {cfg.rows_per_step:,} rows of {row:,}, {rows} at once a GPU"
-    yield f"FLOPs: {work / 1e6:.1f} M a token, {step['attention'] / 1e6:.1f} M of it causal " \
-          f"attention, {work * tokens / 1e12:.4g} T a step (with masked and repeated products " \
-          f"{step['counted'] / 1e6:.1f} M a token; published for 11 layers at T=2048: 228 M)"
+    yield f"FLOPs: {work / 1e6:.1f} M a token (published for 11 layers at T=2048: 228 M), " \
+          f"{attention / 1e6:.1f} M of it causal attention, {work * tokens / 1e12:.4g} T a step"
     yield f"speed, stated: {ranks} H100 at {UTILISATION:.1%} of {PEAK_FLOPS / 1e12:g} TFLOP/s, " \
           f"{1e3 * seconds:.4g} ms a step, {steps:,} steps, {steps * tokens / 1e9:.3g} B tokens"
     yield "memory a GPU, MiB: " + ", ".join(f"{k} {n / 2**20:,.0f}" for k, n in memory.items()) + \
@@ -118,6 +116,7 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
           f"{2 * muon * (ranks - 1):,} gathered, {8 * adam * (ranks - 1) // ranks:,} all-reduced"
     yield f"artifact, predicted: {size:,.0f} +- {size * FITTED['error']:,.0f} bytes, and code " \
           f"{code_bytes:,}, of {limit:,}; {limit - size - code_bytes:,.0f} left"
+    yield f"{'warning: ' * (least > target)}no clips leave less than {least:,.0f}, of {target:,}"
     yield from schedule_dates(cfg)
     reasons = "; ".join(train_gpt.static_ineligibility(cfg))
     yield f"eligible as a record: {f'no: {reasons}' if reasons else 'yes, in time on 8 x H100'}"

@@ -72,11 +72,16 @@ from tqdm import tqdm
 # =================================================================================================
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
+CACHED_TOKENS = 1024
 NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a resumed run
 
 
 class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
+
+    def __str__(self) -> str:
+        """Up to 1,000 characters; a hostile file's texts may hold anything."""
+        return "".join(c if c.isprintable() else "?" for c in super().__str__()[:1000])
 
 
 def knob(default, accepts: tuple, doc: str):
@@ -172,8 +177,8 @@ class Config:
     muon_parallel: bool = knob(True, (), "Ranks share Muon's matrices out, not each doing all.")
     muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
     muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
-    optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim"),
-        "Muon for matrices, for those of blocks (others start unscaled), or for all 2-D tensors.")
+    optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim", "adam"),
+        "Muon for matrices, those of blocks (others start unscaled), all 2-D, all but of blocks.")
     adam_wd: float = knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
     grad_clip_norm: float = knob(0.3, (0.0, 1e6), "Largest gradient norm; 0: off.")
     clip_before_reduce: bool = knob(False, (), "Clip each rank's share, before the sum.")
@@ -200,7 +205,8 @@ class Config:
     prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
     artifact_target_bytes: int = knob(0, (0, 1 << 40),
         "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.")
-    codec: str = knob("zstd", ("zstd", "lzma", "brotli"), "Artifact compression.")
+    codec: str = knob("zstd", ("zstd", "lzma", "brotli", "best"),
+        "Artifact compression; best is the smaller of zstd and lzma.")
 
     eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
     eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
@@ -232,6 +238,8 @@ class Config:
         for holds, complaint in (
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
+            (self.optimizer_routing != "adam" or self.bigram_vocab_size or self.value_layers,
+             "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED"),
             (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
              f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}"),
             (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
@@ -246,10 +254,10 @@ class Config:
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
              f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.bits))
-             and self.bits_by_role, "BITS names a layer beyond NUM_LAYERS"),
-            (all(int(n) < layers for n in re.findall(r"blocks\.(\d+)", self.clip_sigmas))
-             and self.sigmas_by_role, "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
+            (all(int(n) < layers for role in self.bits_by_role for n in re.findall(r"\d+", role)),
+             "BITS names a layer beyond NUM_LAYERS"),
+            (all(int(n) < layers for role in self.sigmas_by_role for n in re.findall(r"\d+", role)),
+             "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
@@ -267,7 +275,7 @@ class Config:
     def value_layers(self) -> tuple[int, ...]:
         """Layers with value embeddings, in the order of their scales."""
         names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"0|[1-9]\d*", n) for n in names):
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
@@ -347,7 +355,7 @@ def settings_of(group: str) -> list[str]:
 
 
 ROLES = ("mlp", "attn", "emb", "aux")
-TENSOR_NAME = r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
+TENSOR_NAME = r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
               r"(bigram|ve_shared)\.(embed|proj)"
 MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
 
@@ -625,6 +633,10 @@ class Run:
     compiled = property(lambda self: self.cfg.compile == "1" or (
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
+    # Windows a forward of a batch of EVAL_BATCH_SEQS: on a CPU few enough to stay in its caches.
+    scored_rows = property(lambda self: min(self.cfg.eval_batch_seqs, max(
+        1, CACHED_TOKENS // self.cfg.eval_seq_len)) if self.device.type == "cpu"
+        else self.cfg.eval_batch_seqs)
 
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
@@ -1297,6 +1309,43 @@ class Block(nn.Module):
         return x + b * self.mlp(rms_norm(x, s))
 
 
+class HeadNats(torch.autograd.Function):
+    """Nats of the targets at capped logits and their weights, with one [tokens, vocabulary] copy.
+
+    The gradient of each nat is found while its row of logits is in the processor's cache; its
+    factor in the loss is known only later, and then scales hidden states instead.
+    """
+
+    ROWS = 128  # at a time
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
+                gamma: Tensor | None, clamp_min: float) -> tuple[Tensor, Tensor]:
+        """Of hidden (B, T, D), head (V, D) and targets (B, T): what GPT.forward gives."""
+        hidden, shape, nats, weights = hidden.flatten(0, 1), targets.shape, [], []
+        pull = hidden.new_empty(len(hidden), len(head))
+        for own, at, bent in zip(*(x.split(HeadNats.ROWS) for x in (
+                hidden, targets.reshape(-1, 1), pull)), strict=True):
+            torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
+            logits = cap * bent
+            total = logits.logsumexp(-1, keepdim=True)
+            nats.append(total - logits.gather(1, at))
+            weights.append(mile_weights(logits, gamma, clamp_min))
+            excess = logits.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total))
+            bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
+        ctx.save_for_backward(hidden, head, pull)
+        ctx.mark_non_differentiable(of_loss := torch.cat(weights).view(shape))
+        return torch.cat(nats).view(shape), of_loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Of hidden and head, the only inputs that have one."""
+        (hidden, head, pull), shape = ctx.saved_tensors, grad.shape
+        grad = grad.reshape(-1, 1)
+        return ((grad * (pull @ head)).view(*shape, -1), pull.t() @ (grad * hidden),
+                None, None, None, None)
+
+
 class GPT(nn.Module):
     """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
 
@@ -1317,6 +1366,8 @@ class GPT(nn.Module):
             torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0))
         self.backout_lambda = nn.Parameter(torch.tensor(cfg.backout_init)) \
             if cfg.backout_layer >= 0 else None
+
+    head = property(lambda self: self.tok_emb if self.lm_head is None else self.lm_head)
 
     def context(self, input_ids: Tensor, x0: Tensor) -> Context:
         """What all blocks share, with VRL layer 0's values too: of ids (B, T), x0 (B, T, D)."""
@@ -1351,24 +1402,34 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
-        head = self.tok_emb if self.lm_head is None else self.lm_head
-        z, cap = F.linear(hidden, like(head.weight, hidden)).float(), self.cfg.logit_softcap
+        z = F.linear(hidden, like(self.head.weight, hidden)).float()
+        cap = self.cfg.logit_softcap
         return cap * z.div_(cap).tanh_()
 
-    def forward(self, input_ids: Tensor, target_ids: Tensor,
-                mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T)."""
-        logits = self.logits(self.hidden(input_ids))
+    def forward(self, input_ids: Tensor, target_ids: Tensor, mile_gamma: Tensor | None = None,
+                places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T).
+
+        With `places` (B, S) in the rows the targets are those of these places: (B, S) -> (B, S).
+        """
+        hidden, clamp_min = self.hidden(input_ids), self.cfg.mile_clamp_min
+        if places is not None:
+            hidden = hidden.take_along_dim(places.unsqueeze(-1), dim=1)
+        # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
+        plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
+        if hidden.requires_grad and not plain:
+            return HeadNats.apply(hidden, self.head.weight, target_ids, self.cfg.logit_softcap,
+                                  mile_gamma, clamp_min)
+        logits = self.logits(hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none")
-        nats = nats.view_as(target_ids)
-        return nats, torch.ones_like(nats) if mile_gamma is None else \
-            mile_weights(logits, mile_gamma, self.cfg.mile_clamp_min)
+        return nats.view_as(target_ids), mile_weights(logits, mile_gamma, clamp_min)
 
 
 @torch.no_grad()
-def mile_weights(logits: Tensor, gamma: Tensor, clamp_min: float) -> Tensor:
-    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (B, T, V) -> (B, T)."""
-    # gamma is a tensor, so that its schedule never recompiles a graph.
+def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
+    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (..., V) -> (...)."""
+    if gamma is None:  # without MiLe; else a tensor, so that its schedule never recompiles a graph
+        return torch.ones_like(logits[..., 0])
     p = torch.softmax(logits, dim=-1)
     entropy = -(p * torch.log(p + 1e-8)).sum(-1)
     return (1.0 - torch.exp(-entropy)).clamp_min(0.0).pow(gamma).clamp_min(clamp_min)
@@ -1428,6 +1489,7 @@ ROUTES_FIRST = {
     "banks": ((AUXILIARY,                               "adam", "scalar_lr",     "adam_wd"),),
     "by_ndim": ((AUXILIARY + r"|(bigram|ve_shared)\.embed\.weight|skip_weights|"
                  r"blocks\.\d+\.resid_mix",           "muon", "matrix_lr",     "muon_wd"),),
+    "adam": ((r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "adam", "matrix_lr",     "adam_wd"),),
 }
 ROUTES = (
     # parameter name (full match, first row wins)      optimizer learning rate  decay
@@ -1660,10 +1722,10 @@ Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compile
 
 
 def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
-                  grids: dict[str, int] | None = None,
-                  mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                  grids: dict[str, int] | None = None, mile_gamma: Tensor | None = None,
+                  places: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Nats of each target and its weight in the loss (B, T), QAT rounding weights to `grids`."""
-    given = (input_ids, target_ids, mile_gamma)
+    given = (input_ids, target_ids, mile_gamma, places)
     return torch.func.functional_call(model, fake_quantized(model, grids), given) if grids \
         else model(*given)
 
@@ -1807,8 +1869,8 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         for name, p in model.named_parameters():
             p.copy_(before[name])
 
-    def blank(rows: int) -> tuple[Tensor, ...]:  # not one tensor twice: that compiles anew
-        return torch.full((2, rows, cfg.eval_seq_len), BOS, device=run.device).unbind()
+    def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
+        return [torch.full((rows, width), BOS, device=run.device) for width in widths]
 
     @torch.no_grad()
     def timed(work: Callable[[], object]) -> float:  # the second of two calls, all compiled
@@ -1817,12 +1879,17 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         work()
         return run.agree(time.perf_counter() - start)
 
+    T, strip, first_rows = cfg.eval_seq_len, cfg.eval_stride, rows.batch(0, CALIBRATION_ROWS)[0]
     if cfg.ttt_mode != "off":
-        forward(model, *blank(run.adaptation_rows))[0].sum().backward()
+        forward(model, *blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
-    first_rows, evaluated = rows.batch(0, CALIBRATION_ROWS)[0], blank(cfg.eval_batch_seqs)
+    whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
+    scored = timed(lambda: forward(model, *whole)[0].sum().item())
+    if 0 < strip < T:
+        ids, targets, places = sliding
+        scored = timed(lambda: forward(model, ids, targets, places=places)[0].sum().item())
     return (timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf, run)),
-            timed(lambda: forward(model, *evaluated)[0].sum().item()))
+            scored * cfg.eval_batch_seqs / run.scored_rows)
 
 
 class Averages:
@@ -1938,9 +2005,12 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     pending = None
                 state.save(seconds)
                 state.stop(asked)
-            qat_started, moment = schedule.qat, schedule.at(step, seconds)
+            qat_started, before = schedule.qat, share_of_run(cfg, step - 1, schedule.last_seconds)
+            moment = schedule.at(step, seconds)
             if moment.done:
                 break
+            if run.is_main and before < SIZE_SHARE <= share_of_run(cfg, step, seconds):
+                foresee_size(model, step, run)
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 run.settle()
                 with run.training_clock.running(False):
@@ -1975,13 +2045,18 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     return state.averages.result(run)
 
 
+def share_of_run(cfg: Config, step: int, seconds: float) -> float:
+    """How much of the run is over after so many steps and seconds; from 0 to 1."""
+    return step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
+
+
 def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
              groups: list[dict], run: Run) -> None:
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
     loss, *norms = stats.tolist()
     refuse_non_finite([loss, *norms], step, groups)
     cfg = run.cfg
-    share = step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
+    share = share_of_run(cfg, step, seconds)
     due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
         int(50 * share) > run.last_logged_share
     show = show or step <= 10 or due
@@ -2029,8 +2104,9 @@ CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the 
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE, LEAST_SIGMAS = 8, 5.0  # of QUANT_CLIP=std; a nearer clip costs more than it gains
-SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 2.0), 12
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
 SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
+SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
                  (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
@@ -2046,7 +2122,7 @@ class Stored:
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
         values = self.values.float()
-        return values if self.scale is None else values * self.scale.float()[:, None]
+        return values if self.scale is None else values.mul_(self.scale.float()[:, None])
 
 
 def role_of(name: str) -> str:
@@ -2185,19 +2261,18 @@ def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> S
 
 def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Tensor:
     """GPTQ's loop over columns, e = (w - q s) / U_ii, later columns -= e U_ij: Q, (n, r, c)."""
-    levels, rest = largest_integer(bits), W.repeat(len(step), 1, 1)
+    levels, steps, diagonal = largest_integer(bits), step.flatten(), U.diagonal().tolist()
+    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes lies together
     Q = torch.empty_like(rest)
-    for start in range(0, W.size(1), cfg.gptq_block_size):
-        stop = min(start + cfg.gptq_block_size, W.size(1))
-        errors = torch.empty_like(rest[..., start:stop])
+    for start in range(0, len(rest), cfg.gptq_block_size):
+        stop, errors = min(start + cfg.gptq_block_size, len(rest)), []
         for col in range(start, stop):
-            column = rest[..., col : col + 1]
-            Q[..., col : col + 1] = torch.round(column / step).clamp_(-levels, levels)
-            error = (column - Q[..., col : col + 1] * step) / U[col, col]
-            rest[..., col:stop] -= error * U[col, col:stop]
-            errors[..., col - start : col - start + 1] = error
-        rest[..., stop:] -= errors @ U[start:stop, stop:]
-    return Q
+            column = rest[col]
+            q = torch.div(column, steps, out=Q[col]).round_().clamp_(-levels, levels)
+            errors.append((column - q * steps).div_(diagonal[col]))
+            rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
+        rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
+    return Q.T.reshape(len(step), *W.shape)
 
 
 def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
@@ -2391,7 +2466,8 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
 ZSTD_LEVEL, LZMA_PRESET = 22, 6
-MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 30, 1 << 20
+ZSTD_MATCHES, LONG_BODY = (6, 4, 3), 1 << 22  # shortest repetitions; of a long body only the first
+MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
 EVALUATION_SETTINGS = settings_of("Evaluation")
@@ -2417,7 +2493,12 @@ def brotli_codec():
 def compress(body: bytes, codec: str) -> bytes:
     """The body under a codec of CODECS; the same bytes always give the same bytes."""
     if codec == "zstd":
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(body)
+        # Repetitions of three integers rarely pay, but no rule says which least length packs best.
+        tries = [zstandard.ZstdCompressor(
+            compression_params=zstandard.ZstdCompressionParameters.from_level(
+                ZSTD_LEVEL, source_size=len(body), min_match=shortest)).compress(body)
+            for shortest in ZSTD_MATCHES[: 1 if len(body) > LONG_BODY else None]]
+        return min(tries, key=len)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
     return brotli_codec().compress(body, quality=11, lgwin=24)
@@ -2460,7 +2541,8 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
     body = b"".join([struct.pack("<I", len(text)), text.encode(),
                      *(q.numpy().astype("<i1").tobytes() for q in integers),
                      *(x.numpy().astype("<f2").tobytes() for x in floats)])
-    packed = compress(body, codec)
+    packed, codec = min(((compress(body, c), c) for c in (
+        ("zstd", "lzma") if codec == "best" else (codec,))), key=lambda pair: len(pair[0]))
     return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
                         hashlib.sha256(packed).digest()) + packed
 
@@ -2489,7 +2571,8 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
             raise ValueError("a setting or fingerprint is not text")
         return header, cut_payload(body, 4 + header_bytes, header["tensors"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise Refusal(f"the artifact's header is malformed ({error!r})") from None
+        raise Refusal("the artifact's header is malformed "
+                      f"({type(error).__name__}: {error})") from None
 
 
 def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
@@ -2515,6 +2598,15 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
     if x_at != len(body):
         raise ValueError("the tensors do not add up to the body")
     return stored
+
+
+def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
+    """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
+    names = {name.upper() for name in (*MODEL_SETTINGS, *EVALUATION_SETTINGS)}
+    if wrong := sorted(names ^ set(header["settings"])):
+        raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
+                      f"{wrong[0]!r} is not here or missing there")
+    return Config.from_env({**header["settings"], **env})
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -2569,17 +2661,39 @@ def solve_factor(model: GPT, goal: float) -> float:
     return 2.0**coarsest
 
 
+def foresee_size(model: GPT, step: int, run: Run) -> None:
+    """Log what code and artifact of the present weights would take, and warn of a vain target.
+
+    Without Hessians and codec, and rather less than with them: integers near their entropy, floats
+    at a byte. Rows keep their shape as they grow, and QUANT_CLIP=std goes by shapes.
+    """
+    cfg, std = run.cfg, run.cfg.quant_clip == "std"
+    target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
+    fixed = len(run.source) + sum(len(p) if bits_of(cfg, name, p) else p.numel()
+                                  for name, p in model.named_parameters())
+    total, coarsest = (fixed + LEAST_CODED * estimated_bytes(model, factor)
+                       for factor in (1.0, 2.0 ** SOLVER_OCTAVES[1] if std else 1.0))
+    run.log("size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} "
+            "target:{target}", "size_foreseen", step=step, total=total, coarsest=coarsest,
+            target=target)
+    if coarsest > target:
+        run.log(f"warning: code and artifact will be over {target} bytes, by "
+                f"{coarsest - target:.0f} or more: take fewer parameters or BITS")
+
+
 def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
                  run: Run) -> tuple[dict[str, Stored], bytes]:
     """Quantised tensors and their artifact, the largest below the target that few passes find.
 
     With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
-    tells how far the estimate is off, and the next one takes the factor solved with that.
+    tells how far the estimate is off, two how much of its change is real, and the next one takes
+    the factor solved with that.
     """
     cfg, code, factor, over, fits = run.cfg, len(run.source), 1.0, 0.0, math.inf
     best: tuple[tuple[bool, float], dict[str, Stored], bytes] = (False, -math.inf), {}, b""
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
+    seen: dict[float, int] = {}  # whole bytes by estimate
     for solved in range(SOLVER_PASSES if cfg.quant_clip == "std" else 1):
         stored = quantize(model, hessians, run, factor)
         blob = encode_artifact(header, stored, cfg.codec)
@@ -2592,9 +2706,14 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
         if least <= total <= target:
             break
         over, fits = (max(over, factor), fits) if total > target else (over, min(fits, factor))
-        factor = solve_factor(model, estimated_bytes(model, factor) + SOLVER_AIM * target - total)
+        seen[estimate := estimated_bytes(model, factor)] = total
+        slopes = [(total - t) / (estimate - e) for e, t in seen.items() if e != estimate]
+        slope = min(max(slopes[-1], 0.5), 2.0) if slopes else 1.0
+        last, factor = factor, solve_factor(model, estimate + (SOLVER_AIM * target - total) / slope)
         if 0 < over < fits < math.inf and not over < factor < fits:
             factor = math.sqrt(over * fits)  # a codec's size is not smooth
+        if factor == last:
+            break  # at an end of the scale
     return best[1:]
 
 
@@ -2679,27 +2798,41 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
     return np.stack([starts, firsts, ends], axis=1)
 
 
-def window_batch(val: Validation, rows: np.ndarray, size: int, cfg: Config) -> tuple[Tensor, ...]:
-    """Input ids, target ids, bytes and scored mask of the windows `rows`: (size, T) each."""
-    rows = np.pad(rows, ((0, size - len(rows)), (0, 0)))  # by windows that score nothing
-    at = rows[:, :1] + np.arange(cfg.eval_seq_len)
-    scored = (at >= rows[:, 1:2]) & (at < rows[:, 2:])
-    at = np.minimum(at, val.num_targets(cfg) - 1)  # causality keeps what fills a window harmless
-    columns = val.tokens[at], val.tokens[at + 1], val.target_bytes[at], scored
+def window_batch(val: Validation, rows: np.ndarray, size: int, width: int,
+                 cfg: Config) -> tuple[Tensor, ...]:
+    """Input ids of the windows `rows`: (size, T). Of the strip of each that holds what it scores:
+
+    places in the row, target ids, bytes and scored mask, (size, width) each.
+    """
+    T, last = cfg.eval_seq_len, val.num_targets(cfg) - 1
+    start, first, end = np.split(np.pad(rows, ((0, size - len(rows)), (0, 0))), 3, axis=1)
+    places = np.minimum(first - start, T - width) + np.arange(width)
+    scored = (start + places >= first) & (start + places < end)  # padding scores nothing
+    # Causality keeps what fills a window harmless.
+    at, strip = (np.minimum(start + place, last) for place in (np.arange(T), places))
+    columns = val.tokens[at], places, val.tokens[strip + 1], val.target_bytes[strip], scored
     return tuple(torch.from_numpy(column.astype(np.int64)) for column in columns)
 
 
 @torch.no_grad()
-def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, run: Run,
-                  bar: tqdm) -> Tensor:
-    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,)."""
-    size = run.cfg.eval_batch_seqs
-    batches = np.array_split(spans, range(size, len(spans), size))
+def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, width: int,
+                  run: Run, bar: tqdm) -> Tensor:
+    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,).
+
+    Only `width` places of a window meet the head; one that scores more is shown again for them.
+    """
+    cfg, size, few = run.cfg, run.cfg.eval_batch_seqs, run.scored_rows
+    strips = np.array([(start, at, min(at + width, end)) for start, first, end in spans.tolist()
+                       for at in range(first, end, width)])
+    batches = np.array_split(strips, range(size, len(strips), size))
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for index in range(run.rank, len(batches), run.world_size):
-        ids, targets, num_bytes, scored = window_batch(val, batches[index], size, run.cfg)
-        nats = forward(model, run.put(ids), run.put(targets))[0].cpu().double()
-        sums[index] = torch.stack([(x * scored).sum().double() for x in (nats, scored, num_bytes)])
+        for rows in np.array_split(batches[index], range(few, len(batches[index]), few)):
+            ids, places, targets, num_bytes, scored = window_batch(val, rows, few, width, cfg)
+            where = {"places": run.put(places)} if width < cfg.eval_seq_len else {}
+            nats = forward(model, run.put(ids), run.put(targets), **where)[0].cpu().double()
+            sums[index] += torch.stack([(x * scored).sum().double()
+                                        for x in (nats, scored, num_bytes)])
         bar.update(run.world_size)
     run.add_up([sums])
     return sums.sum(0)
@@ -2715,10 +2848,11 @@ def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
     spans = windows(num_targets, cfg.eval_seq_len, stride, form)
     chunk_of = spans[:, 1] // (cfg.ttt_chunk_tokens if adapter else num_targets)
     sums, num_chunks = torch.zeros(3, dtype=torch.float64), int(chunk_of[-1]) + 1
+    width = stride or cfg.eval_seq_len
     with run.progress(name, total=-(-len(spans) // cfg.eval_batch_seqs), unit="batch") as bar:
         for chunk in range(num_chunks):
             if len(mine := spans[chunk_of == chunk]):
-                sums += score_windows(forward, model, val, mine, run, bar)
+                sums += score_windows(forward, model, val, mine, width, run, bar)
             if adapter is not None and chunk < num_chunks - 1:
                 adapter.after_chunk(chunk, num_chunks, time.perf_counter() - start)
     nats, targets, num_bytes = sums.tolist()
@@ -2761,8 +2895,9 @@ class Adapter:
         for steps, batch in enumerate(batches):
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
                 return steps
-            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, cfg)
-            ids, targets, _, learned = map(run.put, mine)
+            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows,
+                                cfg.eval_seq_len, cfg)
+            ids, _, targets, _, learned = map(run.put, mine)
             nats, _ = self.forward(self.model, ids, targets)
             ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
             reduce_gradients(self.parameters, [], run)
@@ -3003,11 +3138,7 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
     if repeated := sorted(ours & set(env)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
-    ours |= {name.upper() for name in EVALUATION_SETTINGS}
-    if wrong := sorted(ours ^ set(header["settings"])):
-        raise Refusal(f"{path}: its header must name the settings of this train_gpt.py; "
-                      f"{wrong[0]!r} is not here or missing there")
-    cfg, notes = Config.from_env({**header["settings"], **env})
+    cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)
     with Run.start(cfg) as run:
         run.log_header(notes)

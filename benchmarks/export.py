@@ -3,7 +3,8 @@
     python benchmarks/export.py RUN_FOLDER "CODEC=lzma" "QUANT_CLIP=std CLIP_SIGMAS=..." ...
 
 RUN_FOLDER holds the checkpoint of the end of training. Each further argument is a list of settings.
-Hessians are collected once, on the training rows that would come next.
+Hessians are collected once, on the training rows that would come next. The artifacts are kept in
+RUN_FOLDER as artifact_1.bin and so on.
 """
 
 import json
@@ -22,7 +23,7 @@ from train_gpt import CALIBRATION_ROWS, GPT, Config, Run, show_setting
 
 def environment_of(settings: dict[str, object]) -> dict[str, str]:
     """Settings as one would write them in the environment."""
-    return {name.upper(): show_setting(value) for name, value in settings.items()}
+    return {name.upper(): show_setting(value) for name, value in settings.items() if value != ""}
 
 
 def load(folder: Path) -> tuple[Config, GPT, int]:
@@ -40,29 +41,40 @@ def load(folder: Path) -> tuple[Config, GPT, int]:
     return cfg, averages.result(Run(cfg, 0, 1, torch.device("cpu"))), saved["step"]
 
 
+def calibrated(cfg: Config, model: GPT, steps: int) -> dict[str, torch.Tensor]:
+    """Hessians on the training rows that would come next, that of the logits' matrix too."""
+    rows, model.cfg = train_gpt.TrainingRows(cfg), replace(cfg, quant_clip="std")
+    return train_gpt.collect_hessians(model, lambda n: rows.batch(
+        steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0],
+        cfg.gptq_calib_batches, math.inf, Run(model.cfg, 0, 1, torch.device("cpu")))
+
+
+def exported(cfg: Config, model: GPT, hessians: dict[str, torch.Tensor],
+             val: train_gpt.Validation, **changes: str) -> tuple[bytes, float, int]:
+    """The artifact under changed settings, its chunked bpb, and the code's bytes."""
+    model.cfg = Config.from_env({**environment_of(asdict(cfg)), **changes})[0]
+    run = Run(model.cfg, 0, 1, torch.device("cpu"))
+    used = {name: H for name, H in hessians.items()
+            if model.cfg.quant_clip == "std" or name not in ("tok_emb", "lm_head")}
+    with tempfile.TemporaryDirectory() as place:
+        run.folder = Path(place)
+        blob = train_gpt.export(model, used, val, run)
+    rebuilt = train_gpt.rebuild_model(model.cfg, train_gpt.decode_artifact(blob)[1], run)
+    result = train_gpt.evaluate("artifact", train_gpt.training_nats, rebuilt, val, run)
+    return blob, result.bpb, len(run.source)
+
+
 def main(folder: Path, variants: list[str]) -> None:
     cfg, model, steps = load(folder)
-    rows, val = train_gpt.TrainingRows(cfg), train_gpt.load_validation(cfg)
-    model.cfg = replace(cfg, quant_clip="std")  # the Hessian of the logits' matrix too
+    val, hessians = train_gpt.load_validation(cfg), calibrated(cfg, model, steps)
     run = Run(model.cfg, 0, 1, torch.device("cpu"))
-    hessians = train_gpt.collect_hessians(model, lambda n: rows.batch(
-        steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0],
-        cfg.gptq_calib_batches, math.inf, run)
     result = train_gpt.evaluate("float", train_gpt.training_nats, model, val, run)
     print(f"float {result.bpb:.5f} bpb", flush=True)
-    for variant in variants:
+    for number, variant in enumerate(variants, 1):
         changes = dict(pair.split("=", 1) for pair in variant.split())
-        model.cfg = Config.from_env({**environment_of(asdict(cfg)), **changes})[0]
-        run = Run(model.cfg, 0, 1, torch.device("cpu"))
-        used = {name: H for name, H in hessians.items()
-                if model.cfg.quant_clip == "std" or name not in ("tok_emb", "lm_head")}
-        with tempfile.TemporaryDirectory() as place:
-            run.folder = Path(place)
-            blob = train_gpt.export(model, used, val, run)
-        stored = train_gpt.decode_artifact(blob)[1]
-        rebuilt = train_gpt.rebuild_model(model.cfg, stored, run)
-        result = train_gpt.evaluate("artifact", train_gpt.training_nats, rebuilt, val, run)
-        print(f"{variant}: {len(blob)} bytes {result.bpb:.5f} bpb", flush=True)
+        blob, bpb, _ = exported(cfg, model, hessians, val, **changes)
+        (folder / f"artifact_{number}.bin").write_bytes(blob)
+        print(f"{variant}: {len(blob)} bytes {bpb:.5f} bpb", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ What it is: interleaved rANS with adaptive tables. An integer's table is chosen 
 magnitude that what was coded so far of its row and its column suggests, so that the decoder needs
 no tables; the header, the floats and a few hints go through LZMA beside it.
 
-What it measured, in bytes of whole artifacts (README.md has the table): 1.2 to 2.8 % less than
-brotli-11 and 6 to 12 % less than zstd-22, over six trained models; on the record of 2026-11-24
-355,930 against brotli's 360,378 and zstd's 383,320.
+What it measured, in bytes of whole artifacts (records/ARTIFACT.md, README.md): 1.2 to 2.8 % less
+than brotli-11 over seven trained models; on the record of 2026-11-24 355,930 against brotli's
+360,378 and CODEC=zstd's 368,730.
 
 Why it is not in train_gpt.py: a codec of the project's own must beat brotli-11 by 2 %, which this
-misses on four of those six, and its 220 lines would break the file's cap.
+misses on five of those seven, and its 220 lines would break the file's cap.
 
     packed = pack(*train_gpt.read_artifact(path))
     header, stored = unpack(packed)
@@ -36,6 +36,7 @@ from train_gpt import MAX_BODY_BYTES, MAX_HEADER_BYTES, TINY_STEP, Refusal, Stor
 
 RAW_LZMA = ({"id": lzma.FILTER_LZMA2, "preset": train_gpt.LZMA_PRESET, "lc": 0, "pb": 0},)
 MAX_RANGE_INTEGERS, MAX_RANGE_MATRICES = 1 << 27, 1 << 10  # bound a decoder's time
+PLANES = 1 << 31
 MAX_STEP, SYMBOLS_A_LANE = 1 << 20, 1 << 16  # integers decoded at once, and so rows of a stack
 OCTAVES, BINS, PRIOR = (-6, 7), 4, 128  # of mean |q|; bins an octave; a first table's samples
 UNIT, SMALLEST = 256, 2.0**-7  # fixed point of sums; smallest divisor of what they sum
@@ -254,23 +255,31 @@ def range_parts(body: bytes, size: int) -> tuple[int, dict[str, tuple[int, int, 
 
 
 def compress(body: bytes) -> bytes:
-    """The length of what LZMA packs; that: header, high, low bytes of floats, hints; integers."""
+    """The length of what LZMA packs; that: header, floats, hints; integers.
+
+    Floats as they are, or, the length's highest bit set, all their high and then low bytes.
+    """
     start, matrices, n = range_parts(body, len(body))
     q, coder = np.frombuffer(body, "<i1", n, start).astype(np.int16), RangeEncoder()
     floats = np.frombuffer(body, np.uint8, offset=start + n)
     code_integers(coder, matrices, floats.view("<f2"), q)
-    packed = lzma.compress(body[:start] + floats[1::2].tobytes() + floats[::2].tobytes()
-                           + coder.hints, lzma.FORMAT_RAW, filters=RAW_LZMA)
-    return struct.pack("<I", len(packed)) + packed + coder.stream(-(-n // SYMBOLS_A_LANE))
+    tries = [lzma.compress(body[:start] + part.tobytes() + coder.hints, lzma.FORMAT_RAW,
+                           filters=RAW_LZMA)
+             for part in (floats, np.concatenate([floats[1::2], floats[::2]]))]
+    planes = len(tries[1]) < len(tries[0])
+    word = struct.pack("<I", len(tries[planes]) + PLANES * planes)
+    return word + tries[planes] + coder.stream(-(-n // SYMBOLS_A_LANE))
 
 
 def read_body(packed: bytes, size: int) -> bytes:
     """What compress() was given; raises ValueError if that cannot be."""
-    end = 4 + int.from_bytes(packed[:4], "little")
+    planes, length = divmod(int.from_bytes(packed[:4], "little"), PLANES)
+    end = 4 + length
     reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=RAW_LZMA)
     told = reader.decompress(packed[4:end], max_length=2 * size + 4096)
     start, matrices, n = range_parts(told, size)
-    floats = np.frombuffer(told, np.uint8, size - start - n, start).reshape(2, -1)[::-1].T.copy()
+    floats = np.frombuffer(told, np.uint8, size - start - n, start)
+    floats = floats.reshape(2, -1)[::-1].T.copy() if planes else floats.copy()
     coder = RangeDecoder(told[size - n :], packed[end:], -(-n // SYMBOLS_A_LANE))
     code_integers(coder, matrices, floats.view("<f2").ravel(), q := np.zeros(n, np.int16))
     # Decoding ends where encoding began.

@@ -3,9 +3,10 @@
     python records/record.py new runs/A runs/B runs/C --name Wide --author Ann --github-id ann \\
         --blurb "What is new in a sentence or two." --track track_cpu_5min
     python records/record.py check records/track_cpu_5min/*/ [--rescore] [--json]
-    python records/record.py show FOLDER
+    python records/record.py show FOLDER | ARTIFACT [--plot FILE.png]
     python records/record.py compare FOLDER_A FOLDER_B
     python records/record.py board
+    python records/record.py redraw FOLDER
 
 Every number of a folder comes from the runs' own logs. `check` derives them all again and exits 1,
 one line a finding, if anything disagrees; it never runs what a folder holds unless --rescore is
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import difflib
 import hashlib
 import itertools
 import json
@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,18 +38,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import changes
+import pack
+import rederive
 from scipy import stats
 
 RECORDS = Path(__file__).resolve().parent
-sys.path.insert(0, str(RECORDS.parent))
-VERSION = 1  # of what `new` writes; stands in every marker
+VERSION = 2  # of what `new` writes; stands in every marker
 LIMIT_BYTES = 16_000_000
 MAX_FILE_BYTES = 1 << 26  # of a file in a folder; larger ones are not read
 # Validation text of the challenge. Its published tokenizers fold characters, so that the count of
 # one differs from another's by some thousandths.
 FINEWEB_VAL_BYTES, FINEWEB_TOLERANCE = 151_080_891, 0.005
-ROLE_NAMES = {"mlp": "MLP", "attn": "attention", "emb": "token embedding", "aux": "the rest"}
 
 # What each track asks for. reasons: why train_gpt.py may call a run of it not eligible (it speaks
 # of the GPU track), as beginnings of its words.
@@ -108,6 +109,14 @@ def content(path: Path) -> bytes:
     if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
         raise Wrong(f"{path}: not a plain file of at most {MAX_FILE_BYTES:,} bytes")
     return path.read_bytes()
+
+
+def readable(script: bytes) -> str:
+    """The text of a train_gpt.py, packed or not; raises Wrong for what is no text."""
+    try:
+        return pack.text_of(script).decode()
+    except ValueError as error:
+        raise Wrong(f"train_gpt.py: cannot be read ({error})") from None
 
 
 def sha256(path: Path) -> str:
@@ -312,7 +321,7 @@ def entry_facts(runs: list[SeedRun], script: bytes, about: dict) -> dict:
     losses = [facts["val_loss"] for facts in seeds.values()]
     first, data = runs[0], runs[0].one("val_data")
     machine, versions = first.one("machine"), first.one("versions")
-    settings, defaults = common_settings(first.settings), defaults_of(script.decode())
+    settings, defaults = common_settings(first.settings), defaults_of(readable(script))
     changed = {name.upper(): show(value) for name, value in settings.items()
                if name in defaults and defaults[name] != value}
     largest = max(facts["artifact_bytes"] for facts in seeds.values())
@@ -323,6 +332,7 @@ def entry_facts(runs: list[SeedRun], script: bytes, about: dict) -> dict:
         "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else 0.0,
         "seeds": [run.seed for run in runs], "seed_results": seeds,
         "bytes_total": largest + len(script), "bytes_code": len(script),
+        **({"bytes_text": len(pack.text_of(script))} if pack.is_packed(script) else {}),
         "hardware": f"{machine['world_size']} x {machine['name']} ({machine['device']})",
         "pytorch_version": versions["torch"], "python_version": versions["python"],
         "params": first.one("model")["params"], "settings": changed,
@@ -375,13 +385,14 @@ def steps_to_show(run: SeedRun, script: str) -> set[int]:
     """Numbers of the step events that the trainer would have logged: the first ten, the last, and
     one every TRAIN_LOG_EVERY steps or fiftieth of the run after the one before."""
     cfg, lines, last, due = run.settings, set(run.log.splitlines()), -1, set()
+    end = run.one("trained")["step"]
     for number, event, said, _ in lines_of(run, script):
         if event.get("event") == "step":
             share = event["ms"] / 1e3 / cfg["max_wallclock_seconds"] \
                 if cfg["max_wallclock_seconds"] else event["step"] / cfg["iterations"]
             wanted = event["step"] % cfg["train_log_every"] == 0 if cfg["train_log_every"] else \
                 int(50 * share) > last
-            if wanted or event["step"] <= 10 or event["step"] == run.one("trained")["step"]:
+            if wanted or event["step"] <= 10 or event["step"] == end:
                 due.add(number)
             if said.keys() & lines or number in due:
                 last = int(50 * share)
@@ -416,10 +427,10 @@ def check_log(run: SeedRun, script: str) -> Iterator[str]:
 def loose_lines(run: SeedRun, script: str) -> tuple[dict[str, int], dict[str, int]]:
     """Log lines that no event stands behind, before and after the first step, to their numbers.
 
-    Left out: what holds the run's own name, warnings (the events say why), a GPU's peak memory.
+    Left out: what holds the run's own name or seed, which `rederive` looks at.
     """
     own = re.compile(r"[* ] (?:RUN_ID|RUNS_DIR|SEED) |seed:|.*/log\.txt$|artifact: |log: |"
-                     r"warning: |peak memory ")
+                     r"warning: not eligible ")
     expected: set[str] = set()
     first = math.inf
     lines = run.log.splitlines()
@@ -430,6 +441,8 @@ def loose_lines(run: SeedRun, script: str) -> tuple[dict[str, int], dict[str, in
     head: dict[str, int] = {}
     tail: dict[str, int] = {}
     for number, line in enumerate(lines):
+        if listed := re.match(r"[* ] (RUN_ID|RUNS_DIR|SEED) +\S.*? +([A-Z][^\[]*\[.*)", line):
+            head[f"{listed[1]} {re.sub('; default .*', ']', listed[2])}"] = number + 1
         if line not in expected and not own.match(line):
             (head if number < first else tail)[line] = number + 1
     return head, tail
@@ -439,26 +452,45 @@ def check_loose_lines(runs: list[SeedRun], script: str) -> Iterator[str]:
     """What no event stands behind is the same in all logs, as far as it can be.
 
     After the first step the others need only have such a line, with numbers of their own; or the
-    numbers are in the run's events.
+    numbers are in the run's events. Some lines a run may have alone.
     """
     loose = [loose_lines(run, script) for run in runs]
+    alone = re.compile("|".join(rederive.ALONE))
+    for run, (head, tail) in zip(runs, loose, strict=True):
+        yield from rederive.check_words(run, head | tail, defaults_of(script))
     for place, run in enumerate(runs if len(runs) > 1 else ()):
         head, tail = loose[place]
         heads = [set(part) for n, (part, _) in enumerate(loose) if n != place]
-        shapes = [{shape_of(line) for line in part} for n, (_, part) in enumerate(loose)
-                  if n != place]
+        shapes = [{shape_of(line) for line in part if not alone.fullmatch(line)}
+                  for n, (_, part) in enumerate(loose) if n != place]
         events = [event for event in run.events if event.get("event") != "step"]
         known = set(numbers_in(json.dumps([events, run.settings]))) | {
             number for _, _, said, _ in lines_of(run, script) for line in said
             for number in numbers_in(line)}
-        wrong = [(n, line) for line, n in head.items() if line not in set.union(*heads)] + [
+        wrong = [(n, line) for line, n in head.items() if line not in set.union(*heads)
+                 and not alone.fullmatch(line)] + [
             (n, line) for line, n in tail.items() if shape_of(line) not in set.union(*shapes)
-            and not known.issuperset(numbers_in(line))]
+            and not known.issuperset(numbers_in(line)) and not alone.fullmatch(line)]
         for number, line in wrong:
             yield f"{run.log_name}:{number}: stands in no event and in no other log: {line!r}"
         for line in sorted(set.intersection(*heads) - head.keys()) + sorted(
                 set.intersection(*shapes) - {shape_of(line) for line in tail}):
             yield f"{run.log_name}: a line of the other logs is missing: {line!r}"
+
+
+def untold(runs: list[SeedRun], script: str) -> list[str]:
+    """What the runs' files say once and nothing confirms, in words."""
+    loose = []
+    for run in runs:
+        head, tail = loose_lines(run, script)
+        numbers = {**tail, **(head if len(runs) == 1 else {})}
+        loose.append({line.partition(" budget:")[0]: n for line, n in numbers.items()
+                      if re.search("[0-9]", line)
+                      and not re.match(r"[* ] [A-Z]|[A-Z_]+ |swa:start", line)})
+    logs = [set(run.log.splitlines()) for run in runs]
+    shown = [sum(not said.keys().isdisjoint(here) for _, event, said, _ in lines_of(run, script)
+                 if event.get("event") == "step") for run, here in zip(runs, logs, strict=True)]
+    return rederive.doubts(runs, loose, shown)
 
 
 def shape_of(line: str) -> str:
@@ -496,10 +528,10 @@ def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
         yield f"{place}: bytes do not add up: {artifact['total']:,}"
     if artifact["total"] > LIMIT_BYTES:
         yield f"{place}: {artifact['total']:,} bytes are over the cap of {LIMIT_BYTES:,}"
-    data, final, summary = run.one("val_data"), run.one("final"), run.one("summary")
+    data, final = run.one("val_data"), run.one("final")
     for event in run.all("eval"):
         bpb = event["val_loss"] * event["targets"] / (math.log(2) * event["num_bytes"])
-        if not math.isclose(bpb, event["val_bpb"], rel_tol=1e-9):
+        if not math.isclose(bpb, event["val_bpb"], rel_tol=1e-12):
             yield f"{place}: {event['name']}: val_bpb {event['val_bpb']} is not {bpb:.8f}"
         # At most 64 bytes each. A published form of sliding counts some twice: never the headline.
         dropped = data["tokens"] - 1 - event["targets"]
@@ -519,8 +551,7 @@ def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
         yield f"{place}: {scored['targets']:,} targets scored of {data['tokens']:,} tokens"
     if not scored or scored["legal"] is not True:
         yield f"{place}: the headline is not a legal score"
-    elif summary["eval_seconds"] * 1e3 < scored["ms"] - 1:
-        yield f"{place}: scoring took {scored['ms'] / 1e3:.1f} s, not {summary['eval_seconds']}"
+    yield from rederive.check_artifact_facts(run)
 
 
 def check_training(run: SeedRun) -> Iterator[str]:
@@ -537,11 +568,7 @@ def check_training(run: SeedRun) -> Iterator[str]:
             yield f"{place}: step {event['step']}: step_avg {event['step_avg']} is not ms / step"
         if event["iterations"] != settings["iterations"]:
             yield f"{place}: step {event['step']}: {event['iterations']} iterations"
-    if summary["seconds"] * 1e3 < times[-1] - 1:
-        yield f"{place}: training took {times[-1] / 1e3:.1f} s, not {summary['seconds']:.1f}"
-    rate = summary["steps"] * settings["train_batch_tokens"] / trained["ms"] * 1e3
-    if not math.isclose(rate, summary["rate"], rel_tol=0.01):
-        yield f"{place}: {summary['rate']:.0f} tokens a second, the steps give {rate:.0f}"
+    yield from rederive.check_clock(run)
     if summary["params"] != run.one("model")["params"]:
         yield f"{place}: {summary['params']:,} parameters in the summary, the model has others"
     ledger = {event["name"] for event in run.all("activity")}
@@ -602,8 +629,10 @@ def check_together(runs: list[SeedRun], track: str) -> Iterator[str]:
         for key in keys:
             if len(values := {run.one(kind)[key] for run in runs}) > 1:
                 yield f"the runs differ in {kind} {key}: {sorted(map(str, values))}"
+    # How many passes the size took, and whether a validation fell into the run, may differ.
     kinds = [{(e.get("event"), e.get("name") or e.get("role")) for e in run.events
-              if e.get("event") not in ("machine", "step")} for run in runs]
+              if e.get("event") not in ("machine", "step", "size_pass", "pruned")
+              and not (e.get("event") == "eval" and e["step"])} for run in runs]
     for run, mine in zip(runs, kinds, strict=True):
         for missing in sorted(set.union(*kinds) - mine, key=str):
             yield f"{run.metrics_path}: no event {missing}, which another seed has"
@@ -637,6 +666,8 @@ def check_claims(folder: Path, runs: list[SeedRun], script: bytes, claims: dict)
     yield from (f"submission.json: {finding}" for finding in check_about(claims))
     if folder.parent.name in TRACKS and folder.parent.name != track:
         yield f"submission.json: track {track}, but the folder lies in {folder.parent.name}"
+    if folder.resolve().name != (name := f"{claims.get('date')}_{claims.get('name')}"):
+        yield f"submission.json: its date and name make {name!r}, the folder has another name"
     derived = entry_facts(runs, script, claims)
     derived["compliance"] = dict.fromkeys(CONDITIONS, True)
     yield from differences("submission.json", derived,
@@ -655,7 +686,7 @@ def check_claims(folder: Path, runs: list[SeedRun], script: bytes, claims: dict)
             yield f"{path.name}: not listed in submission.json"
         elif sha256(path) != files[path.name]:
             yield f"{path.name}: changed since submission.json was written (sha256)"
-    for name in sorted({*files, *FILES}):
+    for name in sorted({*files, *FILES, *(["source.diff"] if claims.get("base") else [])}):
         if "/" in name or not (folder / name).is_file():
             yield f"{name}: belongs to the entry, but is not in its folder"
     for run in runs:
@@ -699,17 +730,17 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
         raise Wrong(f"{folder}: no train_seed*.log")
     findings = list(check_runs(runs, script, claims["track"]))
     findings += check_claims(folder, runs, script, claims)
-    unverified, base = ["the pictures: only that they are those listed"], claims.get("base")
+    unverified = [*untold(runs, readable(script)), *check_schedules(runs, readable(script))[1],
+                  "the pictures: only that they are those listed; `redraw` makes them anew"]
     if len(runs) > 1:
         unverified.append("seeds whose artifact is not kept: a forger who rewrites all that is "
                           "said of one leaves no trace; ask for the artifact or run it again")
     if runs[0].one("val_data")["fingerprint"] not in KNOWN_SPLITS:
         unverified.append("the bytes of the validation text: none was counted with its fingerprint")
-    if base and "/" not in base["folder"] and (folder.parent / base["folder"]).is_dir():
-        findings += differences("submission.json: base", against(
-            folder.parent / base["folder"], entry_facts(runs, script, claims), script), base)
-    elif base:
-        unverified.append(f"what changed against {base['folder']}, which is not beside it")
+    for found, said in (check_base(folder, runs, script, claims),
+                        check_contents(folder, runs, readable(script))):
+        findings += found
+        unverified += said
     if not rescore or not (folder / "artifact.bin").is_file():
         unverified.append("the artifact's score and the rules (--rescore, with the artifact there)")
     else:
@@ -718,16 +749,87 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
     return findings, unverified
 
 
+def check_base(folder: Path, runs: list[SeedRun], script: bytes,
+               claims: dict) -> tuple[list[str], list[str]]:
+    """What changed against the base is what is said, as far as the base is at hand."""
+    base, diff = claims.get("base"), folder / "source.diff"
+    if not base:
+        return [], []
+    beside = folder.resolve().parent / str(base["folder"])
+    findings = list(changes.misfits(content(diff).decode(), readable(script)))
+    if "/" in base["folder"] or not beside.is_dir():
+        return findings, [f"what changed against {base['folder']}, which is not beside it: only "
+                          "that source.diff fits this script"]
+    derived, text = against(beside, entry_facts(runs, script, claims), script)
+    if text.encode() != content(diff):
+        findings.append(f"source.diff: not the difference to {base['folder']}/train_gpt.py")
+    return [*findings, *differences("submission.json: base", derived, base)], []
+
+
+@lru_cache(maxsize=1)
+def our_code() -> ast.Module:
+    """The train_gpt.py of this repository."""
+    return parsed((RECORDS.parent / "train_gpt.py").read_text(encoding="utf-8"))
+
+
+def check_contents(folder: Path, runs: list[SeedRun],
+                   script: str) -> tuple[list[str], list[str]]:
+    """artifact.bin, taken apart by this repository's reader, is what the best seed's log says."""
+    if not (folder / "artifact.bin").is_file():
+        return [], []
+    import artifact  # torch: only where it is needed
+
+    from train_gpt import Refusal
+    best = min(runs, key=lambda run: run.one("final")["val_bpb"])
+    try:
+        return list(rederive.check_kept(best, artifact.anatomy(folder / "artifact.bin"))), []
+    except Refusal as refusal:
+        if rederive.same_code(parsed(script), our_code(), "decode_artifact", "cut_payload"):
+            return [str(refusal)], []
+        return [], [f"artifact.bin: this repository's train_gpt.py cannot read it ({refusal}); "
+                    "--rescore reads it with its own"]
+
+
+def check_schedules(runs: list[SeedRun], script: str) -> tuple[list[str], list[str]]:
+    """The steps of all runs keep to the schedule, unless the script has one of its own."""
+    found = []
+    try:
+        found = [list(rederive.check_schedule(run)) for run in runs]
+    except MALFORMED:
+        if not own_schedule(script):
+            raise
+    # A changed script whose other seeds keep to ours has no schedule of its own.
+    if own_schedule(script) and (not found or all(found)):
+        return [], ["lr_scale and the activity ledger: the script has a schedule of its own"]
+    return [finding for mine in found for finding in mine], []
+
+
+def own_schedule(script: str) -> bool:
+    """Whether a script's schedule is another than this repository's."""
+    return not rederive.same_code(parsed(script), our_code(), "Schedule", "decay_scale",
+                                  "count_activity")
+
+
 def check_runs(runs: list[SeedRun], script: bytes, track: str) -> Iterator[str]:
     """All that can be found in the runs of an entry, before or after it was made of them."""
     yield from check_together(runs, track)
+    text = readable(script)
     for run in runs:
-        yield from check_numbers(run, script)
-        yield from check_training(run)
-        yield from check_track(run, track)
-        yield from check_listing(run, script.decode())
-        yield from check_log(run, script.decode())
-    yield from check_loose_lines(runs, script.decode())
+        if missing := common_settings(defaults_of(text)).keys() - run.settings.keys():
+            raise Wrong(f"settings.json: {min(missing)} stands in only one of it and the script")
+        try:
+            yield from check_numbers(run, script)
+            yield from check_training(run)
+            yield from check_track(run, track)
+            yield from check_listing(run, text)
+            yield from check_log(run, text)
+        except MALFORMED as error:
+            if isinstance(error, Wrong):
+                raise
+            yield (f"{run.metrics_name}: not in the form that a run writes "
+                   f"({type(error).__name__}: {error})")
+    yield from check_schedules(runs, text)[0]
+    yield from check_loose_lines(runs, text)
 
 
 def check_rules_again(folder: Path, claims: dict) -> Iterator[str]:
@@ -936,7 +1038,11 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
              r["steps"], f"{r['artifact_bytes']:,}") for seed, r in facts["seed_results"].items()]
     rows.append(("mean (std)", f"**{facts['val_bpb']:.6f}** ({facts['val_bpb_std']:.6f})",
                  f"{facts['val_loss']:.6f} ({facts['val_loss_std']:.6f})", "", "", ""))
-    sizes = [f"Code {facts['bytes_code']:,} bytes; code and largest artifact "
+    packed = f" (packed; {facts['bytes_text']:,} as text)" if "bytes_text" in facts else ""
+    sizes = ["val_bpb: bits per byte of the validation text under the artifact, less is better; "
+             "val_loss: the same in nats a token; before quantisation: val_bpb of the float "
+             "weights, scored in chunks; std: how far the seeds scatter.",
+             f"Code {facts['bytes_code']:,} bytes{packed}; code and largest artifact "
              f"{facts['bytes_total']:,} of {LIMIT_BYTES:,} bytes.",
              f"Validation text: {facts['data']['val_tokens']:,} tokens, "
              f"{facts['data']['val_bytes']:,} bytes, split {facts['data']['fingerprint'][:12]}."]
@@ -954,10 +1060,7 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
     own = " ".join(f"{name}={value}" for name, value in facts["settings"].items()
                    if name == "PRESET") or "the defaults"
     changed = "\n".join(f"    {name}={value}" for name, value in facts["settings"].items())
-    against = "" if base is None else (
-        f"Against {base['name']} (val_bpb {base['val_bpb']:.6f}, difference "
-        f"{facts['val_bpb'] - base['val_bpb']:+.6f}, p = {base['p']}): "
-        f"{', '.join(base['changes']) or 'the same settings'}; source {base['source']}.\n\n")
+    against = "" if base is None else against_text(facts, base)
     compliance = facts["compliance"] or {}
     return {
         "results": table(("seed", "val_bpb", "val_loss", "before quantisation", "steps",
@@ -974,10 +1077,29 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
     }
 
 
+def against_text(facts: dict, base: dict) -> str:
+    """What changed against the base, in settings and source."""
+    places = base["source"]
+    rows = [(place, f"+{added}", f"-{removed}") for place, added, removed in places]
+    more = rows[changes.PLACES_SHOWN :]
+    source = "The script is the base's." if not rows else (
+        f"Source, [line by line](source.diff): +{sum(p[1] for p in places)} "
+        f"-{sum(p[2] for p in places)} lines.\n\n"
+        + table(("where", "added", "removed"), rows[: changes.PLACES_SHOWN])
+        + (f"\n\nand {len(more)} places more." if more else ""))
+    settings = table(("setting", base["name"], "here"), base["changes"]) if base["changes"] \
+        else "The settings are the base's."
+    p = "" if base["p"] is None else f"; if it were no better, chance would make it look so with " \
+        f"probability {base['p']}"
+    return (f"Against {base['name']} (val_bpb {base['val_bpb']:.6f}): "
+            f"{facts['val_bpb'] - base['val_bpb']:+.6f} bits per byte{p}.\n\n"
+            f"{settings}\n\n{source}\n\n")
+
+
 def command_of(facts: dict, run: SeedRun, script: bytes) -> str:
     """The command that runs an entry again, with SEED left open."""
     given = {name: value for name, value in facts["settings"].items() if name == "PRESET"} \
-        | given_by_hand(run.settings, script.decode())
+        | given_by_hand(run.settings, readable(script))
     start = "torchrun --standalone --nproc_per_node=8 train_gpt.py" \
         if TRACKS[facts["track"]]["device"] == "cuda" else "./run.sh"
     return " ".join(["SEED=$SEED", *(f"{k}={shlex.quote(v)}" for k, v in given.items()), start])
@@ -1025,62 +1147,19 @@ def readme(facts: dict, runs: list[SeedRun], script: bytes) -> str:
 
     {command_of(facts, runs[0], script)}
 
-with SEED set to each of {', '.join(map(str, facts['seeds']))} and this folder's `train_gpt.py`;
-then `python records/record.py check` on this folder, with `--rescore` to score its artifact.
+with SEED set to each of {', '.join(map(str, facts['seeds']))} and this folder's `train_gpt.py`
+{"(packed: `python records/pack.py --text train_gpt.py` prints it) " * ("bytes_text" in facts)}\
+in place of the repository's; then `python records/record.py check` on this folder, with
+`--rescore` to score its artifact.
 """
 
 
 def draw(folder: Path, runs: list[SeedRun]) -> None:
     """loss.png, bytes.png and bpb.png of an entry."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for run in runs:
-        steps = run.all("step")
-        loss = np.array([e["train_loss"] for e in steps])
-        width = max(1, len(loss) // 60)
-        smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-        where = np.arange(width - 1, len(loss))
-        for axis, x in ((by_step, [e["step"] for e in steps]),
-                        (by_time, [e["ms"] / 1e3 for e in steps])):
-            axis.plot(np.array(x)[where], smooth, linewidth=1, label=f"seed {run.seed}")
-    figure.suptitle("Training loss against steps and against time")
-    by_step.set(xlabel="step", ylabel="training loss, nats a token (running mean)")
-    by_time.set(xlabel="seconds of training")
-    by_step.legend()
-    save(figure, folder / "loss.png", plt)
-
-    best = min(runs, key=lambda run: run.one("final")["val_bpb"])
-    figure, axis = plt.subplots(figsize=(7, 3))
-    sizes = {e["role"]: (e["entropy"], e["floats"]) for e in best.all("size")}
-    names = [ROLE_NAMES.get(role, role) for role in sizes]
-    integers, floats = (np.array([s[i] for s in sizes.values()]) / 1e3 for i in (0, 1))
-    axis.barh(names, integers, label="integers (entropy)")
-    axis.barh(names, floats, left=integers, label="scales and floats")
-    axis.invert_yaxis()
-    axis.set(xlabel="kB, estimated (entropy of the integers, floats as they are)",
-             title=f"Seed {best.seed}: where the artifact's "
-                   f"{best.one('artifact')['model_bytes']:,} bytes go")
-    axis.legend()
-    save(figure, folder / "bytes.png", plt)
-
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for run in runs:
-        scores = {e["name"]: e["val_bpb"] for e in run.all("eval") if not e["step"]}
-        axis.plot(list(scores), list(scores.values()), marker="o", label=f"seed {run.seed}")
-    axis.set(ylabel="bits per byte (less is better)",
-             title="Score of the float weights, of the artifact, and the headline (last)")
-    axis.legend()
-    save(figure, folder / "bpb.png", plt)
-
-
-def save(figure, path: Path, plt) -> None:
-    """Write a picture and let go of it."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    import pictures  # matplotlib and torch: only where they are needed
+    pictures.draw_loss(folder / "loss.png", runs)
+    pictures.draw_bytes(folder / "bytes.png", min(runs, key=lambda r: r.one("final")["val_bpb"]))
+    pictures.draw_bpb(folder / "bpb.png", runs)
 
 
 def refuse(findings: list[str]) -> None:
@@ -1090,23 +1169,22 @@ def refuse(findings: list[str]) -> None:
         raise Wrong(findings[0] + more)
 
 
-def against(base: Path, facts: dict, script: bytes) -> dict:
-    """What changed against another entry: score, settings, and lines of source."""
+def against(base: Path, facts: dict, script: bytes) -> tuple[dict, str]:
+    """What changed against another entry (score, settings, lines by function), and source.diff."""
     claims = read_json(base / "submission.json")
     theirs, ours = claims["settings"], facts["settings"]
-    changes = [f"{name} {theirs.get(name, 'default')} -> {ours.get(name, 'default')}"
-               for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
-    old = content(base / "train_gpt.py").decode().splitlines()
-    delta = [line[0] for line in difflib.unified_diff(old, script.decode().splitlines(), n=0)
-             if not line.startswith(("---", "+++", "@@"))]
-    source = f"+{delta.count('+')} -{delta.count('-')} lines" if delta else "the same"
+    settings = [[name, theirs.get(name, "default"), ours.get(name, "default")]
+                for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
+    old, new = readable(content(base / "train_gpt.py")), readable(script)
     try:
         # Three digits: beyond them versions of scipy may differ.
         p = float(f"{compare_scores(*scores_of(claims, facts, 'val_loss')).p_better:.3g}")
     except Wrong:
         p = None
-    return {"folder": base.name, "name": claims["name"], "val_bpb": claims["val_bpb"], "p": p,
-            "changes": changes, "source": source}
+    return {"folder": base.resolve().name, "name": claims["name"], "val_bpb": claims["val_bpb"],
+            "p": p, "changes": settings,
+            "source": changes.counted(old, new, parsed(old), parsed(new))}, \
+        changes.source_diff(old, new)
 
 
 def make_entry(run_folders: list[Path], about: dict, base: Path | None, root: Path) -> Path:
@@ -1158,12 +1236,38 @@ def write_entry(folder: Path, runs: list[SeedRun], script: bytes, about: dict, b
     shutil.copyfile(RECORDS.parent / "requirements.txt", folder / "requirements.txt")
     if TRACKS[about["track"]]["artifact"]:
         shutil.copyfile(best / "artifact.bin", folder / "artifact.bin")
+    about["base"] = None
+    if base:
+        about["base"], diff = against(base, entry_facts(runs, script, about), script)
+        (folder / "source.diff").write_text(diff, encoding="utf-8")
+    write_generated(folder, runs, script, about)
+
+
+def write_generated(folder: Path, runs: list[SeedRun], script: bytes, about: dict) -> None:
+    """README.md, pictures and submission.json, from what else lies in the folder."""
     facts = entry_facts(runs, script, about)
-    facts["base"] = against(base, facts, script) if base else None
     draw(folder, runs)
     (folder / "README.md").write_text(readme(facts, runs, script), encoding="utf-8")
-    facts["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    facts["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())
+                      if path.name not in ("submission.json", "NOTES.md")}
     (folder / "submission.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def redraw(folder: Path) -> None:
+    """Write an entry's generated files anew, as this version does; its runs must be sound.
+
+    Raises Wrong if anything but README, pictures and derived numbers is not what is listed.
+    """
+    claims, script = read_json(folder / "submission.json"), content(folder / "train_gpt.py")
+    if claims.get("track") not in TRACKS or not isinstance(claims.get("files"), dict):
+        raise Wrong(f"{folder}: not an entry that `new` made")
+    runs = read_entry(folder)
+    generated = {"README.md", "loss.png", "bytes.png", "bpb.png"}
+    findings = [f"{name}: not as submission.json lists it" for name, known in
+                claims["files"].items() if name not in generated and sha256(folder / name) != known]
+    findings += check_about(claims)
+    refuse([*findings, *check_runs(runs, script, claims["track"])])
+    write_generated(folder, runs, script, claims)
 
 
 # =================================================================================================
@@ -1216,31 +1320,40 @@ def compare_scores(a: dict[str, float], b: dict[str, float], margin: float = 0.0
 
 def compare_text(a: dict, b: dict) -> str:
     """Two entries in words that take no statistics to read."""
+    if a["seed_results"] == b["seed_results"]:
+        return (f"A and B are the same runs ({a['name']}, {len(a['seed_results'])} seeds):\n"
+                "a thing compared with itself is neither better nor worse.")
     nats = compare_scores(*scores_of(a, b, "val_loss"), margin=0.005)
     bpb = compare_scores(*scores_of(a, b, "val_bpb"))
-    clear = bpb.interval[1] < 0 or bpb.interval[0] > 0
-    how = f"the same {bpb.count} seeds on both sides" if bpb.paired else \
-        f"{bpb.count} runs, different seeds on the two sides"
+    how = f"Over the {bpb.count} seeds that both have" if bpb.paired else \
+        f"Over {bpb.count} runs, with different seeds on the two sides"
+    low, high = bpb.interval
+    verdict = f"B is better: chance alone would rarely give {bpb.count} such runs." if high < 0 \
+        else f"A is better: chance alone would rarely give {bpb.count} such runs." if low > 0 else \
+        "Nobody can tell from these runs which is better: the difference may be luck of the seeds."
     lines = [
-        f"A  {a['name']}: {a['val_bpb']:.6f} bits per byte, {a['val_loss']:.6f} nats a token",
-        f"B  {b['name']}: {b['val_bpb']:.6f} bits per byte, {b['val_loss']:.6f} nats a token",
-        f"B is {'better' if bpb.difference < 0 else 'worse'} by {abs(bpb.difference):.6f} bits per "
-        f"byte, {abs(nats.difference):.6f} nats a token, judged by {how}.",
-        f"With more seeds the difference B - A would settle somewhere; these runs put it between "
-        f"{bpb.interval[0]:+.6f} and {bpb.interval[1]:+.6f} bits per byte, "
-        f"{nats.interval[0]:+.6f} and {nats.interval[1]:+.6f} nats a token (95 % confidence).",
-        "That range leaves out zero: chance alone would rarely give such a difference." if clear
-        else "That range holds zero: these runs cannot tell which is better.",
-        "p is how often chance alone would make B look this good if it were not better.",
-        f"Challenge README (better by 0.005 nats at p < 0.01): "
+        *(f"{letter}  {claims['name']}: {claims['val_bpb']:.6f} bits per byte, the mean of "
+          f"{len(claims['seed_results'])} seeds" for letter, claims in (("A", a), ("B", b))),
+        "Bits per byte is what a byte of text costs under the model; less is better.",
+        f"{how}, B is {'lower' if bpb.difference < 0 else 'higher'} on average by "
+        f"{abs(bpb.difference):.6f} bits per byte.",
+        "Each seed has its luck. With many more seeds the difference B - A would settle; these "
+        f"runs say between {low:+.6f} and {high:+.6f} (of 20 such statements about 19 come true).",
+        verdict,
+        "",
+        "What the challenge asks, in its own unit: the loss in nats a token (a nat is 1.44 bits; "
+        f"a token is a piece of the tokenizer), here {abs(nats.difference):.6f} "
+        f"{'lower' if nats.difference < 0 else 'higher'} for B. p is how often luck alone would "
+        "give B such a lead if it had none: 0.01 is once in a hundred.",
+        f"  README of the challenge, better by 0.005 nats at p < 0.01: "
         f"{'met' if nats.p_by_margin < 0.01 else 'not met'} (p = {nats.p_by_margin:.3g}).",
-        f"Practice since (better than the frontier of its day at p < 0.25): "
+        f"  Practice since, better than the best entry of its day at p < 0.25: "
         f"{'met' if nats.p_better < 0.25 else 'not met'} (p = {nats.p_better:.3g}).",
     ]
     if a["data"]["fingerprint"] != b["data"]["fingerprint"]:
         lines.insert(0, "warning: A and B were scored on different validation text; nothing below "
                         "means anything")
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith(" ") else textwrap.fill(line, 98) for line in lines)
 
 
 def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]]:
@@ -1260,8 +1373,10 @@ def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]
 
 def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str]]) -> str:
     """records/README.md: one table a track and validation text."""
-    lines = ["# Records", "", "Written by `python records/record.py board`; less is better. "
-             "Different validation text is never ranked together. Each folder can be checked with "
+    lines = ["# Records", "", "Written by `python records/record.py board`. val_bpb: bits per "
+             "byte of the validation text, mean of the seeds, less is better; std: how far the "
+             "seeds scatter (standard deviation); bytes: code and the largest artifact. Different "
+             "validation text is never ranked together. Each folder can be checked with "
              "`python records/record.py check FOLDER`.", ""]
     for track, rules in TRACKS.items():
         lines += [f"## {rules['title']} (`{track}`)", ""]
@@ -1304,29 +1419,9 @@ Training and calibration: {train}; scoring: {score}; code and artifact: at most
         --blurb "What is new." --track {track}
 
 the first once for each seed, here at the root of the repository. [Entries](../README.md).
+`python records/pack.py train_gpt.py packed/train_gpt.py` makes a smaller file that runs the same;
+it counts where it is the file that ran.
 """
-
-
-def draw_board(root: Path, found: list[tuple[Path, dict]]) -> None:
-    """board.png: bits per byte against bytes; other validation text has a panel of its own."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for _, claims in found:
-        groups.setdefault((claims["track"], claims["data"]["fingerprint"]), []).append(claims)
-    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False)
-    for axis, ((track, _), mine) in zip(axes[0], sorted(groups.items()), strict=True):
-        sizes, scores = [c["bytes_total"] / 1e6 for c in mine], [c["val_bpb"] for c in mine]
-        axis.errorbar(sizes, scores, fmt="o", capsize=3, yerr=[c["val_bpb_std"] for c in mine])
-        for claims, x, y in zip(mine, sizes, scores, strict=True):
-            axis.annotate(claims["name"], (x, y), xytext=(6, 4), textcoords="offset points")
-        axis.set(title=f"{track}, {mine[0]['data']['dataset']}\nmean of the seeds, bar: one "
-                       "standard deviation", xlabel="code and artifact, MB",
-                 ylabel="bits per byte (less is better)")
-        axis.margins(0.3)
-    save(figure, root / "board.png", plt)
 
 
 # =================================================================================================
@@ -1357,10 +1452,34 @@ def verb_check(args: argparse.Namespace) -> int:
 
 
 def verb_show(args: argparse.Namespace) -> int:
-    claims, runs = read_json(args.folder / "submission.json"), read_entry(args.folder)
-    facts = entry_facts(runs, content(args.folder / "train_gpt.py"), claims)
+    if not args.what.is_dir():
+        return show_artifact(args.what, args.plot)
+    if args.plot:
+        raise Wrong("--plot: expected an artifact; an entry has its pictures in its folder")
+    claims, runs = read_json(args.what / "submission.json"), read_entry(args.what)
+    facts = entry_facts(runs, content(args.what / "train_gpt.py"), claims)
     for text in readme_blocks(facts, runs, claims.get("base")).values():
         print(text, end="\n\n")
+    return 0
+
+
+def show_artifact(path: Path, plot: Path | None) -> int:
+    """Say what an artifact holds; its code is the train_gpt.py beside it, else ours."""
+    import artifact  # torch: only where it is needed
+
+    from train_gpt import Refusal
+    script = next(f for f in (path.parent / "train_gpt.py", RECORDS.parent / "train_gpt.py")
+                  if f.is_file())
+    try:
+        found = artifact.anatomy(path)
+    except Refusal as refusal:
+        raise Wrong(str(refusal)) from None
+    print(f"{path}, with the code of {script}", end="\n\n")
+    print(*artifact.lines(found, script.stat().st_size, LIMIT_BYTES), sep="\n")
+    if plot:
+        from pictures import draw_artifact
+        draw_artifact(found, plot, LIMIT_BYTES, script.stat().st_size)
+        print(f"\n{plot}")
     return 0
 
 
@@ -1372,6 +1491,12 @@ def verb_compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def verb_redraw(args: argparse.Namespace) -> int:
+    redraw(args.folder)
+    print(args.folder / "README.md")
+    return 0
+
+
 def verb_board(args: argparse.Namespace) -> int:
     found, rest = entries(args.root)
     (args.root / "README.md").write_text(board(args.root, found, rest), encoding="utf-8")
@@ -1379,7 +1504,8 @@ def verb_board(args: argparse.Namespace) -> int:
         (args.root / track).mkdir(exist_ok=True)
         (args.root / track / "README.md").write_text(track_page(track), encoding="utf-8")
     if found:
-        draw_board(args.root, found)
+        from pictures import draw_board  # matplotlib and torch: only where they are needed
+        draw_board(args.root / "board.png", [claims for _, claims in found])
     print(args.root / "README.md", *(f"{folder}: not ranked: {reason}" for folder, reason in rest),
           sep="\n")
     return 0
@@ -1405,13 +1531,17 @@ def main(arguments: list[str]) -> int:
                        help="run the folder's script on its artifact (takes minutes)")
     check.add_argument("--json", action="store_true", help="findings as JSON")
     check.set_defaults(do=verb_check)
-    one = verbs.add_parser("show", help="an entry's tables")
-    one.add_argument("folder", type=Path)
+    one = verbs.add_parser("show", help="an entry's tables, or what an artifact holds")
+    one.add_argument("what", type=Path, metavar="FOLDER|ARTIFACT")
+    one.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the artifact")
     one.set_defaults(do=verb_show)
     two = verbs.add_parser("compare", help="is B better than A, or is it chance?")
     two.add_argument("a", type=Path)
     two.add_argument("b", type=Path)
     two.set_defaults(do=verb_compare)
+    again = verbs.add_parser("redraw", help="write an entry's README and pictures anew")
+    again.add_argument("folder", type=Path)
+    again.set_defaults(do=verb_redraw)
     table_of_all = verbs.add_parser("board", help="write records/README.md and board.png")
     table_of_all.set_defaults(do=verb_board)
     for verb in (new, table_of_all):

@@ -6,6 +6,8 @@ import hashlib
 import json
 import random
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import TinyData
+from conftest import ROOT, TinyData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import environment
@@ -41,7 +43,8 @@ from train_gpt import (
     rebuild_model,
 )
 
-MEBIBYTE = 1 << 20
+MEBIBYTE, FUZZ = 1 << 20, ROOT / "tests/fuzz_artifact.py"
+RECORD = ROOT / "records/track_cpu_5min/2026-11-24_Defaults-mini/artifact.bin"
 SPLIT = Validation(np.zeros(2, np.uint16), np.zeros(1, np.int16), fingerprint="the split",
                    tokenizer_sha256="the tokenizer", documents=1, recorded_bytes=0)
 SMALL = Config(vocab_size=16, num_layers=1, xsa_last_n=1, ve_layers="0", model_dim=8, num_heads=2,
@@ -233,6 +236,33 @@ def test_every_codec_gives_back_what_it_was_given(codec: str) -> None:
     assert bits_of_tensors(decode_artifact(blob)[1]) == bits_of_tensors(stored)
 
 
+@pytest.mark.parametrize("kind", ["noise", "repeated", "text", "record"])
+def test_zstd_packs_no_worse_than_its_level_as_it_comes(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    noise = np.rint(rng.normal(0, 2.4, 300_000)).astype(np.int8).tobytes()
+    text = json.dumps(artifact_header(Config(), SPLIT)).encode()
+    record = RECORD.read_bytes()[PRELUDE.size :]
+    body = {"noise": text + noise, "repeated": noise[:999] * 99, "text": text * 3,
+            "record": zstandard.ZstdDecompressor().decompress(record)}[kind]
+    plain, packed = zstandard.ZstdCompressor(level=22).compress(body), compress(body, "zstd")
+    assert len(packed) <= len(plain)
+    assert kind != "record" or len(packed) < 0.97 * len(plain)
+    assert zstandard.ZstdDecompressor().decompress(packed) == body
+
+
+def test_best_is_the_smaller_of_the_runtime_codecs() -> None:
+    header, rng, won = artifact_header(SMALL, SPLIT), np.random.default_rng(0), set()
+    for values in (rng.normal(0, 2.4, (512, 512)), np.tile(rng.normal(0, 9, 512), (9, 1))):
+        stored = {"w": Stored(torch.from_numpy(np.rint(values).astype(np.int8)),
+                              torch.ones(len(values)).half())}
+        zstd, xz = (encode_artifact(header, stored, codec) for codec in ("zstd", "lzma"))
+        best = encode_artifact(header, stored, "best")
+        assert best == (zstd if len(zstd) <= len(xz) else xz)
+        won.add("zstd" if len(zstd) <= len(xz) else "lzma")
+        assert bits_of_tensors(decode_artifact(best)[1]) == bits_of_tensors(stored)
+    assert won == {"zstd", "lzma"}
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_bomb_of_any_codec_allocates_little(codec: str) -> None:
     packed = compress(bytes(1 << 26), codec)
@@ -291,6 +321,28 @@ def test_random_damage_under_a_right_checksum_is_read_or_refused() -> None:
         except Refusal as refusal:
             assert len(str(refusal).splitlines()) == 1
     assert 0 < read < 2000
+
+
+def test_hostile_artifacts_are_read_or_refused_within_bounds() -> None:
+    done = subprocess.run([sys.executable, FUZZ, "3000", "--seed", "7"], text=True,
+                          capture_output=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3,000 inputs of up to 4,095 bytes" in done.stdout
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("train_gpt.cut_payload = lambda body, start, tensors: 1 / 0", "ZeroDivisionError"),
+    ("fuzz_artifact.SECONDS = 0", "TimeoutError"),
+    ("decode = train_gpt.decode_artifact; train_gpt.decode_artifact = "
+     "lambda blob: [bytearray(2 << 30), decode(blob)][1]", "MemoryError"),
+    ("train_gpt.Refusal.__str__ = lambda self: 'x' * 2000", "no short line"),
+], ids=["another exception", "slow", "large", "long"])
+def test_the_fuzzer_finds_planted_faults(fault: str, said: str) -> None:
+    script = f"import fuzz_artifact, train_gpt; {fault}; print(fuzz_artifact.fuzz(2000, 0))"
+    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True,
+                          check=True, timeout=300, cwd=FUZZ.parent)
+    assert said in done.stdout
+    assert done.stdout.endswith("\n1\n")
 
 
 @pytest.mark.parametrize("blob", [

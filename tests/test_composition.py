@@ -51,7 +51,7 @@ CHOICES = {
     "int8_keep_float_max_numel": (300, 0), "q_scale_floor": ("inv_clip", "tiny"),
     "clip_search": ("matrix", "row", "absmax"), "gptq_variant": ("full", "simple", "off"),
     "gptq_actorder": (True, False), "gptq_select": ("mse", "hessian"), "prune_frac": (0.0, 0.3),
-    "prune_pct": (0.0, 0.2), "codec": ("zstd", "lzma"),
+    "prune_pct": (0.0, 0.2), "codec": ("zstd", "lzma", "best"),
     "optimizer_routing": ("standard", "banks", "by_ndim"), "muon_quant_momentum": (False, True),
     "muon_wd_order": ("before", "after"), "mile_gamma": (0.0, 1.1),
     "clip_before_reduce": (False, True), "loader": ("shuffled", "sequential"),

@@ -444,9 +444,10 @@ def test_scoring_on_cuda(system: str, where: str) -> None:
     spans, notes = spans[:cfg.eval_batch_seqs - 1], Notes()
     with at(where) as device, torch.no_grad():
         model, run = build(cfg, device, trainable=False), Run(cfg, 0, 1, device)
-        sums = score_windows(notes.of("nats", training_nats), model, val, spans, run,
+        forward = notes.of("nats", lambda *given, places: training_nats(*given, places=places))
+        sums = score_windows(forward, model, val, spans, cfg.eval_stride, run,
                              run.progress("scoring"))
-    assert notes["nats"] == {(FP32, (cfg.eval_batch_seqs, cfg.eval_seq_len))}
+    assert notes["nats"] == {(FP32, (cfg.eval_batch_seqs, cfg.eval_stride))}
     assert (kind(sums), sums.device.type) == ((torch.float64, (3,)), "cpu")
     if where == "cuda":
         assert sums.isfinite().all()

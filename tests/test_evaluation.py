@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,7 @@ from train_gpt import (
     Validation,
     evaluate,
     training_nats,
+    window_batch,
     windows,
 )
 
@@ -77,10 +79,11 @@ def test_a_stride_of_one_row_gives_chunks(num_rows: int, seq_len: int) -> None:
 # The loop over windows
 
 
-def toy_nats(model: None, input_ids: torch.Tensor,
-             target_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+def toy_nats(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
+             places: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
     """Nats that depend on the target and on all that its window shows up to it."""
     seen = torch.cumsum(input_ids * torch.arange(1, 1 + input_ids.size(1)), dim=1)
+    seen = seen if places is None else seen.gather(1, places)
     return ((31 * seen + 17 * target_ids) % 101).float() / 16, None
 
 
@@ -161,8 +164,8 @@ def test_bits_per_byte_of_three_tokens_by_hand() -> None:
     val = Validation(np.array([1, 5, 6], np.uint16), np.array([1, 2], np.int16), "", "", 1, 3)
     nats = {5: math.log(4), 6: math.log(16)}
 
-    def forward(model: None, input_ids: torch.Tensor,
-                target_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
+                places: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
         return torch.tensor([[nats[int(t)] for t in row] for row in target_ids]), None
 
     for stride in (0, 1, 2):
@@ -216,6 +219,46 @@ def test_the_probabilities_of_all_tokens_add_up_to_one(model: GPT) -> None:
                                   for token in range(32)])
     assert torch.exp(-for_each_token.double()).sum(0).numpy() == pytest.approx(1.0, abs=1e-6)
     assert (for_each_token > 0).all()
+
+
+@pytest.mark.parametrize("stride", [1, 4, 16])
+def test_the_head_sees_no_more_than_a_stride_of_each_window(model: GPT, stride: int) -> None:
+    """The first window, which scores all its targets, comes once for each stride of them."""
+    val, net, seen = random_split(72, vocab_size=32), copy.deepcopy(model), Counter()
+    inside, head = net.hidden, net.logits
+
+    def hidden(ids: torch.Tensor) -> torch.Tensor:
+        seen["windows"] += len(ids)
+        return inside(ids)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        seen["logits"] += hidden[..., 0].numel()
+        return head(hidden)
+
+    net.hidden, net.logits = hidden, logits
+    score(val, evaluation(16, eval_batch_seqs=1), stride, training_nats, net)
+    assert seen["windows"] == len(windows(71, 16, stride)) - 1 + 16 // stride
+    assert seen["logits"] == stride * seen["windows"]
+
+
+@given(SHAPES.filter(lambda shape: shape[2] > 0), st.sampled_from(["cover", "published_s1"]))
+@settings(deadline=None, max_examples=100)
+def test_a_strip_holds_what_its_window_scores(shape: tuple[int, int, int], form: str) -> None:
+    num_targets, seq_len, stride = shape
+    val, cfg = random_split(num_targets + 1), evaluation(seq_len)
+    rows = np.array([(start, at, min(at + stride, end))
+                     for start, first, end in windows(*shape, form) for at in range(first, end,
+                                                                                    stride)])
+    ids, places, targets, num_bytes, scored = window_batch(val, rows, len(rows) + 1, stride, cfg)
+    assert not scored[-1].any()  # padding
+    assert ((places >= 0) & (places < seq_len)).all()
+    for n, (start, first, end) in enumerate(rows):
+        kept = scored[n].bool()
+        at = start + places[n][kept].numpy()
+        assert at.tolist() == list(range(first, end))
+        assert ids[n][places[n]][kept].tolist() == val.tokens[at].tolist()
+        assert targets[n][kept].tolist() == val.tokens[at + 1].tolist()
+        assert num_bytes[n][kept].tolist() == val.target_bytes[at].tolist()
 
 
 # The published forms
@@ -324,10 +367,10 @@ def test_score_first_is_scoring_then_sgd_chunk_by_chunk(model: GPT) -> None:
 def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
     """Nats of each window as they are summed; a chunk's text changes no window before it ends."""
     def window_nats(val: Validation) -> list[tuple[int, float]]:
-        seen, spans = [], {tuple(row[:1]) for row in windows(71, 16, 8).tolist()}
+        seen = []
 
-        def forward(net, ids, targets):
-            nats, weights = training_nats(net, ids, targets)
+        def forward(net, ids, targets, **where):
+            nats, weights = training_nats(net, ids, targets, **where)
             if not torch.is_grad_enabled():
                 seen.extend(nats.double().sum(1).tolist())
             return nats, weights
@@ -335,12 +378,11 @@ def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
         cfg, net = Config(eval_seq_len=16, **{**TTT, "eval_batch_seqs": 1}), copy.deepcopy(model)
         run = Run(cfg, 0, 1, CPU)
         evaluate("test", forward, net, val, run, 8, "cover", Adapter(forward, net, val, run))
-        assert len(seen) == len(spans)
         return seen
 
     one, other = random_split(72, vocab_size=32), random_split(72, vocab_size=32)
     other.tokens[45:] = (other.tokens[45:] + 1) % 32
-    starts = windows(71, 16, 8)[:, 0]
+    starts = [0, *windows(71, 16, 8)[:, 0]]  # the first window scores two strides
     for start, before, after in zip(starts, window_nats(one), window_nats(other), strict=True):
         assert (before == after) == (start + 16 < 45), start
 

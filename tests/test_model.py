@@ -234,6 +234,43 @@ def test_nats_are_the_negative_log_probability_of_each_target() -> None:
         np.testing.assert_allclose(nats[row], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [None, 1.1])
+@pytest.mark.parametrize("rows", [1, 16, 33])
+@pytest.mark.parametrize("cap", [0.5, 30.0, 200.0])
+def test_the_loss_with_its_own_gradient_is_cross_entropy(rows: int, cap: float,
+                                                         gamma: float | None) -> None:
+    """Nats, weights and both gradients, for every way that chunks of rows can end."""
+    torch.manual_seed(0)
+    hidden = 9 * torch.randn(rows, 16, 12, dtype=torch.float64)
+    hidden[0, 0], head = 0.0, torch.randn(40, 12, dtype=torch.float64)
+    targets, share = torch.randint(40, (rows, 16)), torch.randn(rows, 16, dtype=torch.float64)
+    gamma, found = gamma and torch.tensor(gamma), []
+    for own in (True, False):
+        h, W = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        if own:
+            nats, weights = train_gpt.HeadNats.apply(h, W, targets, cap, gamma, 0.1)
+        else:
+            logits = cap * torch.tanh(h @ W.t() / cap)
+            nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+            weights = mile_weights(logits, gamma, 0.1)
+        assert not weights.requires_grad
+        (share * weights * nats).sum().backward()
+        found.append([nats.detach(), weights, h.grad, W.grad])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_model_that_learns_scores_as_one_that_does_not() -> None:
+    """In float32 the loss of training is another code than that of evaluation."""
+    cfg = Config(**{**SIZES, "mile_gamma": 1.1})
+    model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 3, 65)
+    given = ids[:, :-1], ids[:, 1:], torch.tensor(cfg.mile_gamma)
+    trained = [y.detach() for y in model(*given)]
+    with torch.no_grad():
+        for ours, plain in zip(trained, model(*given), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_rms_norm_is_its_equation_for_small_and_large_rows() -> None:
     x = torch.randn(4, 32, dtype=torch.float64) * torch.tensor([[1e-6], [1e-3], [1.0], [1e3]])
     np.testing.assert_allclose(rms_norm(x).numpy(), naive_rms(x.numpy()), rtol=1e-12)

@@ -208,6 +208,32 @@ def test_bytes_left_add_up_and_fewer_bits_are_fewer_bytes() -> None:
     assert sizes[1] == pytest.approx(size, abs=1)
 
 
+STD = {"PRESET": "pr1361,mini", "QUANT_CLIP": "std"}
+
+
+def test_artifacts_with_clips_in_deviations_are_predicted() -> None:
+    assert {a.system for a in fit_plan.STD} > {a.system for a in fit_plan.PUBLISHED} - {"#414",
+                                                                                       "#1019"}
+    for artifact in fit_plan.STD:
+        size = fit_plan.predicted(artifact, plan.FITTED)
+        assert abs(size / artifact.model_bytes - 1) < plan.FITTED["error"], artifact
+
+
+@pytest.mark.parametrize(("target", "over"), [
+    ("ARTIFACT_TARGET_BYTES", True), ("ARTIFACT_LIMIT_BYTES", True),
+    ("ARTIFACT_TARGET_BYTES", False), ("ARTIFACT_LIMIT_BYTES", False)])
+def test_a_target_below_the_coarsest_clips_is_warned_of(target: str, over: bool) -> None:
+    """And only such a one: what the finest or the middle clips take is no matter."""
+    (least,) = re.findall(r"^no clips leave less than ([\d,]+), of 16,000,000$", said(**STD), re.M)
+    bound = int(least.replace(",", ""))
+    size = artifact(said(**STD))[0] + 150_000
+    assert 150_000 < bound < 0.7 * size
+    text = said(**STD, **{target: str(bound - 1 if over else bound + 1)})
+    assert ("\nwarning: no clips leave less" in text) == over
+    assert "\nwarning" not in said(**{**STD, "QUANT_CLIP": "percentile"})
+    assert "\nwarning" in said(**{**STD, "QUANT_CLIP": "percentile"}, **{target: str(bound)})
+
+
 # The verb
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
 import sys
@@ -18,12 +19,16 @@ from scipy import stats
 import train_gpt
 
 sys.path.insert(0, str(ROOT / "records"))
+import artifact
+import changes
 import compliance
 import record
+import rederive
 
 SEEDS = ("1", "2", "3")
 TRACK = "track_cpu_5min"
 RULES = record.TRACKS[TRACK]
+CLOCKED = {"MAX_WALLCLOCK_SECONDS": "2", "ITERATIONS": "20000", "TRAIN_LOG_EVERY": "1000"}
 ABOUT = ("--name", "Tiny", "--author", "Ann", "--github-id", "ann", "--blurb", "A trial.",
          "--date", "2026-01-02")
 
@@ -40,8 +45,8 @@ def tiny_track():
 
 
 def job(data: TinyData, runs_dir: Path, name: str, **changed: str) -> Path:
-    """A clock-driven run of two seconds; returns its folder."""
-    settings = {"MAX_WALLCLOCK_SECONDS": "2", "ITERATIONS": "20000", **changed}
+    """A clock-driven run of two seconds whose log shows a dozen steps; returns its folder."""
+    settings = {**CLOCKED, **changed}
     with environment(**tiny_job(data, runs_dir, name, **settings)):
         assert train_gpt.main([]) == 0
     return runs_dir / name
@@ -232,10 +237,39 @@ def in_both(entry: Path, **edits: object) -> None:
     rehash(entry)
 
 
+def test_a_folder_is_called_by_date_and_name(made: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(made, tmp_path / "2026-01-03_Tiny")
+    assert record.main(["check", str(folder)]) == 1
+    assert "its date and name make '2026-01-02_Tiny'" in capsys.readouterr().out
+
+
+def test_redraw_writes_what_is_generated_and_nothing_else(entry: Path, capsys) -> None:
+    before = {path.name: path.read_bytes() for path in entry.iterdir()}
+    for name in ("README.md", "loss.png"):
+        (entry / name).write_bytes(b"old")
+    claims = json.loads(before["submission.json"])
+    (entry / "submission.json").write_text(json.dumps({**claims, "val_bpb": 1.0}))
+    (entry / "NOTES.md").write_text("My notes.\n")
+    assert record.main(["redraw", str(entry)]) == 0
+    assert before == {path.name: path.read_bytes() for path in entry.iterdir()
+                      if path.name != "NOTES.md"}
+    assert record.main(["check", str(entry)]) == 0
+    change(entry / "metrics_seed1.jsonl", r'("train_loss": )\d')
+    assert record.main(["redraw", str(entry)]) == 1
+    assert "metrics_seed1.jsonl: not as submission.json lists it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("edits", "words"), [
     ({"eval__num_bytes": lambda n: 2 * n, "eval__val_bpb": lambda x: x / 2,
       "final__val_bpb": lambda x: x / 2}, "targets, the split has"),
-    ({"summary__seconds": lambda s: s / 2}, "training took"),
+    ({"summary__seconds": lambda s: s / 2}, "train_seconds"),
+    ({"activity__steps": lambda n: max(1, n - 1)}, "the steps give"),
+    ({"step__ms": lambda ms: ms / 2}, "step_avg"),
+    ({"artifact__left": lambda n: n + 10}, "artifact left"),
+    ({"calibrated__tokens": lambda n: n + 1}, "calibrated on"),
+    ({"val_data__pattern": lambda p: "x" + p}, "but DATA_PATH is"),
+    ({"size__integers": lambda n: n + 1}, "artifact.bin: mlp has"),
+    ({"size__entropy": lambda n: n + 1}, "artifact.bin: the entropy of mlp"),
     ({"summary__eval_seconds": lambda s: s / 1000}, "scoring took"),
     ({"summary__rate": lambda r: 2 * r}, "tokens a second"),
     ({"summary__params": lambda n: n - 1000}, "parameters in the summary"),
@@ -295,11 +329,156 @@ def test_a_broken_script_is_one_line(text: str, entry: Path, capsys) -> None:
     assert "Traceback" not in capsys.readouterr().out
 
 
-def test_an_honest_number_of_one_log_alone_is_no_finding(entry: Path) -> None:
+def test_an_honest_number_of_one_log_alone_is_no_finding(entry: Path, capsys) -> None:
     """What a log says once and no event holds: the time that scoring was expected to take."""
     change(entry / "train_seed1.log", r"^scoring expected:\d+s", "scoring expected:7919s")
     rehash(entry)
     assert record.main(["check", str(entry)]) == 0
+    assert "cannot be verified: log line 'scoring expected:Ns'" in capsys.readouterr().out
+    change(entry / "train_seed1.log", r"^(scoring expected:7919s budget:)\d")
+    rehash(entry)
+    assert record.main(["check", str(entry)]) == 1
+    assert re.search(r"train_seed1.log:\d+: budget:\d+, but it is 600", capsys.readouterr().out)
+
+
+# What the log does not show, in a forger's hands
+
+
+def unshown(folder: Path, seed: str) -> tuple[Path, list[dict], int]:
+    """Metrics of a seed: path, events, and the number of a step that no log line shows."""
+    path = folder / f"metrics_seed{seed}.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    log = (folder / f"train_seed{seed}.log").read_text()
+    last = max(e["step"] for e in events if e["event"] == "step")
+    return path, events, next(n for n, e in enumerate(events) if e["event"] == "step"
+                              and last / 2 < e["step"] < last
+                              and f"\nstep:{e['step']}/" not in log)
+
+
+FORGERIES = {
+    "a rate": ({"lr_scale": lambda e: e["lr_scale"] * 0.99}, "settings and step times give"),
+    "an end foreseen": ({"eta": lambda e: e["eta"] + 1}, "eta"),
+    "a mean time": ({"step_avg": lambda e: e["step_avg"] + 1}, "is not ms / step"),
+    "a time": ({"ms": lambda e: e["ms"] + 0.01}, "is not ms / step"),
+    "a time and what follows from it": (
+        {"ms": lambda e: e["ms"] + 0.5, "step_avg": lambda e: e["ms"] / e["step"],
+         "eta": lambda e: 2 - e["ms"] / 1e3}, "settings and step times give"),
+    "a step left out": ({"step": lambda e: e["step"] + 1}, "the steps are not 1, 2"),
+    "time that runs backwards": ({"ms": lambda e: e["ms"] - 1e3}, "run backwards"),
+}
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_steps_that_no_log_shows_follow_from_the_others(what: str, entry: Path, capsys) -> None:
+    edits, words = FORGERIES[what]
+    path, events, at = unshown(entry, "2")
+    for fact, edit in edits.items():
+        events[at][fact] = edit(events[at])
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    rehash(entry)
+    assert record.main(["check", str(entry)]) == 1
+    out = capsys.readouterr().out
+    assert re.search(rf"metrics_seed2.jsonl: .*{words}", out), out
+
+
+def test_a_script_with_a_schedule_of_its_own_is_not_held_to_ours(runs: list[Path]) -> None:
+    """Where no seed keeps to ours it is said; where others do, a seed that does not is found."""
+    script = (runs[0] / "train_gpt.py").read_text()
+    other = script.replace("return linear if shape", "linear = linear\n    return linear if shape")
+    assert not record.own_schedule(script)
+    assert record.own_schedule(other)
+    read = [record.read_run(f / "log.txt", f / "metrics.jsonl", f / "settings.json") for f in runs]
+    assert record.check_schedules(read, other) == record.check_schedules(read, script) == ([], [])
+    for number, run in enumerate(read, start=1):
+        run.all("step")[-1]["lr_scale"] += 0.01
+        findings, doubts = record.check_schedules(read, script)
+        assert (len(findings), doubts) == (number, [])
+        findings, doubts = record.check_schedules(read, other)
+        assert (len(findings), len(doubts)) == ((number, 0) if number < 3 else (0, 1))
+
+
+def test_what_cannot_be_derived_is_said(entry: Path, capsys) -> None:
+    path, events, at = unshown(entry, "2")
+    events[at]["train_loss"] -= 0.5
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    rehash(entry)
+    assert record.main(["check", str(entry)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"cannot be verified: train_loss of [1-9]\d* steps that train_seed2.log does "
+                     "not show", out)
+    assert "digits that the log line rounds away, of step's train_loss, eval's ms" in out
+
+
+@pytest.mark.parametrize(("step_driven", "changed"), [
+    (False, {"warmdown_frac": 0.4}), (False, {"warmdown_iters": 60, "warmdown_frac": 0.0}),
+    (True, {"warmdown_iters": 30, "warmdown_frac": 0.0}), (False, {"warmdown_type": "cosine"}),
+    (True, {"warmdown_frac": 0.5, "warmdown_type": "cosine"}),
+    (False, {"iterations": 90, "warmdown_frac": 0.5})])
+def test_the_schedule_derived_is_the_trainers(step_driven: bool, changed: dict) -> None:
+    """On times drawn at random, the trainer's schedule and the equations stated here agree."""
+    cfg = train_gpt.Config(**{"iterations": 120, "max_wallclock_seconds": 0.0 if step_driven
+                              else 20.0, **changed})
+    draw = random.Random(str(changed))
+    schedule, now, steps = train_gpt.Schedule(cfg, 1.5), 0.0, []
+    while not (moment := schedule.at(len(steps), now)).done:
+        now += draw.uniform(0.1, 0.3)
+        steps.append({"event": "step", "step": len(steps) + 1, "ms": 1e3 * now,
+                      "lr_scale": moment.lr_scale})
+    events = [*([] if step_driven else [{"event": "reserve", "seconds": 1.5}]), *steps]
+    run = record.SeedRun(Path("log"), Path("metrics"), "", events, vars(cfg))
+    derived = list(rederive.scales(run))
+    assert len(derived) > 60
+    for event, (scale, _) in zip(steps, derived, strict=True):
+        assert event["lr_scale"] == pytest.approx(scale, rel=1e-9, abs=1e-12)
+    assert not list(rederive.check_schedule(run))
+    steps[60]["lr_scale"] += 1e-6
+    assert len(list(rederive.check_schedule(run))) == 1
+
+
+def allowed(name: str, before: str, after: str, unverified: str) -> bool:
+    """Whether a line with one digit changed is among what `check` says it cannot verify."""
+    if name.endswith(".log"):
+        shape = re.sub(r"[0-9][0-9.,]*", "N", before.partition(" budget:")[0])
+        return f"log line {shape!r}" in unverified and \
+            before.partition(" budget:")[2] == after.partition(" budget:")[2]
+    if not name.endswith(".jsonl"):
+        return False
+    one, two = json.loads(before), json.loads(after)
+    facts = {fact for fact in one if one[fact] != two.get(fact)}
+    trusted = (*rederive.TRUSTED.get(one["event"], ()), "sha256" * (one["event"] == "artifact"))
+    return all(fact in trusted or (isinstance(one[fact], float) and math.isclose(
+        one[fact], two[fact], rel_tol=1e-8, abs_tol=1e-8)) for fact in facts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_seed2.log", "metrics_seed2.jsonl", "settings.json",
+                                  "submission.json", "README.md"])
+def test_any_digit_changed_is_found_or_listed_as_unverified(name: str, entry: Path) -> None:
+    """Sampled; the files are listed anew, as a forger would. Every kind of line has its turn."""
+    draw, path = random.Random(name), entry / name
+    text = path.read_text()
+    unverified = "\n".join(record.check_folder(entry)["unverified"])
+    kinds: dict[str, list[int]] = {}
+    for number, line in enumerate(text.splitlines()):
+        if re.search("[0-9]", line):
+            kinds.setdefault(re.sub("[0-9.,e-]+", "0", line)[:60], []).append(number)
+    samples = [draw.choice(numbers) for numbers in kinds.values()]
+    draw.shuffle(samples)
+    for number in samples[:60]:
+        lines = text.splitlines(keepends=True)
+        at = draw.choice([m.start() for m in re.finditer("[0-9]", lines[number])])
+        before = lines[number]
+        lines[number] = before[:at] + str((int(before[at]) + draw.randint(1, 9)) % 10) + \
+            before[at + 1 :]
+        path.write_text("".join(lines))
+        if name != "submission.json":
+            rehash(entry)
+        findings = record.check_folder(entry)["findings"]
+        if findings:
+            stem = {"metrics_seed2.jsonl": "seed2|submission.json|README"}.get(name, name)
+            assert any(re.search(stem, finding) for finding in findings), (before, findings)
+        else:
+            assert allowed(name, before, lines[number], unverified), (before, lines[number])
 
 
 def test_a_seed_of_another_run_is_found(entry: Path, tiny_data: TinyData, tmp_path: Path,
@@ -655,18 +834,25 @@ def claims_of(name: str, scores: list[float], fingerprint: str = "f") -> dict:
 def test_the_verdict_in_words() -> None:
     a = claims_of("Old", [2.00, 2.10, 2.05])
     text = record.compare_text(a, claims_of("New", [1.90, 2.001, 1.949]))
-    assert "B is better by 0.100" in text
-    assert "chance alone would rarely" in text
-    assert "p < 0.01): met" in text
+    assert "B is lower on average by 0.100" in text
+    assert "B is better: chance alone would rarely give 3 such runs." in text
+    assert "p < 0.01: met" in text
     unclear = record.compare_text(a, claims_of("New", [2.01, 2.08, 2.06]))
-    assert "cannot tell" in unclear
-    assert "p < 0.01): not met" in unclear
+    assert "Nobody can tell" in unclear
+    assert "p < 0.01: not met" in unclear
     worse = record.compare_text(a, claims_of("New", [2.10, 2.201, 2.149]))
-    assert "B is worse" in worse
-    assert "p < 0.25): not met" in worse
+    assert "B is higher on average" in worse
+    assert "A is better" in worse
+    assert "p < 0.25: not met" in worse
     assert "different validation text" in record.compare_text(a, claims_of("X", [1.0, 1.2], "g"))
+    assert record.compare_text(a, a) == (
+        "A and B are the same runs (Old, 3 seeds):\n"
+        "a thing compared with itself is neither better nor worse.")
+    shifted = claims_of("New", [score + 0.01 for score in (2.00, 2.10, 2.05)])
     with pytest.raises(record.Wrong, match="do not scatter"):
-        record.compare_text(a, a)
+        record.compare_text(a, shifted)
+    for said in (text, unclear, worse):
+        assert not re.search("confidence|significan|hypothes|deviation|t-test", said)
 
 
 def test_compare_warns_of_an_entry_that_does_not_check(made: Path, entry: Path, capsys) -> None:
@@ -705,7 +891,7 @@ def test_board_ranks_within_one_text_only(made: Path, tmp_path: Path,
 
 def test_board_ranks_nothing_that_does_not_check(made: Path, tmp_path: Path) -> None:
     root = tmp_path / "records"
-    shutil.copytree(made, root / TRACK / "2026-01-02_Sound")
+    shutil.copytree(made, root / TRACK / made.name)
     folder = shutil.copytree(made, root / TRACK / "2026-01-02_Forged")
     change(folder / "submission.json", r'^( "val_bpb": \d\.)\d')
     published(root / "track_10min_16mb" / "theirs", LATE)
@@ -719,7 +905,7 @@ def test_board_ranks_nothing_that_does_not_check(made: Path, tmp_path: Path) -> 
 
 
 def test_an_entry_based_on_another_lists_what_changed(made: Path, runs: list[Path],
-                                                      tmp_path: Path) -> None:
+                                                      tmp_path: Path, capsys) -> None:
     root = tmp_path / "records"
     base = Path(shutil.copytree(made, root / TRACK / made.name))
     claims = json.loads((base / "submission.json").read_text())
@@ -731,10 +917,54 @@ def test_an_entry_based_on_another_lists_what_changed(made: Path, runs: list[Pat
     assert new(runs, root, "--base", str(base), "--name", "Other") == 0
     folder = root / TRACK / "2026-01-02_Other"
     assert record.main(["check", str(folder)]) == 0
-    page = (folder / "README.md").read_text()
-    assert re.search(r"p = 0\.00\d+\): EMA_DECAY 0\.7 -> 0\.9; source \+0 -1 lines\.", page)
-    change(folder / "submission.json", r'("p": 0\.0)\d')
+    page, diff = ((folder / name).read_text() for name in ("README.md", "source.diff"))
+    assert re.search(r"with probability 0\.00\d+\.\n\n\| setting \| Tiny \| here \|\n.*\n"
+                     r"\| EMA_DECAY \| 0\.7 \| 0\.9 \|\n", page)
+    assert "[line by line](source.diff): +0 -1 lines." in page
+    assert "| head | +0 | -1 |" in page
+    assert "\n-import this\n" in diff
+    for name, pattern in (("submission.json", r'("p": 0\.0)\d'), ("source.diff", "^-import t()"),
+                          ("submission.json", r'("head",\n +)\d')):
+        text = (folder / name).read_text()
+        change(folder / name, pattern, "-import T" if name == "source.diff" else None)
+        rehash(folder)
+        assert record.main(["check", str(folder)]) == 1
+        assert name in capsys.readouterr().out
+        (folder / name).write_text(text)
+    (folder / "source.diff").write_text("")
     assert record.main(["check", str(folder)]) == 1
+    (folder / "source.diff").write_text(diff)
+    shutil.rmtree(base)
+    rehash(folder)
+    capsys.readouterr()
+    assert record.main(["check", str(folder)]) == 0
+    assert "what changed against 2026-01-02_Tiny, which is not beside it" in capsys.readouterr().out
+    change(folder / "source.diff", r"^( import )math$", r"\1maths")
+    rehash(folder)
+    assert record.main(["check", str(folder)]) == 1
+    assert re.search(r"source.diff:\d+: not what train_gpt.py:\d+ holds", capsys.readouterr().out)
+
+
+def test_the_source_diff_and_its_summary_by_function() -> None:
+    old = ("import a\n\n# =====\n# First part\n# =====\n\n\ndef f(x):\n    return x\n\n\nclass C:\n"
+           "    def m(self):\n        return 1\n\n    def gone(self):\n        pass\n")
+    new = old.replace("return x", "y = x\n    return y").replace("import a", "import b").replace(
+        "\n    def gone(self):\n        pass\n", "").replace("return 1", "return 2")
+    trees = record.parsed(old), record.parsed(new)
+    assert changes.counted(old, new, *trees) == [
+        ["head", 1, 1], ["First part: f", 2, 1], ["First part: C", 0, 1],
+        ["First part: C.m", 1, 1], ["First part: C.gone", 0, 2]]
+    diff = changes.source_diff(old, new)
+    assert diff.startswith("--- base/train_gpt.py\n+++ train_gpt.py\n@@ ")
+    assert not list(changes.misfits(diff, new))
+    assert list(changes.misfits(diff, old))
+    assert list(changes.misfits("@@ nonsense\n", new))
+    assert changes.source_diff(old, old) == ""
+    assert changes.counted(old, old, trees[0], trees[0]) == []
+    long = changes.source_diff("", "x = 1\n" * 100_000)
+    assert len(long) <= changes.MAX_DIFF_BYTES
+    assert re.search(r"\n# cut here: \d+ lines more; .*\n$", long)
+    assert not list(changes.misfits(long, "x = 1\n" * 100_000))
 
 
 def test_entries_of_this_repository_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -751,3 +981,102 @@ def test_the_command_gives_what_neither_defaults_nor_preset_do() -> None:
         given = {"PRESET": preset} if preset else {}
         cfg = train_gpt.Config.from_env({**given, "MATRIX_LR": "0.5", "SEED": "7"})[0]
         assert record.given_by_hand(vars(cfg), script) == {"MATRIX_LR": "0.5"}
+
+
+# Entries of every kind
+
+
+def test_seeds_may_need_different_numbers_of_passes(tiny_data: TinyData, tmp_path: Path) -> None:
+    """QUANT_CLIP=std with a target: the solver tries as often as it must, for each seed alone."""
+    target = str((ROOT / "train_gpt.py").stat().st_size + 31_000)
+    found = [job(tiny_data, tmp_path, f"seed-{seed}", SEED=seed, QUANT_CLIP="std",
+                 **({"ARTIFACT_TARGET_BYTES": target})) for seed in SEEDS]
+    runs = [record.read_run(f / "log.txt", f / "metrics.jsonl", f / "settings.json") for f in found]
+    passes = [len(run.all("size_pass")) for run in runs]
+    assert min(passes) >= 1
+    assert new(found, tmp_path / "records") == 0
+    entry = tmp_path / "records" / TRACK / "2026-01-02_Tiny"
+    assert record.main(["check", str(entry)]) == 0
+    for run in runs[1:]:  # however many the seeds happened to need, let one have a single pass
+        run.events = [e for e in run.events if e["event"] != "size_pass"]
+    assert not [f for f in record.check_together(runs, TRACK) if "size_pass" in f]
+
+
+def test_a_packed_script_makes_an_entry(tiny_data: TinyData, tmp_path: Path, capsys) -> None:
+    packed = tmp_path / "packed" / "train_gpt.py"
+    assert record.pack.main([str(ROOT / "train_gpt.py"), str(packed)]) == 0
+    script, found = compliance.load_script(packed), []
+    for seed in SEEDS:
+        with environment(**tiny_job(tiny_data, tmp_path, f"seed-{seed}", **CLOCKED, SEED=seed)):
+            assert script.main([]) == 0
+        found.append(tmp_path / f"seed-{seed}")
+    assert new(found, tmp_path / "records") == 0
+    entry = tmp_path / "records" / TRACK / "2026-01-02_Tiny"
+    assert record.main(["check", str(entry)]) == 0
+    claims, page = json.loads((entry / "submission.json").read_text()), (
+        entry / "README.md").read_text()
+    assert (entry / "train_gpt.py").read_bytes() == packed.read_bytes()
+    assert claims["bytes_code"] == packed.stat().st_size
+    assert claims["bytes_text"] == (ROOT / "train_gpt.py").stat().st_size
+    assert "(packed; " in page
+    assert "python records/pack.py --text train_gpt.py" in page
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# What an artifact holds
+
+
+def test_show_adds_up_an_artifact(runs: list[Path], tmp_path: Path, capsys) -> None:
+    path, plot = runs[0] / "artifact.bin", tmp_path / "plot.png"
+    assert record.main(["show", str(path), "--plot", str(plot)]) == 0
+    said = capsys.readouterr().out
+    _, stored = train_gpt.read_artifact(path)
+    rows = {row.split()[0]: row.split()[1:] for row in said.splitlines() if row.endswith("%")}
+    assert rows.keys() == stored.keys()
+    for name, tensor in stored.items():
+        shape, bits, raw, entropy, _ = rows[name]
+        assert shape == ("x".join(map(str, tensor.values.shape)) or "1")
+        values = tensor.values.flatten().tolist()
+        if tensor.scale is None:
+            assert (bits, raw) == ("fp16", f"{2 * len(values):,}")
+            continue
+        assert raw == f"{len(values) + 2 * len(tensor.scale):,}"
+        assert 2 ** (int(bits) - 1) > max(map(abs, values)) >= 2 ** (int(bits) - 2)
+        counts = [values.count(v) / len(values) for v in set(values)]
+        coded = -len(values) * sum(p * math.log2(p) for p in counts) / 8
+        assert float(entropy.replace(",", "")) == pytest.approx(
+            coded + 2 * len(tensor.scale), abs=0.51)
+    assert sum(float(row[-1].rstrip("%")) for row in rows.values()) == pytest.approx(100, abs=0.5)
+
+    def total(words: str) -> int:
+        return int(re.search(rf"^ *{words} +([0-9,]+)$", said, re.M)[1].replace(",", ""))
+
+    assert total("artifact, compressed with zstd") == path.stat().st_size
+    assert total("code") == (ROOT / "train_gpt.py").stat().st_size
+    assert total("left of 16,000,000") == 16_000_000 - total("together")
+    assert total("body before zstd") == total("integers, one byte each") + total(
+        "scales and floats, two bytes each") + total(r"header \(settings, names, shapes\)")
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert record.main(["show", str(runs[0] / "log.txt")]) == 1
+    assert record.main(["show", str(tmp_path / "nothing")]) == 1
+
+
+def test_show_of_hostile_artifacts_is_one_line(runs: list[Path], tmp_path: Path, capsys) -> None:
+    sound, path = (runs[0] / "artifact.bin").read_bytes(), tmp_path / "artifact.bin"
+    header, stored = train_gpt.decode_artifact(sound)
+    odd = {f"$x^\n\x1b[2J.{n}.{name}": tensor for n, (name, tensor) in
+           enumerate(stored.items())}
+    for blob in (b"", sound[:50], sound[:-1], b"x" + sound[1:]):
+        path.write_bytes(blob)
+        assert record.main(["show", str(path)]) == 1
+        out, err = capsys.readouterr()
+        assert not out
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+    path.write_bytes(train_gpt.encode_artifact(header, odd))
+    assert record.main(["show", str(path), "--plot", str(tmp_path / "x.png")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    empty = {"a": train_gpt.Stored(torch.zeros(0, 4, dtype=torch.int8), torch.zeros(0).half())}
+    path.write_bytes(train_gpt.encode_artifact(header, empty))
+    assert record.main(["show", str(path), "--plot", str(tmp_path / "y.png")]) == 0
+    assert artifact.anatomy(path).total("raw") == 0

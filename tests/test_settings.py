@@ -134,6 +134,8 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
     # Contradictions
     ({"NUM_HEADS": "7"}, ["MODEL_DIM=512", "NUM_HEADS=7"]),
     ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
+    ({"OPTIMIZER_ROUTING": "adam", "BIGRAM_VOCAB_SIZE": "0", "VE_ENABLED": "0"},
+     ["OPTIMIZER_ROUTING=adam", "BIGRAM_VOCAB_SIZE=0", "VE_ENABLED=0"]),
     ({"ROPE_DIMS": "15"}, ["ROPE_DIMS=15", "even"]),
     ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "NUM_HEADS=8, 64"]),
     ({"ROPE_DIMS": "2"}, ["ROPE_NTK_REF=1024", "ROPE_DIMS=2"]),

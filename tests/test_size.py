@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from jobs import environment, events, tiny_job
 import train_gpt
 from train_gpt import (
     GPT,
+    PRESETS,
     Config,
     Run,
     bits_of,
@@ -35,20 +39,24 @@ SHAPE = {"num_layers": 3, "xsa_last_n": 1, "ve_layers": "1,2", "model_dim": 64, 
          "ve_dim": 16, "vocab_size": VOCAB_SIZE, "train_seq_len": 32, "eval_seq_len": 32,
          "train_batch_tokens": 256, "eval_stride": 16, "int8_keep_float_max_numel": 512,
          "quant_clip": "std"}
+SYSTEMS = ("pr1361", "pr569", "pr703", "pr334", "pr295")
 HEADER = {"settings": {}, "tokenizer": "", "validation": ""}
 
 
-def random_model(**changed: object) -> GPT:
-    """A model none of whose weights is zero, rows of different sizes."""
-    cfg = Config(**{**SHAPE, **changed})
+def noisy(model: GPT) -> GPT:
+    """The model with weights none of which is zero, rows of different sizes."""
     torch.manual_seed(0)
-    model = GPT(cfg)
-    initialize(model, cfg)
+    initialize(model, model.cfg)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * torch.rand(p.shape[:1] + (1,) * (p.ndim - 1)) * 0.2
                    if p.ndim else 0.1)
     return model
+
+
+def random_model(**changed: object) -> GPT:
+    """A noisy model of SHAPE."""
+    return noisy(GPT(Config(**{**SHAPE, **changed})))
 
 
 def run_of(model: GPT, **changed: object) -> Run:
@@ -57,6 +65,19 @@ def run_of(model: GPT, **changed: object) -> Run:
     run.source = b""
     model.cfg = run.cfg
     return run
+
+
+def system(preset: str, **settings: str) -> tuple[GPT, Run]:
+    """A published system, small, GPTQ on, with noisy weights, and a run whose code has no bytes."""
+    kind = PRESETS[preset].get("gptq_variant", "full").replace("off", "full")
+    cfg = Config.from_env({
+        "PRESET": f"{preset},mini", "GPTQ_VARIANT": kind, "NUM_LAYERS": "3", "XSA_LAST_N": "0",
+        "CLIP_SIGMAS": "mlp:12.85,attn:12.85,emb:20,aux:20", "VE_LAYERS": "1,2",
+        "CACHE_LAYER": "1", "BIGRAM_VOCAB_SIZE": "256", "VOCAB_SIZE": "128",
+        "BITS": re.sub(r",blocks.*", "", Config(**PRESETS[preset]).bits), **settings})[0]
+    run = Run(cfg, 0, 1, torch.device("cpu"))
+    run.source = b""
+    return noisy(GPT(cfg)), run
 
 
 @given(seed=st.integers(0, 2**20), bits=st.integers(2, 8), sigmas=st.floats(1, 60))
@@ -120,6 +141,19 @@ def test_the_solver_ends_just_below_its_target(codec: str, share: float) -> None
     assert all(torch.equal(read[name].values, s.values) for name, s in stored.items())
 
 
+@pytest.mark.parametrize("preset", SYSTEMS)
+def test_every_system_meets_every_share_of_its_size(preset: str) -> None:
+    """With code that takes a third of the whole, as at mini scale, so that models shrink more."""
+    model, run = system(preset, QUANT_CLIP="std")
+    hessians = collect_hessians(model, lambda n: torch.randint(2, 128, (8, 32)), 1, math.inf, run)
+    run.source = bytes(len(fit_artifact(model, hessians, HEADER, run)[1]) // 2)
+    whole = 3 * len(run.source)
+    for share in (1.0, 0.85, 0.7):
+        run.cfg = replace(model.cfg, artifact_target_bytes=int(share * whole))
+        total = len(run.source) + len(fit_artifact(model, hessians, HEADER, run)[1])
+        assert 0.99 * int(share * whole) <= total <= int(share * whole)
+
+
 def test_without_a_target_only_the_limit_counts() -> None:
     """What fits is left as CLIP_SIGMAS says; what does not is made coarser, never larger."""
     model = random_model()
@@ -164,3 +198,43 @@ def test_a_run_meets_its_target(tiny_data: TinyData, tmp_path: Path) -> None:
         assert train_gpt.main(["--eval", str(tmp_path / "second" / "artifact.bin")]) == 2
     with environment(DATA_PATH=job["DATA_PATH"], TOKENIZER_PATH=job["TOKENIZER_PATH"]):
         assert train_gpt.main(["--eval", str(tmp_path / "second" / "artifact.bin")]) == 0
+
+
+def foreseen(folder: Path) -> tuple[dict, list[str], int]:
+    """A run's one early statement of its size, its warnings of it, and steps done by then."""
+    kinds = [json.loads(line)["event"]
+             for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (said,) = events(folder, "size_foreseen")
+    warnings = re.findall(r"^warning: code and artifact will be over.*$",
+                          (folder / "log.txt").read_text(encoding="utf-8"), re.M)
+    return said, warnings, kinds[: kinds.index("size_foreseen")].count("step")
+
+
+def test_a_run_says_early_that_it_will_be_over(tiny_data: TinyData, tmp_path: Path) -> None:
+    """A tenth into it, and only if it is: a target that the coarsest clips meet is no matter."""
+    job = tiny_job(tiny_data, tmp_path, "over", QUANT_CLIP="std", ARTIFACT_LIMIT_BYTES="2000")
+    with environment(**job):
+        assert train_gpt.main([]) == 3
+    said, warnings, steps = foreseen(tmp_path / "over")
+    assert said["step"] == int(job["ITERATIONS"]) // 10 and steps <= said["step"]
+    assert len(warnings) == 1 and "over 2000 bytes" in warnings[0]
+    smallest = events(tmp_path / "over", "artifact")[-1]["total"]
+    assert 0.8 * smallest < said["coarsest"] <= smallest
+    with environment(**{**job, "RUN_ID": "met", "ARTIFACT_LIMIT_BYTES": "16000000",
+                        "ARTIFACT_TARGET_BYTES": str(smallest)}):
+        assert train_gpt.main([]) == 0
+    said, warnings, _ = foreseen(tmp_path / "met")
+    assert warnings == [] and said["target"] == smallest
+
+
+@pytest.mark.parametrize("clip", ["std", "percentile"])
+@pytest.mark.parametrize("preset", SYSTEMS)
+def test_what_is_foreseen_is_a_little_less_than_what_comes(preset: str, clip: str) -> None:
+    model, run = system(preset, QUANT_CLIP=clip)
+    facts: dict = {}
+    run.log = lambda template, event="", **known: facts.update(
+        known if event == "size_foreseen" else {})
+    train_gpt.foresee_size(model, 1, run)
+    total = len(run.source) + len(fit_artifact(model, {}, HEADER, run)[1])
+    assert 0.7 * total < facts["total"] < total
+    assert (facts["coarsest"] < facts["total"]) == (clip == "std")

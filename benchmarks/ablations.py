@@ -1,0 +1,206 @@
+"""One technique at a time against the defaults with `mini`: jobs, table and picture.
+
+    python benchmarks/ablations.py jobs --seeds 1 2 3 > ablations.txt
+    python benchmarks/run_queue.py ablations.txt RUNS --at-once 2
+    python benchmarks/ablations.py times > times.json
+    python benchmarks/ablations.py table RUNS [--times times.json] --plot records/ablations.png
+
+Runs are step-driven, so that all see the same tokens whatever a step costs; what it costs is
+measured apart, by `times`, on a quiet machine. An effect is the headline score (bits per byte of
+the artifact) without the technique minus with it, paired by seed: above zero the technique
+helps. Its interval takes one variance for all ablations, pooled from their paired differences:
+three seeds are too few for a variance of their own.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+BASE = "PRESET=mini ITERATIONS=600 MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0"
+# Name: (what it is, settings that take it away from the defaults or, where the name says
+# with_, that bring it in).
+ABLATIONS = {
+    "xsa": ("exclusive self attention, all layers", "XSA_LAST_N=0"),
+    "xsa_last_4": ("XSA in all layers, not the last 4", "XSA_LAST_N=4"),
+    "smear": ("SmearGate", "SMEAR_ENABLED=0"),
+    "bigram": ("BigramHash", "BIGRAM_VOCAB_SIZE=0"),
+    "bos_masks": ("masks at document starts", "SMEAR_BOS_MASK=0 BIGRAM_BOS_MASK=0"),
+    "skip_per_dim": ("U-Net skip weights a channel, not a layer", "SKIP_PER_DIM=0"),
+    "value_embeddings": ("value embeddings, layers 9 and 10", "VE_ENABLED=0"),
+    "ln_scale": ("layer scale 1/sqrt(l+1)", "LN_SCALE=0"),
+    "with_ln_scale_learned": ("layer scale, learned", "LN_SCALE=learned"),
+    "partial_rope": ("partial RoPE, half of the head", "ROPE_DIMS=0"),
+    "leaky_relu": ("LeakyReLU(0.5) squared, not ReLU squared", "MLP_ACT=relu2"),
+    "with_leaky_0.25": ("slope 0.25, not 0.5", "LEAKY_SLOPE=0.25"),
+    "with_vrl_add": ("VRL, added", "VRL_MODE=add"),
+    "with_vrl_mix": ("VRL, mixed", "VRL_MODE=mix"),
+    "with_resid_phase": ("residual mix by depth at the start", "RESID_MIX_INIT=phase"),
+    "with_backout": ("Backout, middle layer", "BACKOUT_MODE=mid"),
+    "with_cache_backout": ("Cache+Backout", "BACKOUT_MODE=cache BACKOUT_INIT=0.1"),
+    "with_mile": ("MiLe loss, gamma 1.1", "MILE_GAMMA=1.1"),
+    "with_svd_init": ("embedding starts with a spectrum", "EMB_SVD_INIT=1"),
+    "with_ortho_mup": ("orthogonal output projections at the start", "PROJ_INIT=ortho_mup"),
+    "with_qk_gain_4": ("query gain 4 at the start, not 1.5", "QK_GAIN_INIT=4"),
+    "muon": ("Muon, not AdamW at 0.003, for block matrices",
+             "OPTIMIZER_ROUTING=adam MATRIX_LR=0.003"),
+    "muon_0.006": ("Muon, not AdamW at 0.006", "OPTIMIZER_ROUTING=adam MATRIX_LR=0.006"),
+    "momentum_ramp": ("momentum ramp, not 0.99 from step 0", "MUON_MOMENTUM_WARMUP_STEPS=0"),
+    "with_momentum_0.95": ("momentum 0.95, not 0.99", "MUON_MOMENTUM=0.95"),
+    "weight_decay": ("weight decay 0.04", "MUON_WD=0 ADAM_WD=0"),
+    "grad_clip": ("gradient clip 0.3", "GRAD_CLIP_NORM=0"),
+    "ema": ("EMA 0.9", "AVG_MODE=none"),
+    "with_swa": ("SWA, not EMA", "AVG_MODE=swa"),
+    "with_swa_of_ema": ("SWA of the EMA, not EMA", "AVG_MODE=swa_of_ema"),
+    "with_cosine": ("cosine warmdown, not linear", "WARMDOWN_TYPE=cosine"),
+    "shuffled": ("shuffled loader, not stream order", "LOADER=sequential"),
+    "late_qat": ("late QAT", "QAT_MODE=off"),
+    "with_always_qat": ("QAT from the first step, not late", "QAT_MODE=always"),
+    "gptq": ("full GPTQ, not nearest", "GPTQ_VARIANT=off"),
+    "with_std_clip": ("std clips (12.85 of CLIP_SIGMAS), not percentiles", "QUANT_CLIP=std"),
+    "sliding": ("sliding windows, stride 64, not chunks", "EVAL_STRIDE=0"),
+    "with_ttt": ("score-first adaptation", "TTT_MODE=score_first"),
+}
+
+
+@dataclass
+class Effect:
+    """What a technique is worth: bits per byte without it minus with it, paired by seed."""
+
+    name: str
+    what: str
+    differences: list[float]
+    half_width: float = math.nan
+
+    mean = property(lambda self: statistics.fmean(self.differences))
+
+    @property
+    def verdict(self) -> str:
+        if abs(self.mean) <= self.half_width:
+            return "cannot tell"
+        return "helps" if self.mean > 0 else "hurts"
+
+
+def score_of(folder: Path) -> float:
+    """Headline bits per byte of a finished run."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(event["val_bpb"] for event in events if event["event"] == "final")
+
+
+def effects(runs: Path) -> list[Effect]:
+    """Every ablation of which two seeds or more have ended, with intervals of 95 %."""
+    found = []
+    for name, (what, _) in ABLATIONS.items():
+        seeds = [folder.name.rpartition("_seed")[2] for folder in runs.glob(f"{name}_seed*")
+                 if '"event": "final"' in (folder / "metrics.jsonl").read_text()]
+        pairs = [score_of(runs / f"{name}_seed{seed}") - score_of(runs / f"base_seed{seed}")
+                 for seed in sorted(seeds, key=int) if (runs / f"base_seed{seed}").exists()]
+        if len(pairs) > 1:
+            sign = -1 if name.startswith("with_") else 1
+            found.append(Effect(name, what, [sign * pair for pair in pairs]))
+    freedom = sum(len(e.differences) - 1 for e in found)
+    variance = sum(statistics.variance(e.differences) * (len(e.differences) - 1)
+                   for e in found) / max(1, freedom)
+    for effect in found:
+        effect.half_width = float(stats.t.ppf(0.975, freedom)
+                                  * math.sqrt(variance / len(effect.differences)))
+    return sorted(found, key=lambda e: -e.mean)
+
+
+def print_jobs(seeds: list[int]) -> None:
+    """The job list: seed after seed, so that an interrupted queue leaves whole pairs."""
+    for seed in seeds:
+        print(f"base_seed{seed} {BASE} SEED={seed}")
+        for name, (_, settings) in ABLATIONS.items():
+            print(f"{name}_seed{seed} {BASE} {settings} SEED={seed}")
+
+
+def times(steps: int) -> dict[str, float]:
+    """Median milliseconds of a training step of each ablation and of the base, in turn.
+
+    Turn and turn about, so that a slow minute of the machine meets all of them.
+    """
+    import torch
+    from measure import Bench, median, seconds
+    from tqdm import tqdm
+
+    torch.manual_seed(0)
+    benches = {name: Bench(f"{BASE} {settings}") for name, settings in
+               {"base": "", **{name: given for name, (_, given) in ABLATIONS.items()}}.items()}
+    taken: dict[str, list[float]] = {name: [] for name in benches}
+    for step in tqdm(range(steps + 1), unit="round"):
+        for name, bench in benches.items():
+            taken[name].append(1e3 * seconds(lambda b=bench, n=step: b.step(n)))
+    return {name: median(values[1:]) for name, values in taken.items()}
+
+
+def table(found: list[Effect], ms: dict[str, float]) -> str:
+    """The effects as Markdown; a step's cost is with the technique minus without it."""
+    lines = ["| technique | effect, bpb | by seed | ms a step | verdict |", "|---|---|---|---|---|"]
+    for effect in found:
+        by_seed = " ".join(f"{1e3 * d:+.1f}" for d in effect.differences)
+        sign = 1 if effect.name.startswith("with_") else -1
+        cost = f"{sign * (ms[effect.name] - ms['base']):+.1f}" if effect.name in ms else ""
+        lines.append(f"| {effect.what} | {effect.mean:+.4f} +- {effect.half_width:.4f} | "
+                     f"{by_seed} | {cost} | {effect.verdict} |")
+    return "\n".join(lines)
+
+
+def draw(found: list[Effect], path: Path) -> None:
+    """Effects as points with their intervals, the best on top."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"helps": "tab:green", "hurts": "tab:red", "cannot tell": "tab:gray"}
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(found)), layout="constrained")
+    for place, effect in enumerate(reversed(found)):
+        axes.errorbar(1e3 * effect.mean, place, xerr=1e3 * effect.half_width, fmt="o", capsize=3,
+                      color=colours[effect.verdict])
+        axes.plot([1e3 * d for d in effect.differences], [place] * len(effect.differences), "|",
+                  color=colours[effect.verdict], alpha=0.6)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [effect.what for effect in reversed(found)])
+    axes.set_xlabel("bits per byte saved by the technique, thousandths (marks: seeds; bars: 95 %)")
+    # One large effect would press the others together.
+    axes.set_xscale("symlog", linthresh=5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title("One technique at a time, defaults with mini, equal tokens")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print the job list, the step times or the table."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("jobs").add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    verbs.add_parser("times").add_argument("--steps", type=int, default=20)
+    show = verbs.add_parser("table")
+    show.add_argument("runs", type=Path)
+    show.add_argument("--times", type=Path)
+    show.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    if given.verb == "jobs":
+        print_jobs(given.seeds)
+    elif given.verb == "times":
+        print(json.dumps(times(given.steps)))
+    else:
+        found = effects(given.runs)
+        if not found:
+            raise SystemExit(f"{given.runs}: no ablation has two finished seeds and their base")
+        print(table(found, json.loads(given.times.read_text()) if given.times else {}))
+        if given.plot:
+            draw(found, given.plot)
+
+
+if __name__ == "__main__":
+    main()

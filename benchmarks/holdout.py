@@ -1,0 +1,61 @@
+"""Make a data set to choose settings on: validation is a hold-out of the training split.
+
+    python benchmarks/holdout.py [data/datasets/docs_sp1024] [--share 0.03]
+
+Writes <folder>_holdout beside it. A training document is held out where the first 8 bytes of the
+sha256 of its tokens, a big-endian number, are below that share of 2**64. The validation split of
+the original is not read. Runs then take DATA_PATH=<folder>_holdout.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import prepare  # noqa: E402
+
+
+def is_held_out(document: np.ndarray, share: float) -> bool:
+    """Whether a document, uint16 tokens, belongs to the hold-out."""
+    digest = hashlib.sha256(document.astype("<u2").tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def main() -> None:
+    """Split the training shards in two and write the sidecar."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("data/datasets/docs_sp1024"))
+    parser.add_argument("--share", type=float, default=0.03)
+    given = parser.parse_args()
+    sidecar = prepare.read_json(given.folder / "fineweb_val.json")
+    if sidecar is None:
+        raise SystemExit(f"{given.folder} is no finished data set: run data/prepare.py first")
+    tokenizer_path = given.folder.parents[1] / "tokenizers" / sidecar["tokenizer"]["file"]
+    piece_bytes = prepare.piece_bytes(prepare.load_tokenizer(tokenizer_path))
+    splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    for document in prepare.iter_documents(prepare.shard_paths(given.folder, "train")):
+        splits["val" if is_held_out(document, given.share) else "train"].append(document)
+    if not all(splits.values()):
+        raise SystemExit(f"a share of {given.share} leaves one of the splits without a document")
+    out = given.folder.with_name(f"{given.folder.name}_holdout")
+    out.mkdir(exist_ok=True)
+    tokens = {split: np.concatenate(documents) for split, documents in splits.items()}
+    for split in splits:
+        prepare.write_shard(prepare.shard_path(out, split, 0), tokens[split])
+    shard, num_bytes = prepare.shard_path(out, "val", 0), int(piece_bytes[tokens["val"]].sum())
+    prepare.write_json(out / "fineweb_val.json", sidecar | {
+        "dataset": out.name, "documents": len(splits["val"]), "tokens": len(tokens["val"]),
+        "raw_bytes": num_bytes, "encoded_bytes": num_bytes,
+        "val_shards": {shard.name: prepare.file_sha256(shard)},
+        "split": f"hold-out of the training split of {given.folder.name}, share {given.share}",
+        "train": {"documents": len(splits["train"]), "tokens": len(tokens["train"])}})
+    print(f"{out}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} held out in "
+          f"{len(splits['val'])} documents")
+
+
+if __name__ == "__main__":
+    main()
