@@ -63,7 +63,7 @@ class Place:
         self.patch.setattr(train_gpt.fcntl, "flock", lambda fd, how: locks.append(fd) or flock(
             fd, how))
         self.capfd.readouterr()
-        with environment(**({} if bare else self.settings), **changed):
+        with environment(**{**({} if bare else self.settings), **changed}):
             try:
                 ended = train_gpt.main(list(arguments))
             except SystemExit as stopped:
@@ -194,9 +194,20 @@ def rank_1_hangs(place: Place) -> str:
 # The run folder
 
 
-def trained(place: Place, **changed: str) -> Place:
-    """Have the run "mine" end."""
-    place.main(code=0, **changed)
+finished: dict[str, bytes] = {}  # the files of a run that has ended, in the first place of all
+
+
+def trained(place: Place) -> Place:
+    """Have the run "mine" end: once, and elsewhere as if it had been there."""
+    if not finished:
+        place.main(code=0)
+        finished.update({path.name: path.read_bytes() for path in place.run_folder.iterdir()})
+        finished["."] = bytes(place.folder)
+    place.run_folder.mkdir(parents=True, exist_ok=True)
+    for name in finished.keys() - {"."}:
+        (place.run_folder / name).write_bytes(finished[name])
+    settings = finished["settings.json"].replace(finished["."], bytes(place.folder))
+    (place.run_folder / "settings.json").write_bytes(settings)
     return place
 
 
@@ -277,11 +288,10 @@ def shard_cut(place: Place) -> None:
 
 def late_bad_id(place: Place) -> None:
     """Past what is searched before the run of a large set."""
-    for name, value in (("FULL_SCAN_TOKENS", 0), ("SCAN_TOKENS", 1000)):
+    for name, value in (("FULL_SCAN_TOKENS", 0), ("SCAN_TOKENS", 10)):
         place.patch.setattr(train_gpt, name, value)
     for path in place.data.glob("fineweb_train_*"):
-        size = path.stat().st_size - 1024 - 2000
-        overwrite(path, 1024 + 2000, b"\xff\xff" * (size // 2))
+        overwrite(path, 1024 + 2 * 20, b"\xff\xff")
 
 
 def replicas_differ(place: Place) -> None:
@@ -304,8 +314,10 @@ WARNING_RUNS = {
                      "GPTQ_CALIB": "train_after_cap", "AVG_MODE": "swa", "SWA_EVERY": "1000",
                      "TTT_MODE": "train_then_score", "EVAL_STRIDE": "64", "TTT_EPOCHS": "1",
                      "TTT_FREEZE_BLOCKS": "0"}),
-    "clocks": (0, {"MAX_WALLCLOCK_SECONDS": "0.0001", "EVAL_WALLCLOCK_SECONDS": "0.0001"}),
-    "limits": (3, {"MAX_WALLCLOCK_SECONDS": "601", "ARTIFACT_LIMIT_BYTES": "1000"}),
+    "clocks": (0, {"MAX_WALLCLOCK_SECONDS": "0.0001", "EVAL_WALLCLOCK_SECONDS": "0.0001",
+                   "GPTQ_VARIANT": "full", "GPTQ_CALIB_BATCHES": "1"}),
+    "limits": (3, {"ITERATIONS": "2", "ARTIFACT_LIMIT_BYTES": "1000"}),
+    "hours": (0, {"MAX_WALLCLOCK_SECONDS": "601"}),
 }
 warned: dict[str, str] = {}  # what each of them printed
 
@@ -433,6 +445,8 @@ CASES: dict[str, Case] = {
     "... must give each of mlp, attn, emb, aux once": env(BITS="mlp:6,attn:6,emb:8"),
     "MODEL_DIM=... must be a multiple of NUM_HEADS=...": env(NUM_HEADS="7"),
     "NUM_KV_HEADS=... must divide NUM_HEADS=...": env(NUM_KV_HEADS="3"),
+    "OPTIMIZER_ROUTING=... leaves Muon nothing without BIGRAM_VOCAB_SIZE=... and VE_ENABLED=...":
+        env(OPTIMIZER_ROUTING="adam", BIGRAM_VOCAB_SIZE="0", VE_ENABLED="0"),
     "ROPE_DIMS=... must be even and at most MODEL_DIM=... / NUM_HEADS=..., ...": env(
         ROPE_DIMS="15"),
     "ROPE_NTK_REF=... must be 0 (off) unless ROPE_DIMS=... (0: all ...) is above 2": env(
@@ -537,19 +551,20 @@ CASES: dict[str, Case] = {
     "run will not be eligible as a record": warning("clocks"),
     "warning: no legal score follows: the model has trained on the text before scoring it":
         warning("settings"),
+    "warning: code and artifact will be over ... bytes, by ... or more: take fewer parameters or "
+    "BITS": warning("limits"),
     "code and artifact are ... bytes over ARTIFACT_LIMIT_BYTES=...; take fewer parameters or BITS":
         warning("limits"),
     RECORD + "ran on ..., the track asks for 8 x H100": warning("settings"),
     RECORD + "MAX_WALLCLOCK_SECONDS=0: the run is step-driven": warning("settings"),
-    RECORD + "MAX_WALLCLOCK_SECONDS is above 600": warning("limits"),
+    RECORD + "MAX_WALLCLOCK_SECONDS is above 600": warning("hours"),
     RECORD + "EVAL_WALLCLOCK_SECONDS is above 600": warning("settings"),
     RECORD + "ARTIFACT_LIMIT_BYTES is above 16,000,000": warning("settings"),
     RECORD + "GPTQ_CALIB=train_after_cap: training data was used after the budget":
         warning("settings"),
     RECORD + "the text is not FineWeb": warning("settings"),
     RECORD + "resumed from a checkpoint of step ...": resumed(lambda p: None, code=0),
-    RECORD + "training and calibration took ... s": during(lambda p: None, code=0,
-                                                           MAX_WALLCLOCK_SECONDS="0.0001"),
+    RECORD + "training and calibration took ... s": warning("clocks"),
     RECORD + "code and artifact have ... bytes, ... over ARTIFACT_LIMIT_BYTES=...":
         warning("limits"),
     RECORD + "scoring took ... s, EVAL_WALLCLOCK_SECONDS=...": warning("clocks"),
@@ -562,13 +577,14 @@ CASES: dict[str, Case] = {
     "...: the artifact is damaged (its sha256 does not match); copy it again": scored(
         packed(b"abc") + b"d"),
     "...: the artifact's body has ... bytes; the bound is ...": scored(packed(b"", 1 << 40)),
-    "...: the artifact's body does not decompress (...)": scored(packed(b"abc", codec=2)),
+    "...: the artifact's body does not decompress (...)": scored(
+        packed(b"no stream of any codec", codec=2)),
     "...: the artifact's body does not end where its prelude says": scored(
         packed(train_gpt.compress(b"abc", "lzma"), 2, codec=2)),
     "...: the artifact's header is malformed (...)": scored(
         packed(train_gpt.compress(b"abc", "lzma"), 3, codec=2)),
     "the artifact's tensors are not those of the model its settings describe": scored_elsewhere({}),
-    "...: its header must name the settings of this train_gpt.py; ... is not here or missing "
+    "the artifact's header must name the settings of this train_gpt.py; ... is not here or missing "
     "there": scored_elsewhere({"settings": {}}),
     "... is set, but the artifact says what its model is: unset it": scored(b"", NUM_LAYERS="3"),
     "no validation split with fingerprint ... in DATA_PATH=... or data/datasets/*; make it with "
@@ -622,7 +638,7 @@ def check_case(place: Place, message: str, case: Case) -> None:
     """Run a case; one of its lines has to be as the message says."""
     text = case(place)
     assert re.search(pattern_of(message), text, re.M), text[-2000:]
-    printed.append(text)
+    printed.extend(re.findall(r"^(?:error|warning|out of memory|run\.sh).*", text, re.M))
 
 
 @pytest.mark.parametrize("message", CASES)
@@ -695,7 +711,8 @@ def test_every_text_of_the_source_was_printed(request: pytest.FixtureRequest) ->
         pytest.skip("needs all the cases of this file in the same run")
     source, said = TRAINER.read_text(encoding="utf-8"), "\n".join(printed)
     assert len(list(sites(source))) > 90
-    assert not unsaid(source, said)
+    missing = unsaid(source, said)
+    assert not missing, "\n".join(missing)
     shell_texts = re.findall(r'\b(?:die|say) ((?:"[^"]*"|\\\n|\s)+)', (ROOT / "run.sh").read_text())
     progress = ("creating .venv", "installing the packages", "preparing data", "training on", "$*")
     for text in (re.sub(r'"\s*(\\\n)?\s*"|^"|"\s*$', " ", text).strip() for text in shell_texts):
