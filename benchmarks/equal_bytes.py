@@ -37,7 +37,8 @@ def main(first: str, second: str, folders: list[str]) -> None:
             other, other_bpb, _ = exported(cfg, model, hessians, val, **target, **settings(second))
         differences.append(other_bpb - bpb)
         print(f"seed {cfg.seed}, {steps} steps: {first} {len(blob):,} bytes {bpb:.5f} bpb, "
-              f"{second} {len(other):,} bytes {other_bpb:.5f} bpb, {differences[-1]:+.5f}", flush=True)
+              f"{second} {len(other):,} bytes {other_bpb:.5f} bpb, {differences[-1]:+.5f}",
+              flush=True)
     low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
     print(f"second less first: {sum(differences) / len(differences):+.5f} bpb, 95 % interval "
           f"[{low:+.5f}, {high:+.5f}] over {len(differences)} pairs")
