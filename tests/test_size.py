@@ -83,7 +83,7 @@ def system(preset: str, **settings: str) -> tuple[GPT, Run]:
 @given(seed=st.integers(0, 2**20), bits=st.integers(2, 8), sigmas=st.floats(1, 60))
 @settings(deadline=None, max_examples=40)
 def test_a_clip_is_so_many_deviations_of_its_row(seed: int, bits: int, sigmas: float) -> None:
-    """Or its maximum, if farther; steps on a grid, eight an octave, for zeros the least there is."""
+    """Or its maximum, if farther; steps lie on a grid, eight an octave; zeros have the least."""
     rng = np.random.default_rng(seed)
     W = rng.normal(size=(6, 40)) * 10.0 ** rng.uniform(-2, 1, (6, 1))
     W[0] = 0
