@@ -2103,7 +2103,7 @@ def log_activity(run: Run) -> None:
 CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
-SCALES_AN_OCTAVE, LEAST_SIGMAS = 8, 5.0  # of QUANT_CLIP=std; a nearer clip costs more than it gains
+SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
 SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
 SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
 SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
@@ -2137,7 +2137,7 @@ def setting_of(name: str, by_role: dict):
 
 def sigmas_of(cfg: Config, name: str, factor: float) -> float:
     """Standard deviations of a row at the top of a parameter's grid, with QUANT_CLIP=std."""
-    return max(LEAST_SIGMAS, factor * setting_of(name, cfg.sigmas_by_role))
+    return factor * setting_of(name, cfg.sigmas_by_role)
 
 
 def bits_of(cfg: Config, name: str, tensor: Tensor) -> int:
@@ -2192,14 +2192,14 @@ def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
 def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Tensor:
     """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r).
 
-    QUANT_CLIP=std has one, `sigmas` deviations at the top, on a logarithmic grid: it costs nothing
-    in error, and the scales become a few different numbers.
+    QUANT_CLIP=std has one, `sigmas` deviations at the top, or the maximum where that is farther, on
+    a logarithmic grid: it costs nothing in error, and the scales become a few different numbers.
     """
-    if cfg.quant_clip == "std":
-        octaves = torch.round(SCALES_AN_OCTAVE * W.std(dim=1, correction=0).log2())
-        deviation = torch.exp2(octaves / SCALES_AN_OCTAVE)
-        return (sigmas / largest_integer(bits) * deviation).clamp_min(TINY_STEP)[None]
     clips = W.abs().amax(dim=1)[None]
+    if cfg.quant_clip == "std":
+        clips = torch.maximum(clips, sigmas * W.std(dim=1, correction=0))
+        octaves = torch.round(SCALES_AN_OCTAVE * (clips / largest_integer(bits)).log2())
+        return torch.exp2(octaves / SCALES_AN_OCTAVE).clamp_min(TINY_STEP)
     if cfg.clip_search != "absmax":
         quantiles = torch.tensor(CLIP_QUANTILES, device=W.device)
         clips = torch.cat([torch.quantile(W.abs(), quantiles, dim=1), clips])

@@ -7,9 +7,10 @@ ARTIFACT_TARGET_BYTES, and so never takes more. Prints chunked bits per byte of 
 (training done, as benchmarks/export.py wants it), the differences' mean and a paired t interval.
 """
 
-import contextlib
 import io
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 
 from scipy import stats
@@ -25,23 +26,25 @@ def settings(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split())
 
 
-def main(first: str, second: str, folders: list[str]) -> None:
-    """Print a row a run, then what they say together."""
+def main(first: str, second: str, folders: list[str],
+         changed: Callable[[], AbstractContextManager] = nullcontext) -> None:
+    """Print a row a run, then what they say together; the second is exported inside changed()."""
     differences = []
     for folder in folders:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):
             cfg, model, steps = load(Path(folder))
             val, hessians = train_gpt.load_validation(cfg), calibrated(cfg, model, steps)
             blob, bpb, code = exported(cfg, model, hessians, val, **settings(first))
             target = {"ARTIFACT_TARGET_BYTES": str(code + len(blob))}
-            other, other_bpb, _ = exported(cfg, model, hessians, val, **target, **settings(second))
+            with changed():
+                other, other_bpb, _ = exported(cfg, model, hessians, val, **target,
+                                               **settings(second))
         differences.append(other_bpb - bpb)
-        print(f"seed {cfg.seed}, {steps} steps: {first} {len(blob):,} bytes {bpb:.5f} bpb, "
-              f"{second} {len(other):,} bytes {other_bpb:.5f} bpb, {differences[-1]:+.5f}",
-              flush=True)
+        print(f"seed {cfg.seed}, {steps} steps: {len(blob):,} bytes {bpb:.5f} bpb, then "
+              f"{len(other):,} bytes {other_bpb:.5f} bpb, {differences[-1]:+.5f}", flush=True)
     low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
-    print(f"second less first: {sum(differences) / len(differences):+.5f} bpb, 95 % interval "
-          f"[{low:+.5f}, {high:+.5f}] over {len(differences)} pairs")
+    print(f"{second} less {first}: {sum(differences) / len(differences):+.5f} bpb, 95 % interval "
+          f"[{low:+.5f}, {high:+.5f}] over {len(differences)} pairs", flush=True)
 
 
 if __name__ == "__main__":
