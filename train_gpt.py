@@ -1059,7 +1059,7 @@ class RmsNorm(torch.autograd.Function):
     """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, scale: float | Tensor) -> Tensor:
         """y = scale r x, r = 1 / sqrt(mean(x^2) + eps): (..., D) -> (..., D)."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         r = torch.rsqrt(norm.square() / x.size(-1) + RMS_EPS)
@@ -1075,7 +1075,7 @@ class RmsNorm(torch.autograd.Function):
         return torch.addcmul(grad, along, x, value=-1).mul_(ctx.scale * r), None
 
 
-def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """scale x / sqrt(mean(x^2) + eps) over the last dimension."""
     return RmsNorm.apply(x, scale) if x.device.type == "cpu" else \
         F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
@@ -1254,6 +1254,24 @@ class Attention(nn.Module):
         return self.proj(self.xsa(y, v).flatten(2))
 
 
+class SquaredLeaky(torch.autograd.Function):
+    """leaky_relu(u)^2 in fewer passes on a CPU, and with one tensor kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, slope: float) -> Tensor:
+        """h = leaky_relu(u), h^2: any shape."""
+        h = F.leaky_relu(u, slope)
+        ctx.save_for_backward(h)
+        ctx.slope = slope
+        return h * h
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """2 h leaky_relu'(u) g, where h leaky_relu'(u) is leaky_relu(h)."""
+        h, = ctx.saved_tensors
+        return F.leaky_relu(h, ctx.slope).mul_(grad).mul_(2.0), None
+
+
 class MLP(nn.Module):
     """x -> P leaky_relu(W x)^2; the slope is 0 for MLP_ACT=relu2."""
 
@@ -1264,8 +1282,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        h = F.leaky_relu(self.fc(x), self.slope)
-        return self.proj(h * h)  # half the backward of square()
+        return self.proj(SquaredLeaky.apply(self.fc(x), self.slope))
 
 
 @dataclass
@@ -1282,6 +1299,8 @@ class Context:
 class Block(nn.Module):
     """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
 
+    depth_scale: Tensor
+
     def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
         super().__init__()
         self.layer, depth = layer, 1.0 / math.sqrt(layer + 1)
@@ -1291,7 +1310,9 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[keep], [1.0 - keep]]).repeat(1, cfg.model_dim))
         gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
         self.attn_scale, self.mlp_scale = nn.Parameter(gain), nn.Parameter(gain.clone())
-        self.depth_scale = depth if cfg.ln_scale == "1" else 1.0
+        # A tensor, or each depth would need a compiled block of its own.
+        self.register_buffer("depth_scale", torch.tensor(depth if cfg.ln_scale == "1" else 1.0),
+                             persistent=False)
         late = layer > cfg.backout_layer and layer >= cfg.num_layers // 2
         self.read_layer = cfg.backout_layer if cfg.backout_mode == "cache" and late else None
 
@@ -1300,12 +1321,14 @@ class Block(nn.Module):
         keep, inject = like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
 
-    def forward(self, x: Tensor, c: Context) -> Tensor:
-        """The residual stream (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, x0: Tensor, read: Tensor | None,
+                rotation: tuple[Tensor, Tensor], extra_v: Tensor | None,
+                first_v: Tensor | None) -> Tensor:
+        """The stream (B, T, D) -> (B, T, D); attention reads an earlier one where it is given."""
         a, b, s = like(self.attn_scale, x), like(self.mlp_scale, x), self.depth_scale
-        u = self.mixed(x, c.x0)
-        seen = u if self.read_layer is None else self.mixed(c.outputs[self.read_layer], c.x0)
-        x = u + a * self.attn(rms_norm(seen, s), c.rotation, c.extra_v.get(self.layer), c.first_v)
+        u = self.mixed(x, x0)
+        seen = u if read is None else self.mixed(read, x0)
+        x = u + a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v)
         return x + b * self.mlp(rms_norm(x, s))
 
 
@@ -1353,6 +1376,7 @@ class GPT(nn.Module):
                  dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.cfg, self.dtype, layers = cfg, dtype, cfg.num_layers
+        self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids: 0.0
@@ -1386,6 +1410,15 @@ class GPT(nn.Module):
                 extra_v[layer] = extra_v.get(layer, 0.0) + like(torch.sigmoid(alpha), h) * first_v
         return Context(x0, rotary_tables(cfg, input_ids.size(1), x0.device), extra_v, first_v)
 
+    def layer(self, block: nn.Module, x: Tensor, c: Context) -> Tensor:
+        """The stream (B, T, D) -> (B, T, D) through a block, in training perhaps compiled."""
+        assert isinstance(block, Block)
+        read = None if block.read_layer is None else c.outputs[block.read_layer]
+        given = x, c.x0, read, c.rotation, c.extra_v.get(block.layer), c.first_v
+        if self.compiled_block is not None and torch.is_grad_enabled():
+            return self.compiled_block(block, *given)
+        return block(*given)
+
     def hidden(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last block."""
         x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids)).to(self.dtype))
@@ -1394,7 +1427,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             if half <= layer < 2 * half:
                 x = x + like(self.skip_weights[layer - half], x) * c.outputs[2 * half - 1 - layer]
-            x = block(x, c)
+            x = self.layer(block, x, c)
             c.outputs.append(x)
         if self.backout_lambda is not None:
             x = x - like(self.backout_lambda, x) * c.outputs[self.cfg.backout_layer]
@@ -1718,6 +1751,7 @@ class Schedule:
 # =================================================================================================
 
 REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
+REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # of training saved by compiled blocks; to compile them
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
 
@@ -1848,6 +1882,47 @@ def fit_micro_batch(forward: Forward, model: GPT, rows: TrainingRows, moment: Mo
         run.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
 
 
+def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment],
+                   run: Run) -> None:
+    """On a CPU, compile one block for the training of all layers, if the run should earn it back.
+
+    Only for runs by the clock, as what times decide does not repeat. Kept if trial passes of all
+    that steps may do take less time with it; a machine without a C++ compiler goes on without.
+    """
+    cfg, saving = run.cfg, run.cfg.max_wallclock_seconds * REGION_GAIN
+    if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
+        return
+    if saving < REGION_SECONDS:
+        run.log(f"blocks compiled:no, it would save {saving:.0f} s and take {REGION_SECONDS:.0f} s")
+        return
+    kinds = [(count, moment) for count in {count for _, count in micro_batches(cfg, run)}
+             for moment in moments]
+
+    def trial(repeats: int) -> float:
+        """The least seconds of a forward and backward pass of every kind."""
+        taken = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for count, moment in kinds:
+                backward(forward, model, rows.batch(0, count), moment, run)
+            taken.append(time.perf_counter() - start)
+            model.zero_grad(set_to_none=True)
+        return min(taken)
+
+    plain, compiling, why = trial(3), 0.0, ""
+    model.compiled_block = torch.compile(Block.forward, dynamic=False)
+    try:
+        compiling, compiled = trial(1), trial(3)
+    except Exception as error:  # a compiler fails in many ways
+        compiled, why = plain, ": " + str(error).strip().split("\n")[0]
+    if run.agree(compiled / plain, "most") >= 1.0:
+        model.compiled_block = None
+        model.zero_grad(set_to_none=True)
+    run.log("blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
+            "blocks_compiled", kept="no" if model.compiled_block is None else "yes", why=why,
+            seconds=compiling, before=1e3 * plain, after=1e3 * compiled)
+
+
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
     """Compile and warm up every path of the run, untimed, and put everything back.
 
@@ -1883,6 +1958,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     if cfg.ttt_mode != "off":
         forward(model, *blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
+    compile_blocks(forward, model, rows, moments, run)
     whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
     scored = timed(lambda: forward(model, *whole)[0].sum().item())
     if 0 < strip < T:

@@ -33,15 +33,17 @@ def settings(name: str) -> dict[str, str]:
 class Bench:
     """One process's run of a configuration, at its initial weights."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *changes: str) -> None:
         self.name = name
-        self.cfg, _ = t.Config.from_env(settings(name))
+        self.cfg, _ = t.Config.from_env(
+            settings(name) | dict(change.split("=", 1) for change in changes))
         self.rows, self.run = t.TrainingRows(self.cfg), t.Run(self.cfg, 0, 1, torch.device("cpu"))
         self.model = t.GPT(self.cfg, t.pick_attention(self.cfg, self.run.device)[1])
         t.initialize(self.model, self.cfg)
         groups = t.route_parameters(self.cfg, self.model)
         self.optimizers = t.build_optimizers(self.cfg, groups, torch.float32, self.run)
         self.moment = t.Moment(lr_scale=1.0, momentum=0.9, qat=False, done=False)
+        t.compile_blocks(t.training_nats, self.model, self.rows, [self.moment], self.run)
 
     def step(self, number: int) -> torch.Tensor:
         """The numbered training step; returns what train_step returns."""

@@ -2,17 +2,18 @@
 
     python benchmarks/train_step.py              configuration P
     python benchmarks/train_step.py mini 31      a preset, 31 timed steps
+    python benchmarks/train_step.py P 21 COMPILE=0      with a setting changed
 
 Steps alternate with one sgemm (2048 x 512 x 2048) each. A part is timed alone at the step's own
-shapes, so the parts need not add up to the step. P's step counts as 31.7 GFLOP, its share of the
-sgemm rate is printed with it; presets have no such count.
+shapes and without compiled blocks, so the parts need not add up to the step. "Bare" is what no step
+can do without: the matrix products, attention and orthogonalisation, nothing around them. P's step
+counts as 31.7 GFLOP, its share of the sgemm rate is printed with it; presets have no such count.
 """
 
 import sys
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from measure import Bench, machine, median, report, seconds, sgemm, t
 from tqdm import tqdm
 
@@ -29,6 +30,22 @@ def both_ways(work: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Calla
     return call
 
 
+def products(model: t.GPT, tokens: int) -> Callable[[], None]:
+    """The three products of each matrix in a step: forward, and the backward's two."""
+    weights = [m.weight.detach() for m in model.modules() if isinstance(m, t.Linear)]
+    weights += [model.tok_emb.weight.detach()] if model.lm_head is None else []
+    work = []
+    for w in weights:
+        x, y = torch.randn(tokens, w.size(1)), torch.randn(tokens, w.size(0))
+        work += [(x, w.t(), torch.empty_like(y)), (y, w, torch.empty_like(x)),
+                 (y.t(), x, torch.empty_like(w))]
+
+    def call() -> None:
+        for a, b, out in work:
+            torch.mm(a, b, out=out)
+    return call
+
+
 def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     """Each part of a step as a call without arguments."""
     model, cfg, run, rows = bench.model, bench.cfg, bench.run, bench.rows
@@ -38,7 +55,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     context.rotation = tuple(table.detach() for table in context.rotation)
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten())
+        return t.HeadNats.apply(hidden, model.head.weight, targets, cfg.logit_softcap, None, 0.0)[0]
 
     def embed() -> None:
         start = t.rms_norm(model.tok_emb(ids) + model.bigram(ids))
@@ -56,7 +73,10 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
                 p.grad = torch.zeros_like(p)
         adam.step()
 
+    heads = [torch.randn(*ids.shape, cfg.num_heads, cfg.head_dim) for _ in range(3)]
     return {
+        "bare products": products(model, ids.numel()),
+        f"bare attention x {cfg.num_layers}, both ways": both_ways(t.sdpa_attention, *heads),
         "loader": lambda: rows.batch(0, cfg.rows_per_step),
         "forward": lambda: t.training_nats(model, ids, targets),
         "embedding, both ways": embed,
@@ -72,7 +92,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
 def main() -> None:
     """Time whole steps against sgemm, then the parts."""
     name, steps = (sys.argv[1:] + ["P", "21"][len(sys.argv) - 1:])[:2]
-    bench, rate = Bench(name), sgemm()
+    bench, rate = Bench(name, *sys.argv[3:]), sgemm()
     for number in range(3):
         bench.step(number)
         rate()
@@ -85,9 +105,13 @@ def main() -> None:
         work()
         times = bench.cfg.num_layers if f" x {bench.cfg.num_layers}," in part else 1
         rows.append((part, 1e3 * times * median(seconds(work) for _ in range(15))))
+    ms = dict(rows)
+    bare = sum(ms[part] for part in ms if part.startswith("bare")) + ms["orthogonalisation"]
     facts = {"configuration": name, "machine": machine(), "sgemm GFLOP/s": median(rates),
+             "bare ms": bare, "step / bare": ms["step"] / bare,
              "tokens/s": bench.cfg.train_batch_tokens / median(whole)}
     if name in STEP_GFLOP:
+        facts["bare, share of sgemm"] = STEP_GFLOP[name] / bare * 1e3 / median(rates)
         facts["step GFLOP/s"] = STEP_GFLOP[name] / median(whole)
         facts["share of sgemm"] = median(STEP_GFLOP[name] / s / r
                                          for s, r in zip(whole, rates, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,10 +16,15 @@ from test_model import random_ids
 from train_gpt import (
     GPT,
     PRESETS,
+    REGION_GAIN,
+    REGION_SECONDS,
+    Block,
     Config,
+    Moment,
     Run,
     Training,
     TrainingRows,
+    compile_blocks,
     evaluate,
     initialize,
     load_validation,
@@ -109,3 +116,91 @@ def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: T
     assert all(run.activity.values())
     assert graphs() == primed
     assert not COUNTERS["graph_break"]
+
+
+# One block, compiled for all layers on a CPU.
+
+
+def losses_and_gradients(model: GPT, cfg: Config, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Of the plain weights, then of QAT's."""
+    gamma, found = torch.tensor(cfg.mile_gamma) if cfg.mile_gamma else None, []
+    for grids in (None, qat_grids(model) or None):
+        model.zero_grad()
+        nats, weights = training_nats(model, ids[:, :-1], ids[:, 1:], grids, gamma)
+        (nats * weights).mean().backward()
+        found += [nats.detach(), *(p.grad.clone() for p in model.parameters())]
+    return found
+
+
+def check_one_block(cfg: Config, compiled: Callable, most_graphs: int) -> None:
+    """The model that learns through one compiled block learns the same; scoring is not touched."""
+    torch.manual_seed(0)
+    initialize(model := GPT(cfg), cfg)
+    for p in model.parameters():  # no projection at zero
+        torch.nn.init.normal_(p, std=0.1)
+    ids = random_ids(cfg, 2, 17)
+    plain = losses_and_gradients(model, cfg, ids)
+    model.compiled_block = compiled
+    for ours, expected in zip(losses_and_gradients(model, cfg, ids), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    made = graphs()
+    assert 0 < made <= most_graphs
+    with torch.no_grad():
+        model(ids[:, :5], ids[:, 1:6])
+    assert graphs() == made
+
+
+@pytest.mark.parametrize("preset", [None, *SYSTEMS])
+def test_one_compiled_block_serves_eleven_layers(preset: str | None) -> None:
+    sizes = {**TINY, "num_layers": 11, "xsa_last_n": 11, "ve_layers": "9,10"}
+    check_one_block(Config(**{**PRESETS.get(preset, {}), **sizes}),
+                    torch.compile(Block.forward, dynamic=False), 8)
+
+
+@pytest.mark.slow
+def test_one_block_compiled_for_this_processor() -> None:
+    """By torch's own compiler: its C++ does what the plain block does."""
+    compiled = torch.compile.func(Block.forward, dynamic=False)
+    check_one_block(Config(**{**TINY, "num_layers": 5}), compiled, 8)
+
+
+def slowly(block: Block, x: torch.Tensor, *given) -> torch.Tensor:
+    time.sleep(0.02)
+    return block(x, *given)
+
+
+def failing(block: Block, x: torch.Tensor, *given) -> torch.Tensor:
+    raise RuntimeError("no C++ compiler\nat all")
+
+
+EARNED = 1.01 * REGION_SECONDS / REGION_GAIN
+
+
+@pytest.mark.parametrize(("compiled", "changed", "tried", "kept"), [
+    (lambda block, x, *given: x, {"max_wallclock_seconds": EARNED}, True, True),
+    (slowly, {"max_wallclock_seconds": EARNED}, True, False),
+    (failing, {"max_wallclock_seconds": EARNED}, True, False),
+    (failing, {"max_wallclock_seconds": EARNED / 1.05}, False, False),
+    (failing, {"max_wallclock_seconds": 0.0}, False, False),
+    (failing, {"max_wallclock_seconds": EARNED, "compile": "0"}, False, False)],
+    ids=["faster", "slower", "no compiler", "short run", "step-driven", "switched off"])
+def test_blocks_are_compiled_where_it_pays(
+        compiled: Callable, changed: dict, tried: bool, kept: bool, tiny_data: TinyData,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(f) or compiled)
+    cfg = Config(**{**TINY, "train_batch_tokens": 80, "micro_batch_seqs": 2,
+                    "vocab_size": VOCAB_SIZE, "data_path": str(tiny_data.data_path),
+                    "tokenizer_path": str(tiny_data.tokenizer_path), **changed})
+    initialize(model := GPT(cfg), cfg)
+    moments = [Moment(1.0, 0.9, qat, False, cfg.mile_gamma) for qat in (False, True)]
+    compile_blocks(training_nats, model, TrainingRows(cfg), moments,
+                   Run(cfg, 0, 1, torch.device("cpu")))
+    assert asked == [Block.forward] * tried
+    assert (model.compiled_block is compiled) == kept
+    assert all(p.grad is None for p in model.parameters())
+    said = capsys.readouterr().out
+    assert ("blocks compiled:yes" in said) == kept
+    assert ("blocks compiled:no" in said) == (not kept and "compile" not in changed
+                                              and changed["max_wallclock_seconds"] > 0)
+    assert ("no C++ compiler" in said) == (compiled is failing and tried)

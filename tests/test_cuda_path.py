@@ -200,9 +200,8 @@ class Notes(defaultdict):
 def note_blocks(model: GPT, notes: Notes, types: Types) -> None:
     """Watch what enters, leaves and comes back to each block, and each weight's gradient."""
     def before(block: nn.Module, inputs: tuple) -> None:
-        x, c = inputs
-        others = [x, c.x0, c.first_v, *c.outputs, *c.extra_v.values()]
-        notes["into blocks"] |= {y.dtype for y in others if y is not None}
+        x, x0, read, _, extra_v, first_v = inputs
+        notes["into blocks"] |= {y.dtype for y in (x, x0, read, extra_v, first_v) if y is not None}
         types.inside = True
 
     def after(block: nn.Module, inputs: tuple, x: Tensor) -> None:

@@ -99,7 +99,7 @@ def test_every_activation(system: str) -> None:
     seen = {}
     for layer, block in enumerate(model.blocks):
         def keep(block, inputs, output, layer=layer):
-            seen[f"block_{layer}"], seen["x0"] = output, inputs[1].x0
+            seen[f"block_{layer}"], seen["x0"] = output, inputs[1]
         block.register_forward_hook(keep)
     seen["final_norm"] = model.hidden(golden["input_ids"])
     published = {key.removeprefix("act/"): value for key, value in golden.items() if "act/" in key}
