@@ -72,7 +72,7 @@ from tqdm import tqdm
 # =================================================================================================
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
-CACHED_TOKENS = 1024
+CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
 NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a resumed run
 
 
@@ -633,7 +633,7 @@ class Run:
     compiled = property(lambda self: self.cfg.compile == "1" or (
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
-    # Windows a forward of a batch of EVAL_BATCH_SEQS: on a CPU few enough to stay in its caches.
+    # Windows a forward, of a batch of EVAL_BATCH_SEQS.
     scored_rows = property(lambda self: min(self.cfg.eval_batch_seqs, max(
         1, CACHED_TOKENS // self.cfg.eval_seq_len)) if self.device.type == "cpu"
         else self.cfg.eval_batch_seqs)

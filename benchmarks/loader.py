@@ -33,7 +33,8 @@ def main() -> None:
     val = t.load_validation(cfg)
     spans = t.windows(val.num_targets(cfg), cfg.eval_seq_len, cfg.eval_stride)
     spans = spans[: cfg.eval_batch_seqs]
-    took = median(seconds(lambda: t.window_batch(val, spans, cfg.eval_batch_seqs, cfg))
+    width = cfg.eval_stride or cfg.eval_seq_len
+    took = median(seconds(lambda: t.window_batch(val, spans, len(spans), width, cfg))
                   for _ in range(given.times))
     tokens = cfg.eval_batch_seqs * cfg.eval_seq_len
     facts["windows"] = {"tokens": tokens, "ms": 1e3 * took, "tokens/s": tokens / took}

@@ -190,8 +190,8 @@ class Notes(defaultdict):
 
     def of(self, stage: str, function: Callable) -> Callable:
         """The function, its results noted under `stage`."""
-        def noted(*args):
-            result = function(*args)
+        def noted(*args, **named):
+            result = function(*args, **named)
             self[stage] |= {kind(x) for x in tree_leaves(result)}
             return result
         return noted
@@ -410,7 +410,7 @@ def test_adaptation_makes_every_tensor_on_its_device(system: str, where: str) ->
         adapter = Adapter(training_nats, model, val, run)
         with Devices(device) as watch:
             assert adapter.learn(0, len(val.target_bytes), cfg.ttt_lr, math.inf) == 1
-    assert watch.elsewhere == ["aten.lift_fresh.default"] * 4  # the batch, as it leaves numpy
+    assert watch.elsewhere == ["aten.lift_fresh.default"] * 5  # the batch, as it leaves numpy
     assert {kind(p) for p in model.parameters()} == {(FP32, tuple(p.shape))
                                                      for p in GPT(cfg).parameters()}
 
@@ -443,9 +443,8 @@ def test_scoring_on_cuda(system: str, where: str) -> None:
     spans, notes = spans[:cfg.eval_batch_seqs - 1], Notes()
     with at(where) as device, torch.no_grad():
         model, run = build(cfg, device, trainable=False), Run(cfg, 0, 1, device)
-        forward = notes.of("nats", lambda *given, places: training_nats(*given, places=places))
-        sums = score_windows(forward, model, val, spans, cfg.eval_stride, run,
-                             run.progress("scoring"))
+        sums = score_windows(notes.of("nats", training_nats), model, val, spans, cfg.eval_stride,
+                             run, run.progress("scoring"))
     assert notes["nats"] == {(FP32, (cfg.eval_batch_seqs, cfg.eval_stride))}
     assert (kind(sums), sums.device.type) == ((torch.float64, (3,)), "cpu")
     if where == "cuda":

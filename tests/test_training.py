@@ -174,14 +174,15 @@ def test_priming_leaves_no_trace(setting) -> None:
     """Nor does it skip a variant: each forward that the run will compile has run."""
     variants = []
 
-    def forward(model, input_ids, target_ids, grids=None, mile_gamma=None):
-        variants.append((bool(grids), torch.is_grad_enabled()))
-        return training_nats(model, input_ids, target_ids, grids, mile_gamma)
+    def forward(model, input_ids, target_ids, grids=None, mile_gamma=None, places=None):
+        variants.append((bool(grids), torch.is_grad_enabled(), places is not None))
+        return training_nats(model, input_ids, target_ids, grids, mile_gamma, places)
 
     _, model, rows, run = setting()
     before = weights(model)
     seconds = prime(forward, model, rows, run)
-    assert {(False, True), (True, True), (False, False)} == set(variants)
+    assert set(variants) == {(False, True, False), (True, True, False), (False, False, False),
+                             (False, False, True)}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert min(seconds) > 0
