@@ -2875,7 +2875,8 @@ class Adapter:
         """score_first: learn from the chunk just scored, unless scoring the rest needs the time."""
         cfg, run, done = self.run.cfg, self.run, chunk + 1
         scoring = (elapsed - self.seconds) / done * (num_chunks - done)
-        needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * self.seconds / max(chunk, 1)
+        learning = self.seconds / max(run.activity["ttt"], 1)  # a chunk's
+        needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * learning
         run.occasions["ttt"] += 1
         if run.agree(float(needed > cfg.eval_wallclock_seconds)):
             return
