@@ -2951,7 +2951,8 @@ class Adapter:
         """score_first: learn from the chunk just scored, unless scoring the rest needs the time."""
         cfg, run, done = self.run.cfg, self.run, chunk + 1
         scoring = (elapsed - self.seconds) / done * (num_chunks - done)
-        needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * self.seconds / max(chunk, 1)
+        learning = self.seconds / max(run.activity["ttt"], 1)  # a chunk's
+        needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * learning
         run.occasions["ttt"] += 1
         if run.agree(float(needed > cfg.eval_wallclock_seconds)):
             return
@@ -3113,7 +3114,16 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
         f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
         f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
-        *routing_table(cfg, model), f"seed:{cfg.seed}")))
+        *routing_table(cfg, model), f"repeats:{repeats(run)}", f"seed:{cfg.seed}")))
+
+
+def repeats(run: Run) -> str:
+    """Whether another run of these settings, this seed included, gives the same bits."""
+    if run.device.type != "cpu":
+        return "no, whatever the settings: a GPU's attention sums its gradients in no fixed order"
+    if not run.cfg.step_driven:
+        return "no: the clock ends the run (MAX_WALLCLOCK_SECONDS=0 would leave that to ITERATIONS)"
+    return f"to the bit on this machine, with {torch.get_num_threads()} threads a process"
 
 
 def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TinyData
 from jobs import BARE_ENVIRONMENT, TRAINER, events, tiny_job
+
+from train_gpt import Config, Run, repeats
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -23,10 +26,19 @@ def test_runs_of_one_seed_are_equal_to_the_bit(threads: int, tiny_data: TinyData
         done = subprocess.run([sys.executable, str(TRAINER)], env=env, text=True,
                               capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert f"name:{threads} threads" in done.stdout
+        assert f"\nrepeats:to the bit on this machine, with {threads} threads " in done.stdout
         folder = tmp_path / f"run{n}"
         curves.append([event["train_loss"] for event in events(folder, "step")])
         artifacts.append((folder / "artifact.bin").read_bytes())
     assert len(curves[0]) == 6
     assert curves[0] == curves[1]
     assert artifacts[0] == artifacts[1]
+
+
+@pytest.mark.parametrize(("device", "seconds", "said"), [
+    ("cuda", 0.0, "no, whatever the settings"), ("cuda", 600.0, "no, whatever the settings"),
+    ("cpu", 600.0, "MAX_WALLCLOCK_SECONDS=0"), ("cpu", 0.0, "to the bit"),
+])
+def test_the_log_says_what_equality_takes(device: str, seconds: float, said: str) -> None:
+    run = Run(Config(max_wallclock_seconds=seconds), 0, 1, torch.device(device))
+    assert said in repeats(run)

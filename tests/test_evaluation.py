@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import train_gpt
 from train_gpt import (
     GPT,
     Adapter,
@@ -421,6 +422,37 @@ def test_adaptation_stops_for_the_budget_and_scoring_does_not(model: GPT) -> Non
     assert result.nats == pytest.approx(plain.nats, rel=1e-9)
     assert (run.activity["ttt"], run.occasions["ttt"]) == (0, 3)
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize(("budget", "least", "most"), [
+    (1e6, 9, 9), (40.0, 9, 9), (20.0, 3, 5), (14.0, 0, 2), (13.0, 0, 1), (12.5, 0, 1),
+    (9.0, 0, 0)])
+def test_adaptation_leaves_the_rest_of_the_scoring_its_time(
+        budget: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: ten chunks take about a second to score and two to learn from.
+
+    Nine chunks can be learnt from. A budget of 20 s has room for four or five of them, of which
+    the reserve may leave some; it is never passed unless scoring alone passes it.
+    """
+    now = [0.0]
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+    cfg = Config(eval_seq_len=16, **{**TTT, "eval_wallclock_seconds": budget, "ttt_epochs": 1,
+                                     "ttt_chunk_tokens": 16, "eval_batch_seqs": 1})
+    run, val = Run(cfg, 0, 1, CPU), random_split(161, vocab_size=32)
+
+    def forward(model, ids, targets, **where):
+        now[0] += 0.5
+        return torch.zeros(targets.shape), torch.ones(targets.shape)
+
+    adapter = Adapter(forward, torch.nn.Linear(2, 2), val, run)
+    adapter.learn = lambda *how: now.__setitem__(0, now[0] + 2.0)
+    with run.scoring_clock.running():
+        evaluate("test", forward, None, val, run, 8, "cover", adapter)
+    assert run.occasions["ttt"] == 9
+    assert least <= run.activity["ttt"] <= most
+    scoring = now[0] - 2.0 * run.activity["ttt"]
+    assert 9 <= scoring <= 11
+    assert now[0] <= max(budget, scoring)
 
 
 def test_train_then_score_learns_from_all_of_it_first(model: GPT) -> None:

@@ -128,11 +128,11 @@ SIGNALLED = """
 import os, runpy, signal, sys
 replace, calls = os.replace, iter(range(99))
 def planted(*paths):
-    if next(calls) == 3:
-        os.kill(os.getpid(), int(sys.argv[1]))
+    if next(calls) == 5:
+        os.kill(os.getpid(), number)
     return replace(*paths)
 os.replace = planted
-program = sys.argv[2]
+number, program = int(sys.argv[1]), sys.argv[2]
 sys.argv[1:] = sys.argv[3:]
 runpy.run_path(program, run_name="__main__")
 """

@@ -350,3 +350,81 @@ def test_the_ledger_counts_what_acted(setting, capsys) -> None:
 def test_training_data_after_the_budget_is_not_eligible(calib: str, reason: bool) -> None:
     reasons = train_gpt.static_ineligibility(Config(gptq_calib=calib))
     assert any("GPTQ_CALIB" in text for text in reasons) == reason
+
+
+@pytest.mark.parametrize(("calib", "inside"), [("train", True), ("train_after_cap", False),
+                                               ("selfgen", False)])
+def test_only_calibration_inside_the_budget_runs_on_its_clock(setting, calib: str,
+                                                              inside: bool) -> None:
+    """What is outside reserves nothing, and no deadline of the budget cuts it short."""
+    cfg, model, rows, run = setting(gptq_calib=calib, gptq_calib_batches=3,
+                                    max_wallclock_seconds=1e-6)
+    train_gpt.calibrate(model, rows, 5, run)
+    assert (run.training_clock.elapsed() > 0) == inside
+    assert any("training and calibration took" in reason for reason in run.ineligible) == inside
+    assert run.calibration_tokens == train_gpt.CALIBRATION_ROWS * 16 * (1 if inside else 3)
+    assert (train_gpt.calibration_reserve(1.0, run) > 0) == inside
+
+
+def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
+    """The ledger of a run that was cut after three of five steps is that of a whole one."""
+    def cut(run: Run) -> train_gpt.Training:
+        return train_gpt.Training(random_model(run.cfg, dtype=torch.float32), 0.0, ["data"], run)
+
+    def step(run: Run, first: int, end: int) -> None:
+        schedule = Schedule(run.cfg)
+        for number in range(first, end):
+            train_gpt.count_activity(schedule.at(number, float(number)), 2, run)
+
+    whole, before, after = (setting(avg_mode="swa", swa_start_frac=0.7, swa_every=1)[3]
+                            for _ in range(3))
+    step(whole, 0, 5)
+    step(before, 0, 3)
+    before.last_logged_share, saved = 30, []
+    monkeypatch.setattr(Run, "save_checkpoint", lambda run, state: saved.append(state))
+    cut(before).save(1.5)
+    cut(after).restore(saved[0])
+    assert (after.occasions, after.activity) == (before.occasions, before.activity)
+    assert (after.last_logged_share, after.training_clock.elapsed()) == (30, 1.5)
+    step(after, 3, 5)
+    assert (after.occasions, after.activity) == (whole.occasions, whole.activity)
+    assert after.occasions["swa"] == 5 and after.activity["swa"] == 2
+
+
+def forward_with_room_for(rows: int, seen: list[int]):
+    """A forward that has no memory for more rows than that; notes the rows it is asked for."""
+    def forward(model, ids, *rest):
+        seen.append(len(ids))
+        if len(ids) > rows:
+            raise torch.OutOfMemoryError("no room")
+        return training_nats(model, ids, *rest)
+    return forward
+
+
+def test_rows_a_forward_are_halved_until_they_fit(setting, capsys) -> None:
+    cfg, model, rows, run = setting(train_batch_tokens=16 * 24)
+    run.micro_batch_rows, seen = 20, []
+    train_gpt.fit_micro_batch(forward_with_room_for(5, seen), model, rows, MOMENT, run)
+    assert (seen, run.micro_batch_rows) == ([20, 10, 5], 5)
+    assert capsys.readouterr().out == ("out of memory: trying 10 rows a forward\n"
+                                       "out of memory: trying 5 rows a forward\n")
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("asked", "tried"), [(4, [4]), (0, [6, 6, 3, 1])])
+def test_what_cannot_fit_is_an_error(setting, asked: int, tried: list[int]) -> None:
+    """What MICRO_BATCH_SEQS asks for is not changed; a step has 6 rows, so none tries more."""
+    cfg, model, rows, run = setting(micro_batch_seqs=asked)
+    run.micro_batch_rows, seen = asked or 12, []
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{asked or 1} rows a forward are too many"):
+        train_gpt.fit_micro_batch(forward_with_room_for(0, seen), model, rows, MOMENT, run)
+    assert seen == tried
+
+
+def test_one_rank_without_room_lowers_the_rows_of_all(setting) -> None:
+    """Another rank, which agree() speaks for, has no room until 3 rows are left."""
+    _, model, rows, run = setting()
+    run.micro_batch_rows, seen = 6, []
+    run.agree = lambda failed, op: max(failed, float(run.micro_batch_rows > 3))
+    train_gpt.fit_micro_batch(forward_with_room_for(99, seen), model, rows, MOMENT, run)
+    assert (seen, run.micro_batch_rows) == ([6, 3], 3)
