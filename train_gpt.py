@@ -1310,9 +1310,10 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[keep], [1.0 - keep]]).repeat(1, cfg.model_dim))
         gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
         self.attn_scale, self.mlp_scale = nn.Parameter(gain), nn.Parameter(gain.clone())
-        # A tensor, or each depth would need a compiled block of its own.
-        self.register_buffer("depth_scale", torch.tensor(depth if cfg.ln_scale == "1" else 1.0),
-                             persistent=False)
+        # A tensor, or each depth would need a compiled block of its own; real on a meta model too,
+        # which is given its parameters later.
+        self.register_buffer("depth_scale", torch.tensor(
+            depth if cfg.ln_scale == "1" else 1.0, device="cpu"), persistent=False)
         late = layer > cfg.backout_layer and layer >= cfg.num_layers // 2
         self.read_layer = cfg.backout_layer if cfg.backout_mode == "cache" and late else None
 
