@@ -1299,8 +1299,6 @@ class Context:
 class Block(nn.Module):
     """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
 
-    depth_scale: Tensor
-
     def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
         super().__init__()
         self.layer, depth = layer, 1.0 / math.sqrt(layer + 1)
@@ -1310,10 +1308,7 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[keep], [1.0 - keep]]).repeat(1, cfg.model_dim))
         gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
         self.attn_scale, self.mlp_scale = nn.Parameter(gain), nn.Parameter(gain.clone())
-        # A tensor, or each depth would need a compiled block of its own; real on a meta model too,
-        # which is given its parameters later.
-        self.register_buffer("depth_scale", torch.tensor(
-            depth if cfg.ln_scale == "1" else 1.0, device="cpu"), persistent=False)
+        self.depth_scale = depth if cfg.ln_scale == "1" else 1.0
         late = layer > cfg.backout_layer and layer >= cfg.num_layers // 2
         self.read_layer = cfg.backout_layer if cfg.backout_mode == "cache" and late else None
 
@@ -1323,10 +1318,10 @@ class Block(nn.Module):
         return torch.addcmul(keep * x, inject, x0)
 
     def forward(self, x: Tensor, x0: Tensor, read: Tensor | None,
-                rotation: tuple[Tensor, Tensor], extra_v: Tensor | None,
-                first_v: Tensor | None) -> Tensor:
+                rotation: tuple[Tensor, Tensor], extra_v: Tensor | None, first_v: Tensor | None,
+                s: float | Tensor) -> Tensor:
         """The stream (B, T, D) -> (B, T, D); attention reads an earlier one where it is given."""
-        a, b, s = like(self.attn_scale, x), like(self.mlp_scale, x), self.depth_scale
+        a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
         u = self.mixed(x, x0)
         seen = u if read is None else self.mixed(read, x0)
         x = u + a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v)
@@ -1416,9 +1411,10 @@ class GPT(nn.Module):
         assert isinstance(block, Block)
         read = None if block.read_layer is None else c.outputs[block.read_layer]
         given = x, c.x0, read, c.rotation, c.extra_v.get(block.layer), c.first_v
-        if self.compiled_block is not None and torch.is_grad_enabled():
-            return self.compiled_block(block, *given)
-        return block(*given)
+        if self.compiled_block is None or not torch.is_grad_enabled():
+            return block(*given, block.depth_scale)
+        # A tensor, or each depth would need a compiled block of its own.
+        return self.compiled_block(block, *given, torch.tensor(block.depth_scale))
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last block."""

@@ -200,7 +200,7 @@ class Notes(defaultdict):
 def note_blocks(model: GPT, notes: Notes, types: Types) -> None:
     """Watch what enters, leaves and comes back to each block, and each weight's gradient."""
     def before(block: nn.Module, inputs: tuple) -> None:
-        x, x0, read, _, extra_v, first_v = inputs
+        x, x0, read, _, extra_v, first_v, _ = inputs
         notes["into blocks"] |= {y.dtype for y in (x, x0, read, extra_v, first_v) if y is not None}
         types.inside = True
 
