@@ -80,8 +80,8 @@ MINI = (
 )
 
 # QUANT_CLIP=std, GPTQ on (GPTQ_VARIANT=full where the system has none), the preset's CODEC, zstd of
-# several least lengths, exported under each of STD_CLIPS from runs of 300 steps (#1361, #569), 94, 113 and 101
-# (#703, #334, #295) and 1,600 (defaults), as
+# several least lengths, exported under each of STD_CLIPS from runs of 300 steps (#1361, #569),
+# 94, 113 and 101 (#703, #334, #295) and 1,600 (defaults), as
 #     PRESET=pr1361,mini MAX_WALLCLOCK_SECONDS=0 ITERATIONS=300 python train_gpt.py
 # At that time no clip was nearer than 5 deviations, and a maximum beyond the clip was cut.
 STD_CLIPS = ("mlp:12.85,attn:12.85,emb:10,aux:30", "mlp:12.85,attn:12.85,emb:20,aux:20",
