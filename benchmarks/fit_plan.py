@@ -79,9 +79,11 @@ MINI = (
     Artifact("defaults", "PRESET=mini", 382_165),
 )
 
-# QUANT_CLIP=std, GPTQ on (GPTQ_VARIANT=full where the system has none), 300 steps (defaults 1,600):
-#     PRESET=pr1361,mini QUANT_CLIP=std MAX_WALLCLOCK_SECONDS=0 ITERATIONS=300 python train_gpt.py
-# then benchmarks/export.py under each of STD_CLIPS.
+# QUANT_CLIP=std, GPTQ on (GPTQ_VARIANT=full where the system has none), the preset's CODEC, zstd of
+# several least lengths, exported under each of STD_CLIPS from runs of 300 steps (#1361, #569),
+# 94, 113 and 101 (#703, #334, #295) and 1,600 (defaults), as
+#     PRESET=pr1361,mini MAX_WALLCLOCK_SECONDS=0 ITERATIONS=300 python train_gpt.py
+# At that time no clip was nearer than 5 deviations, and a maximum beyond the clip was cut.
 STD_CLIPS = ("mlp:12.85,attn:12.85,emb:10,aux:30", "mlp:12.85,attn:12.85,emb:20,aux:20",
              "mlp:6,attn:6,emb:8,aux:8", "mlp:26,attn:26,emb:20,aux:60")
 STD = tuple(
