@@ -1459,7 +1459,7 @@ class GPT(nn.Module):
 def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
     """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (..., V) -> (...)."""
     if gamma is None:  # without MiLe; else a tensor, so that its schedule never recompiles a graph
-        return torch.ones_like(logits[..., 0])
+        return torch.ones_like(logits.select(-1, 0))
     p = torch.softmax(logits, dim=-1)
     entropy = -(p * torch.log(p + 1e-8)).sum(-1)
     return (1.0 - torch.exp(-entropy)).clamp_min(0.0).pow(gamma).clamp_min(clamp_min)
