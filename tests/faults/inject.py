@@ -163,10 +163,10 @@ def small_memory(rows: int) -> None:
     """A forward of more rows than this has no room."""
     original = train_gpt.training_nats
 
-    def planted(model, input_ids, *rest):
+    def planted(model, input_ids, *rest, **named):
         if len(input_ids) > rows and model.training and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("no room")
-        return original(model, input_ids, *rest)
+        return original(model, input_ids, *rest, **named)
 
     train_gpt.training_nats = planted
 
