@@ -250,10 +250,10 @@ def full_disk(place: Place) -> None:
 def no_room(place: Place, most: int = 0) -> None:
     original = train_gpt.training_nats
 
-    def forward(model, ids, *rest):
+    def forward(model, ids, *rest, **named):
         if len(ids) > most:
             raise torch.OutOfMemoryError("no room")
-        return original(model, ids, *rest)
+        return original(model, ids, *rest, **named)
 
     place.patch.setattr(train_gpt, "training_nats", forward)
 
