@@ -315,10 +315,10 @@ def test_micro_batches_shrink_until_memory_holds_them(tiny_data: TinyData, tmp_p
     """A forward of more than two rows runs out of memory; what is asked for by name is kept."""
     forward = train_gpt.training_nats
 
-    def small_memory(model, input_ids, *rest):
+    def small_memory(model, input_ids, *rest, **named):
         if len(input_ids) > 2 and model.training and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("no room")
-        return forward(model, input_ids, *rest)
+        return forward(model, input_ids, *rest, **named)
 
     monkeypatch.setattr(train_gpt, "training_nats", small_memory)
     job = tiny_job(tiny_data, tmp_path, "small", ITERATIONS="3", TRAIN_BATCH_TOKENS="768",
