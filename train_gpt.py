@@ -55,6 +55,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -1406,9 +1407,8 @@ class GPT(nn.Module):
                 extra_v[layer] = extra_v.get(layer, 0.0) + like(torch.sigmoid(alpha), h) * first_v
         return Context(x0, rotary_tables(cfg, input_ids.size(1), x0.device), extra_v, first_v)
 
-    def layer(self, block: nn.Module, x: Tensor, c: Context) -> Tensor:
-        """The stream (B, T, D) -> (B, T, D) through a block, in training perhaps compiled."""
-        assert isinstance(block, Block)
+    def layer(self, block: Any, x: Tensor, c: Context) -> Tensor:
+        """The stream (B, T, D) -> (B, T, D) through a Block, in training perhaps compiled."""
         read = None if block.read_layer is None else c.outputs[block.read_layer]
         given = x, c.x0, read, c.rotation, c.extra_v.get(block.layer), c.first_v
         if self.compiled_block is None or not torch.is_grad_enabled():

@@ -197,7 +197,7 @@ def trials(cfg: t.Config, tokens: int, device: torch.device) -> Iterator[tuple[s
     x = some(rows, cfg.train_seq_len, cfg.model_dim)
     context = model.context(ids, x)
     context.extra_v, block = {}, model.blocks[0]
-    whole = both_ways(torch.compile(lambda x: block(x, context)), x)
+    whole = both_ways(torch.compile(lambda x: model.layer(block, x, context)), x)
     yield "blocks, all parts", lambda: [whole() for _ in range(cfg.num_layers)]
     stacks = Counter(p.shape for g in t.route_parameters(cfg, model) if g["optimizer"] == "muon"
                      for p in g["params"])

@@ -405,7 +405,7 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
     class Unit(nn.Module):
         def __init__(self, layer: int) -> None:
             super().__init__()
-            self.layer, self.read_layer = layer, None
+            self.layer, self.read_layer, self.depth_scale = layer, None, 1.0
 
         def forward(self, x, *context):
             received[self.layer] = x[0, 0].tolist()
