@@ -786,7 +786,7 @@ def check_base(folder: Path, runs: list[SeedRun], script: bytes,
     beside = folder.resolve().parent / str(base["folder"])
     findings = list(changes.misfits(content(diff).decode(), readable(script)))
     if "/" in base["folder"] or not beside.is_dir():
-        return findings, [f"what changed against {base['folder']}, which is not beside it: only "
+        return findings, [f"score, p and changes of {base['folder']}, which is not beside it: only "
                           "that source.diff fits this script"]
     derived, text = against(beside, entry_facts(runs, script, claims), script)
     if text.encode() != content(diff):

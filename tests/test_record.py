@@ -966,7 +966,8 @@ def test_an_entry_based_on_another_lists_what_changed(made: Path, runs: list[Pat
     rehash(folder)
     capsys.readouterr()
     assert record.main(["check", str(folder)]) == 0
-    assert "what changed against 2026-01-02_Tiny, which is not beside it" in capsys.readouterr().out
+    said = "score, p and changes of 2026-01-02_Tiny, which is not beside it"
+    assert said in capsys.readouterr().out
     change(folder / "source.diff", r"^( import )math$", r"\1maths")
     rehash(folder)
     assert record.main(["check", str(folder)]) == 1
