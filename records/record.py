@@ -419,6 +419,11 @@ def check_log(run: SeedRun, script: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if line not in expected and of_events.fullmatch(line):
             yield f"{run.log_name}:{number}: not what {run.metrics_name} says: {line!r}"
+    steps = [line for _, event, said, _ in lines_of(run, script) if event.get("event") == "step"
+             for line in said if line in here]
+    known = set(steps)
+    if [line for line in lines if line in known] != steps:
+        yield f"{run.log_name}: its steps do not stand once each and in order"
     for beginning in FINAL_LINES:
         if not any(line.startswith(beginning) for line in lines):
             yield f"{run.log_name}: final line {beginning!r} is missing"
@@ -470,7 +475,8 @@ def check_loose_lines(runs: list[SeedRun], script: str) -> Iterator[str]:
         wrong = [(n, line) for line, n in head.items() if line not in set.union(*heads)
                  and not alone.fullmatch(line)] + [
             (n, line) for line, n in tail.items() if shape_of(line) not in set.union(*shapes)
-            and not known.issuperset(numbers_in(line)) and not alone.fullmatch(line)]
+            and not (numbers_in(line) and known.issuperset(numbers_in(line)))
+            and not alone.fullmatch(line)]
         for number, line in wrong:
             yield f"{run.log_name}:{number}: stands in no event and in no other log: {line!r}"
         for line in sorted(set.intersection(*heads) - head.keys()) + sorted(
@@ -509,9 +515,16 @@ def check_listing(run: SeedRun, script: str) -> Iterator[str]:
     for name in sorted(common_settings(run.settings).keys()
                        ^ common_settings(defaults_of(script)).keys()):
         yield f"settings.json: {name} stands in only one of it and the script"
-    listed = dict(re.findall(r"^[* ] ([A-Z][A-Z0-9_]+) +(\S.*)$", run.log, re.M))
+    listed = {name: (mark, text) for mark, name, text in re.findall(
+        r"^([* ]) ([A-Z][A-Z0-9_]+) +(\S.*)$", run.log, re.M)}
+    defaults = defaults_of(script)
     for name, value in common_settings(run.settings).items():
-        stated, expected = listed.get(name.upper(), "not listed"), show(value) or "''"
+        mark, stated = listed.get(name.upper(), ("", "not listed"))
+        expected, default = show(value) or "''", show(defaults.get(name, value)) or "''"
+        if mark and (mark == "*", stated.endswith(f"; default {default}]")) != \
+                (expected != default,) * 2:
+            yield (f"{run.log_name}: {name.upper()} is not marked as differing from its default "
+                   f"{default}, or is though it does not")
         if not f"{stated} ".startswith(f"{expected} "):
             yield (f"{run.log_name}: {name.upper()} is {stated.split(' ')[0]}, but "
                    f"settings.json says {expected}")
@@ -636,6 +649,12 @@ def check_together(runs: list[SeedRun], track: str) -> Iterator[str]:
     for run, mine in zip(runs, kinds, strict=True):
         for missing in sorted(set.union(*kinds) - mine, key=str):
             yield f"{run.metrics_path}: no event {missing}, which another seed has"
+    facts: list[set[tuple[str, ...]]] = [{(str(e.get("event")), *sorted(e)) for e in run.events}
+                                         for run in runs]
+    in_all = set[str].intersection(*({kind for kind, *_ in mine} for mine in facts))
+    differ = {kind for kind, *_ in facts[0].union(*facts) - facts[0].intersection(*facts)}
+    for kind in sorted(differ & in_all):
+        yield f"the runs differ in which facts their events {kind!r} hold"
     first = common_settings(runs[0].settings)
     for run in runs[1:]:
         for name, value in common_settings(run.settings).items():
@@ -652,8 +671,8 @@ def check_about(about: dict) -> Iterator[str]:
     for key in ("author", "github_id", "name", "date", "blurb"):
         text = about.get(key)
         if not isinstance(text, str) or not text.strip() or not text.isprintable() or \
-                re.search(r"<!--|[|]", text):
-            yield f"{key} {text!r}: one line of text without '|' and '<!--'"
+                re.search(r"^\s*#|[<|]", text):
+            yield f"{key} {text!r}: one line of text without '|', '<' and '#' at its beginning"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", str(about.get("name"))):
         yield f"name {about.get('name')!r}: letters, digits, '_', '-' and '.', at most 61"
     if not re.fullmatch(r"20[0-9]{2}-[01][0-9]-[0-3][0-9]", str(about.get("date"))):
@@ -677,9 +696,13 @@ def check_claims(folder: Path, runs: list[SeedRun], script: bytes, claims: dict)
         yield "submission.json: not character by character as `new` writes it"
     if not isinstance(files, dict):
         files = {}
+    known = {*FILES, "artifact.bin", "source.diff",
+             *(path.name for run in runs for path in (run.log_path, run.metrics_path))}
     for path in sorted(folder.iterdir()):
-        if path.name in ("submission.json", "NOTES.md") or path.name.startswith("."):
+        if path.name in ("submission.json", "NOTES.md"):
             continue
+        if path.name not in known:
+            yield f"{path.name}: no file of an entry; code beside train_gpt.py would not be counted"
         if path.is_symlink() or not path.is_file():
             yield f"{path.name}: not a plain file"
         elif path.name not in files:
@@ -731,7 +754,12 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
     findings = list(check_runs(runs, script, claims["track"]))
     findings += check_claims(folder, runs, script, claims)
     unverified = [*untold(runs, readable(script)), *check_schedules(runs, readable(script))[1],
-                  "the pictures: only that they are those listed; `redraw` makes them anew"]
+                  "the pictures: only that they are those listed; `redraw` makes them anew",
+                  "requirements.txt: only that it is the one listed",
+                  "author, blurb and NOTES.md: written by hand",
+                  "what all seeds state alike and neither the artifact's header nor another number "
+                  "repeats: settings of training, versions, tokens of training data, which script "
+                  "ran"]
     if len(runs) > 1:
         unverified.append("seeds whose artifact is not kept: a forger who rewrites all that is "
                           "said of one leaves no trace; ask for the artifact or run it again")
@@ -758,7 +786,7 @@ def check_base(folder: Path, runs: list[SeedRun], script: bytes,
     beside = folder.resolve().parent / str(base["folder"])
     findings = list(changes.misfits(content(diff).decode(), readable(script)))
     if "/" in base["folder"] or not beside.is_dir():
-        return findings, [f"what changed against {base['folder']}, which is not beside it: only "
+        return findings, [f"score, p and changes of {base['folder']}, which is not beside it: only "
                           "that source.diff fits this script"]
     derived, text = against(beside, entry_facts(runs, script, claims), script)
     if text.encode() != content(diff):

@@ -17,7 +17,8 @@ BLOCKED = NO_NETWORK + """
 import train_gpt
 sys.exit(train_gpt.main(sys.argv[1:]) if sys.argv[1:] else 0)
 """
-SOURCES = sorted([ROOT / "train_gpt.py", ROOT / "plan.py", *ROOT.glob("records/*.py")])
+SOURCES = sorted([ROOT / "train_gpt.py", ROOT / "plan.py", ROOT / "data" / "prepare.py",
+                  *ROOT.glob("records/*.py")])
 
 
 def blocked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

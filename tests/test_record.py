@@ -160,6 +160,12 @@ TAMPERINGS = {
     "a header line gone": ("train_seed1.log", r"^world_size:.*\n", ""),
     "a step line gone": ("train_seed1.log", r"^step:7/.*\n", ""),
     "a line more": ("train_seed2.log", r"^(params:)", r"legal score 1.05000000\n\1"),
+    "words more": ("train_seed2.log", r"^(params:)", r"checked by the organisers\n\1"),
+    "a step line twice": ("train_seed2.log", r"^(step:4/.*\n)", r"\1\1"),
+    "steps in another order": ("train_seed2.log", r"^(step:4/.*\n)(step:5/.*\n)", r"\2\1"),
+    "a mark of the listing": ("train_seed2.log", r"^\* NUM_LAYERS", "  NUM_LAYERS"),
+    "a default in the listing": ("train_seed2.log", r"^(\* NUM_LAYERS .*; default )\d", None),
+    "a heading in the blurb": ("submission.json", r"A trial\.", "<h2>Results</h2>"),
     "a setting gone": ("settings.json", r'^ "qat_mode".*\n', ""),
     "prose in the README": ("README.md", r"^## Timing$", "val_bpb is 1.01.\n\n## Timing"),
     "the command": ("README.md", r"(MATRIX_LR=0\.0|NUM_LAYERS=)\d", None),
@@ -235,6 +241,28 @@ def in_both(entry: Path, **edits: object) -> None:
     (entry / "README.md").write_text(record.readme(facts, runs, script))
     (entry / "submission.json").write_text(json.dumps({**facts, "files": claims["files"]}))
     rehash(entry)
+
+
+def test_a_fact_more_in_one_seed_is_found(entry: Path, capsys) -> None:
+    change(entry / "metrics_seed2.jsonl", r'("event": "model")', r'\1, "checked": true')
+    rehash(entry)
+    assert record.main(["check", str(entry)]) == 1
+    assert "the runs differ in which facts their events 'model' hold" in capsys.readouterr().out
+
+
+def test_code_beside_the_script_is_found(entry: Path, capsys) -> None:
+    """It would be imported from there, and its bytes be counted nowhere."""
+    for name in ("helper.py", ".helper.py"):
+        (entry / name).write_text("weights = b''\n")
+    path = entry / "submission.json"
+    path.write_text(path.read_text().replace('"files": {', '"files": {"helper.py": "", '
+                                                           '".helper.py": "",'))
+    rehash(entry)
+    assert record.main(["check", str(entry)]) == 1
+    out = capsys.readouterr().out
+    assert "helper.py: no file of an entry" in out
+    assert ".helper.py: no file of an entry" in out
+    assert "not listed" not in out
 
 
 def test_a_folder_is_called_by_date_and_name(made: Path, tmp_path: Path, capsys) -> None:
@@ -938,7 +966,8 @@ def test_an_entry_based_on_another_lists_what_changed(made: Path, runs: list[Pat
     rehash(folder)
     capsys.readouterr()
     assert record.main(["check", str(folder)]) == 0
-    assert "what changed against 2026-01-02_Tiny, which is not beside it" in capsys.readouterr().out
+    said = "score, p and changes of 2026-01-02_Tiny, which is not beside it"
+    assert said in capsys.readouterr().out
     change(folder / "source.diff", r"^( import )math$", r"\1maths")
     rehash(folder)
     assert record.main(["check", str(folder)]) == 1
