@@ -71,10 +71,6 @@ from tqdm import tqdm
 # to be wrong is refused in one line. Environment names are the upper-case field names.
 # =================================================================================================
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
-CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
-NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a resumed run
-
 
 class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
@@ -507,6 +503,10 @@ def show_setting(value: object) -> str:
 # What a process is and what a run leaves behind. Every decision that ranks must share goes
 # through agree(), every sum through add_up(); with one process both do nothing.
 # =================================================================================================
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
+CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
+NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # may differ on resuming
 
 
 class Clock:
@@ -2177,9 +2177,6 @@ CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the 
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
-SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
-SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
-SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
                  (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
@@ -2543,14 +2540,16 @@ ZSTD_MATCHES, LONG_BODY = (6, 4, 3), 1 << 22  # shortest repetitions; of a long 
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
-EVALUATION_SETTINGS = settings_of("Evaluation")
+HEADER_SETTINGS = (*MODEL_SETTINGS, *settings_of("Evaluation"))
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
+SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
+SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
 
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
     """What rebuilding the model and repeating the evaluation takes."""
-    names = (*MODEL_SETTINGS, *EVALUATION_SETTINGS)
-    return {"settings": {name.upper(): show_setting(getattr(cfg, name)) for name in names},
-            "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
+    settings = {name.upper(): show_setting(getattr(cfg, name)) for name in HEADER_SETTINGS}
+    return {"settings": settings, "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
 
 
 def brotli_codec():
@@ -2675,8 +2674,7 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
 
 def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
     """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
-    names = {name.upper() for name in (*MODEL_SETTINGS, *EVALUATION_SETTINGS)}
-    if wrong := sorted(names ^ set(header["settings"])):
+    if wrong := sorted({name.upper() for name in HEADER_SETTINGS} ^ set(header["settings"])):
         raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
                       f"{wrong[0]!r} is not here or missing there")
     return Config.from_env({**header["settings"], **env})
@@ -3217,8 +3215,7 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
     """Score an artifact again: the model comes from its header alone."""
-    ours = {name.upper() for name in MODEL_SETTINGS}
-    if repeated := sorted(ours & set(env)):
+    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(env)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
     cfg, notes = settings_within(header, env)
