@@ -3052,13 +3052,19 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
 # =================================================================================================
 
 
+def look(cfg: Config,
+         device: torch.device) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
+    """What a run takes from outside itself: data, kernel and its name; or Refusal."""
+    if cfg.codec == "brotli":
+        brotli_codec()
+    return TrainingRows(cfg), load_validation(cfg), *pick_attention(cfg, device)
+
+
 def verb_train(cfg: Config, notes: list[str]) -> int:
     """Train, export, and score the exported model; returns the exit code."""
     with Run.start(cfg) as run:
         with run.together():
-            rows, val = TrainingRows(cfg), load_validation(cfg)
-            kernel_name, kernel = pick_attention(cfg, run.device)
-            compress(b"", cfg.codec)  # refuses one that is not installed
+            rows, val, kernel_name, kernel = look(cfg, run.device)
         run.open_folder()
         run.log_header(notes)
         model = GPT(cfg, kernel, run.dtype)
@@ -3175,10 +3181,8 @@ def static_ineligibility(cfg: Config) -> list[str]:
 
 def verb_check(cfg: Config, notes: list[str]) -> int:
     """Look at settings, data and tokenizer as a run would, and do nothing else."""
-    rows, val = TrainingRows(cfg), load_validation(cfg)
-    pick_attention(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    compress(b"", cfg.codec)
-    if cfg.run_id and Path(cfg.runs_dir, cfg.run_id).exists():
+    rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already")
     print(*notes, f"ok: {rows.num_tokens:,} training tokens in {len(rows.shards)} shards, "
           f"{len(val.tokens):,} validation tokens in {val.documents:,} documents", sep="\n")
