@@ -799,7 +799,8 @@ class Run:
             except Exception as error:
                 self.log(f"warning: {path} cannot be read ({error}); trying the one before")
         content = self.share(content)
-        return torch.load(io.BytesIO(content), weights_only=True) if content else None
+        # By way of the CPU: what one GPU saved, all ranks would put on that one.
+        return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
 
     def append(self, name: str, text: str) -> None:
         """Add text to a file of the run folder, if there is one yet."""
