@@ -1913,7 +1913,7 @@ def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: li
         compiling, compiled = trial(1), trial(3)
     except Exception as error:  # a compiler fails in many ways
         compiled, why = plain, ": " + str(error).strip().split("\n")[0]
-    if run.agree(compiled / plain, "most") >= 1.0:
+    if run.agree(compiled / plain if kinds else 0.0, "most") >= 1.0:  # some ranks have no rows
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
     run.log("blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
