@@ -740,6 +740,7 @@ class Run:
         with self.together():
             if self.is_main:
                 self.claim(Path(self.cfg.runs_dir, self.cfg.run_id or name))
+        self.log(f"{self.folder}/log.txt")
 
     def claim(self, folder: Path) -> None:
         """Rank 0: take the folder for this process; raises Refusal if it is another run's."""
@@ -832,7 +833,7 @@ class Run:
         """Log what this run takes: settings, versions, machine, source."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" \
             else f"{torch.get_num_threads()} threads"
-        self.log("\n".join((f"{self.folder}/log.txt", *notes, *self.cfg.listing())))
+        self.log("\n".join((*notes, *self.cfg.listing())))
         self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
                  "zstandard:{zstd}", "versions", python=sys.version.split()[0],
                  torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
