@@ -2464,7 +2464,7 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
 
 def magnitude_pruned(W: Tensor, share: float) -> Tensor:
     """W (r, c) with the entries below its `share` quantile of magnitude set to zero."""
-    return torch.where(W.abs() < torch.quantile(W.abs().flatten(), share), 0.0, W)
+    return torch.where(W.abs() < row_quantile(W.abs().flatten()[None], share), 0.0, W)
 
 
 def prune_integers(stored: dict[str, Stored], share: float) -> int:
