@@ -248,8 +248,9 @@ class Config:
             (self.train_batch_tokens % self.train_seq_len == 0,
              "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
-            (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
-             f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
+            (self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
+             <= MAX_BATCH_TOKENS, "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
+             f"at most {MAX_BATCH_TOKENS:,} tokens"),
             (all(int(n) < layers for role in self.bits_by_role for n in re.findall(r"\d+", role)),
              "BITS names a layer beyond NUM_LAYERS"),
             (all(int(n) < layers for role in self.sigmas_by_role for n in re.findall(r"\d+", role)),
