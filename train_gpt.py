@@ -2768,7 +2768,7 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
     seen: dict[float, int] = {}  # whole bytes by estimate
-    for solved in range(SOLVER_PASSES if cfg.quant_clip == "std" else 1):
+    for solved in range(SOLVER_PASSES):
         stored = quantize(model, hessians, run, factor)
         blob = encode_artifact(header, stored, cfg.codec)
         total = code + len(blob)
@@ -2777,7 +2777,7 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
         rank = (total <= target, total if total <= target else -total)
         if rank > best[0]:
             best = rank, stored, blob
-        if least <= total <= target:
+        if least <= total <= target or cfg.quant_clip != "std":
             break
         over, fits = (max(over, factor), fits) if total > target else (over, min(fits, factor))
         seen[estimate := estimated_bytes(model, factor)] = total
