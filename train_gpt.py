@@ -544,8 +544,7 @@ class Run:
         self.phase, self.signal = "starting", 0  # the signal that asked training to end
         tokens = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
-        self.occasions: Counter[str] = Counter()  # times a technique could have acted
-        self.activity: Counter[str] = Counter()  # times it did
+        self.occasions, self.activity = Counter[str](), Counter[str]()  # could a technique act, did
         self.ineligible: list[str] = []
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue;
@@ -653,9 +652,8 @@ class Run:
         if self.world_size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
             dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
-            totals = flat.split([t.numel() for t in tensors])
-            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in
-                                           zip(tensors, totals, strict=True)])
+            totals = zip(tensors, flat.split([t.numel() for t in tensors]), strict=True)
+            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in totals])
 
     # Ranks that share Muon's matrices out; with one, every rank does all of them.
     sharers = property(lambda self: self.world_size if self.cfg.muon_parallel else 1)
@@ -1662,8 +1660,7 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(cfg: Config, groups: list[dict], dtype: torch.dtype,
                      run: "Run | None" = None) -> list:
     """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
-    adam = [group for group in groups if group["optimizer"] == "adam"]
-    muon = [group for group in groups if group["optimizer"] == "muon"]
+    adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
     return [torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
             Muon(muon, cfg.muon_backend_steps, dtype, packed=cfg.muon_quant_momentum,
                  decay_first=cfg.muon_wd_order == "before", run=run)]
@@ -1727,8 +1724,7 @@ class Schedule:
             self.step_seconds.append(seconds - self.last_seconds)
         self.last_seconds = seconds
         cfg = self.cfg
-        left, warmdown = self.remaining_and_warmdown(step, seconds)
-        scale = decay_scale(left, warmdown, cfg.warmdown_type)
+        scale = decay_scale(*self.remaining_and_warmdown(step, seconds), cfg.warmdown_type)
         ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) \
             if cfg.muon_momentum_warmup_steps else 1.0
         # Late QAT stays on once it is on: the scale is measured and may waver.
@@ -1930,7 +1926,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     seconds of one calibration batch and of one evaluation batch.
     """
     cfg, run.phase = run.cfg, "priming"
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = copy.deepcopy(model.state_dict())
     variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
     moments = [Moment(1.0, cfg.muon_momentum_warmup_start, qat, False, cfg.mile_gamma)
                for qat in variants]
@@ -1940,9 +1936,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.log(f"warmup_step:{step + 1}/{steps}")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(before[name])
+    model.load_state_dict(before)
 
     def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
         return [torch.full((rows, width), BOS, device=run.device) for width in widths]
@@ -2008,11 +2002,10 @@ class Training:
     def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
         cfg = run.cfg
         self.model, self.run, self.data, self.step, self.saved_at = model, run, data, 0, 0.0
-        self.adam, self.muon = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+        self.optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+        self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
         self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
-
-    optimizers = property(lambda self: [self.adam, self.muon])
 
     def save(self, seconds: float) -> None:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
@@ -2027,8 +2020,8 @@ class Training:
             "averages": [average.state_dict() for average in self.averages.kept],
             "snapshots": self.averages.snapshots,
             "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
-            "random": torch.get_rng_state(), "occasions": dict(run.occasions),
-            "activity": dict(run.activity), "last_logged_share": run.last_logged_share})
+            "occasions": dict(run.occasions), "activity": dict(run.activity),
+            "last_logged_share": run.last_logged_share})
 
     def restore(self, saved: dict) -> None:
         """Go on from a checkpoint; raises RuntimeError if it is of other data."""
@@ -2046,7 +2039,6 @@ class Training:
         self.averages.snapshots = saved["snapshots"]
         schedule.qat, schedule.last_seconds = saved["schedule"][:2]
         schedule.step_seconds.extend(saved["schedule"][2])
-        torch.set_rng_state(saved["random"])
         run.occasions, run.activity = Counter(saved["occasions"]), Counter(saved["activity"])
         run.last_logged_share = saved["last_logged_share"]
         run.log("resumed from step:{step} train_time:{ms:.0f}ms", "resumed", step=self.step,
@@ -2092,8 +2084,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 with run.training_clock.running(False):
                     report(f"step:{step}/{cfg.iterations}",
                            evaluate("validation", forward, model, val, run), run, step)
-            qat_starts = moment.qat and not qat_started
-            if qat_starts:
+            if qat_starts := moment.qat and not qat_started:
                 run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                         f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
                         scale=moment.lr_scale, matrices=matrices)
@@ -2131,8 +2122,7 @@ def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: floa
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
     loss, *norms = stats.tolist()
     refuse_non_finite([loss, *norms], step, groups)
-    cfg = run.cfg
-    share = share_of_run(cfg, step, seconds)
+    cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
     due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
         int(50 * share) > run.last_logged_share
     show = show or step <= 10 or due
@@ -2489,7 +2479,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
     `factor` multiplies CLIP_SIGMAS.
     """
     run.phase, cfg = "quantization", model.cfg
-    stored, low, fallbacks, objective = {}, {}, 0, 0.0
+    stored, fallbacks, objective = {}, 0, 0.0
     solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
     # Factorisations and float64 sums are not to be had on every other device.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
@@ -2514,10 +2504,9 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
             except torch.linalg.LinAlgError:
                 result, fallbacks = round_to_nearest(W, *how), fallbacks + 1
             objective += weighted_error(W, result, H)
-        stored[name] = Stored(result.values.cpu(), result.scale if result.scale is None
-                              else result.scale.cpu())
-        if 0 < bits < 8:
-            low[name] = stored[name]
+        scale = None if result.scale is None else result.scale.cpu()
+        stored[name] = Stored(result.values.cpu(), scale)
+    low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
     if cfg.prune_pct and low:
         run.log("prune:zeroed {zeroed} of {of} integers below 8 bits", "pruned",
                 zeroed=prune_integers(low, cfg.prune_pct),
@@ -2820,11 +2809,10 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
         mine = [s for name, s in stored.items() if role_of(name) == role]
         quantized = [s.values.flatten() for s in mine if s.scale is not None]
         integers = torch.cat([torch.empty(0, dtype=torch.int8), *quantized])
-        entropy = entropy_bytes(integers)
         floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
         run.log("size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
                 "float_bytes:{floats}", "size", role=role, tensors=len(mine),
-                integers=len(integers), entropy=entropy, floats=2 * floats)
+                integers=len(integers), entropy=entropy_bytes(integers), floats=2 * floats)
 
 
 def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
