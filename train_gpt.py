@@ -634,9 +634,8 @@ class Run:
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
     # Windows a forward, of a batch of EVAL_BATCH_SEQS.
-    scored_rows = property(lambda self: min(self.cfg.eval_batch_seqs, max(
-        1, CACHED_TOKENS // self.cfg.eval_seq_len)) if self.device.type == "cpu"
-        else self.cfg.eval_batch_seqs)
+    scored_rows = property(lambda self: self.cfg.eval_batch_seqs if self.device.type != "cpu"
+        else min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len)))
 
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
@@ -1225,7 +1224,6 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
         super().__init__()
-        exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         width = cfg.num_kv_heads * cfg.head_dim
         self.c_q, self.c_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, width)
         self.c_v, self.proj = Linear(cfg.model_dim, width), Linear(cfg.model_dim, cfg.model_dim)
@@ -1233,7 +1231,7 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) \
             if cfg.vrl_mode == "mix" and layer else None
         self.kernel, self.head_dim = kernel, cfg.head_dim
-        self.xsa = exclude_own_value if exclusive else lambda y, v: y
+        self.xsa = exclude_own_value if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
         """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
@@ -1894,21 +1892,18 @@ def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: li
     kinds = [(count, moment) for count in {count for _, count in micro_batches(cfg, run)}
              for moment in moments]
 
-    def trial(repeats: int) -> float:
-        """The least seconds of a forward and backward pass of every kind."""
-        taken = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for count, moment in kinds:
-                backward(forward, model, rows.batch(0, count), moment, run)
-            taken.append(time.perf_counter() - start)
-            model.zero_grad(set_to_none=True)
-        return min(taken)
+    def trial() -> float:
+        """Seconds of a forward and backward pass of every kind."""
+        start = time.perf_counter()
+        for count, moment in kinds:
+            backward(forward, model, rows.batch(0, count), moment, run)
+        model.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
 
-    plain, compiling, why = trial(3), 0.0, ""
+    plain, compiling, why = min(trial(), trial(), trial()), 0.0, ""
     model.compiled_block = torch.compile(Block.forward, dynamic=False)
     try:
-        compiling, compiled = trial(1), trial(3)
+        compiling, compiled = trial(), min(trial(), trial(), trial())
     except Exception as error:  # a compiler fails in many ways
         compiled, why = plain, ": " + str(error).strip().split("\n")[0]
     if run.agree(compiled / plain if kinds else 0.0, "most") >= 1.0:  # some ranks have no rows
@@ -2106,9 +2101,8 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
-            reason="stopping: last step" if step == cfg.iterations
-            else "stopping_early: wallclock_cap",
-            ms=1e3 * run.trained_seconds, iterations=cfg.iterations)
+            ms=1e3 * run.trained_seconds, iterations=cfg.iterations, reason="stopping: last step"
+            if step == cfg.iterations else "stopping_early: wallclock_cap")
     return state.averages.result(run)
 
 
@@ -2382,8 +2376,8 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
     them only with QUANT_CLIP=std.
     """
     head = "tok_emb" if model.lm_head is None else "lm_head"
-    linears = {name: module for name, module in model.named_modules() if name == head
-               or (isinstance(module, Linear) and name != "lm_head")}
+    linears = {name: module for name, module in model.named_modules()
+               if name == head or isinstance(module, Linear)}
     names = [name for name, module in linears.items()
              if bits_of(model.cfg, f"{name}.weight", module.weight)
              and (name != head or model.cfg.quant_clip == "std")]
@@ -2483,8 +2477,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
     solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
     # Factorisations and float64 sums are not to be had on every other device.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
-    parameters = list(model.named_parameters())
-    for name, p in run.progress("quantizing", iterable=parameters, unit="tensor"):
+    for name, p in run.progress("quantizing", iterable=[*model.named_parameters()], unit="tensor"):
         W, bits = p.detach().float().to(device), bits_of(cfg, name, p)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
@@ -2512,9 +2505,8 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
                 zeroed=prune_integers(low, cfg.prune_pct),
                 of=sum(s.values.numel() for s in low.values()))
     run.log("gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
-            "objective:{objective:.6g}", "quantized", variant=cfg.gptq_variant,
-            matrices=sum(1 for s in stored.values() if s.scale is not None),
-            fallbacks=fallbacks, objective=objective)
+            "objective:{objective:.6g}", "quantized", variant=cfg.gptq_variant, fallbacks=fallbacks,
+            matrices=sum(s.scale is not None for s in stored.values()), objective=objective)
     return stored
 
 
@@ -2792,8 +2784,7 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
     log_sizes(stored, run)
     total, limit = len(run.source) + len(blob), cfg.artifact_limit_bytes
     label = f"{grid_label(cfg, stored)}+{cfg.codec}"
-    run.log(f"Serialized model {label}: {len(blob)} bytes")
-    run.log(f"Code size: {len(run.source)} bytes")
+    run.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.source)} bytes")
     run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}", "artifact",
             label=label, model_bytes=len(blob), code_bytes=len(run.source), total=total,
             limit=limit, left=limit - total, sha256=hashlib.sha256(blob).hexdigest())
