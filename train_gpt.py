@@ -263,10 +263,8 @@ class Config:
             (self.run_id or not self.resume, "RESUME needs the RUN_ID of the run to go on with"),
         ):
             if not holds:
-                raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", self.with_value, complaint))
-
-    def with_value(self, name: re.Match) -> str:
-        return f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"
+                raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", lambda name: (
+                    f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"), complaint))
 
     @property
     def value_layers(self) -> tuple[int, ...]:
