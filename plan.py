@@ -51,7 +51,7 @@ def artifact_bytes(cfg: train_gpt.Config, model: dict, fit: dict = FITTED, by: f
         mean_maximum = -float(torch.special.ndtri(torch.tensor(0.28 / p.size(1))))  # in rms
         clip = max(mean_maximum, std * train_gpt.sigmas_of(cfg, name, by))
         floor = (bits == 8 or cfg.q_scale_floor == "inv_clip") / (block or fit["table"]) * (not std)
-        step = max(clip, floor) / (top := 2 ** (bits - 1) - 1)
+        step = max(clip, floor) / (top := train_gpt.largest_integer(bits))
         step /= (1 + std * step**2 / 12) ** 0.5  # GPTQ feeds errors back, which widens rows
         edges = torch.special.ndtr(step * torch.arange(0.5 - top, top, dtype=torch.float64))
         shares = edges.diff(prepend=torch.zeros(1), append=torch.ones(1))

@@ -72,10 +72,6 @@ from tqdm import tqdm
 # to be wrong is refused in one line. Environment names are the upper-case field names.
 # =================================================================================================
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
-CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
-NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # of a resumed run
-
 
 class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
@@ -253,8 +249,9 @@ class Config:
             (self.train_batch_tokens % self.train_seq_len == 0,
              "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
-            (self.eval_batch_seqs * self.eval_seq_len <= MAX_BATCH_TOKENS,
-             f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens"),
+            (self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
+             <= MAX_BATCH_TOKENS, "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
+             f"at most {MAX_BATCH_TOKENS:,} tokens"),
             (all(int(n) < layers for role in self.bits_by_role for n in re.findall(r"\d+", role)),
              "BITS names a layer beyond NUM_LAYERS"),
             (all(int(n) < layers for role in self.sigmas_by_role for n in re.findall(r"\d+", role)),
@@ -267,10 +264,8 @@ class Config:
             (self.run_id or not self.resume, "RESUME needs the RUN_ID of the run to go on with"),
         ):
             if not holds:
-                raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", self.with_value, complaint))
-
-    def with_value(self, name: re.Match) -> str:
-        return f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"
+                raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", lambda name: (
+                    f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"), complaint))
 
     @property
     def value_layers(self) -> tuple[int, ...]:
@@ -509,6 +504,10 @@ def show_setting(value: object) -> str:
 # through agree(), every sum through add_up(); with one process both do nothing.
 # =================================================================================================
 
+EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
+CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
+NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # may differ on resuming
+
 
 class Clock:
     """Seconds that count against a budget: runs only inside `with clock.running()`."""
@@ -544,8 +543,7 @@ class Run:
         self.phase, self.signal = "starting", 0  # the signal that asked training to end
         tokens = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
-        self.occasions: Counter[str] = Counter()  # times a technique could have acted
-        self.activity: Counter[str] = Counter()  # times it did
+        self.occasions, self.activity = Counter[str](), Counter[str]()  # could a technique act, did
         self.ineligible: list[str] = []
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue;
@@ -635,9 +633,8 @@ class Run:
         self.cfg.compile == "auto" and self.device.type == "cuda"))
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
     # Windows a forward, of a batch of EVAL_BATCH_SEQS.
-    scored_rows = property(lambda self: min(self.cfg.eval_batch_seqs, max(
-        1, CACHED_TOKENS // self.cfg.eval_seq_len)) if self.device.type == "cpu"
-        else self.cfg.eval_batch_seqs)
+    scored_rows = property(lambda self: self.cfg.eval_batch_seqs if self.device.type != "cpu"
+        else min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len)))
 
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
@@ -653,9 +650,8 @@ class Run:
         if self.world_size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
             dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
-            totals = flat.split([t.numel() for t in tensors])
-            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in
-                                           zip(tensors, totals, strict=True)])
+            totals = zip(tensors, flat.split([t.numel() for t in tensors]), strict=True)
+            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in totals])
 
     # Ranks that share Muon's matrices out; with one, every rank does all of them.
     sharers = property(lambda self: self.world_size if self.cfg.muon_parallel else 1)
@@ -741,6 +737,7 @@ class Run:
         with self.together():
             if self.is_main:
                 self.claim(Path(self.cfg.runs_dir, self.cfg.run_id or name))
+        self.log(f"{self.folder}/log.txt")
 
     def claim(self, folder: Path) -> None:
         """Rank 0: take the folder for this process; raises Refusal if it is another run's."""
@@ -800,7 +797,8 @@ class Run:
             except Exception as error:
                 self.log(f"warning: {path} cannot be read ({error}); trying the one before")
         content = self.share(content)
-        return torch.load(io.BytesIO(content), weights_only=True) if content else None
+        # By way of the CPU: what one GPU saved, all ranks would put on that one.
+        return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
 
     def append(self, name: str, text: str) -> None:
         """Add text to a file of the run folder, if there is one yet."""
@@ -832,7 +830,7 @@ class Run:
         """Log what this run takes: settings, versions, machine, source."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" \
             else f"{torch.get_num_threads()} threads"
-        self.log("\n".join((f"{self.folder}/log.txt", *notes, *self.cfg.listing())))
+        self.log("\n".join((*notes, *self.cfg.listing())))
         self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
                  "zstandard:{zstd}", "versions", python=sys.version.split()[0],
                  torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
@@ -1225,7 +1223,6 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
         super().__init__()
-        exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         width = cfg.num_kv_heads * cfg.head_dim
         self.c_q, self.c_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, width)
         self.c_v, self.proj = Linear(cfg.model_dim, width), Linear(cfg.model_dim, cfg.model_dim)
@@ -1233,7 +1230,7 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) \
             if cfg.vrl_mode == "mix" and layer else None
         self.kernel, self.head_dim = kernel, cfg.head_dim
-        self.xsa = exclude_own_value if exclusive else lambda y, v: y
+        self.xsa = exclude_own_value if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
         """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
@@ -1659,8 +1656,7 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(cfg: Config, groups: list[dict], dtype: torch.dtype,
                      run: "Run | None" = None) -> list:
     """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
-    adam = [group for group in groups if group["optimizer"] == "adam"]
-    muon = [group for group in groups if group["optimizer"] == "muon"]
+    adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
     return [torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
             Muon(muon, cfg.muon_backend_steps, dtype, packed=cfg.muon_quant_momentum,
                  decay_first=cfg.muon_wd_order == "before", run=run)]
@@ -1724,8 +1720,7 @@ class Schedule:
             self.step_seconds.append(seconds - self.last_seconds)
         self.last_seconds = seconds
         cfg = self.cfg
-        left, warmdown = self.remaining_and_warmdown(step, seconds)
-        scale = decay_scale(left, warmdown, cfg.warmdown_type)
+        scale = decay_scale(*self.remaining_and_warmdown(step, seconds), cfg.warmdown_type)
         ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) \
             if cfg.muon_momentum_warmup_steps else 1.0
         # Late QAT stays on once it is on: the scale is measured and may waver.
@@ -1895,24 +1890,21 @@ def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: li
     kinds = [(count, moment) for count in {count for _, count in micro_batches(cfg, run)}
              for moment in moments]
 
-    def trial(repeats: int) -> float:
-        """The least seconds of a forward and backward pass of every kind."""
-        taken = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for count, moment in kinds:
-                backward(forward, model, rows.batch(0, count), moment, run)
-            taken.append(time.perf_counter() - start)
-            model.zero_grad(set_to_none=True)
-        return min(taken)
+    def trial() -> float:
+        """Seconds of a forward and backward pass of every kind."""
+        start = time.perf_counter()
+        for count, moment in kinds:
+            backward(forward, model, rows.batch(0, count), moment, run)
+        model.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
 
-    plain, compiling, why = trial(3), 0.0, ""
+    plain, compiling, why = min(trial(), trial(), trial()), 0.0, ""
     model.compiled_block = torch.compile(Block.forward, dynamic=False)
     try:
-        compiling, compiled = trial(1), trial(3)
+        compiling, compiled = trial(), min(trial(), trial(), trial())
     except Exception as error:  # a compiler fails in many ways
         compiled, why = plain, ": " + str(error).strip().split("\n")[0]
-    if run.agree(compiled / plain, "most") >= 1.0:
+    if run.agree(compiled / plain if kinds else 0.0, "most") >= 1.0:  # some ranks have no rows
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
     run.log("blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
@@ -1927,7 +1919,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     seconds of one calibration batch and of one evaluation batch.
     """
     cfg, run.phase = run.cfg, "priming"
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = copy.deepcopy(model.state_dict())
     variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
     moments = [Moment(1.0, cfg.muon_momentum_warmup_start, qat, False, cfg.mile_gamma)
                for qat in variants]
@@ -1937,9 +1929,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.log(f"warmup_step:{step + 1}/{steps}")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(before[name])
+    model.load_state_dict(before)
 
     def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
         return [torch.full((rows, width), BOS, device=run.device) for width in widths]
@@ -2005,11 +1995,10 @@ class Training:
     def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
         cfg = run.cfg
         self.model, self.run, self.data, self.step, self.saved_at = model, run, data, 0, 0.0
-        self.adam, self.muon = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+        self.optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+        self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
         self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
-
-    optimizers = property(lambda self: [self.adam, self.muon])
 
     def save(self, seconds: float) -> None:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
@@ -2024,8 +2013,8 @@ class Training:
             "averages": [average.state_dict() for average in self.averages.kept],
             "snapshots": self.averages.snapshots,
             "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
-            "random": torch.get_rng_state(), "occasions": dict(run.occasions),
-            "activity": dict(run.activity), "last_logged_share": run.last_logged_share})
+            "occasions": dict(run.occasions), "activity": dict(run.activity),
+            "last_logged_share": run.last_logged_share})
 
     def restore(self, saved: dict) -> None:
         """Go on from a checkpoint; raises RuntimeError if it is of other data."""
@@ -2043,7 +2032,6 @@ class Training:
         self.averages.snapshots = saved["snapshots"]
         schedule.qat, schedule.last_seconds = saved["schedule"][:2]
         schedule.step_seconds.extend(saved["schedule"][2])
-        torch.set_rng_state(saved["random"])
         run.occasions, run.activity = Counter(saved["occasions"]), Counter(saved["activity"])
         run.last_logged_share = saved["last_logged_share"]
         run.log("resumed from step:{step} train_time:{ms:.0f}ms", "resumed", step=self.step,
@@ -2089,8 +2077,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 with run.training_clock.running(False):
                     report(f"step:{step}/{cfg.iterations}",
                            evaluate("validation", forward, model, val, run), run, step)
-            qat_starts = moment.qat and not qat_started
-            if qat_starts:
+            if qat_starts := moment.qat and not qat_started:
                 run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                         f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
                         scale=moment.lr_scale, matrices=matrices)
@@ -2112,9 +2099,8 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
     run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
-            reason="stopping: last step" if step == cfg.iterations
-            else "stopping_early: wallclock_cap",
-            ms=1e3 * run.trained_seconds, iterations=cfg.iterations)
+            ms=1e3 * run.trained_seconds, iterations=cfg.iterations, reason="stopping: last step"
+            if step == cfg.iterations else "stopping_early: wallclock_cap")
     return state.averages.result(run)
 
 
@@ -2128,8 +2114,7 @@ def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: floa
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
     loss, *norms = stats.tolist()
     refuse_non_finite([loss, *norms], step, groups)
-    cfg = run.cfg
-    share = share_of_run(cfg, step, seconds)
+    cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
     due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
         int(50 * share) > run.last_logged_share
     show = show or step <= 10 or due
@@ -2177,9 +2162,6 @@ CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the 
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
-SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
-SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
-SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
 DAMPING, DAMPING_TRIES = 0.01, 5
 ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
                  (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
@@ -2392,8 +2374,8 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
     them only with QUANT_CLIP=std.
     """
     head = "tok_emb" if model.lm_head is None else "lm_head"
-    linears = {name: module for name, module in model.named_modules() if name == head
-               or (isinstance(module, Linear) and name != "lm_head")}
+    linears = {name: module for name, module in model.named_modules()
+               if name == head or isinstance(module, Linear)}
     names = [name for name, module in linears.items()
              if bits_of(model.cfg, f"{name}.weight", module.weight)
              and (name != head or model.cfg.quant_clip == "std")]
@@ -2465,7 +2447,7 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
 
 def magnitude_pruned(W: Tensor, share: float) -> Tensor:
     """W (r, c) with the entries below its `share` quantile of magnitude set to zero."""
-    return torch.where(W.abs() < torch.quantile(W.abs().flatten(), share), 0.0, W)
+    return torch.where(W.abs() < row_quantile(W.abs().flatten()[None], share), 0.0, W)
 
 
 def prune_integers(stored: dict[str, Stored], share: float) -> int:
@@ -2489,12 +2471,11 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
     `factor` multiplies CLIP_SIGMAS.
     """
     run.phase, cfg = "quantization", model.cfg
-    stored, low, fallbacks, objective = {}, {}, 0, 0.0
+    stored, fallbacks, objective = {}, 0, 0.0
     solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
     # Factorisations and float64 sums are not to be had on every other device.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
-    parameters = list(model.named_parameters())
-    for name, p in run.progress("quantizing", iterable=parameters, unit="tensor"):
+    for name, p in run.progress("quantizing", iterable=[*model.named_parameters()], unit="tensor"):
         W, bits = p.detach().float().to(device), bits_of(cfg, name, p)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
@@ -2514,18 +2495,16 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
             except torch.linalg.LinAlgError:
                 result, fallbacks = round_to_nearest(W, *how), fallbacks + 1
             objective += weighted_error(W, result, H)
-        stored[name] = Stored(result.values.cpu(), result.scale if result.scale is None
-                              else result.scale.cpu())
-        if 0 < bits < 8:
-            low[name] = stored[name]
+        scale = None if result.scale is None else result.scale.cpu()
+        stored[name] = Stored(result.values.cpu(), scale)
+    low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
     if cfg.prune_pct and low:
         run.log("prune:zeroed {zeroed} of {of} integers below 8 bits", "pruned",
                 zeroed=prune_integers(low, cfg.prune_pct),
                 of=sum(s.values.numel() for s in low.values()))
     run.log("gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
-            "objective:{objective:.6g}", "quantized", variant=cfg.gptq_variant,
-            matrices=sum(1 for s in stored.values() if s.scale is not None),
-            fallbacks=fallbacks, objective=objective)
+            "objective:{objective:.6g}", "quantized", variant=cfg.gptq_variant, fallbacks=fallbacks,
+            matrices=sum(s.scale is not None for s in stored.values()), objective=objective)
     return stored
 
 
@@ -2543,14 +2522,16 @@ ZSTD_MATCHES, LONG_BODY = (6, 4, 3), 1 << 22  # shortest repetitions; of a long 
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
 MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
-EVALUATION_SETTINGS = settings_of("Evaluation")
+HEADER_SETTINGS = (*MODEL_SETTINGS, *settings_of("Evaluation"))
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
+SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
+SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
 
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
     """What rebuilding the model and repeating the evaluation takes."""
-    names = (*MODEL_SETTINGS, *EVALUATION_SETTINGS)
-    return {"settings": {name.upper(): show_setting(getattr(cfg, name)) for name in names},
-            "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
+    settings = {name.upper(): show_setting(getattr(cfg, name)) for name in HEADER_SETTINGS}
+    return {"settings": settings, "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
 
 
 def brotli_codec():
@@ -2675,8 +2656,7 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
 
 def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
     """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
-    names = {name.upper() for name in (*MODEL_SETTINGS, *EVALUATION_SETTINGS)}
-    if wrong := sorted(names ^ set(header["settings"])):
+    if wrong := sorted({name.upper() for name in HEADER_SETTINGS} ^ set(header["settings"])):
         raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
                       f"{wrong[0]!r} is not here or missing there")
     return Config.from_env({**header["settings"], **env})
@@ -2767,7 +2747,7 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
     seen: dict[float, int] = {}  # whole bytes by estimate
-    for solved in range(SOLVER_PASSES if cfg.quant_clip == "std" else 1):
+    for solved in range(SOLVER_PASSES):
         stored = quantize(model, hessians, run, factor)
         blob = encode_artifact(header, stored, cfg.codec)
         total = code + len(blob)
@@ -2776,7 +2756,7 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
         rank = (total <= target, total if total <= target else -total)
         if rank > best[0]:
             best = rank, stored, blob
-        if least <= total <= target:
+        if least <= total <= target or cfg.quant_clip != "std":
             break
         over, fits = (max(over, factor), fits) if total > target else (over, min(fits, factor))
         seen[estimate := estimated_bytes(model, factor)] = total
@@ -2802,8 +2782,7 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
     log_sizes(stored, run)
     total, limit = len(run.source) + len(blob), cfg.artifact_limit_bytes
     label = f"{grid_label(cfg, stored)}+{cfg.codec}"
-    run.log(f"Serialized model {label}: {len(blob)} bytes")
-    run.log(f"Code size: {len(run.source)} bytes")
+    run.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.source)} bytes")
     run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}", "artifact",
             label=label, model_bytes=len(blob), code_bytes=len(run.source), total=total,
             limit=limit, left=limit - total, sha256=hashlib.sha256(blob).hexdigest())
@@ -2819,11 +2798,10 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
         mine = [s for name, s in stored.items() if role_of(name) == role]
         quantized = [s.values.flatten() for s in mine if s.scale is not None]
         integers = torch.cat([torch.empty(0, dtype=torch.int8), *quantized])
-        entropy = entropy_bytes(integers)
         floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
         run.log("size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
                 "float_bytes:{floats}", "size", role=role, tensors=len(mine),
-                integers=len(integers), entropy=entropy, floats=2 * floats)
+                integers=len(integers), entropy=entropy_bytes(integers), floats=2 * floats)
 
 
 def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
@@ -3054,13 +3032,19 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
 # =================================================================================================
 
 
+def look(cfg: Config,
+         device: torch.device) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
+    """What a run takes from outside itself: data, kernel and its name; or Refusal."""
+    if cfg.codec == "brotli":
+        brotli_codec()
+    return TrainingRows(cfg), load_validation(cfg), *pick_attention(cfg, device)
+
+
 def verb_train(cfg: Config, notes: list[str]) -> int:
     """Train, export, and score the exported model; returns the exit code."""
     with Run.start(cfg) as run:
         with run.together():
-            rows, val = TrainingRows(cfg), load_validation(cfg)
-            kernel_name, kernel = pick_attention(cfg, run.device)
-            compress(b"", cfg.codec)  # refuses one that is not installed
+            rows, val, kernel_name, kernel = look(cfg, run.device)
         run.open_folder()
         run.log_header(notes)
         model = GPT(cfg, kernel, run.dtype)
@@ -3177,10 +3161,8 @@ def static_ineligibility(cfg: Config) -> list[str]:
 
 def verb_check(cfg: Config, notes: list[str]) -> int:
     """Look at settings, data and tokenizer as a run would, and do nothing else."""
-    rows, val = TrainingRows(cfg), load_validation(cfg)
-    pick_attention(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    compress(b"", cfg.codec)
-    if cfg.run_id and Path(cfg.runs_dir, cfg.run_id).exists():
+    rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already")
     print(*notes, f"ok: {rows.num_tokens:,} training tokens in {len(rows.shards)} shards, "
           f"{len(val.tokens):,} validation tokens in {val.documents:,} documents", sep="\n")
@@ -3217,8 +3199,7 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
     """Score an artifact again: the model comes from its header alone."""
-    ours = {name.upper() for name in MODEL_SETTINGS}
-    if repeated := sorted(ours & set(env)):
+    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(env)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
     cfg, notes = settings_within(header, env)

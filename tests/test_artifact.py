@@ -109,7 +109,7 @@ def test_the_header_rebuilds_model_and_evaluation_settings(cfg: Config) -> None:
     read, notes = Config.from_env(header["settings"])
     assert notes == []
     for f in fields(Config):
-        if f.name in (*train_gpt.MODEL_SETTINGS, *train_gpt.EVALUATION_SETTINGS):
+        if f.name in train_gpt.HEADER_SETTINGS:
             assert getattr(read, f.name) == getattr(cfg, f.name), f.name
     assert (header["validation"], header["tokenizer"]) == ("the split", "the tokenizer")
 

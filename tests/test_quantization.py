@@ -485,6 +485,11 @@ def test_magnitude_pruning_zeroes_the_smallest_share(seed: int, share: float) ->
     assert len(gone) >= math.floor(share * 180)
 
 
+def test_magnitude_pruning_takes_matrices_that_torch_quantile_refuses() -> None:
+    W = torch.arange(1, (1 << 24) + 3, dtype=torch.float32).view(2, -1)
+    assert (magnitude_pruned(W, 0.99) == 0).float().mean() == pytest.approx(0.99, abs=1e-4)
+
+
 @given(seed=seeds, share=st.floats(0, 0.98))
 @settings(deadline=None, max_examples=30)
 def test_integer_pruning_zeroes_exactly_its_share(seed: int, share: float) -> None:

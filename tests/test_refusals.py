@@ -96,6 +96,18 @@ def test_a_run_is_refused_in_one_line_before_anything_is_written(
     assert snapshot(place) == before
 
 
+def test_check_accepts_a_run_to_resume_and_best_without_brotli(
+        place: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str]) -> None:
+    make_run(place)
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    with environment(**settings_of(place, tiny_data, RUN_ID="mine", RESUME="1", CODEC="best")):
+        assert main(["--check"]) == 0
+    with environment(**settings_of(place, tiny_data, CODEC="brotli")):
+        assert main(["--check"]) == 2
+    assert "CODEC=brotli needs the Python package" in capfd.readouterr().err
+
+
 @pytest.fixture
 def checkout(place: Path) -> Path:
     """The place with run.sh and the trainer in it, set up with the Python that runs the tests."""

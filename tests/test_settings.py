@@ -148,6 +148,7 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
     ({"TRAIN_BATCH_TOKENS": "3000"}, ["TRAIN_BATCH_TOKENS=3000", "TRAIN_SEQ_LEN=2048"]),
     ({"EVAL_STRIDE": "2049"}, ["EVAL_STRIDE=2049", "EVAL_SEQ_LEN=2048"]),
     ({"EVAL_BATCH_SEQS": "4097"}, ["EVAL_BATCH_SEQS=4097", "EVAL_SEQ_LEN=2048", "8,388,608"]),
+    ({"TTT_BATCH_SEQS": "4097", "TTT_MODE": "score_first"}, ["TTT_BATCH_SEQS=4097", "8,388,608"]),
     ({"BITS": "mlp:6,attn:6,emb:8"}, ["BITS=mlp:6,attn:6,emb:8", "aux"]),
     ({"BITS": "mlp:6,attn:6,emb:8,aux:9"}, ["aux:9", "2 to 8 or fp16"]),
     ({"BITS": "mlp:6,mlp:6,attn:6,emb:8,aux:8"}, ["BITS=", "mlp:6"]),

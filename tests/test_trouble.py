@@ -459,8 +459,8 @@ CASES: dict[str, Case] = {
     "TRAIN_BATCH_TOKENS=... must be a multiple of TRAIN_SEQ_LEN=...": env(
         TRAIN_BATCH_TOKENS="3000"),
     "EVAL_STRIDE=... must be at most EVAL_SEQ_LEN=...": env(EVAL_STRIDE="2049"),
-    "EVAL_BATCH_SEQS=... times EVAL_SEQ_LEN=... must be at most ... tokens": env(
-        EVAL_BATCH_SEQS="4097"),
+    "EVAL_BATCH_SEQS=... (TTT_BATCH_SEQS=...) times EVAL_SEQ_LEN=... must be at most ... tokens":
+        env(EVAL_BATCH_SEQS="4097"),
     "BITS=... names a layer beyond NUM_LAYERS=...": env(
         BITS="mlp:6,attn:6,emb:8,aux:8,blocks.11.attn.c_k:8"),
     "CLIP_SIGMAS=... names a layer beyond NUM_LAYERS=...": env(
