@@ -5,6 +5,7 @@ Read with this repository's train_gpt.py, which treats the file as hostile; noth
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import CODECS, PRELUDE, Stored, entropy_bytes, read_artifact, role_of
+from train_gpt import ARTIFACT_MAGIC, CODECS, PRELUDE, Stored, entropy_bytes, read_artifact, role_of
 from train_gpt import Refusal as Refusal  # what anatomy() raises
 
 ROLE_NAMES = {"mlp": "MLP", "attn": "attention", "emb": "token embedding", "aux": "the rest"}
@@ -71,6 +72,15 @@ def part_of(name: str, stored: Stored) -> Part:
     largest = int(values.short().abs().max()) if values.numel() else 0
     return Part(name, role_in(name), tuple(values.shape), largest.bit_length() + 1,
                 values.numel(), 2 * len(stored.scale), entropy_bytes(values) if largest else 0.0)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file begins as an artifact does, and its checksum is that of the rest."""
+    blob = path.read_bytes()
+    if len(blob) < PRELUDE.size:
+        return False
+    magic, *_, sha256 = PRELUDE.unpack(blob[: PRELUDE.size])
+    return magic == ARTIFACT_MAGIC and sha256 == hashlib.sha256(blob[PRELUDE.size :]).digest()
 
 
 def anatomy(path: Path) -> Anatomy:

@@ -27,9 +27,14 @@ ALONE = (r"scoring expected:\d+s budget:\d+s", r"checkpoint step:\d+ bytes:\d+",
 
 
 def same_code(script: ast.Module, ours: ast.Module, *names: str) -> bool:
-    """Whether functions and classes of these names say the same in both; comments do not count."""
+    """Whether what has these names is the same code in both; comments do not count."""
+    def defines(node: ast.stmt) -> bool:
+        made = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and
+                isinstance(n.ctx, ast.Store)] if isinstance(node, ast.Assign) else []
+        return bool({getattr(node, "name", ""), *made} & set(names))
+
     def said(tree: ast.Module) -> list[str]:
-        return [ast.unparse(node) for node in tree.body if getattr(node, "name", "") in names]
+        return [ast.unparse(node) for node in tree.body if defines(node)]
 
     return said(script) == said(ours)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -1109,3 +1110,18 @@ def test_show_of_hostile_artifacts_is_one_line(runs: list[Path], tmp_path: Path,
     path.write_bytes(train_gpt.encode_artifact(header, empty))
     assert record.main(["show", str(path), "--plot", str(tmp_path / "y.png")]) == 0
     assert artifact.anatomy(path).total("raw") == 0
+
+
+def test_bytes_that_are_no_artifact_are_found_whichever_reader_the_script_has(
+        entry: Path) -> None:
+    path, runs = entry / "artifact.bin", record.read_entry(entry)
+    theirs = (entry / "train_gpt.py").read_text()
+    other = theirs.replace("def cut_payload(body: bytes", "def cut_payload(whole: bytes")
+    assert other != theirs
+    sound = path.read_bytes()
+    for damaged in (os.urandom(len(sound)), sound[:-1], sound[:60] + b"?" + sound[61:], b""):
+        path.write_bytes(damaged)
+        for script in (theirs, other):
+            found, doubts = record.check_contents(entry, runs, script)
+            assert found
+            assert not doubts

@@ -797,8 +797,11 @@ def inject(made: Bench, kind: str, number: int) -> tuple[bool, str]:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def inject_all(made: Bench, chosen: list[tuple[str, int]]) -> list[str]:
-    """All of them, two at a time; prints a line each and the counts, returns what was broken."""
+def inject_all(made: Bench, chosen: list[tuple[str, int]]) -> tuple[list[str], int]:
+    """All of them, two at a time; prints a line each and the counts.
+
+    Returns what was broken and how many faults really came about.
+    """
     broken, counts = [], collections.Counter()
     with ThreadPoolExecutor(2) as pool:
         results = [(kind, number, pool.submit(inject, made, kind, number))
@@ -812,14 +815,14 @@ def inject_all(made: Bench, chosen: list[tuple[str, int]]) -> list[str]:
                 broken.append(f"{kind} {number}: {said}")
     print(f"{counts['injected']} faults injected, {counts['fresh']} of them in processes of their "
           f"own; {len(broken)} broke a promise", flush=True)
-    return broken
+    return broken, counts["injected"]
 
 
 def main(kinds: list[str]) -> int:
     began = time.monotonic()
     with bench() as made:
-        broken = inject_all(made, [(kind, number) for kind in kinds or KINDS
-                                   for number in range(KINDS[kind][1])])
+        broken, _ = inject_all(made, [(kind, number) for kind in kinds or KINDS
+                                      for number in range(KINDS[kind][1])])
     print(f"{time.monotonic() - began:.0f} s")
     return int(bool(broken))
 
