@@ -1534,6 +1534,8 @@ def verb_redraw(args: argparse.Namespace) -> int:
 
 
 def verb_board(args: argparse.Namespace) -> int:
+    if not args.root.is_dir():
+        raise Wrong(f"{args.root}: no such folder; it is the one that holds the tracks")
     found, rest = entries(args.root)
     (args.root / "README.md").write_text(board(args.root, found, rest), encoding="utf-8")
     for track in TRACKS:
