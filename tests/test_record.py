@@ -662,8 +662,8 @@ def test_a_leak_from_the_future_is_seen(old: str, replacement: str, tmp_path: Pa
 
 
 def test_a_score_that_is_no_distribution_is_seen(tmp_path: Path) -> None:
-    script = flawed(tmp_path, "nats = nats.view_as(target_ids)",
-                    "nats = 0.9 * nats.view_as(target_ids)")
+    script = flawed(tmp_path, "return nats.view_as(target_ids), mile",
+                    "return 0.9 * nats.view_as(target_ids), mile")
     assert not compliance.is_a_distribution(small(script)[1], 64, 32)
     assert compliance.is_a_distribution(small(train_gpt)[1], 64, 32)
 
