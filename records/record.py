@@ -681,7 +681,7 @@ def check_about(about: dict) -> Iterator[str]:
     except ValueError:
         day = ""
     if not day or day != about["date"]:  # other spellings are read as well
-        yield f"date {about.get('date')!r}: expected a day, YYYY-MM-DD"
+        yield f"date {about.get('date')!r}: expected YYYY-MM-DD, a day"
 
 
 def check_claims(folder: Path, runs: list[SeedRun], script: bytes, claims: dict) -> Iterator[str]:
