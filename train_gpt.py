@@ -2724,8 +2724,9 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
     target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     fixed = len(run.source) + sum(len(p) if bits_of(cfg, name, p) else p.numel()
                                   for name, p in model.named_parameters())
-    total, coarsest = (fixed + LEAST_CODED * estimated_bytes(model, factor)
-                       for factor in (1.0, 2.0 ** SOLVER_OCTAVES[1] if std else 1.0))
+    total = coarsest = fixed + LEAST_CODED * estimated_bytes(model, 1.0)
+    if std:  # percentile clips have no coarser ones
+        coarsest = fixed + LEAST_CODED * estimated_bytes(model, 2.0 ** SOLVER_OCTAVES[1])
     run.log("size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} "
             "target:{target}", "size_foreseen", step=step, total=total, coarsest=coarsest,
             target=target)

@@ -16,14 +16,9 @@ from pathlib import Path
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from export import calibrated, exported, load
+from export import calibrated, exported, load, settings
 
 import train_gpt
-
-
-def settings(text: str) -> dict[str, str]:
-    """NAME=value pairs as a dictionary."""
-    return dict(pair.split("=", 1) for pair in text.split())
 
 
 def main(first: str, second: str, folders: list[str],

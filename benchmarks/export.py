@@ -26,10 +26,15 @@ def environment_of(settings: dict[str, object]) -> dict[str, str]:
     return {name.upper(): show_setting(value) for name, value in settings.items() if value != ""}
 
 
+def settings(text: str) -> dict[str, str]:
+    """NAME=value pairs as a dictionary."""
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
 def load(folder: Path) -> tuple[Config, GPT, int]:
     """Settings, averaged model and steps of a run that has finished training."""
-    settings = json.loads((folder / "settings.json").read_text())
-    cfg = Config.from_env({**environment_of(settings), "RESUME": "0"})[0]
+    kept = json.loads((folder / "settings.json").read_text())
+    cfg = Config.from_env({**environment_of(kept), "RESUME": "0"})[0]
     path = max(folder.glob("checkpoint_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
     saved = torch.load(path, weights_only=True)
     model = GPT(cfg)
@@ -71,8 +76,7 @@ def main(folder: Path, variants: list[str]) -> None:
     result = train_gpt.evaluate("float", train_gpt.training_nats, model, val, run)
     print(f"float {result.bpb:.5f} bpb", flush=True)
     for number, variant in enumerate(variants, 1):
-        changes = dict(pair.split("=", 1) for pair in variant.split())
-        blob, bpb, _ = exported(cfg, model, hessians, val, **changes)
+        blob, bpb, _ = exported(cfg, model, hessians, val, **settings(variant))
         (folder / f"artifact_{number}.bin").write_bytes(blob)
         print(f"{variant}: {len(blob)} bytes {bpb:.5f} bpb", flush=True)
 

@@ -14,7 +14,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import ARTIFACT_MAGIC, CODECS, PRELUDE, Stored, entropy_bytes, read_artifact, role_of
-from train_gpt import Refusal as Refusal  # what anatomy() raises
 
 ROLE_NAMES = {"mlp": "MLP", "attn": "attention", "emb": "token embedding", "aux": "the rest"}
 
