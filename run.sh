@@ -110,7 +110,7 @@ run_tests() {
     install requirements-dev.txt requirements.txt
     "$python" -m ruff check . || lint=$?
     "$python" -m mypy || types=$?
-    "$python" -m pytest "$@" || tests=$?
+    "$python" -m pytest -n auto --dist worksteal "$@" || tests=$?
     [ "$lint" = 0 ] || say "ruff found problems, see above pytest's output"
     [ "$types" = 0 ] || say "mypy found problems, see above pytest's output"
     [ "$tests" = 0 ] || exit "$tests"

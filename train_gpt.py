@@ -2623,7 +2623,7 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         (header_bytes,) = struct.unpack_from("<I", body)
         if header_bytes > MAX_HEADER_BYTES:
             raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
-        header = json.loads(body[4 : 4 + header_bytes])
+        header = json.loads(body[4 : 4 + header_bytes].decode())
         texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a setting or fingerprint is not text")
@@ -2637,7 +2637,9 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
     """The header's tensors, each [name, is integer, *shape], or ValueError or TypeError."""
     for name, is_integer, *shape in tensors:
         whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
-        if type(name) is not str or len(shape) > 2 or not whole or (is_integer and len(shape) < 2):
+        sound = type(name) is str and type(is_integer) is int and (len(shape), is_integer) in (
+            (0, 0), (1, 0), (2, 0), (2, 1))
+        if not (sound and whole):
             raise ValueError(f"tensor {name!r} of shape {shape!r}")
     stored, q_at = {}, start
     x_at = start + sum(math.prod(shape) for _, is_integer, *shape in tensors if is_integer)

@@ -1,6 +1,6 @@
 """What each codec makes of an artifact: bytes of each kind of tensor and of the whole, seconds.
 
-    python benchmarks/codec.py records/track_cpu_5min/2026-11-24_Defaults-mini/artifact.bin
+    python benchmarks/codec.py records/track_cpu_5min/2026-11-25_Defaults-mini/artifact.bin
     python benchmarks/codec.py runs/*/artifact.bin
     python benchmarks/codec.py --synthetic     27 million Gaussian integers, for time and memory
 

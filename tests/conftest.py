@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -13,9 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# Tests that run side by side share the cores.
+torch.set_num_threads(max(1, (os.cpu_count() or 1)
+                          // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 BOS_ID = 1
 VOCAB_SIZE = 320

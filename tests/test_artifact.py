@@ -44,7 +44,7 @@ from train_gpt import (
 )
 
 MEBIBYTE, FUZZ = 1 << 20, ROOT / "tests/fuzz_artifact.py"
-RECORD = ROOT / "records/track_cpu_5min/2026-11-24_Defaults-mini/artifact.bin"
+RECORD = ROOT / "records/track_cpu_5min/2026-11-25_Defaults-mini/artifact.bin"
 SPLIT = Validation(np.zeros(2, np.uint16), np.zeros(1, np.int16), fingerprint="the split",
                    tokenizer_sha256="the tokenizer", documents=1, recorded_bytes=0)
 SMALL = Config(vocab_size=16, num_layers=1, xsa_last_n=1, ve_layers="0", model_dim=8, num_heads=2,

@@ -22,7 +22,7 @@ from jobs import BARE_ENVIRONMENT, TRAINER, tiny_job
 import train_gpt
 from train_gpt import CODECS, GPT, Config, Run, Stored
 
-RECORD = ROOT / "records/track_cpu_5min/2026-11-24_Defaults-mini/artifact.bin"
+RECORD = ROOT / "records/track_cpu_5min/2026-11-25_Defaults-mini/artifact.bin"
 LARGEST, LONGEST_HEADER = 268_435_456, 1_048_576
 
 

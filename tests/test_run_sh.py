@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTEST = "-m pytest -n auto --dist worksteal"
 
 # Stands in for python3 and, copied by "-m venv", for .venv/bin/python.
 STUB = r"""#!/bin/sh
@@ -240,9 +241,9 @@ def test_tests_are_lint_types_and_the_ci_set(checkout: Checkout) -> None:
     assert [call.split()[-1] for call in checkout.calls[1:3]] == ["requirements.txt",
                                                                  "requirements-dev.txt"]
     assert checkout.calls[3:] == ["-m ruff check .", "-m mypy",
-                                  "-m pytest -m not slow tests/test_a.py -x"]
+                                  f"{PYTEST} -m not slow tests/test_a.py -x"]
     assert checkout.run("test", "--all").returncode == 0
-    assert checkout.calls == ["-m ruff check .", "-m mypy", "-m pytest"]
+    assert checkout.calls == ["-m ruff check .", "-m mypy", PYTEST]
 
 
 def test_tests_fail_when_lint_types_or_pytest_fail(checkout: Checkout) -> None:
