@@ -563,9 +563,8 @@ class Run:
             torch.cuda.set_device(device)
         elif torch.backends.mps.is_available() and world_size == 1:
             device = torch.device("mps")
-        elif os.environ.get("OMP_NUM_THREADS") == "1" and world_size > 1:
-            # torchrun's default, however many cores there are.
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        elif (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1 and \
+                os.environ.get("OMP_NUM_THREADS") == "1":  # by torchrun, whatever the cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
         store = None
         if world_size > 1:

@@ -46,6 +46,23 @@ def alone(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "on-1"
 
 
+@pytest.mark.parametrize(("set_to", "processes", "threads"), [
+    ("1", "4", 4), ("1", "32", 1), ("1", "1", 3), ("3", "4", 3), (None, "4", 3)])
+def test_torchruns_one_thread_becomes_a_share_of_the_cores(
+        set_to: str | None, processes: str, threads: int, monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setenv("OMP_NUM_THREADS", set_to) if set_to else \
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Run.start(Config()):
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 MANY = pytest.mark.slow
 WORLDS = [(2, 1), (3, 1), (3, 0), (4, 1), (8, 1), pytest.param(6, 1, marks=MANY),
           *(pytest.param(processes, 0, marks=MANY) for processes in (2, 4, 6, 8))]

@@ -221,7 +221,7 @@ def test_folders_without_permission(build, capsys):
     code = "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import prepare, sentencepiece; "
     code += "os.getuid() or os.setuid(65534); sys.exit(prepare.main(sys.argv[1:]))"
     build.folder.chmod(0o755)
-    for path in (build.folder, *build.folder.parents[:3]):
+    for path in (build.folder, *build.folder.parents[:4]):
         path.chmod(path.stat().st_mode | 0o055)
     common = [sys.executable, "-B", "-c", code, str(ROOT / "data"), "text"]
     options = ["--tokenizer", str(build.model), "--out"]

@@ -380,7 +380,7 @@ def unshown(folder: Path, seed: str) -> tuple[Path, list[dict], int]:
     log = (folder / f"train_seed{seed}.log").read_text()
     last = max(e["step"] for e in events if e["event"] == "step")
     return path, events, next(n for n, e in enumerate(events) if e["event"] == "step"
-                              and last / 2 < e["step"] < last
+                              and 0.75 * last < e["step"] < last  # well inside the warmdown
                               and f"\nstep:{e['step']}/" not in log)
 
 
