@@ -95,7 +95,7 @@ class Config:
     runs_dir: str = knob("runs", (), "Where run folders are made.")
     seed: int = knob(1337, (0, 2**31 - 1), "Seed of weights and data order.")
     attention: str = knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
-    compile: str = knob("auto", ("auto", "0", "1"), "torch.compile; auto is on with CUDA.")
+    compile: str = knob("auto", ("auto", "0", "1"), "torch.compile; auto: on CUDA, long CPU runs.")
     resume: bool = knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
     checkpoint_seconds: float = knob(0.0, (0.0, 1e7), "Between checkpoints; 0: on signals, at end.")
     watchdog_seconds: float = knob(600.0, (0.1, 1e7), "Longest that a rank waits for the others.")
@@ -564,7 +564,8 @@ class Run:
         elif torch.backends.mps.is_available() and world_size == 1:
             device = torch.device("mps")
         elif (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1 and \
-                os.environ.get("OMP_NUM_THREADS") == "1":  # by torchrun, whatever the cores
+                os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ:
+            # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
         store = None
         if world_size > 1:
@@ -1746,7 +1747,7 @@ class Schedule:
 # =================================================================================================
 
 REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
-REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # of training saved by compiled blocks; to compile them
+REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # saved by compiled blocks, at least; taken, at most
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
 
@@ -1888,7 +1889,7 @@ def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: li
     if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
         return
     if saving < REGION_SECONDS:
-        run.log(f"blocks compiled:no, it would save {saving:.0f} s and take {REGION_SECONDS:.0f} s")
+        run.log(f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s")
         return
     kinds = [(count, moment) for count in {count for _, count in micro_batches(cfg, run)}
              for moment in moments]
@@ -2127,7 +2128,7 @@ def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: floa
                 "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
     run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
             train_loss=loss, ms=1e3 * seconds, step_avg=1e3 * seconds / step,
-            lr_scale=moment.lr_scale, eta=seconds * (1 - share) / max(share, 1e-9))
+            lr_scale=moment.lr_scale, eta=max(0.0, seconds * (1 - share) / max(share, 1e-9)))
 
 
 def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
@@ -3169,7 +3170,8 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
     """Look at settings, data and tokenizer as a run would, and do nothing else."""
     rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
-        raise Refusal(f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already")
+        raise Refusal(f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
+                      "choose another, or RESUME=1 to go on")
     print(*notes, f"ok: {rows.num_tokens:,} training tokens in {len(rows.shards)} shards, "
           f"{len(val.tokens):,} validation tokens in {val.documents:,} documents", sep="\n")
     return 0

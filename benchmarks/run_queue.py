@@ -112,7 +112,7 @@ class Queue:
             return False
         self.set_aside(job)
         foreign = {name: value for name, value in os.environ.items() if name not in OURS}
-        env = {"OMP_NUM_THREADS": str(self.threads), **foreign, **job.settings,
+        env = {"OMP_NUM_THREADS": str(self.threads), **foreign, "PRESET": "", **job.settings,
                "RUNS_DIR": str(self.runs), "RUN_ID": job.name}
         with open(self.runs / f"{job.name}.out", "w") as out:
             process = subprocess.Popen(["./run.sh"], cwd=ROOT, env=env,

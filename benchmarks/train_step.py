@@ -5,9 +5,10 @@
     python benchmarks/train_step.py P 21 COMPILE=0      with a setting changed
 
 Steps alternate with one sgemm (2048 x 512 x 2048) each. A part is timed alone at the step's own
-shapes and without compiled blocks, so the parts need not add up to the step. "Bare" is what no step
-can do without: the matrix products, attention and orthogonalisation, nothing around them. P's step
-counts as 31.7 GFLOP, its share of the sgemm rate is printed with it; presets have no such count.
+shapes, and but for "forward" without compiled blocks: the parts need not add up to the step. "Bare"
+is what no step can do without: the matrix products, attention and orthogonalisation, nothing around
+them. P's step counts as 31.7 GFLOP, its share of the sgemm rate is printed with it; presets have no
+such count.
 """
 
 import sys

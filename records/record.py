@@ -45,7 +45,7 @@ import rederive
 from scipy import stats
 
 RECORDS = Path(__file__).resolve().parent
-VERSION = 2  # of what `new` writes; stands in every marker
+VERSION = 3  # of what `new` writes; stands in every marker
 LIMIT_BYTES = 16_000_000
 MAX_FILE_BYTES = 1 << 26  # of a file in a folder; larger ones are not read
 # Validation text of the challenge. Its published tokenizers fold characters, so that the count of
@@ -239,13 +239,15 @@ def read_entry(folder: Path) -> list[SeedRun]:
 def seed_facts(run: SeedRun) -> dict:
     """Results of one seed in the words of submission.json."""
     final, summary, artifact = run.one("final"), run.one("summary"), run.one("artifact")
-    if (floats := run.score("float_chunked")) is None:
-        raise Wrong(f"{run.metrics_path}: no eval 'float_chunked'")
+    floats, chunks = (run.score(name) for name in ("float_chunked", "artifact_chunked"))
+    if floats is None or chunks is None:
+        raise Wrong(f"{run.metrics_path}: no eval 'float_chunked' or none 'artifact_chunked'")
     return {
         "val_bpb": final["val_bpb"], "val_loss": final["val_loss"], "steps": summary["steps"],
         "train_s": summary["seconds"], "eval_s": summary["eval_seconds"],
         "tokens_per_second": summary["rate"], "artifact_bytes": artifact["model_bytes"],
         "pre_quant_val_bpb": floats["val_bpb"],
+        "post_quant_val_bpb": chunks["val_bpb"],
     }
 
 
@@ -1071,13 +1073,15 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
 def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[str, str]:
     """Every number of README.md, from the logs: block name to text."""
     rows = [(seed, f"{r['val_bpb']:.6f}", f"{r['val_loss']:.6f}", f"{r['pre_quant_val_bpb']:.6f}",
-             r["steps"], f"{r['artifact_bytes']:,}") for seed, r in facts["seed_results"].items()]
+             f"{r['post_quant_val_bpb']:.6f}", r["steps"], f"{r['artifact_bytes']:,}")
+            for seed, r in facts["seed_results"].items()]
     rows.append(("mean (std)", f"**{facts['val_bpb']:.6f}** ({facts['val_bpb_std']:.6f})",
-                 f"{facts['val_loss']:.6f} ({facts['val_loss_std']:.6f})", "", "", ""))
+                 f"{facts['val_loss']:.6f} ({facts['val_loss_std']:.6f})", "", "", "", ""))
     packed = f" (packed; {facts['bytes_text']:,} as text)" if "bytes_text" in facts else ""
     sizes = ["val_bpb: bits per byte of the validation text under the artifact, less is better; "
-             "val_loss: the same in nats a token; before quantisation: val_bpb of the float "
-             "weights, scored in chunks; std: how far the seeds scatter.",
+             "val_loss: the same in nats a token; in chunks: without sliding windows, of the float "
+             "weights and of the artifact, so that their difference is what quantisation costs; "
+             "std: how far the seeds scatter.",
              f"Code {facts['bytes_code']:,} bytes{packed}; code and largest artifact "
              f"{facts['bytes_total']:,} of {LIMIT_BYTES:,} bytes.",
              f"Validation text: {facts['data']['val_tokens']:,} tokens, "
@@ -1099,8 +1103,8 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
     against = "" if base is None else against_text(facts, base)
     compliance = facts["compliance"] or {}
     return {
-        "results": table(("seed", "val_bpb", "val_loss", "before quantisation", "steps",
-                          "artifact bytes"), rows) + "\n\n" + "\n".join(sizes),
+        "results": table(("seed", "val_bpb", "val_loss", "float, in chunks", "artifact, in chunks",
+                          "steps", "artifact bytes"), rows) + "\n\n" + "\n".join(sizes),
         "changes": f"{against}Settings that differ from the defaults of this script ({own}):\n\n"
                    + changed,
         "architecture": table(("", ""), list(shape)),
@@ -1109,7 +1113,8 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
                   + f"\n\n{facts['hardware']}, torch {facts['pytorch_version']}.",
         "compliance": table(("condition", "holds"), [
             (name.replace("_", " "), "yes" if holds else "NO")
-            for name, holds in compliance.items()]),
+            for name, holds in compliance.items()]) + "\n\nDeterminism: scoring the artifact again "
+            "gives the same bits.",
     }
 
 
@@ -1133,12 +1138,13 @@ def against_text(facts: dict, base: dict) -> str:
 
 
 def command_of(facts: dict, run: SeedRun, script: bytes) -> str:
-    """The command that runs an entry again, with SEED left open."""
+    """The command that runs an entry again."""
     given = {name: value for name, value in facts["settings"].items() if name == "PRESET"} \
         | given_by_hand(run.settings, readable(script))
     start = "torchrun --standalone --nproc_per_node=8 train_gpt.py" \
         if TRACKS[facts["track"]]["device"] == "cuda" else "./run.sh"
-    return " ".join(["SEED=$SEED", *(f"{k}={shlex.quote(v)}" for k, v in given.items()), start])
+    again = " ".join(["SEED=$SEED", *(f"{k}={shlex.quote(v)}" for k, v in given.items()), start])
+    return f"for SEED in {' '.join(map(str, facts['seeds']))}; do {again}; done"
 
 
 def readme(facts: dict, runs: list[SeedRun], script: bytes) -> str:
@@ -1183,7 +1189,7 @@ def readme(facts: dict, runs: list[SeedRun], script: bytes) -> str:
 
     {command_of(facts, runs[0], script)}
 
-with SEED set to each of {', '.join(map(str, facts['seeds']))} and this folder's `train_gpt.py`
+with this folder's `train_gpt.py`
 {"(packed: `python records/pack.py --text train_gpt.py` prints it) " * ("bytes_text" in facts)}\
 in place of the repository's; then `python records/record.py check` on this folder, with
 `--rescore` to score its artifact.
@@ -1559,9 +1565,11 @@ def main(arguments: list[str]) -> int:
     for name, text in (("name", "short, becomes the folder's name"), ("author", "who ran it"),
                        ("github-id", "account of the author"), ("blurb", "what is new")):
         new.add_argument(f"--{name}", required=True, help=text)
-    new.add_argument("--track", default="track_cpu_5min", help=", ".join(TRACKS))
+    new.add_argument("--track", default="track_cpu_5min",
+                     help=f"{', '.join(TRACKS)} (default: %(default)s)")
     new.add_argument("--base", type=Path, help="entry it is based on: its changes are listed")
-    new.add_argument("--date", default=time.strftime("%Y-%m-%d", time.gmtime()))
+    new.add_argument("--date", default=time.strftime("%Y-%m-%d", time.gmtime()),
+                     help="of the entry (default: today, %(default)s)")
     new.set_defaults(do=verb_new)
     check = verbs.add_parser("check", help="derive every claim of folders again")
     check.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")

@@ -19,9 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Tests that run side by side share the cores.
-torch.set_num_threads(max(1, (os.cpu_count() or 1)
-                          // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # tests side by side share the cores
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 BOS_ID = 1
 VOCAB_SIZE = 320

@@ -22,7 +22,7 @@ TRAINER = ROOT / "train_gpt.py"
 BARE_ENVIRONMENT = {
     name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")
     if name in os.environ
-} | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+} | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 # The beginning of a script that may open no connection, server or look-up: an audit hook refuses
 # every one, and nothing can take it away.

@@ -50,6 +50,8 @@ def alone(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path
     ("1", "4", 4), ("1", "32", 1), ("1", "1", 3), ("3", "4", 3), (None, "4", 3)])
 def test_torchruns_one_thread_becomes_a_share_of_the_cores(
         set_to: str | None, processes: str, threads: int, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     monkeypatch.setenv("OMP_NUM_THREADS", set_to) if set_to else \

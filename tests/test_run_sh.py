@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = "-m pytest -n auto --dist worksteal"
+PYTEST = "-m pytest -n auto --dist loadfile"
 
 # Stands in for python3 and, copied by "-m venv", for .venv/bin/python.
 STUB = r"""#!/bin/sh

@@ -512,8 +512,8 @@ CASES: dict[str, Case] = {
     # The run folder
     "RUN_ID=...: ... exists already; nothing in it was touched. Choose another RUN_ID, or "
     "RESUME=1 to go on": during(lambda p: p.run_folder.mkdir(parents=True), code=2),
-    "RUN_ID=...: ... exists already": check(lambda p: p.run_folder.mkdir(parents=True),
-                                            RUN_ID="mine"),
+    "RUN_ID=...: ... exists already; choose another, or RESUME=1 to go on": check(
+        lambda p: p.run_folder.mkdir(parents=True), RUN_ID="mine"),
     "RUN_ID=...: another process is at work in ...": resumed(at_work),
     "RESUME=1: ...=..., but the run in ... has ...": resumed(lambda p: None, SEED="7"),
     "RESUME=1: ... began this run, and another one is running now": resumed(
