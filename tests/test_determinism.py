@@ -22,7 +22,8 @@ def test_runs_of_one_seed_are_equal_to_the_bit(threads: int, tiny_data: TinyData
         # Wide enough that two threads share the products.
         job = tiny_job(tiny_data, tmp_path, f"run{n}", ITERATIONS="6", MODEL_DIM="128",
                        TRAIN_BATCH_TOKENS="1024", MICRO_BATCH_SEQS="8", EVAL_STRIDE="0")
-        env = {**BARE_ENVIRONMENT, **job, "OMP_NUM_THREADS": str(threads)}
+        env = {**BARE_ENVIRONMENT, **job, "OMP_NUM_THREADS": str(threads),
+               "MKL_NUM_THREADS": str(threads)}
         done = subprocess.run([sys.executable, str(TRAINER)], env=env, text=True,
                               capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr
