@@ -5,8 +5,8 @@ magnitude that what was coded so far of its row and its column suggests, so that
 no tables; the header, the floats and a few hints go through LZMA beside it.
 
 What it measured, in bytes of whole artifacts (records/ARTIFACT.md, README.md): 1.2 to 2.8 % less
-than brotli-11 over seven small models, 5 % less at width 256; on a mini of 965 steps 355,930
-against brotli's 360,378 and CODEC=zstd's 368,730.
+than brotli-11 over seven small models, 5.7 to 5.9 % less at width 256; on a mini of 965 steps
+355,930 against brotli's 360,378 and CODEC=zstd's 368,730.
 
 Why it is not in train_gpt.py: a codec of the project's own must beat brotli-11 by 2 %, which this
 misses on five of those seven and on one of two artifacts of a whole mini run, and its 220 lines

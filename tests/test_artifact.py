@@ -240,17 +240,23 @@ def test_every_codec_gives_back_what_it_was_given(codec: str) -> None:
     assert bits_of_tensors(decode_artifact(blob)[1]) == bits_of_tensors(stored)
 
 
-@pytest.mark.parametrize("kind", ["noise", "repeated", "text", "record"])
+@pytest.mark.parametrize("kind", ["noise", "repeated", "text", "record", "coarser record"])
 def test_zstd_packs_no_worse_than_its_level_as_it_comes(kind: str) -> None:
     rng = np.random.default_rng(0)
     noise = np.rint(rng.normal(0, 2.4, 300_000)).astype(np.int8).tobytes()
     text = json.dumps(artifact_header(Config(), SPLIT)).encode()
-    record = RECORD.read_bytes()[PRELUDE.size :]
+    header, stored = train_gpt.read_artifact(RECORD)
+    header.pop("tensors")
+    coarser = {name: s if s.scale is None else Stored((s.values / 2).round().to(s.values), s.scale)
+               for name, s in stored.items()}
+    record, coarser = (zstandard.ZstdDecompressor().decompress(
+        encode_artifact(header, tensors)[PRELUDE.size :]) for tensors in (stored, coarser))
     body = {"noise": text + noise, "repeated": noise[:999] * 99, "text": text * 3,
-            "record": zstandard.ZstdDecompressor().decompress(record)}[kind]
+            "record": record, "coarser record": coarser}[kind]
     plain, packed = zstandard.ZstdCompressor(level=22).compress(body), compress(body, "zstd")
     assert len(packed) <= len(plain)
     assert kind != "record" or len(packed) < len(plain)
+    assert kind != "coarser record" or len(packed) < 0.97 * len(plain)
     assert zstandard.ZstdDecompressor().decompress(packed) == body
 
 
