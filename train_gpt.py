@@ -40,6 +40,7 @@ import json
 import lzma
 import math
 import os
+import platform
 import re
 import resource
 import signal
@@ -833,7 +834,7 @@ class Run:
     def log_header(self, notes: list[str]) -> None:
         """Log what this run takes: settings, versions, machine, source."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" \
-            else f"{torch.get_num_threads()} threads"
+            else f"{torch.get_num_threads()} threads of {processor()}"
         self.log("\n".join((*notes, *self.cfg.listing())))
         self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
                  "zstandard:{zstd}", "versions", python=sys.version.split()[0],
@@ -844,6 +845,14 @@ class Run:
                  name=name, world_size=self.world_size, compiled=self.compiled)
         self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=len(self.source),
                  sha256=hashlib.sha256(self.source).hexdigest())
+
+
+def processor() -> str:
+    """What the CPU calls itself; its architecture where the system does not say."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:

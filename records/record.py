@@ -63,7 +63,7 @@ TRACKS: dict[str, dict] = {
     "track_cpu_5min": {
         "title": "5 minutes on two CPU cores, 16 MB, built-in corpus", "device": "cpu",
         "train_seconds": 300, "eval_seconds": 600, "seeds": 3, "artifact": True,
-        "machine": r"1 x [12] threads|2 x 1 threads", "machine_words": "two threads",
+        "machine": r"(1 x [12]|2 x 1) threads( of .*)?", "machine_words": "two threads",
         "reasons": ("ran on ", "the text is not FineWeb"), "dataset": "docs_",
         "command": "PRESET=mini ./run.sh"},
     "track_non_record_16mb": {
