@@ -127,7 +127,7 @@ class Config:
     vrl_mode: str = knob("off", ("off", "add", "mix"), "Layer 0's values in later layers (VRL).")
     backout_mode: str = knob("none", ("none", "mid", "cache"), "Stream subtracted before the head.")
     cache_layer: int = knob(7, (0, 63), "What BACKOUT_MODE=cache keeps, for later attention too.")
-    skip_per_dim: bool = knob(True, (), "A U-Net skip weight a channel, not a layer.")
+    skip_per_dim: str = knob("1", ("0", "1", "off"), "U-Net skip weights a layer, a channel; none.")
     ln_scale: str = knob("1", ("0", "1", "learned"), "Scale 1/sqrt(l+1) of the inputs of layer l.")
     smear_enabled: bool = knob(True, (), "SmearGate: blend in the previous embedding.")
     smear_bos_mask: bool = knob(True, (), "No SmearGate across a document start.")
@@ -1389,8 +1389,9 @@ class GPT(nn.Module):
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids: 0.0
         self.smear = SmearGate(cfg) if cfg.smear_enabled else lambda x, ids: x
         self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2,
-                                                    cfg.model_dim if cfg.skip_per_dim else 1))
+        skips = 0 if cfg.skip_per_dim == "off" else layers // 2
+        self.skip_weights = nn.Parameter(
+            torch.ones(skips, cfg.model_dim if cfg.skip_per_dim == "1" else 1))
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
         self.vrl_alphas = nn.ParameterList(
@@ -1432,7 +1433,7 @@ class GPT(nn.Module):
         x = self.smear(x, input_ids)
         c, half = self.context(input_ids, x), self.cfg.num_layers // 2
         for layer, block in enumerate(self.blocks):
-            if half <= layer < 2 * half:
+            if half <= layer < half + len(self.skip_weights):
                 x = x + like(self.skip_weights[layer - half], x) * c.outputs[2 * half - 1 - layer]
             x = self.layer(block, x, c)
             c.outputs.append(x)

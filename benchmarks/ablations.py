@@ -2,14 +2,16 @@
 
     python benchmarks/ablations.py jobs --seeds 1 2 3 > ablations.txt
     python benchmarks/run_queue.py ablations.txt RUNS --at-once 2
+    python benchmarks/ablations.py collect RUNS records/ablations.json
     python benchmarks/ablations.py times > times.json
-    python benchmarks/ablations.py table RUNS [--times times.json] --plot records/ablations.png
+    python benchmarks/ablations.py table records/ablations.json [--times times.json] \
+        --plot records/ablations.png
 
 Runs are step-driven, so that all see the same tokens whatever a step costs; what it costs is
 measured apart, by `times`, on a quiet machine. An effect is the headline score (bits per byte of
-the artifact) without the technique minus with it, paired by seed: above zero the technique
-helps. Its interval takes one variance for all ablations, pooled from their paired differences:
-three seeds are too few for a variance of their own.
+the artifact) without the technique minus with it, paired by seed and machine: above zero the
+technique helps. Its interval takes one variance for all ablations, pooled from their paired
+differences: three seeds are too few for a variance of their own.
 """
 
 import argparse
@@ -34,6 +36,7 @@ ABLATIONS = {
     "smear": ("SmearGate", "SMEAR_ENABLED=0"),
     "bigram": ("BigramHash", "BIGRAM_VOCAB_SIZE=0"),
     "bos_masks": ("masks at document starts", "SMEAR_BOS_MASK=0 BIGRAM_BOS_MASK=0"),
+    "skips": ("U-Net skips", "SKIP_PER_DIM=off"),
     "skip_per_dim": ("U-Net skip weights a channel, not a layer", "SKIP_PER_DIM=0"),
     "value_embeddings": ("value embeddings, layers 9 and 10", "VE_ENABLED=0"),
     "ln_scale": ("layer scale 1/sqrt(l+1)", "LN_SCALE=0"),
@@ -89,20 +92,36 @@ class Effect:
         return "helps" if self.mean > 0 else "hurts"
 
 
-def score_of(folder: Path) -> float:
-    """Headline bits per byte of a finished run."""
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return next(event["val_bpb"] for event in events if event["event"] == "final")
+def finished(runs: Path) -> dict[str, dict]:
+    """Of every run with a final score: by name and machine, that score and how it came about."""
+    results = {}
+    for metrics in sorted(runs.glob("*_seed*/metrics.jsonl")):
+        lines = metrics.read_text().splitlines()
+        events = {event["event"]: event for event in map(json.loads, lines)}
+        if "final" in events:
+            results[f"{metrics.parent.name} on {events['machine']['name']}"] = {
+                "val_bpb": events["final"]["val_bpb"], "steps": events["summary"]["steps"],
+                "source": events["source"]["sha256"][:12]}
+    return results
 
 
-def effects(runs: Path) -> list[Effect]:
-    """Every ablation of which two seeds or more have ended, with intervals of 95 %."""
+def collect(runs: Path, path: Path) -> None:
+    """Add the results of a folder of runs to the file; refuses to change one that is there."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for key, result in finished(runs).items():
+        if known.setdefault(key, result) != result:
+            raise SystemExit(f"{path}: {key} is there with {known[key]}, {runs} has {result}")
+    path.write_text(json.dumps(dict(sorted(known.items())), indent=0) + "\n")
+
+
+def effects(results: dict[str, dict]) -> list[Effect]:
+    """Every ablation with two or more pairs of a run and its base, with intervals of 95 %."""
     found = []
     for name, (what, _) in ABLATIONS.items():
-        seeds = [folder.name.rpartition("_seed")[2] for folder in runs.glob(f"{name}_seed*")
-                 if '"event": "final"' in (folder / "metrics.jsonl").read_text()]
-        pairs = [score_of(runs / f"{name}_seed{seed}") - score_of(runs / f"base_seed{seed}")
-                 for seed in sorted(seeds, key=int) if (runs / f"base_seed{seed}").exists()]
+        places = [key.removeprefix(f"{name}_seed") for key in results
+                  if key.startswith(f"{name}_seed")]
+        pairs = [results[f"{name}_seed{place}"]["val_bpb"] - base["val_bpb"]
+                 for place in sorted(places) if (base := results.get(f"base_seed{place}"))]
         if len(pairs) > 1:
             sign = -1 if name.startswith("with_") else 1
             found.append(Effect(name, what, [sign * pair for pair in pairs]))
@@ -184,8 +203,11 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("jobs").add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     verbs.add_parser("times").add_argument("--steps", type=int, default=20)
+    take = verbs.add_parser("collect")
+    take.add_argument("runs", type=Path)
+    take.add_argument("results", type=Path)
     show = verbs.add_parser("table")
-    show.add_argument("runs", type=Path)
+    show.add_argument("results", type=Path)
     show.add_argument("--times", type=Path)
     show.add_argument("--plot", type=Path)
     given = parser.parse_args()
@@ -193,10 +215,12 @@ def main() -> None:
         print_jobs(given.seeds)
     elif given.verb == "times":
         print(json.dumps(times(given.steps)))
+    elif given.verb == "collect":
+        collect(given.runs, given.results)
     else:
-        found = effects(given.runs)
+        found = effects(json.loads(given.results.read_text()))
         if not found:
-            raise SystemExit(f"{given.runs}: no ablation has two finished seeds and their base")
+            raise SystemExit(f"{given.results}: no ablation has two seeds and their base")
         print(table(found, json.loads(given.times.read_text()) if given.times else {}))
         if given.plot:
             draw(found, given.plot)

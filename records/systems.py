@@ -3,10 +3,13 @@
     python records/systems.py            write the file
     python records/systems.py --check    exit 1 if it is not what would be written
 
-What was published is data here; every value of ours is read from the presets.
+What was published is data here; every value of ours is read from the presets, every score from
+the newest entry of records/track_cpu_5min that was made with the preset and `mini`.
 """
 
 import argparse
+import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,7 +20,18 @@ from train_gpt import GPT, PRESETS, Config, show_setting
 
 PAGE = Path(__file__).resolve().parent / "SYSTEMS.md"
 SYSTEMS = ("pr1361", "pr569", "pr703", "pr334", "pr295")
+ENTRIES = PAGE.parent / "track_cpu_5min"
 SAME = "as published"
+
+# Steps, bits per byte of the artifact, bytes of code and artifact, as the pull requests state them.
+PUBLISHED = {
+    "pr1361": ("5,851", "1.12200 at stride 32 (seed 1337)", "15,877,304"),
+    "pr569": ("6,560 to 6,569", "1.11749 (mean of three seeds)", "15,943,643"),
+    "pr703": ("no log", "1.1176 (in its title)", "about 15.95 million (in its text)"),
+    "pr334": ("3,374, one H100 for 6,400 s", "never printed; 1.2207 in chunks before quantisation",
+              "16,182,081, over the limit"),
+    "pr295": ("6,457", "1.14771 (seed 42)", "15,935,368"),
+}
 
 # Line of the description; what each script had, in the order of SYSTEMS; settings that give it
 # here; what differs, for all systems or by system.
@@ -189,6 +203,32 @@ def parameters(cfg: Config) -> int:
         return sum(p.numel() for p in GPT(cfg).parameters())
 
 
+def results() -> list[str]:
+    """A table of published and of our small results; a dash where there is no entry yet."""
+    entries = {}
+    for path in sorted(ENTRIES.glob("*/submission.json")):  # by date: the newest one stays
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        entries[facts["settings"].get("PRESET")] = path.parent.name, facts
+    lines = [
+        "## Results", "",
+        "Published: on 8 H100, 600 s, FineWeb, unless said otherwise. Here: the same preset with "
+        "`mini`, 300 s on two CPU cores, the built-in corpus; the mean of three seeds, their "
+        "standard deviation in brackets. **The two are not comparable**: text, tokenizer, size of "
+        "the network and machine are others, so a score here says nothing about the published one, "
+        "and the order of the systems here nothing about their order at full size.", "",
+        "| system | published bpb | steps | bytes | bpb here | steps | bytes | entry |",
+        "|---|---|---|---|---|---|---|---|"]
+    for system, (steps, bpb, num_bytes) in PUBLISHED.items():
+        here = "- | - | - | none yet"
+        if f"{system},mini" in entries:
+            name, facts = entries[f"{system},mini"]
+            taken = statistics.fmean(seed["steps"] for seed in facts["seed_results"].values())
+            here = (f"{facts['val_bpb']:.5f} ({facts['val_bpb_std']:.5f}) | {taken:,.0f} | "
+                    f"{facts['bytes_total']:,} | [{name}]({ENTRIES.name}/{name})")
+        lines.append(f"| {system} | {bpb} | {steps} | {num_bytes} | {here} |")
+    return [*lines, ""]
+
+
 def page() -> str:
     """The text of SYSTEMS.md."""
     lines = [
@@ -198,7 +238,7 @@ def page() -> str:
         "script, README and metadata disagree. A row is one line of its published description: "
         "what was published, the settings that give it here with the values of the preset, and "
         "what differs. `PRESET=pr569 ./run.sh --plan` shows a system at full size, "
-        "`PRESET=pr569,mini ./run.sh` trains it on two CPU cores.", ""]
+        "`PRESET=pr569,mini ./run.sh` trains it on two CPU cores.", "", *results()]
     for index, system in enumerate(SYSTEMS):
         cfg, _ = Config.from_env({"PRESET": system})
         lines += [f"## {system}", "", f"{parameters(cfg):,} parameters at full size; "

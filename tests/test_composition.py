@@ -37,7 +37,7 @@ SIZES = {"model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "bigram_dim": 12, "
          "gptq_block_size": 8, "vocab_size": VOCAB_SIZE}
 CHOICES = {
     "num_layers": (3, 4, 5), "mlp_act": ("leaky2", "relu2"), "vrl_mode": ("off", "add", "mix"),
-    "backout_mode": ("none", "mid", "cache"), "skip_per_dim": (True, False),
+    "backout_mode": ("none", "mid", "cache"), "skip_per_dim": ("1", "0", "off"),
     "ln_scale": ("1", "0", "learned"), "bigram_vocab_size": (48, 0), "bigram_hash": ("xor", "sum"),
     "bigram_init": ("zero_embed", "zero_proj"), "smear_enabled": (True, False),
     "smear_bos_mask": (True, False), "bigram_bos_mask": (True, False), "ve_enabled": (True, False),

@@ -42,7 +42,8 @@ VARIANTS = {
     "2 layers": {"num_layers": 2, "xsa_last_n": 1, "ve_layers": "1"},
     "3 layers": {"num_layers": 3, "ve_layers": "0,2"}, "6 layers": {"num_layers": 6},
     "relu2": {"mlp_act": "relu2"}, "LN scale learned": {"ln_scale": "learned"},
-    "sum hash": {"bigram_hash": "sum"}, "scalar skips": {"skip_per_dim": False},
+    "sum hash": {"bigram_hash": "sum"}, "scalar skips": {"skip_per_dim": "0"},
+    "no skips": {"skip_per_dim": "off"},
     "sum hash unmasked": {"bigram_hash": "sum", "bigram_bos_mask": False},
     "VRL add": {"vrl_mode": "add", "ve_layers": "0,4"},
     "VRL mix": {"vrl_mode": "mix", "ve_layers": "0,4"},
@@ -178,7 +179,7 @@ def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
               if name.startswith(f"blocks.{layer}.")}
         attn, mlp = ({name.removeprefix(part): value for name, value in of.items()}
                      for part in ("attn.", "mlp."))
-        if layer >= cfg.num_layers // 2 and stack:
+        if layer >= cfg.num_layers // 2 and stack and cfg.skip_per_dim != "off":
             x = x + p["skip_weights"][layer - cfg.num_layers // 2] * stack.pop()
         scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale == "1" else 1
         seen = of["resid_mix"][0] * x + of["resid_mix"][1] * x0

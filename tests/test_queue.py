@@ -124,9 +124,11 @@ def test_a_stopped_queue_ends_its_job_and_goes_on_later(place, data):
     assert '"final"' not in (runs / "long" / "metrics.jsonl").read_text()
 
 
-def made_run(folder: Path, score: float) -> None:
+def made_run(folder: Path, score: float, machine: str = "a") -> None:
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(json.dumps({"event": "final", "val_bpb": score}) + "\n")
+    events = ({"event": "machine", "name": machine}, {"event": "source", "sha256": "5" * 64},
+              {"event": "summary", "steps": 600}, {"event": "final", "val_bpb": score})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def test_effects_are_paired_and_their_variance_is_pooled(tmp_path):
@@ -137,7 +139,9 @@ def test_effects_are_paired_and_their_variance_is_pooled(tmp_path):
         made_run(tmp_path / f"{name}_seed{seed}", score)
     (tmp_path / "ema_seed4").mkdir()  # begun, and without a base
     (tmp_path / "ema_seed4" / "metrics.jsonl").write_text("")
-    found = {effect.name: effect for effect in ablations.effects(tmp_path)}
+    results = ablations.finished(tmp_path)
+    results["ema_seed1 on b"] = results["ema_seed4 on a"] = {"val_bpb": 0.0}  # without a base
+    found = {effect.name: effect for effect in ablations.effects(results)}
     gained = {name: [(-1 if name.startswith("with_") else 1) * (scores[name, s] - scores["base", s])
                      for s in (1, 2, 3)] for name in names}
     deviation = np.sqrt(np.mean([statistics.variance(d) for d in gained.values()]))
@@ -151,6 +155,22 @@ def test_effects_are_paired_and_their_variance_is_pooled(tmp_path):
     assert "| +2.0 |" in text  # with XSA a step costs two milliseconds more
     ablations.draw(list(found.values()), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_results_are_collected_from_several_machines(tmp_path):
+    file = tmp_path / "results.json"
+    for machine, base, changed in (("a", 2.0, 2.125), ("b", 1.0, 1.25)):
+        made_run(tmp_path / machine / "base_seed1", base, machine)
+        made_run(tmp_path / machine / "xsa_seed1", changed, machine)
+        ablations.collect(tmp_path / machine, file)
+    ablations.collect(tmp_path / "a", file)  # again changes nothing
+    (effect,) = ablations.effects(json.loads(file.read_text()))
+    assert (effect.name, effect.differences) == ("xsa", [0.125, 0.25])
+    made_run(tmp_path / "other" / "base_seed1", 3.0, "a")
+    before = file.read_text()
+    with pytest.raises(SystemExit, match="base_seed1 on a is there"):
+        ablations.collect(tmp_path / "other", file)
+    assert file.read_text() == before
 
 
 def test_ablations_change_what_they_say(place, capsys):

@@ -30,7 +30,7 @@ TABLE = {
     "resid_mix_init": ("identity", "phase", "identity", "identity", "phase"),
     "backout_mode": ("none", "none", "cache", "none", "mid"),
     "tied_embed_init_std": (0.005,) * 5, "emb_svd_init": (False,) * 4 + (True,),
-    "proj_init": ("zero",) * 5, "skip_per_dim": (True,) * 5,
+    "proj_init": ("zero",) * 5, "skip_per_dim": ("1",) * 5,
     "train_seq_len": (2048, 2048, 2048, 1024, 2048), "eval_seq_len": (2048, 2048, 2048, 1024, 2048),
     "train_batch_tokens": (786432, 786432, 786432, 524288, 786432),
     "loader": ("sequential",) * 5, "matrix_lr": (0.025, 0.025, 0.026, 0.04, 0.02),
