@@ -1395,6 +1395,10 @@ def compare_text(a: dict, b: dict) -> str:
     if a["data"]["fingerprint"] != b["data"]["fingerprint"]:
         lines.insert(0, "warning: A and B were scored on different validation text; nothing below "
                         "means anything")
+    elif a["hardware"] != b["hardware"]:
+        lines.insert(0, f"warning: A ran on {a['hardware']}, B on {b['hardware']}: machines make "
+                        "different numbers of steps in the same time, and the difference has that "
+                        "in it")
     return "\n".join(line if line.startswith(" ") else textwrap.fill(line, 98) for line in lines)
 
 
@@ -1413,11 +1417,18 @@ def entries(root: Path) -> tuple[list[tuple[Path, dict]], list[tuple[Path, str]]
     return sorted(ranked, key=lambda pair: pair[1]["val_bpb"]), rest
 
 
+def mean_steps(claims: dict) -> float:
+    """Training steps of an entry, the mean of its seeds."""
+    return statistics.fmean(seed["steps"] for seed in claims["seed_results"].values())
+
+
 def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str]]) -> str:
     """records/README.md: one table a track and validation text."""
     lines = ["# Records", "", "Written by `python records/record.py board`. val_bpb: bits per "
              "byte of the validation text, mean of the seeds, less is better; std: how far the "
-             "seeds scatter (standard deviation); bytes: code and the largest artifact. Different "
+             "seeds scatter (standard deviation); steps: mean of the seeds; bytes: code and the "
+             "largest artifact. Time is what is limited, and a slow machine makes few steps in it: "
+             "only entries of one machine say which recipe is better. Different "
              "validation text is never ranked together. Each folder can be checked with "
              "`python records/record.py check FOLDER`.", ""]
     for track, rules in TRACKS.items():
@@ -1430,15 +1441,16 @@ def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str
                       f"`{rules['command']}`, then `python records/record.py new`.", ""]
         for fingerprint in sorted({claims["data"]["fingerprint"] for _, claims in mine}):
             rows = [(rank, f"[{c['name']}]({folder.relative_to(root)})", f"{c['val_bpb']:.5f}",
-                     f"{c['val_bpb_std']:.5f}", len(c["seeds"]), f"{c['bytes_total']:,}",
-                     f"{c['params']:,}", c["author"], c["date"])
+                     f"{c['val_bpb_std']:.5f}", len(c["seeds"]), f"{mean_steps(c):,.0f}",
+                     f"{c['bytes_total']:,}", f"{c['params']:,}", c["hardware"], c["author"],
+                     c["date"])
                     for rank, (folder, c) in enumerate(
                         (p for p in mine if p[1]["data"]["fingerprint"] == fingerprint), start=1)]
             data = next(c["data"] for _, c in mine if c["data"]["fingerprint"] == fingerprint)
             lines += [f"Text: {data['dataset']}, {data['val_bytes']:,} validation bytes, split "
                       f"{fingerprint[:12]}.", "",
-                      table(("", "entry", "val_bpb", "std", "seeds", "bytes", "parameters",
-                             "author", "date"), rows), ""]
+                      table(("", "entry", "val_bpb", "std", "seeds", "steps", "bytes",
+                             "parameters", "machine", "author", "date"), rows), ""]
     if found:
         lines += ["![Score against bytes](board.png)", ""]
     lines += ["[SYSTEMS.md](SYSTEMS.md) says what each preset is.", ""]

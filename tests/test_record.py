@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -855,7 +856,7 @@ def test_unpaired_as_welch() -> None:
 def claims_of(name: str, scores: list[float], fingerprint: str = "f") -> dict:
     mean = sum(scores) / len(scores)
     return {"name": name, "val_bpb": mean, "val_loss": 1.7 * mean,
-            "data": {"fingerprint": fingerprint},
+            "data": {"fingerprint": fingerprint}, "hardware": "1 x 2 threads (cpu)",
             "seed_results": {str(n): {"val_bpb": s, "val_loss": 1.7 * s}
                              for n, s in enumerate(scores)}}
 
@@ -874,6 +875,9 @@ def test_the_verdict_in_words() -> None:
     assert "A is better" in worse
     assert "p < 0.25: not met" in worse
     assert "different validation text" in record.compare_text(a, claims_of("X", [1.0, 1.2], "g"))
+    elsewhere = {**claims_of("New", [1.90, 2.001, 1.949]), "hardware": "1 x fast (cpu)"}
+    assert "A ran on 1 x 2 threads (cpu), B on 1 x fast" in record.compare_text(a, elsewhere)
+    assert "warning" not in text
     assert record.compare_text(a, a) == (
         "A and B are the same runs (Old, 3 seeds):\n"
         "a thing compared with itself is neither better nor worse.")
@@ -913,6 +917,8 @@ def test_board_ranks_within_one_text_only(made: Path, tmp_path: Path,
     ranked = re.findall(r"^\| (\d) \| \[(\w+)\]", page, re.M)
     assert ranked == [("1", "Good"), ("2", "Bad"), ("1", "Elsewhere")]
     assert "Nobody has run it yet" in page
+    steps = statistics.fmean(seed["steps"] for seed in claims["seed_results"].values())
+    assert page.count(f"| {steps:,.0f} | ") == page.count(f"| {claims['hardware']} | ") == 3
     for track, rules in record.TRACKS.items():
         assert rules["command"] in (root / track / "README.md").read_text()
     assert (root / "board.png").read_bytes()[:4] == b"\x89PNG"
