@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import pytest
 from conftest import TinyData
 from jobs import TRAINER, environment, events, launch, snapshot, tiny_job
 
-from train_gpt import PRESETS, Config, main
+from train_gpt import PRESETS, Config, main, processor
 
 STEPS = 20
 
@@ -84,12 +85,28 @@ SCORE = r"val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} .*eval_time:\d+ms$"
     r"Serialized model int6\+zstd: \d+ bytes$", r"Code size: \d+ bytes$",
     r"Total submission size int6\+zstd: \d+ bytes ", rf"final_int6_roundtrip_exact {SCORE}",
     rf"final_int6_sliding_window_exact {SCORE}", r"source sha256:[0-9a-f]{64} bytes:\d+$",
-    r"[* ] NUM_LAYERS +3 ", r"activity late_qat steps:3 of:20$", r"activity ema steps:20 of:20$",
+    r"machine device:cpu name:\d+ threads of \S.* world_size:1 ", r"[* ] NUM_LAYERS +3 ",
+    r"activity late_qat steps:3 of:20$", r"activity ema steps:20 of:20$",
     r"activity warmdown steps:9 of:20$", r"activity momentum_ramp steps:10 of:20$",
 ])
 def test_the_log_says_it_once_and_in_the_words_people_search_for(run: Finished,
                                                                  pattern: str) -> None:
     assert run.line(pattern)
+
+
+@pytest.mark.parametrize(("said", "named"), [
+    ("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: other\n", "Some CPU @ 2 GHz"),
+    ("BogoMIPS\t: 50\n", None), (OSError(), None)], ids=["named", "unnamed", "no file"])
+def test_a_processor_says_its_name(said: str | OSError, named: str | None,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> str:
+        assert path == Path("/proc/cpuinfo")
+        if isinstance(said, OSError):
+            raise said
+        return said
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert processor() == (named or platform.processor() or platform.machine())
 
 
 def test_metrics_hold_the_facts_of_the_log(run: Finished) -> None:
