@@ -65,7 +65,7 @@ TRACKS: dict[str, dict] = {
         "train_seconds": 300, "eval_seconds": 600, "seeds": 3, "artifact": True,
         "machine": r"(1 x [12]|2 x 1) threads( of .*)?", "machine_words": "two threads",
         "reasons": ("ran on ", "the text is not FineWeb"), "dataset": "docs_",
-        "command": "PRESET=mini ./run.sh"},
+        "command": "OMP_NUM_THREADS=2 PRESET=mini ./run.sh"},
     "track_non_record_16mb": {
         "title": "anything under 16 MB, not ranked as a record", "device": "", "seeds": 1,
         "train_seconds": math.inf, "eval_seconds": math.inf, "artifact": False, "dataset": "",
@@ -1432,13 +1432,13 @@ def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str
              "validation text is never ranked together. Each folder can be checked with "
              "`python records/record.py check FOLDER`.", ""]
     for track, rules in TRACKS.items():
-        lines += [f"## {rules['title']} (`{track}`)", ""]
+        lines += [f"## {rules['title']}", "", f"[Rules, how to make an entry]({track}/README.md) "
+                  f"(`{track}`).", ""]
         mine = [pair for pair in found if pair[1]["track"] == track]
         lines += [f"Not ranked: [{folder.name}]({folder.relative_to(root)}): {reason}.\n"
                   for folder, reason in rest if folder.parent.name == track]
         if not mine:
-            lines += [f"Nobody has run it yet. To be the first: three seeds of "
-                      f"`{rules['command']}`, then `python records/record.py new`.", ""]
+            lines += ["Nobody has run it yet.", ""]
         for fingerprint in sorted({claims["data"]["fingerprint"] for _, claims in mine}):
             rows = [(rank, f"[{c['name']}]({folder.relative_to(root)})", f"{c['val_bpb']:.5f}",
                      f"{c['val_bpb_std']:.5f}", len(c["seeds"]), f"{mean_steps(c):,.0f}",
@@ -1468,13 +1468,16 @@ Training and calibration: {train}; scoring: {score}; code and artifact: at most
 {LIMIT_BYTES:,} bytes; seeds: {rules['seeds']} or more; machine: \
 {rules.get('machine_words', 'any')}; data: {rules['dataset'] + '*' if rules['dataset'] else 'any'}.
 
-    SEED=$SEED {rules['command']}
-    python records/record.py new RUN... --name Name --author You --github-id you \\
-        --blurb "What is new." --track {track}
+At the root of the repository:
 
-the first once for each seed, here at the root of the repository. [Entries](../README.md).
-`python records/pack.py train_gpt.py packed/train_gpt.py` makes a smaller file that runs the same;
-it counts where it is the file that ran.
+    for SEED in 1 2 3; do SEED=$SEED RUN_ID=mine_$SEED {rules['command']}; done
+    python records/record.py new runs/mine_* --name Name --author You --github-id you \\
+        --blurb "What is new." --track {track} [--base ENTRY_IT_BUILDS_ON]
+    python records/record.py board
+
+[Entries](../README.md). `python records/pack.py train_gpt.py packed/train_gpt.py` makes a smaller
+file that runs the same (`python packed/train_gpt.py`, settings as above); its size counts where it
+is the file that ran.
 """
 
 

@@ -238,11 +238,16 @@ def page() -> str:
         "script, README and metadata disagree. A row is one line of its published description: "
         "what was published, the settings that give it here with the values of the preset, and "
         "what differs. `PRESET=pr569 ./run.sh --plan` shows a system at full size, "
-        "`PRESET=pr569,mini ./run.sh` trains it on two CPU cores.", "", *results()]
+        "`PRESET=pr569,mini ./run.sh` trains it on two CPU cores. Of the forms of sliding windows, "
+        "S1 starts one at every stride and cuts the last ones short, S3 has full windows only, the "
+        "last one anchored at the end of the text; both score the last `stride` targets of each "
+        "window, so that some targets count twice. S2 is what the exact cover is here.", "",
+        *results()]
     for index, system in enumerate(SYSTEMS):
         cfg, _ = Config.from_env({"PRESET": system})
         lines += [f"## {system}", "", f"{parameters(cfg):,} parameters at full size; "
-                  f"{len(PRESETS[system])} settings differ from the defaults or are stated.", "",
+                  f"the preset sets {len(PRESETS[system])} settings, all others keep their "
+                  "defaults.", "",
                   "| line | published | here | difference |", "|---|---|---|---|"]
         for item, published, names, note in ROWS:
             ours = ", ".join(f"`{name}={show_setting(getattr(cfg, name.lower()))}`"
