@@ -88,7 +88,9 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     adam = sum(p.numel() for g in groups if g["optimizer"] == "adam" for p in g["params"])
     stacks = Counter((g["route"], p.shape) for g in groups if g["optimizer"] == "muon"
                      for p in g["params"])
-    muon = sum(-(-n // ranks) * shape.numel() for (_, shape), n in stacks.items())  # a rank's part
+    sharers = ranks if cfg.muon_parallel else 1
+    muon = sum(-(-n // sharers) * shape.numel() for (_, shape), n in stacks.items())  # a rank's
+    everywhere = adam if cfg.muon_parallel else adam + muon  # all-reduced
     tokens, row, attention = cfg.train_batch_tokens, cfg.train_seq_len, step["attention"]
     work = step["products"] + attention
     rows = min(cfg.micro_batch_seqs or 98_304 // row or 1, -(-cfg.rows_per_step // ranks))
@@ -112,8 +114,9 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
           f"{1e3 * seconds:.4g} ms a step, {steps:,} steps, {steps * tokens / 1e9:.3g} B tokens"
     yield "memory a GPU, MiB: " + ", ".join(f"{k} {n / 2**20:,.0f}" for k, n in memory.items()) + \
           f", in all {sum(memory.values()) / 2**20:,.0f} (published, compiled: 18,873 to 23,629)"
-    yield f"a rank sends, a step: {4 * muon * (ranks - 1):,} bytes reduce-scattered, " \
-          f"{2 * muon * (ranks - 1):,} gathered, {8 * adam * (ranks - 1) // ranks:,} all-reduced"
+    yield f"a rank sends, a step: {4 * muon * (sharers - 1):,} bytes reduce-scattered, " \
+          f"{2 * muon * (sharers - 1):,} gathered, " \
+          f"{8 * everywhere * (ranks - 1) // ranks:,} all-reduced"
     yield f"artifact, predicted: {size:,.0f} +- {size * FITTED['error']:,.0f} bytes, and code " \
           f"{code_bytes:,}, of {limit:,}; {limit - size - code_bytes:,.0f} left"
     yield f"{'warning: ' * (least > target)}no clips leave less than {least:,.0f}, of {target:,}"

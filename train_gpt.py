@@ -87,6 +87,11 @@ def knob(default, accepts: tuple, doc: str):
     return field(default=default, metadata={"accepts": accepts, "doc": doc})
 
 
+# What reading a stranger's JSON and lengths may raise.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+             struct.error)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run, checked; the defaults are the recommended combination."""
@@ -253,10 +258,11 @@ class Config:
             (self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
              <= MAX_BATCH_TOKENS, "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
              f"at most {MAX_BATCH_TOKENS:,} tokens"),
-            (all(int(n) < layers for role in self.bits_by_role for n in re.findall(r"\d+", role)),
-             "BITS names a layer beyond NUM_LAYERS"),
-            (all(int(n) < layers for role in self.sigmas_by_role for n in re.findall(r"\d+", role)),
-             "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
+            *((all(int(n) < layers for role in given for n in re.findall(r"\d+", role)),
+               f"{name} names a layer beyond NUM_LAYERS") for name, given in (
+                   ("BITS", self.bits_by_role), ("CLIP_SIGMAS", self.sigmas_by_role))),
+            (self.artifact_target_bytes <= self.artifact_limit_bytes,
+             "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
@@ -322,6 +328,8 @@ class Config:
                 values[setting] = value
         for name, text in given.items():
             values[known[name].name] = parse_setting(name, text, known[name])
+        if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
+            values["warmdown_frac"] = 0.0  # a preset's share gives way to what was asked for
         return cls(**values), notes
 
     def listing(self) -> Iterator[str]:
@@ -502,7 +510,7 @@ def show_setting(value: object) -> str:
 # =================================================================================================
 # Run
 # What a process is and what a run leaves behind. Every decision that ranks must share goes
-# through agree(), every sum through add_up(); with one process both do nothing.
+# through agree(), every sum through add_up() or scatter_sum(); with one process they do nothing.
 # =================================================================================================
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -557,15 +565,19 @@ class Run:
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> "Iterator[Run]":
         """Open the process group that torchrun's environment describes, if any; close it after."""
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world_size, here = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
         device = torch.device("cpu")
         if torch.cuda.is_available():
+            if here > (gpus := torch.cuda.device_count()):
+                raise Refusal(f"{here} processes on this host, but it has {gpus} GPU(s): start one "
+                              "process for each (--nproc_per_node)")
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         elif torch.backends.mps.is_available() and world_size == 1:
             device = torch.device("mps")
-        elif (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1 and \
-                os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ:
+        elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and \
+                "MKL_NUM_THREADS" not in os.environ:
             # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
         store = None
@@ -578,7 +590,7 @@ class Run:
                               f"({said}); torchrun sets up all that they need") from None
             if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
                 # Its store outlives a restart: what dead processes left there must not be found.
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                     rank=rank, world_size=world_size,
                                     timeout=timedelta(seconds=cfg.watchdog_seconds))
@@ -686,11 +698,7 @@ class Run:
 
     def waiter(self, result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
         """A function that waits for `result`; waiting again costs nothing."""
-        @functools.cache
-        def wait() -> Tensor:
-            work.wait()
-            return result
-        return wait
+        return functools.cache(lambda: (work.wait(), result)[1])
 
     def check_replicas(self, model: nn.Module, step: int) -> None:
         """Raise RuntimeError unless all ranks hold the same weights, by a sum of their bits."""
@@ -725,9 +733,18 @@ class Run:
             torch.cuda.synchronize()
 
     def put(self, x: Tensor) -> Tensor:
-        """`x` on the run's device, without waiting for the copy."""
-        pinned = x.pin_memory() if self.device.type == "cuda" else x
+        """`x` of the host on the run's device, without waiting for the copy."""
+        # What is not contiguous would go by way of memory that is not pinned, and be waited for.
+        pinned = x.contiguous().pin_memory() if self.device.type == "cuda" else x
         return pinned.to(self.device, non_blocking=True)
+
+    def fetch(self, x: Tensor) -> Callable[[], list[float]]:
+        """Start to copy `x` to the host; what waits for that, and for no later work, gives it."""
+        if self.device.type != "cuda":
+            return x.tolist
+        host, done = x.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record()
+        return lambda: (done.synchronize(), host.tolist())[1]  # type: ignore[func-returns-value]
 
     def share(self, content: bytes, source: int = 0) -> bytes:
         """A rank's bytes, on every rank, whether or not they share a file system."""
@@ -747,11 +764,10 @@ class Run:
     def claim(self, folder: Path) -> None:
         """Rank 0: take the folder for this process; raises Refusal if it is another run's."""
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=self.cfg.resume)
         except FileExistsError:
-            if not self.cfg.resume:
-                raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
-                              "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
+            raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
+                          "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
         ours, paths = asdict(self.cfg), (folder / "settings.json", folder / "train_gpt.py")
         theirs = json.loads(paths[0].read_bytes()) if paths[0].is_file() else ours
         for name in sorted(ours.keys() - NOT_OF_THE_RESULT):
@@ -1016,7 +1032,7 @@ def read_sidecar(folder: str) -> dict:
         facts["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()  # one name for them
         if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except MALFORMED:
         pass
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
@@ -1772,14 +1788,14 @@ def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
 
 def make_forward(run: Run) -> Forward:
     """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
+    torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may leave ten
     return torch.compile(training_nats, fullgraph=True, dynamic=False) if run.compiled \
         else training_nats
 
 
 def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
     """This rank's rows of a step's global batch, as (first row, number of rows)."""
-    first = run.rank * cfg.rows_per_step // run.world_size
-    last = (run.rank + 1) * cfg.rows_per_step // run.world_size
+    first, last = (n * cfg.rows_per_step // run.world_size for n in (run.rank, run.rank + 1))
     size = run.micro_batch_rows
     return [(start, min(size, last - start)) for start in range(first, last, size)]
 
@@ -1815,12 +1831,11 @@ def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[l
 
 def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) -> Tensor:
     """Norm of each group's gradient, whoever holds its parts."""
-    shared = [run.sharers > 1 and isinstance(opt, Muon) for opt in optimizers
-              for _ in opt.param_groups]
-    squares = torch.stack([torch.nn.utils.get_total_norm(group) for group in gradients]).square()
-    if any(shared):  # what every rank holds whole is counted on one
-        squares = torch.stack([square if part or run.is_main else torch.zeros_like(square)
-                               for square, part in zip(squares, shared, strict=True)])
+    shared = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
+    squares = torch.stack([  # what every rank holds whole is counted on one
+        torch.nn.utils.get_total_norm(group).square() * (part or run.is_main or run.sharers == 1)
+        for group, part in zip(gradients, shared, strict=True)])
+    if run.sharers > 1:
         run.add_up([squares])
     return squares.sqrt()
 
@@ -1867,17 +1882,17 @@ def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None
 
 def fit_micro_batch(forward: Forward, model: GPT, rows: TrainingRows, moment: Moment,
                     run: Run) -> None:
-    """Halve the rows of a forward until every rank's memory holds them.
+    """Halve the rows of a forward until every rank's memory holds them and what training keeps.
 
     Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
     """
     cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.world_size)
     while True:
-        try:
+        failed = 1.0
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
             backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
             failed = 0.0
-        except torch.OutOfMemoryError:
-            failed = 1.0
         model.zero_grad(set_to_none=True)
         if not run.agree(failed, "most"):
             return
@@ -1963,8 +1978,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
     scored = timed(lambda: forward(model, *whole)[0].sum().item())
     if 0 < strip < T:
-        ids, targets, places = sliding
-        scored = timed(lambda: forward(model, ids, targets, places=places)[0].sum().item())
+        scored = timed(lambda: forward(model, *sliding[:2], places=sliding[2])[0].sum().item())
     return (timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf, run)),
             scored * cfg.eval_batch_seqs / run.scored_rows)
 
@@ -2060,8 +2074,7 @@ class Training:
                                  "there")
 
 
-def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
-          run: Run) -> GPT:
+def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
     """Train until the budget less the reserve ends; returns the averaged model."""
     cfg, run.phase, model, schedule = run.cfg, "training", state.model, state.schedule
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
@@ -2080,6 +2093,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     pending = None
                 state.save(seconds)
                 state.stop(asked)
+                seconds = run.agree(run.training_clock.elapsed())
             qat_started, before = schedule.qat, share_of_run(cfg, step - 1, schedule.last_seconds)
             moment = schedule.at(step, seconds)
             if moment.done:
@@ -2104,11 +2118,11 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 log_step(*pending, step, seconds, groups, run)
             if (step + 1) % REPLICA_CHECK_STEPS == 0:
                 run.check_replicas(model, step + 1)
-            pending, state.step = (stats, moment, qat_starts), step + 1
+            pending, state.step = (run.fetch(stats), moment, qat_starts), step + 1
             bar.update((state.step if cfg.step_driven else seconds) - bar.n)
         if pending is not None:
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
-        state.save(run.agree(run.training_clock.elapsed()))
+    state.save(run.agree(run.training_clock.elapsed()))  # off the clock: training has ended
     run.phase = "calibration"  # a signal ends the run at once from here on
     state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
@@ -2123,10 +2137,10 @@ def share_of_run(cfg: Config, step: int, seconds: float) -> float:
     return step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
 
 
-def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
-             groups: list[dict], run: Run) -> None:
+def log_step(stats: Callable[[], list[float]], moment: Moment, show: bool, step: int,
+             seconds: float, groups: list[dict], run: Run) -> None:
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
-    loss, *norms = stats.tolist()
+    loss, *norms = stats()
     refuse_non_finite([loss, *norms], step, groups)
     cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
     due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
@@ -2370,11 +2384,11 @@ def hessian_source(name: str) -> str:
 def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
     """A batch the model draws itself after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((CALIBRATION_ROWS, 1), BOS, device=device)
-    while ids.size(1) < seq_len:
-        p = torch.softmax(model.logits(model.hidden(ids)[:, -1:])[:, 0] / TEMPERATURE, dim=-1)
-        drawn = torch.multinomial(p.cpu(), 1, generator=generator)
-        ids = torch.cat([ids, drawn.to(device)], dim=1)
+    ids = torch.full((CALIBRATION_ROWS, seq_len), BOS)
+    for at in range(1, seq_len):  # whole rows: their length sets the rotary base
+        logits = model.logits(model.hidden(ids.to(device))[:, at - 1 : at])[:, 0]
+        p = torch.softmax(logits / TEMPERATURE, dim=-1).cpu()
+        ids[:, at] = torch.multinomial(p, 1, generator=generator)[:, 0]
     return ids
 
 
@@ -2387,21 +2401,18 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
     another could end after `deadline` seconds of its clock. The matrix that makes logits is among
     them only with QUANT_CLIP=std.
     """
-    head = "tok_emb" if model.lm_head is None else "lm_head"
-    linears = {name: module for name, module in model.named_modules()
-               if name == head or isinstance(module, Linear)}
-    names = [name for name, module in linears.items()
-             if bits_of(model.cfg, f"{name}.weight", module.weight)
-             and (name != head or model.cfg.quant_clip == "std")]
-    sums = {name: torch.zeros(2 * [linears[name].weight.size(1)], device=run.device)
-            for name in map(hessian_source, names)}
+    head = "" if model.cfg.quant_clip != "std" else "lm_head" if model.lm_head else "tok_emb"
+    sums = {hessian_source(name): torch.zeros(2 * [module.weight.size(1)], device=run.device)
+            for name, module in model.named_modules()
+            if (name == head != "" or (isinstance(module, Linear) and name != "lm_head"))
+            and bits_of(model.cfg, f"{name}.weight", module.weight)}
     seen = torch.zeros(1, device=run.device)
 
     def add(name: str, x: Tensor) -> None:
         x = x.flatten(0, -2).float()
         sums[name].addmm_(x.T, x)
 
-    hooks = [linears[name].register_forward_pre_hook(
+    hooks = [model.get_submodule(name).register_forward_pre_hook(
         lambda module, inputs, name=name: add(name, inputs[0])) for name in sums.keys() - {head}]
     rounds = range(run.rank, num_batches + run.rank, run.world_size)  # as many on every rank
     for batch in run.progress("calibrating", iterable=rounds, unit="batch"):
@@ -2454,14 +2465,7 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
     used = run.agree(run.training_clock.elapsed())
     run.log("gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms", "calibrated",
             source=cfg.gptq_calib, tokens=run.calibration_tokens, ms=1e3 * used)
-    if used > cfg.max_wallclock_seconds and not cfg.step_driven:
-        run.mark_ineligible(f"training and calibration took {used:.1f} s")
     return hessians
-
-
-def magnitude_pruned(W: Tensor, share: float) -> Tensor:
-    """W (r, c) with the entries below its `share` quantile of magnitude set to zero."""
-    return torch.where(W.abs() < row_quantile(W.abs().flatten()[None], share), 0.0, W)
 
 
 def prune_integers(stored: dict[str, Stored], share: float) -> int:
@@ -2494,23 +2498,22 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
-            W = magnitude_pruned(W, cfg.prune_frac)
+            W = W.masked_fill(W.abs() < row_quantile(W.abs().view(1, -1), cfg.prune_frac), 0.0)
         H = hessians.get(hessian_source(name.removesuffix(".weight")))
         how = bits, cfg, sigmas_of(cfg, name, factor)
         if not bits:
-            result = Stored(W.half())
+            made = Stored(W.half())
         elif H is None:
-            result = int8_rows(W) if bits == 8 and cfg.quant_clip != "std" \
+            made = int8_rows(W) if bits == 8 and cfg.quant_clip != "std" \
                 else round_to_nearest(W, *how)
         else:
             H = H.to(device)
             try:
-                result = solve(W, H, *how)
+                made = solve(W, H, *how)
             except torch.linalg.LinAlgError:
-                result, fallbacks = round_to_nearest(W, *how), fallbacks + 1
-            objective += weighted_error(W, result, H)
-        scale = None if result.scale is None else result.scale.cpu()
-        stored[name] = Stored(result.values.cpu(), scale)
+                made, fallbacks = round_to_nearest(W, *how), fallbacks + 1
+            objective += weighted_error(W, made, H)
+        stored[name] = Stored(made.values.cpu(), None if made.scale is None else made.scale.cpu())
     low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
     if cfg.prune_pct and low:
         run.log("prune:zeroed {zeroed} of {of} integers below 8 bits", "pruned",
@@ -2544,7 +2547,8 @@ SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codec
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
     """What rebuilding the model and repeating the evaluation takes."""
-    settings = {name.upper(): show_setting(getattr(cfg, name)) for name in HEADER_SETTINGS}
+    values = ((name.upper(), getattr(cfg, name)) for name in HEADER_SETTINGS)
+    settings = {name: v if isinstance(v, str) else show_setting(v) for name, v in values}
     return {"settings": settings, "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
 
 
@@ -2589,7 +2593,7 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
             reader = brotli_codec().Decompressor()
             body = reader.process(packed, output_buffer_limit=size + 1)
             whole = reader.is_finished()
-    except broken[codec] as error:
+    except broken.get(codec, ()) as error:
         raise Refusal(f"the artifact's body does not decompress ({error})") from None
     if len(body) != size or not whole:
         raise Refusal("the artifact's body does not end where its prelude says")
@@ -2599,9 +2603,8 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
     """The artifact's bytes; the same header and tensors always give the same bytes."""
     # The same matrix of all layers side by side compresses best.
-    names = sorted(stored, key=lambda name: (re.sub(r"\d+", "", name),
-                                             [int(digits) for digits in re.findall(r"\d+", name)]))
-    ordered = {name: stored[name] for name in names}
+    ordered = {name: stored[name] for name in sorted(stored, key=lambda name: (
+        re.sub(r"\d+", "", name), [*map(int, re.findall(r"\d+", name))]))}
     tensors = [[name, int(s.scale is not None), *s.values.shape] for name, s in ordered.items()]
     text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
     integers = [s.values for s in ordered.values() if s.scale is not None]
@@ -2638,7 +2641,7 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a setting or fingerprint is not text")
         return header, cut_payload(body, 4 + header_bytes, header["tensors"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except MALFORMED as error:
         raise Refusal("the artifact's header is malformed "
                       f"({type(error).__name__}: {error})") from None
 
@@ -2675,7 +2678,10 @@ def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str
     if wrong := sorted({name.upper() for name in HEADER_SETTINGS} ^ set(header["settings"])):
         raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
                       f"{wrong[0]!r} is not here or missing there")
-    return Config.from_env({**header["settings"], **env})
+    given, notes = translate_names(env, {f.name.upper(): f for f in fields(Config)})
+    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(given)):
+        raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
+    return Config.from_env({**header["settings"], **given})[0], notes
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -2740,9 +2746,8 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
     target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     fixed = len(run.source) + sum(len(p) if bits_of(cfg, name, p) else p.numel()
                                   for name, p in model.named_parameters())
-    total = coarsest = fixed + LEAST_CODED * estimated_bytes(model, 1.0)
-    if std:  # percentile clips have no coarser ones
-        coarsest = fixed + LEAST_CODED * estimated_bytes(model, 2.0 ** SOLVER_OCTAVES[1])
+    total, coarsest = (fixed + LEAST_CODED * estimated_bytes(model, 2.0**octaves)
+                       for octaves in (0.0, std * SOLVER_OCTAVES[1]))  # percentiles: none coarser
     run.log("size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} "
             "target:{target}", "size_foreseen", step=step, total=total, coarsest=coarsest,
             target=target)
@@ -2938,6 +2943,7 @@ class Adapter:
         self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.forward, self.model, self.val, self.run, self.seconds = forward, model, val, run, 0.0
+        run.occasions["ttt"] = 0  # one chunk leaves it none
 
     def after_chunk(self, chunk: int, num_chunks: int, elapsed: float) -> None:
         """score_first: learn from the chunk just scored, unless scoring the rest needs the time."""
@@ -2952,6 +2958,7 @@ class Adapter:
         start, size = time.perf_counter(), cfg.ttt_chunk_tokens
         for _ in range(cfg.ttt_epochs):
             self.learn(chunk * size, done * size, cfg.ttt_lr * cosine, math.inf)
+        run.settle()
         self.seconds += time.perf_counter() - start
         run.activity["ttt"] += 1
 
@@ -2998,8 +3005,8 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool 
 def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forward: Forward,
                    run: Run, diagnostics: bool) -> list[EvalResult]:
     """Score the model rebuilt from an artifact; the last is the headline, which is timed."""
-    run.phase, results, label = "scoring the artifact", [], grid_label(cfg, stored)
-    model, stride, ttt = rebuild_model(cfg, stored, run), cfg.eval_stride, cfg.ttt_mode
+    run.phase, results, model = "scoring the artifact", [], rebuild_model(cfg, stored, run)
+    label, stride, ttt = grid_label(cfg, stored), cfg.eval_stride, cfg.ttt_mode
     adapter = None if ttt == "off" else Adapter(forward, model, val, run)
     chunked = ("artifact_chunked", f"final_{label}_roundtrip_exact")
 
@@ -3140,6 +3147,8 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     run.log("peak memory resident: {mib:.0f} MiB", "memory",
             mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    if (used := run.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
+        run.mark_ineligible(f"training and calibration took {used:.1f} s")
     run.log("eligible:{eligible} {reasons}", "eligibility", eligible=int(not run.ineligible),
             reasons="; ".join(run.ineligible))
     run.log("params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
@@ -3217,8 +3226,6 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
     """Score an artifact again: the model comes from its header alone."""
-    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(env)):
-        raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
     cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)

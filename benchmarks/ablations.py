@@ -9,9 +9,9 @@
 
 Runs are step-driven, so that all see the same tokens whatever a step costs; what it costs is
 measured apart, by `times`, on a quiet machine. An effect is the headline score (bits per byte of
-the artifact) without the technique minus with it, paired by seed and machine: above zero the
-technique helps. Its interval takes one variance for all ablations, pooled from their paired
-differences: three seeds are too few for a variance of their own.
+the artifact) without the technique minus with it, paired by seed, on one machine with one
+train_gpt.py: above zero the technique helps. Its interval takes one variance for all ablations,
+pooled from their paired differences: three seeds are too few for a variance of their own.
 """
 
 import argparse
@@ -115,16 +115,19 @@ def collect(runs: Path, path: Path) -> None:
 
 
 def effects(results: dict[str, dict]) -> list[Effect]:
-    """Every ablation with two or more pairs of a run and its base, with intervals of 95 %."""
+    """Every ablation with two or more seeds that have a base alike, with intervals of 95 %."""
     found = []
     for name, (what, _) in ABLATIONS.items():
-        places = [key.removeprefix(f"{name}_seed") for key in results
-                  if key.startswith(f"{name}_seed")]
-        pairs = [results[f"{name}_seed{place}"]["val_bpb"] - base["val_bpb"]
-                 for place in sorted(places) if (base := results.get(f"base_seed{place}"))]
+        pairs: dict[str, list[float]] = {}  # by seed; machines of one seed are no new evidence
+        for key in sorted(key for key in results if key.startswith(f"{name}_seed")):
+            place, mine = key.removeprefix(f"{name}_seed"), results[key]
+            base = results.get(f"base_seed{place}")
+            if base and all(base[same] == mine[same] for same in ("steps", "source")):
+                pairs.setdefault(place.split()[0], []).append(mine["val_bpb"] - base["val_bpb"])
         if len(pairs) > 1:
             sign = -1 if name.startswith("with_") else 1
-            found.append(Effect(name, what, [sign * pair for pair in pairs]))
+            found.append(Effect(name, what, [sign * statistics.fmean(pairs[seed])
+                                             for seed in sorted(pairs, key=int)]))
     freedom = sum(len(e.differences) - 1 for e in found)
     variance = sum(statistics.variance(e.differences) * (len(e.differences) - 1)
                    for e in found) / max(1, freedom)

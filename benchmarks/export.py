@@ -23,7 +23,8 @@ from train_gpt import CALIBRATION_ROWS, GPT, Config, Run, show_setting
 
 def environment_of(settings: dict[str, object]) -> dict[str, str]:
     """Settings as one would write them in the environment."""
-    return {name.upper(): show_setting(value) for name, value in settings.items() if value != ""}
+    return {name.upper(): value if isinstance(value, str) else show_setting(value)
+            for name, value in settings.items()}
 
 
 def settings(text: str) -> dict[str, str]:

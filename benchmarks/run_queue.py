@@ -5,9 +5,10 @@
 A line of JOBS.txt is a name and settings, as in `best_seed1 PRESET=mini SEED=1 MLP_MULT=4`; what
 follows a # is left out, quotation marks are a shell's. A job's run is RUNS_FOLDER/<name>, its
 console output RUNS_FOLDER/<name>.out. A run whose metrics hold the final score is finished and
-never run again; one that was cut off is moved to RUNS_FOLDER/unfinished/ and begun anew, since a
-resumed run cannot stand in a record. --at-once gives each of several jobs its share of the cores;
-only step-driven jobs may run so, since jobs beside each other slow each other down.
+never run again, though it be over its byte limit, which is said; one that was cut off is moved to
+RUNS_FOLDER/unfinished/ and begun anew, since a resumed run cannot stand in a record. --at-once
+gives each of several jobs its share of the cores; only step-driven jobs may run so, since jobs
+beside each other slow each other down.
 
 Every job is looked at before the first one starts. Exit 0: all finished; 1: some failed; 2: the
 list is wrong.
@@ -140,9 +141,18 @@ def score_of(folder: Path) -> str:
     return f"{last['val_bpb']:.5f} bpb" if "val_bpb" in last else "done"
 
 
+def bytes_over(folder: Path) -> int:
+    """By how much a finished run's code and artifact are over ARTIFACT_LIMIT_BYTES."""
+    events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return -next(event["left"] for event in events if event["event"] == "artifact")
+
+
 def work(jobs: list[Job], runs: Path, at_once: int) -> int:
     """Run what is not finished; returns the exit code."""
     left = [job for job in jobs if not job.finished(runs)]
+    for job in jobs:
+        if job not in left and (over := bytes_over(job.folder(runs))) > 0:
+            tqdm.write(f"{job.name}: finished, {over:,} bytes over its limit")
     sources = {sha256_of(job.folder(runs) / "train_gpt.py") for job in jobs if job not in left}
     if sources - {sha256_of(ROOT / "train_gpt.py")}:
         tqdm.write("warning: some finished runs are of another train_gpt.py than this one")
@@ -183,6 +193,8 @@ def main(arguments: list[str]) -> int:
     try:
         jobs, runs = read_jobs(given.jobs), given.runs.resolve()
         timed = [job.name for job in jobs if not job.config.step_driven]
+        if given.at_once < 1:
+            raise Refusal(f"--at-once {given.at_once}: expected 1 or more")
         if given.at_once > 1 and timed:
             raise Refusal(f"{timed[0]} is driven by the clock: such jobs run one at a time")
         if given.dry:

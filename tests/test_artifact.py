@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,8 @@ def test_rows_are_restored_with_their_own_scale() -> None:
     Config(), SMALL,
     Config(logit_softcap=0.1 + 17, rope_base=1e9, tie_embeddings=False, mlp_mult=1 / 3,
            bits="mlp:fp16,attn:2,emb:8,aux:4", eval_stride=0, eval_truncate=True, ve_layers="10,9"),
-], ids=["defaults", "small", "odd"])
+    Config(ve_layers="", bits="mlp:6,\tattn:6, emb:8,aux:8"),
+], ids=["defaults", "small", "odd", "texts that are not printed as they are"])
 def test_the_header_rebuilds_model_and_evaluation_settings(cfg: Config) -> None:
     header, _ = decode_artifact(encode_artifact(artifact_header(cfg, SPLIT), {}))
     read, notes = Config.from_env(header["settings"])
@@ -194,6 +195,7 @@ NAN, INF = struct.pack("<e", np.nan), struct.pack("<e", np.inf)
     (with_tensors(["w", 0, 0, 10**30]), b""),
     (with_tensors(["w", 0, 0, 1 << 62]), b""),
     (with_tensors(["w", 1, 0, 10**30]), b""),
+    (with_tensors(*([f"w{n}", 1, 1 << 28, 1 << 28] for n in range(128))), b""),
     (with_tensors(["w", 0, 1], ["w", 0, 1]), ONE * 2),
     (with_tensors(["w", 0, 1]), NAN), (with_tensors(["w", 0, 1]), INF),
     (with_tensors(["w", 1, 1, 1]), b"\1" + NAN), (with_tensors(["w", 1, 1, 1]), b"\1" + INF),
@@ -425,6 +427,39 @@ def test_an_artifact_with_wrong_settings_exits_2(wrong: dict, said: str, tmp_pat
     out, err = capfd.readouterr()
     assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
     assert said in err.replace("'", "")
+
+
+def test_a_name_of_two_lines_is_refused_as_another_model(tiny_data: TinyData, tmp_path: Path,
+                                                         capfd) -> None:
+    val = train_gpt.load_validation(train_gpt.Config.from_env(tiny_data.env)[0])
+    cfg = Config(**{**vars(SMALL), "vocab_size": int(tiny_data.env["VOCAB_SIZE"])})
+    stored = {**small_tensors(), "blocks\n0": Stored(torch.ones(3).half())}
+    (tmp_path / "a.bin").write_bytes(encode_artifact(artifact_header(cfg, val), stored))
+    paths = {name: tiny_data.env[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    with environment(**paths):
+        assert main(["--eval", str(tmp_path / "a.bin")]) == 2
+    assert "not those of the model" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"TTT_ENABLED": "0"}, "no validation split"), ({"TTT_MODE": "off"}, "no validation split"),
+    ({"VRL": "0"}, "VRL_MODE is set, but the artifact says"),
+    ({"NUM_LAYERS": "3"}, "NUM_LAYERS is set, but the artifact says")])
+def test_what_is_given_is_seen_apart_from_what_the_header_says(
+        given: dict, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An old name of an evaluation setting overrides it; one of a model setting cannot."""
+    cfg = replace(SMALL, ttt_mode="score_first", ttt_freeze_blocks=0)
+    (tmp_path / "a.bin").write_bytes(encode_artifact(artifact_header(cfg, SPLIT), small_tensors()))
+    with environment(**given):
+        assert main(["--eval", str(tmp_path / "a.bin")]) == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [b"", b"text"])
+def test_a_brotli_artifact_without_brotli_says_what_is_missing(
+        wrong: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    assert "needs the Python package brotli" in refused(lambda: decompress(wrong, "brotli", 4))
 
 
 @pytest.mark.parametrize(("known", "said"), [

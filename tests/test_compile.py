@@ -118,6 +118,17 @@ def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: T
     assert not COUNTERS["graph_break"]
 
 
+def test_more_shapes_than_a_compiler_expects_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halved micro-batches, QAT, chunks, windows and adaptation have a graph each."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    cfg = Config(**{**SIZES, "num_layers": 1, "xsa_last_n": 1, "ve_layers": "0", "rope_dims": 4})
+    forward, model = make_forward(compiled_run(cfg)), GPT(cfg)
+    for rows in range(1, 15):
+        ids = random_ids(cfg, rows, 9)
+        forward(model, ids[:, :-1], ids[:, 1:])
+    assert graphs() == 14
+
+
 # One block, compiled for all layers on a CPU.
 
 

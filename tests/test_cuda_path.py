@@ -46,6 +46,7 @@ from train_gpt import (
     orthogonalize,
     pick_attention,
     route_parameters,
+    sample_rows,
     score_windows,
     sdpa_attention,
     train_step,
@@ -468,6 +469,40 @@ def test_calibration_on_cuda(system: str, where: str) -> None:
         hessians = collect_hessians(model, lambda n: ids, 1, math.inf, run)
     assert {(H.dtype, H.device.type, H.size(0)) for H in hessians.values()} == {
         (FP32, "cuda", width) for width in (cfg.model_dim, cfg.mlp_dim)}  # others stay fp16
+
+
+def test_rows_are_pinned_whole() -> None:
+    """What is not contiguous is copied by way of memory that is not pinned, and waited for."""
+    pinned, rows = [], torch.arange(34).view(2, 17)
+    with at("fake cuda") as device:
+        run = Run(Config(), 0, 1, device)
+        with mock.patch.object(Tensor, "pin_memory", lambda x: (pinned.append(x), x)[1]):
+            for part in (rows[:, :-1], rows[:, 1:]):
+                assert run.put(part).device.type == "cuda"
+    assert [x.is_contiguous() for x in pinned] == [True, True]
+
+
+@pytest.mark.parametrize("where", [CUDA])
+def test_what_is_fetched_waits_for_no_later_work(where: str) -> None:
+    run, matrix = Run(Config(), 0, 1, torch.device(where)), torch.ones(8192, 8192, device=where)
+    numbers = run.fetch(torch.tensor([1.5, -2.0], device=where))
+    for _ in range(200):
+        torch.mm(matrix, matrix)
+    later = torch.cuda.Event()
+    later.record()
+    assert numbers() == [1.5, -2.0]
+    assert not later.query()
+    torch.cuda.synchronize()
+
+
+def test_rows_that_the_model_draws_are_the_hosts() -> None:
+    """So that they can be pinned, as rows of the data are."""
+    cfg, drawn = share_of("defaults", "fake cuda", **SMALL), []
+    with at("fake cuda") as device, torch.no_grad(), \
+            mock.patch("torch.multinomial", lambda p, n, generator: (
+                drawn.append(p.device.type), torch.full((len(p), n), BOS))[1]):
+        ids = sample_rows(build(cfg, device, trainable=False), 3, 0, device)
+    assert (ids.device.type, tuple(ids.shape), drawn) == ("cpu", (8, 3), ["cpu", "cpu"])
 
 
 def test_a_host_tensor_in_scoring_is_noticed() -> None:

@@ -424,6 +424,13 @@ def test_adaptation_stops_for_the_budget_and_scoring_does_not(model: GPT) -> Non
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in net.named_parameters())
 
 
+def test_a_single_chunk_leaves_adaptation_nothing_and_the_log_says_so(
+        model: GPT, capsys: pytest.CaptureFixture[str]) -> None:
+    run = adapted(model, random_split(72, vocab_size=32), ttt_chunk_tokens=71)[2]
+    train_gpt.log_activity(run)
+    assert "warning: ttt was configured and never acted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("budget", "least", "most"), [
     (1e6, 9, 9), (40.0, 9, 9), (20.0, 3, 5), (14.0, 0, 2), (13.0, 0, 1), (12.5, 0, 1),
     (9.0, 0, 0)])

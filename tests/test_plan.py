@@ -159,6 +159,10 @@ def test_traffic_is_that_of_padded_stacks() -> None:
     assert (f"{4 * padded * 7 // 8:,} bytes reduce-scattered, {2 * padded * 7 // 8:,} gathered, "
             f"{2 * 4 * others * 7 // 8:,} all-reduced") in eight
     assert "0 bytes reduce-scattered, 0 gathered, 0 all-reduced" in one
+    alone = said(PRESET="pr1361", MUON_PARALLEL="0")  # every rank has all of Muon's matrices
+    assert ("0 bytes reduce-scattered, 0 gathered, "
+            f"{2 * 4 * 27_067_484 * 7 // 8:,} all-reduced") in alone
+    assert memory(alone)["optimizer"] == round((8 * others + 4 * (27_067_484 - others)) / 2**20)
 
 
 # Bytes

@@ -27,7 +27,6 @@ from train_gpt import (
     int8_rows,
     inverse_factor,
     largest_integer,
-    magnitude_pruned,
     prune_integers,
     qat_grids,
     quantize,
@@ -474,10 +473,21 @@ def test_bits_of_single_tensors_come_before_their_roles() -> None:
     assert bits["bigram.proj.weight"] == 0
 
 
+def magnitude_pruned(W: Tensor, share: float) -> Tensor:
+    """W, whose values are those of fp16, as an export with PRUNE_FRAC stores it."""
+    class Holder(torch.nn.Module):
+        cfg = Config(prune_frac=share, bits="mlp:fp16,attn:fp16,emb:fp16,aux:fp16",
+                     int8_keep_float_max_numel=0)
+
+    model = Holder()
+    model.matrix = torch.nn.Parameter(W.clone())
+    return quantize(model, {}, cpu_run(Holder.cfg))["matrix"].restore()
+
+
 @given(seed=seeds, share=st.floats(0, 0.98))
 @settings(deadline=None, max_examples=30)
 def test_magnitude_pruning_zeroes_the_smallest_share(seed: int, share: float) -> None:
-    W = some_matrix(6, 30, seed)
+    W = some_matrix(6, 30, seed).half().float()
     pruned = magnitude_pruned(W, share)
     kept, gone = W[pruned != 0].abs(), W[pruned == 0].abs()
     assert torch.equal(pruned[pruned != 0], W[pruned != 0])
@@ -486,7 +496,7 @@ def test_magnitude_pruning_zeroes_the_smallest_share(seed: int, share: float) ->
 
 
 def test_magnitude_pruning_takes_matrices_that_torch_quantile_refuses() -> None:
-    W = torch.arange(1, (1 << 24) + 3, dtype=torch.float32).view(2, -1)
+    W = torch.arange(1, (1 << 24) + 3, dtype=torch.float32).view(2, -1) / 1024
     assert (magnitude_pruned(W, 0.99) == 0).float().mean() == pytest.approx(0.99, abs=1e-4)
 
 
@@ -595,6 +605,22 @@ def test_rows_drawn_by_the_model_follow_its_distribution() -> None:
             counts = torch.bincount(mine, minlength=8)
             chi2 = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
             assert chi2 < 4 * int(likely.sum()) + 12
+
+
+def test_drawn_rows_are_rotated_as_whole_rows(monkeypatch) -> None:
+    """The base of the rotary frequencies follows from a row's length: each draw sees it whole."""
+    cfg = Config(**{**SIZES, "vocab_size": 8, "rope_ntk_ref": 4})
+    model, seen = random_model(cfg, dtype=torch.float32), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids: hidden((seen.append((*ids.shape,)), ids)[1]))
+    drawn = sample_rows(model, 9, 0, torch.device("cpu"))
+    assert seen == [(train_gpt.CALIBRATION_ROWS, 9)] * 8
+    with torch.no_grad():
+        logits = model.logits(hidden(drawn))[:, :-1]
+    generator = torch.Generator().manual_seed(0)
+    for at in range(8):
+        p = (logits[:, at] / 0.8).softmax(-1)
+        assert torch.equal(torch.multinomial(p, 1, generator=generator)[:, 0], drawn[:, at + 1])
 
 
 def test_self_generated_calibration_touches_no_data(calibrated) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 import shlex
 import signal
 import statistics
@@ -84,6 +85,15 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(place, data, capsys):
     assert '"event": "final"' in (place / "runs" / "good" / "metrics.jsonl").read_text()
 
 
+def test_a_run_over_its_limit_fails_once_and_is_told_again(place, data, capsys):
+    jobs = write_jobs(place, f"big {SETTINGS} {data} ARTIFACT_LIMIT_BYTES=1000")
+    assert run_queue.main([str(jobs), str(place / "runs")]) == 1
+    assert "big: exit 3" in "".join(capsys.readouterr())
+    assert run_queue.main([str(jobs), str(place / "runs")]) == 0
+    said = "".join(capsys.readouterr())
+    assert re.search(r"big: finished, [\d,]{7,} bytes over its limit", said)
+
+
 @pytest.mark.parametrize(("lines", "said"), [
     (["a MATIRX_LR=1"], "MATRIX_LR"), (["a SEED=1", "a SEED=2"], "second job"),
     (["a SEED"], "NAME=value"), (["SEED=1"], "NAME=value"), (["a RUN_ID=b"], "the queue's to set"),
@@ -93,6 +103,12 @@ def test_a_wrong_list_is_refused_before_anything_runs(place, capsys, lines, said
     assert run_queue.main([str(write_jobs(place, *lines)), str(place / "runs")]) == 2
     assert said in capsys.readouterr().err
     assert not (place / "runs").exists()
+
+
+def test_no_jobs_at_once_are_refused(place, capsys):
+    jobs = write_jobs(place, f"a {SETTINGS}")
+    assert run_queue.main([str(jobs), str(place / "runs"), "--at-once", "0"]) == 2
+    assert "--at-once 0: expected 1 or more" in capsys.readouterr().err
 
 
 def test_jobs_driven_by_the_clock_run_alone(place, capsys):
@@ -141,6 +157,8 @@ def test_effects_are_paired_and_their_variance_is_pooled(tmp_path):
     (tmp_path / "ema_seed4" / "metrics.jsonl").write_text("")
     results = ablations.finished(tmp_path)
     results["ema_seed1 on b"] = results["ema_seed4 on a"] = {"val_bpb": 0.0}  # without a base
+    for name, changed in (("base", {}), ("ema", {"source": "6"})):  # a base of another source
+        results[f"{name}_seed5 on a"] = {**results["base_seed1 on a"], **changed}
     found = {effect.name: effect for effect in ablations.effects(results)}
     gained = {name: [(-1 if name.startswith("with_") else 1) * (scores[name, s] - scores["base", s])
                      for s in (1, 2, 3)] for name in names}
@@ -159,13 +177,14 @@ def test_effects_are_paired_and_their_variance_is_pooled(tmp_path):
 
 def test_results_are_collected_from_several_machines(tmp_path):
     file = tmp_path / "results.json"
-    for machine, base, changed in (("a", 2.0, 2.125), ("b", 1.0, 1.25)):
-        made_run(tmp_path / machine / "base_seed1", base, machine)
-        made_run(tmp_path / machine / "xsa_seed1", changed, machine)
+    for machine, seed, base, changed in (("a", 1, 2.0, 2.125), ("b", 1, 1.0, 1.25),
+                                         ("b", 2, 1.5, 1.75)):
+        made_run(tmp_path / machine / f"base_seed{seed}", base, machine)
+        made_run(tmp_path / machine / f"xsa_seed{seed}", changed, machine)
         ablations.collect(tmp_path / machine, file)
     ablations.collect(tmp_path / "a", file)  # again changes nothing
     (effect,) = ablations.effects(json.loads(file.read_text()))
-    assert (effect.name, effect.differences) == ("xsa", [0.125, 0.25])
+    assert (effect.name, effect.differences) == ("xsa", [(0.125 + 0.25) / 2, 0.25])
     made_run(tmp_path / "other" / "base_seed1", 3.0, "a")
     before = file.read_text()
     with pytest.raises(SystemExit, match="base_seed1 on a is there"):

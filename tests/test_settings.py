@@ -352,6 +352,15 @@ def test_mini_scales_a_systems_own_sizes(system: str) -> None:
     assert given_settings(PRESET=system + ",mini", BIGRAM_VOCAB_SIZE="0").bigram_vocab_size == 0
 
 
+def test_a_warmdown_in_steps_that_is_asked_for_comes_before_a_presets_share() -> None:
+    """WARMDOWN_FRAC rules where it is above 0; mini has one."""
+    assert given_settings(PRESET="mini").warmdown_frac == 0.5
+    asked = given_settings(PRESET="mini", WARMDOWN_ITERS="200")
+    assert (asked.warmdown_frac, asked.warmdown_iters) == (0.0, 200)
+    both = given_settings(PRESET="mini", WARMDOWN_ITERS="200", WARMDOWN_FRAC="0.3")
+    assert both.warmdown_frac == 0.3
+
+
 def test_mini_sets_a_scale_and_nothing_else() -> None:
     assert set(PRESETS["mini"]) <= MINI_MAY_SET
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_mile_is_summed_over_ranks(setting) -> None:
     whole, stats = gradients(setting, moment, mile_gamma=1.1, grad_clip_norm=0.0)
     shares: list[list[Tensor]] = []
     for rank in range(2):
-        cfg, model, rows, _ = setting(mile_gamma=1.1, grad_clip_norm=0.0)
+        cfg, model, rows, _ = setting(mile_gamma=1.1, grad_clip_norm=0.0, muon_parallel=False)
         run = Run(cfg, rank, 2, torch.device("cpu"))
         run.add_up = lambda tensors: shares.append([t.clone() for t in tensors])
         groups = route_parameters(cfg, model)
@@ -361,9 +362,42 @@ def test_only_calibration_inside_the_budget_runs_on_its_clock(setting, calib: st
                                     max_wallclock_seconds=1e-6)
     train_gpt.calibrate(model, rows, 5, run)
     assert (run.training_clock.elapsed() > 0) == inside
-    assert any("training and calibration took" in reason for reason in run.ineligible) == inside
     assert run.calibration_tokens == train_gpt.CALIBRATION_ROWS * 16 * (1 if inside else 3)
     assert (train_gpt.calibration_reserve(1.0, run) > 0) == inside
+
+
+@pytest.mark.parametrize(("seconds", "late"), [(599.0, False), (601.0, True)])
+def test_a_run_beyond_its_budget_is_not_eligible(setting, seconds: float, late: bool) -> None:
+    """Whether or not anything was calibrated on the clock."""
+    _, model, _, run = setting(gptq_variant="off", max_wallclock_seconds=600.0)
+    run.training_clock.banked, run.trained_seconds, run.folder = seconds, seconds, Path("nowhere")
+    run.append = lambda name, text: None
+    result = train_gpt.EvalResult("artifact_sliding", 1.0, 1, 1, 1.0)
+    assert train_gpt.log_summary(model, 5, 100, [result], run) == 0
+    assert any("training and calibration took 601.0 s" in why for why in run.ineligible) == late
+
+
+def test_the_last_checkpoint_is_off_the_clock_and_others_are_not(setting, monkeypatch) -> None:
+    ticking: list[bool] = []
+    monkeypatch.setattr(Run, "save_checkpoint", lambda run, state: ticking.append(
+        run.training_clock.since is not None))
+    trained(setting, checkpoint_seconds=1e-9)
+    assert (len(ticking) > 2, all(ticking[:-1]), ticking[-1]) == (True, True, False)
+
+
+def test_the_time_of_a_checkpoint_counts_before_the_next_step(setting, monkeypatch) -> None:
+    """The second one, before step 1, takes all that is left of the budget."""
+    saves: list[int] = []
+
+    def save(run: Run, state: dict) -> None:
+        saves.append(state["step"])
+        run.training_clock.banked += 1000.0 * (len(saves) == 2)
+
+    monkeypatch.setattr(Run, "save_checkpoint", save)
+    cfg, model, rows, run = setting(max_wallclock_seconds=900.0, checkpoint_seconds=1e-9)
+    state = train_gpt.Training(model, 0.0, [], run)
+    train(training_nats, state, rows, None, run)
+    assert (saves, state.step) == ([0, 1, 1], 1)
 
 
 def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
@@ -409,6 +443,16 @@ def test_rows_a_forward_are_halved_until_they_fit(setting, capsys) -> None:
     assert capsys.readouterr().out == ("out of memory: trying 10 rows a forward\n"
                                        "out of memory: trying 5 rows a forward\n")
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_forward_leaves_room_for_what_training_keeps(setting, monkeypatch) -> None:
+    """Gradients' stacks, the optimizers' states and an average are there during the trial."""
+    _, model, rows, run = setting()
+    sizes, alike = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda p: (sizes.append(p.numel()), alike(p))[1])
+    train_gpt.fit_micro_batch(lambda *given: (sizes.append(0), training_nats(*given))[1], model,
+                              rows, MOMENT, run)
+    assert sum(sizes[: sizes.index(0)]) == 4 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("asked", "tried"), [(4, [4]), (0, [6, 6, 3, 1])])

@@ -148,6 +148,12 @@ def without_torchrun(place: Place) -> str:
     return place.main(WORLD_SIZE="2", RANK="0")
 
 
+def more_processes_than_gpus(place: Place) -> str:
+    place.patch.setattr(train_gpt.torch.cuda, "is_available", lambda: True)
+    place.patch.setattr(train_gpt.torch.cuda, "device_count", lambda: 1)
+    return place.main(LOCAL_WORLD_SIZE="2")
+
+
 def at_start(name: str, code: int, error: BaseException) -> Case:
     """Something is raised where a command begins."""
     def case(place: Place) -> str:
@@ -465,6 +471,8 @@ CASES: dict[str, Case] = {
         BITS="mlp:6,attn:6,emb:8,aux:8,blocks.11.attn.c_k:8"),
     "CLIP_SIGMAS=... names a layer beyond NUM_LAYERS=...": env(
         CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,blocks.11.attn.c_k:8"),
+    "ARTIFACT_TARGET_BYTES=... must be at most ARTIFACT_LIMIT_BYTES=...": env(
+        ARTIFACT_TARGET_BYTES="16000001"),
     "TTT_MODE=... needs sliding windows, not EVAL_STRIDE=...": env(
         TTT_MODE="score_first", EVAL_STRIDE="0"),
     "TTT_FREEZE_BLOCKS=... leaves none of NUM_LAYERS=... to adapt": env(
@@ -478,6 +486,8 @@ CASES: dict[str, Case] = {
     "ATTENTION=fa3: ...; use ATTENTION=auto": check(ATTENTION="fa3"),
     "CODEC=brotli needs the Python package brotli 1.2 or newer": check(
         lambda p: p.patch.setitem(sys.modules, "brotli", None), CODEC="brotli"),
+    "... processes on this host, but it has ... GPU(s): start one process for each "
+    "(--nproc_per_node)": more_processes_than_gpus,
     "WORLD_SIZE=..., but the processes do not find each other (...); torchrun sets up all that "
     "they need": without_torchrun,
     "rank ...: ...": rank_1_refuses,
@@ -586,7 +596,8 @@ CASES: dict[str, Case] = {
     "the artifact's tensors are not those of the model its settings describe": scored_elsewhere({}),
     "the artifact's header must name the settings of this train_gpt.py; ... is not here or missing "
     "there": scored_elsewhere({"settings": {}}),
-    "... is set, but the artifact says what its model is: unset it": scored(b"", NUM_LAYERS="3"),
+    "... is set, but the artifact says what its model is: unset it":
+        lambda place: scored(small_artifact()[1], NUM_LAYERS="3")(place),
     "no validation split with fingerprint ... in DATA_PATH=... or data/datasets/*; make it with "
     "data/prepare.py": scored_elsewhere({"validation": "none"}),
     "no tokenizer with sha256 ... at TOKENIZER_PATH=... or in data/tokenizers/": scored_elsewhere(
