@@ -27,7 +27,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-BASE = "PRESET=mini ITERATIONS=600 MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0"
+BASE = "PRESET=mini ITERATIONS=500 MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 EVAL_STRIDE=128"
 # Name: (what it is, settings that take it away from the defaults or, where the name says
 # with_, that bring it in).
 ABLATIONS = {
@@ -69,9 +69,14 @@ ABLATIONS = {
     "with_always_qat": ("QAT from the first step, not late", "QAT_MODE=always"),
     "gptq": ("full GPTQ, not nearest", "GPTQ_VARIANT=off"),
     "with_std_clip": ("std clips (12.85 of CLIP_SIGMAS), not percentiles", "QUANT_CLIP=std"),
-    "sliding": ("sliding windows, stride 64, not chunks", "EVAL_STRIDE=0"),
+    "sliding": ("sliding windows, stride 128, not chunks", "EVAL_STRIDE=0"),
+    "with_stride_64": ("sliding windows, stride 64, not 128", "EVAL_STRIDE=64"),
     "with_ttt": ("score-first adaptation", "TTT_MODE=score_first"),
 }
+# What comes last in the list of jobs: variants of the others.
+VARIANTS = ("xsa_last_4", "bos_masks", "skip_per_dim", "with_ln_scale_learned", "with_leaky_0.25",
+            "with_vrl_mix", "with_qk_gain_4", "muon_0.006", "with_momentum_0.95", "weight_decay",
+            "grad_clip", "with_swa_of_ema", "with_cosine", "with_always_qat", "with_stride_64")
 
 
 @dataclass
@@ -139,10 +144,12 @@ def effects(results: dict[str, dict]) -> list[Effect]:
 
 def print_jobs(seeds: list[int]) -> None:
     """The job list: seed after seed, so that an interrupted queue leaves whole pairs."""
-    for seed in seeds:
-        print(f"base_seed{seed} {BASE} SEED={seed}")
-        for name, (_, settings) in ABLATIONS.items():
-            print(f"{name}_seed{seed} {BASE} {settings} SEED={seed}")
+    techniques = [name for name in ABLATIONS if name not in VARIANTS]
+    for names in (["base", *techniques], VARIANTS):
+        for seed in seeds:
+            for name in names:
+                settings = ABLATIONS[name][1] + " " if name != "base" else ""
+                print(f"{name}_seed{seed} {BASE} {settings}SEED={seed}")
 
 
 def times(steps: int) -> dict[str, float]:

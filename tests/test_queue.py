@@ -198,5 +198,8 @@ def test_ablations_change_what_they_say(place, capsys):
     settings = {job.name: run_queue.asdict(job.config) for job in jobs}
     base = settings.pop("base_seed1")
     assert len(settings) >= 20
+    assert set(settings) == {f"{name}_seed1" for name in ablations.ABLATIONS}
+    assert set(list(settings)[-len(ablations.VARIANTS):]) == {
+        f"{name}_seed1" for name in ablations.VARIANTS}
     for name, changed in settings.items():
         assert {key for key in base if base[key] != changed[key]} - {"run_id"}, name
