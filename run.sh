@@ -44,7 +44,9 @@ has_venv() {
     is_supported "$python" || return 1
     [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of "$python")" ] || return 1
     # A set-up that was interrupted can leave a Python without pip.
-    [ -f .venv/requirements.txt.stamp ] || "$python" -m pip --version >/dev/null 2>&1
+    # So can a system's Python that went to another version below it.
+    [ "$(head -n 1 .venv/requirements.txt.stamp 2>/dev/null)" = "Python $(version_of "$python")" ] ||
+        "$python" -m pip --version >/dev/null 2>&1
 }
 
 ensure_venv() {
@@ -81,8 +83,8 @@ $(cat "$@")"
     [ ! -t 2 ] || quiet=--progress-bar=on
     if ! "$python" -m pip install "$quiet" --no-input --disable-pip-version-check -r "$1" \
         >&2 2>.venv/pip-errors.txt; then
-        die "pip could not install $1: $(grep '^ERROR' .venv/pip-errors.txt | tail -n 1)" \
-            "(all of it: .venv/pip-errors.txt)"
+        die "pip could not install $1: $(grep '^ERROR' .venv/pip-errors.txt | tail -n 1 | grep . ||
+            tail -n 1 .venv/pip-errors.txt) (all of it: .venv/pip-errors.txt)"
     fi
     printf '%s\n' "$wanted" >"$stamp"
 }
@@ -117,13 +119,16 @@ run_tests() {
     exit $((lint ? lint : types))
 }
 
-# torch counts what a run can use (CUDA_VISIBLE_DEVICES, the build installed); nvidia-smi does not.
+# torch counts what a run can use (CUDA_VISIBLE_DEVICES, the build installed), once it says that
+# the driver is new enough for it; nvidia-smi does not.
 count_gpus() {
     local gpus
-    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
+    gpus=$("$python" -c 'import torch
+print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>/dev/null) ||
         die "torch does not import; remove .venv and run again"
     if [ "$gpus" = 0 ] && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
-        say "nvidia-smi lists GPUs but torch sees none (hidden, or a CPU build): using the CPU"
+        say "nvidia-smi lists GPUs but torch sees none (hidden, an old driver, or a CPU build):" \
+            "using the CPU"
     fi
     printf '%s\n' "$gpus"
 }
@@ -132,11 +137,11 @@ count_gpus() {
 has_data() { [ -f "data/datasets/$1/fineweb_val.json" ] && [ -f "data/tokenizers/$2" ]; }
 
 prepare_data() {
-    local gpus=$1
+    local gpus=$1 preset=${PRESET:-}
     if [ -n "${DATA_PATH:-}" ]; then
         return
     fi
-    case ",${PRESET:-}," in
+    case ",${preset// /}," in
     *,mini,*) set -- docs_sp1024 docs_1024_bpe.model docs ;;
     *) set -- fineweb10B_sp1024 fineweb_1024_bpe.model fineweb --variant sp1024 ;;
     esac
@@ -146,6 +151,10 @@ prepare_data() {
     if [ "$3" = fineweb ] && [ "$gpus" = 0 ]; then
         say "no GPU and a PRESET without mini: data is not prepared, set DATA_PATH"
         return
+    fi
+    if [ "${VOCAB_SIZE:-1024}" != 1024 ]; then
+        die "VOCAB_SIZE=$VOCAB_SIZE, but the data prepared here have 1024 pieces; set DATA_PATH" \
+            "and TOKENIZER_PATH too"
     fi
     # A bad setting is refused before the minutes that data takes.
     "$python" train_gpt.py --help >/dev/null

@@ -2093,7 +2093,6 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     pending = None
                 state.save(seconds)
                 state.stop(asked)
-                seconds = run.agree(run.training_clock.elapsed())
             qat_started, before = schedule.qat, share_of_run(cfg, step - 1, schedule.last_seconds)
             moment = schedule.at(step, seconds)
             if moment.done:

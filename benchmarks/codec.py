@@ -15,7 +15,6 @@ import argparse
 import lzma
 import math
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -112,10 +111,8 @@ def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
         end = time.perf_counter()
         if read != body:
             raise SystemExit(f"{codec} gave back other bytes")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"{codec:7} {sizes[codec]:11,} bytes, {sizes[codec] / sizes['zstd-22'] - 1:+7.2%} of "
-              f"zstd-22, encode {middle - begin:6.2f} s, decode {end - middle:6.2f} s, "
-              f"peak {peak:,.0f} MiB")
+              f"zstd-22, encode {middle - begin:6.2f} s, decode {end - middle:6.2f} s")
     print(f"range against brotli: {sizes['range'] / sizes['brotli'] - 1:+.2%}")
 
 

@@ -38,12 +38,12 @@ def main() -> None:
         rows.append((name, *facts[name].values()))
     table(("", *facts["chunked"]), rows)
     with torch.no_grad():
-        ids = torch.zeros(cfg.eval_batch_seqs, cfg.eval_seq_len, dtype=torch.int64)
+        ids = torch.zeros(bench.run.scored_rows, cfg.eval_seq_len, dtype=torch.int64)
         hidden = bench.model.hidden(ids)
         took = {"hidden": seconds(lambda: bench.model.hidden(ids)),
                 "logits of all": seconds(lambda: bench.model.logits(hidden))}
     rows = [(name, 1e3 * s) for name, s in took.items()]
-    table((f"a batch of {cfg.eval_batch_seqs}", "ms"), rows)
+    table((f"a forward of {len(ids)} windows", "ms"), rows)
     finish({"configuration": given.configuration, **facts, "parts ms": dict(rows)}, given.json)
 
 

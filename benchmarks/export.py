@@ -37,7 +37,7 @@ def load(folder: Path) -> tuple[Config, GPT, int]:
     kept = json.loads((folder / "settings.json").read_text())
     cfg = Config.from_env({**environment_of(kept), "RESUME": "0"})[0]
     path = max(folder.glob("checkpoint_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, "cpu", weights_only=True)
     model = GPT(cfg)
     averages = train_gpt.Averages(model, cfg)
     model.load_state_dict(saved["model"])

@@ -12,6 +12,7 @@ FLOPs at 989 TFLOP/s and its bytes at 3.35 TB/s. The stated efficiencies are ass
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -212,7 +213,8 @@ def measure(tokens: int) -> None:
     """Time the parts beside their roofline; medians of ten calls."""
     cfg = t.Config.from_env({"PRESET": "pr1361"})[0]
     run = t.Run(cfg, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    bounds = {p.name: p.roofline for p in parts(cfg)}
+    here = replace(cfg, train_batch_tokens=GPUS * tokens)  # a GPU's share is what is timed
+    bounds = {p.name: p.roofline for p in parts(here)}
     print(f"{torch.cuda.get_device_name() if run.device.type == 'cuda' else 'no GPU'}, "
           f"{tokens:,} tokens, torch {torch.__version__}")
     for name, work in trials(cfg, tokens, run.device):

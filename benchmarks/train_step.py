@@ -54,6 +54,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     block, x = model.blocks[-1], torch.randn(*ids.shape, cfg.model_dim)
     context = model.context(ids, x)
     context.rotation = tuple(table.detach() for table in context.rotation)
+    first_v = None if context.first_v is None else context.first_v.detach()
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
         return t.HeadNats.apply(hidden, model.head.weight, targets, cfg.logit_softcap, None, 0.0)[0]
@@ -66,7 +67,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     stacks = [torch.randn(len(weights), *weights[0].shape) for _, weights in muon.stacks]
 
     def attend(x: torch.Tensor) -> torch.Tensor:
-        return block.attn(x, context.rotation, None, context.first_v)
+        return block.attn(x, context.rotation, None, first_v)
 
     def adamw() -> None:
         for group in adam.param_groups:
@@ -94,6 +95,9 @@ def main() -> None:
     """Time whole steps against sgemm, then the parts."""
     name, steps = (sys.argv[1:] + ["P", "21"][len(sys.argv) - 1:])[:2]
     bench, rate = Bench(name, *sys.argv[3:]), sgemm()
+    if bench.cfg.rows_per_step > bench.run.micro_batch_rows:
+        raise SystemExit("the parts are those of one forward: set MICRO_BATCH_SEQS="
+                         f"{bench.cfg.rows_per_step}, the rows of a step")
     for number in range(3):
         bench.step(number)
         rate()
@@ -111,7 +115,7 @@ def main() -> None:
     facts = {"configuration": name, "machine": machine(), "sgemm GFLOP/s": median(rates),
              "bare ms": bare, "step / bare": ms["step"] / bare,
              "tokens/s": bench.cfg.train_batch_tokens / median(whole)}
-    if name in STEP_GFLOP:
+    if name in STEP_GFLOP and all(c.startswith("COMPILE=") for c in sys.argv[3:]):
         facts["bare, share of sgemm"] = STEP_GFLOP[name] / bare * 1e3 / median(rates)
         facts["step GFLOP/s"] = STEP_GFLOP[name] / median(whole)
         facts["share of sgemm"] = median(STEP_GFLOP[name] / s / r

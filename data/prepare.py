@@ -924,10 +924,14 @@ def place_tokenizer(path: Path, model: bytes) -> None:
         old = file_sha256(path) if path.is_file() else None
         if old == hashlib.sha256(model).hexdigest():
             return
-        for other in sorted(path.parent.parent.glob(f"datasets/*/{SIDECAR}")):
-            if old and entry(read_json(other), "tokenizer", "sha256") == old:
+        for other in sorted(path.parent.parent.glob("datasets/*/")):
+            users = (  # finished or under way
+                entry(read_json(other / SIDECAR), "tokenizer", "sha256"),
+                entry(read_json(other / JOURNAL), "tokenizer_sha256"),
+            )
+            if old and old in users:
                 raise BadInput(
-                    f"{path}: another tokenizer of this name is in use by {other.parent.name}; "
+                    f"{path}: another tokenizer of this name is in use by {other.name}; "
                     "build elsewhere (--out, or another --name), or delete both"
                 )
         with appearing(path) as file:
@@ -1256,8 +1260,8 @@ def text_files_in(folder: Path) -> list[Path]:
 
 
 def is_text_file(path: Path) -> bool:
-    """Say whether a file's name ends as one of the kinds that can be read."""
-    return path.name.lower().endswith(TEXT_SUFFIXES)
+    """Say whether a file's name is one of the kinds that can be read, and none of macOS's own."""
+    return path.name.lower().endswith(TEXT_SUFFIXES) and not path.name.startswith("._")
 
 
 def unpacked_blocks(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
@@ -1468,7 +1472,7 @@ class Hub:
     of 16 GB would be in the way.
     """
 
-    def __init__(self, repository: str, prefix: str, staging: Path) -> None:
+    def __init__(self, repository: str, prefix: str, staging: Path, revision: str) -> None:
         # The cache of hf_xet would be a second copy too.
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
         import huggingface_hub
@@ -1476,7 +1480,7 @@ class Hub:
         huggingface_hub.logging.set_verbosity_error()
         self.library = huggingface_hub
         self.repository, self.prefix, self.staging = repository, prefix.strip("/"), staging
-        self.revision = "main"
+        self.revision = revision
 
     def remote(self, path: str) -> str:
         """Return the path inside the repository."""
@@ -1553,8 +1557,11 @@ class Hub:
             error = error.__cause__
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+            gone = "" if self.revision == "main" else (
+                f", or its revision {self.revision[:12]}, of which the folder's files are, is gone"
+            )
             raise BadInput(
-                f"{self.repository}: no such data set repository, or not a public one "
+                f"{self.repository}: no such data set repository, or not a public one{gone} "
                 "(MATCHED_FINEWEB_REPO_ID chooses it)"
             ) from None
         if status == 404:
@@ -1716,9 +1723,10 @@ def fineweb_complete(folder: Path, tokenizers: Path, train_shards: int) -> bool:
         return False
     if damage := dataset_damage(folder, tokenizers, sidecar):
         warn(f"{damage}: fetching again what is damaged")
-        for name, expected in (sidecar.get("val_shards") or {}).items():
-            if (folder / name).is_file() and file_sha256(folder / name) != expected:
-                (folder / name).unlink()
+        recorded = entry(sidecar, "val_shards")
+        for path in shard_paths(folder, "val"):  # the record may name any file
+            if entry(recorded, path.name) != file_sha256(path):
+                path.unlink()
         return False
     wanted = {shard_path(folder, "train", number) for number in range(train_shards)}
     if not wanted <= set(shard_paths(folder, "train")):
@@ -1756,18 +1764,20 @@ def download_fineweb(
     folder = out / "datasets" / f"fineweb10B_{variant}"
     staging = folder / ".download"
     with sole_writer(folder):
+        revision = refuse_mixture(folder, repository)
         if fineweb_complete(folder, out / "tokenizers", train_shards):
             return
-        refuse_mixture(folder, repository)
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            hub = Hub(repository, prefix, staging)
+            hub = Hub(repository, prefix, staging, revision)
             offer = published(hub, variant, skip_manifest)
             if offer.train_shards is not None and train_shards > offer.train_shards:
                 raise too_many_shards(train_shards, hub, folder, offer.train_shards)
             path = out / "tokenizers" / Path(offer.tokenizer).name
             tokenizer = fetch_tokenizer(hub, offer.tokenizer, path, FINEWEB_VARIANTS[variant])
-            write_json(folder / JOURNAL, {"request": {"repository": repository}})
+            request = {"repository": repository, "revision": hub.revision}
+            write_json(folder / JOURNAL, {
+                "request": request, "tokenizer_sha256": file_sha256(path)})
             say(f"downloading {folder.name} from {repository} at {hub.revision[:12]}")
             fetch_shards(hub, folder, offer, train_shards)
         finally:
@@ -1780,15 +1790,25 @@ def download_fineweb(
     say_done(folder, sidecar, started)
 
 
-def refuse_mixture(folder: Path, repository: str) -> None:
-    """Raise BadInput where the folder holds files of another repository."""
-    journal = (read_json(folder / JOURNAL) or {}).get("request") or {}
-    before = journal.get("repository", repository)
-    if before != repository:
+def refuse_mixture(folder: Path, repository: str) -> str:
+    """Return the revision that the folder's files are of, or main; BadInput for other files.
+
+    The repository may have changed since: shards of two revisions must not be mixed.
+    """
+    request = entry(read_json(folder / JOURNAL), "request")
+    before = entry(request, "repository")
+    if before not in (None, repository):
         raise BadInput(
             f"{folder}: holds files of {before}, not of {repository}; "
             "delete the folder, or download elsewhere (--out)"
         )
+    for revision in (
+        entry(request, "revision"),
+        entry(read_json(folder / SIDECAR), "builder", "revision"),
+    ):
+        if isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision):
+            return revision
+    return "main"
 
 
 def fetch_tokenizer(hub: Hub, remote: str, path: Path, vocab_size: int):
@@ -1919,8 +1939,11 @@ def build_parser() -> Parser:
         add("--vocab-size", type=size, default=default, help="pieces to train (default 1024)")
         tokens = whole_number(1, 1 << 30)
         add("--shard-tokens", type=tokens, default=SHARD_TOKENS, help="tokens a shard (1e8)")
-        workers = os.cpu_count() or 1
-        add("--workers", type=whole_number(1, 256), default=workers, help="processes (all cores)")
+        # What this process may use, where the system says it; more than 16 only take memory.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(cores or 1, 16)
+        add("--workers", type=whole_number(1, 256), default=workers,
+            help="processes (all cores, at most 16)")
     fineweb = command("fineweb", "Download the challenge's data.", FINEWEB_HELP)
     add = fineweb.add_argument
     add("--variant", choices=FINEWEB_VARIANTS, required=True, help="which tokenizer")

@@ -20,9 +20,11 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -48,6 +51,7 @@ RECORDS = Path(__file__).resolve().parent
 VERSION = 3  # of what `new` writes; stands in every marker
 LIMIT_BYTES = 16_000_000
 MAX_FILE_BYTES = 1 << 26  # of a file in a folder; larger ones are not read
+LEAST_SCORED = 0.95  # of all targets, where EVAL_TRUNCATE leaves the last row out
 # Validation text of the challenge. Its published tokenizers fold characters, so that the count of
 # one differs from another's by some thousandths.
 FINEWEB_VAL_BYTES, FINEWEB_TOLERANCE = 151_080_891, 0.005
@@ -89,13 +93,14 @@ DERIVED_LINES = {
 }
 CONDITIONS = ("causality", "full_distribution", "single_pass", "score_before_update",
               "determinism", "legal_settings")  # what compliance.suite looks at
+UNLISTED, MAX_NOTES_BYTES = ("submission.json", "NOTES.md"), 1 << 20  # without a sha256
 # Files of every entry, beside those of its seeds and the artifact.
 FILES = ("README.md", "train_gpt.py", "settings.json", "requirements.txt", "loss.png", "bytes.png",
          "bpb.png")
 
 
 # What reading a stranger's folder may raise, apart from Wrong.
-MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError,
+MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,
              SyntaxError, TypeError, ValueError)
 
 
@@ -113,11 +118,15 @@ def content(path: Path) -> bytes:
 
 
 def readable(script: bytes) -> str:
-    """The text of a train_gpt.py, packed or not; raises Wrong for what is no text."""
+    """The text of a train_gpt.py, packed or not; raises Wrong for what Python reads otherwise."""
     try:
-        return pack.text_of(script).decode()
-    except ValueError as error:
+        encoding = tokenize.detect_encoding(io.BytesIO(script).readline)[0]
+        text = pack.text_of(script).decode()
+    except (SyntaxError, ValueError) as error:
         raise Wrong(f"train_gpt.py: cannot be read ({error})") from None
+    if encoding not in ("utf-8", "utf-8-sig"):  # in another one a comment may hold code
+        raise Wrong(f"train_gpt.py: written in {encoding}, expected UTF-8")
+    return text
 
 
 def sha256(path: Path) -> str:
@@ -297,7 +306,10 @@ def given_by_hand(settings: dict, script: str) -> dict[str, str]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
             return value(node.left) | value(node.right)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Fraction":
-            return Fraction(*map(value, node.args))
+            parts = [value(part) for part in node.args]
+            if not all(type(part) is int for part in parts):  # a text may ask for any power of 10
+                raise ValueError("no plain fraction")
+            return Fraction(*parts)
         return known[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
 
     for line in parsed(script).body:
@@ -305,7 +317,8 @@ def given_by_hand(settings: dict, script: str) -> dict[str, str]:
             continue
         target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
         if isinstance(target, ast.Name):
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError,
+                                     ZeroDivisionError):
                 known[target.id] = value(line.value)
     values = defaults_of(script)
     for name in filter(None, str(settings.get("preset", "")).split(",")):
@@ -359,7 +372,7 @@ def templates_of(script: str) -> tuple[tuple[frozenset[str], str], ...]:
     for node in ast.walk(parsed(script)):
         text = node.value if isinstance(node, ast.Constant) else None
         if isinstance(text, str) and "\n" not in text:
-            fields = re.findall(r"\{(\w+)(?::[,.\w]{1,5})?\}", text)
+            fields = re.findall(r"\{(\w+)(?::,?(?:\.\d)?[defg]?)?\}", text)  # of no width
             if fields and len(fields) == text.count("{"):
                 found[text] = frozenset(fields)
     return tuple((fields, text) for text, fields in found.items())
@@ -417,10 +430,8 @@ def check_log(run: SeedRun, script: str) -> Iterator[str]:
                    f"line of {run.log_name}")
         for line in sorted(must - here):
             yield f"{run.log_name}: this line is missing: {line!r}"
-    shapes = [re.sub(r"\\{.*?\\}", ".*", re.escape(t)) for t in sorted(templates)]
-    of_events = re.compile("|".join(shapes) or r"(?!)")
     for number, line in enumerate(lines, start=1):
-        if line not in expected and of_events.fullmatch(line):
+        if line not in expected and any(fits(line, template) for template in templates):
             yield f"{run.log_name}:{number}: not what {run.metrics_name} says: {line!r}"
     steps = [line for _, event, said, _ in lines_of(run, script) if event.get("event") == "step"
              for line in said if line in here]
@@ -430,6 +441,20 @@ def check_log(run: SeedRun, script: str) -> Iterator[str]:
     for beginning in FINAL_LINES:
         if not any(line.startswith(beginning) for line in lines):
             yield f"{run.log_name}: final line {beginning!r} is missing"
+
+
+def fits(line: str, template: str) -> bool:
+    """Whether a line is a template with anything in its fields; in linear time, unlike a regex."""
+    first, *middle, last = re.split(r"\{[^{}]*\}", template)
+    at, end = len(first), len(line) - len(last)
+    if not (line.startswith(first) and line.endswith(last)):
+        return False
+    for part in middle:
+        found = line.find(part, at, max(end, 0))
+        if found < 0:
+            return False
+        at = found + len(part)
+    return at <= end
 
 
 def loose_lines(run: SeedRun, script: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -475,9 +500,10 @@ def check_loose_lines(runs: list[SeedRun], script: str) -> Iterator[str]:
         known = set(numbers_in(json.dumps([events, run.settings]))) | {
             number for _, _, said, _ in lines_of(run, script) for line in said
             for number in numbers_in(line)}
-        wrong = [(n, line) for line, n in head.items() if line not in set.union(*heads)
+        any_head, any_shape = set.union(*heads), set.union(*shapes)
+        wrong = [(n, line) for line, n in head.items() if line not in any_head
                  and not alone.fullmatch(line)] + [
-            (n, line) for line, n in tail.items() if shape_of(line) not in set.union(*shapes)
+            (n, line) for line, n in tail.items() if shape_of(line) not in any_shape
             and not (numbers_in(line) and known.issuperset(numbers_in(line)))
             and not alone.fullmatch(line)]
         for number, line in wrong:
@@ -545,6 +571,11 @@ def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
     if artifact["total"] > LIMIT_BYTES:
         yield f"{place}: {artifact['total']:,} bytes are over the cap of {LIMIT_BYTES:,}"
     data, final = run.one("val_data"), run.one("final")
+    machine, versions = run.one("machine"), run.one("versions")
+    for text in (machine["name"], machine["device"], run.one("train_data")["dataset"],
+                 data["fingerprint"], versions["torch"], versions["python"]):
+        if not isinstance(text, str) or not text.isprintable() or re.search(r"[<|`\[\]]", text):
+            yield f"{place}: {text!r}: expected plain text, which goes on the board"
     for event in run.all("eval"):
         bpb = event["val_loss"] * event["targets"] / (math.log(2) * event["num_bytes"])
         if not math.isclose(bpb, event["val_bpb"], rel_tol=1e-12):
@@ -563,8 +594,12 @@ def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
     if scored is None or (scored["val_bpb"], scored["val_loss"]) != (
             final["val_bpb"], final["val_loss"]):
         yield f"{place}: the final val_bpb is not the score of {final['name']}"
-    elif not data["tokens"] - run.settings["eval_seq_len"] <= scored["targets"] < data["tokens"]:
-        yield f"{place}: {scored['targets']:,} targets scored of {data['tokens']:,} tokens"
+    else:
+        targets = whole = data["tokens"] - 1
+        if run.settings["eval_truncate"]:
+            targets -= targets % run.settings["eval_seq_len"]
+        if scored["targets"] != targets or targets < LEAST_SCORED * whole:
+            yield f"{place}: {scored['targets']:,} targets scored of {data['tokens']:,} tokens"
     if not scored or scored["legal"] is not True:
         yield f"{place}: the headline is not a legal score"
     yield from rederive.check_artifact_facts(run)
@@ -574,7 +609,8 @@ def check_training(run: SeedRun) -> Iterator[str]:
     """Steps, clock and ledger of a run agree with its summary and its settings."""
     place, summary, settings = run.metrics_name, run.one("summary"), run.settings
     steps, trained = run.all("step"), run.one("trained")
-    if [event["step"] for event in steps] != list(range(1, summary["steps"] + 1)):
+    if len(steps) != summary["steps"] or any(
+            event["step"] != number for number, event in enumerate(steps, start=1)):
         yield f"{place}: the steps are not 1, 2, ... to the last"
     times = [event["ms"] for event in (*steps, trained, *run.all("calibrated"))]
     if times != sorted(times):
@@ -664,9 +700,13 @@ def check_together(runs: list[SeedRun], track: str) -> Iterator[str]:
             if first.get(name) != value:
                 yield (f"{run.log_path}: {name.upper()}={show(value)}, but "
                        f"{show(first.get(name))} in {runs[0].log_path}")
-    curves = [tuple(e["train_loss"] for e in run.all("step")[:20]) for run in runs]
-    if len(set(curves)) < len(curves):
-        yield "two seeds have the same loss curve"
+    for a, b in itertools.combinations(runs, 2):
+        pairs = list(zip(a.all("step"), b.all("step"), strict=False))
+        for key, what in (("train_loss", "loss curve"), ("ms", "step times")):
+            if sum(x[key] == y[key] for x, y in pairs) > 0.1 * len(pairs):  # by chance hardly one
+                yield f"two seeds have the same {what}"
+        if a.one("artifact")["sha256"] == b.one("artifact")["sha256"]:
+            yield "two seeds have the same artifact"
 
 
 def check_about(about: dict) -> Iterator[str]:
@@ -703,10 +743,11 @@ def check_claims(folder: Path, runs: list[SeedRun], script: bytes, claims: dict)
         yield "submission.json: not character by character as `new` writes it"
     if not isinstance(files, dict):
         files = {}
-    known = {*FILES, "artifact.bin", "source.diff",
+    known = {*FILES, "artifact.bin", *UNLISTED, *(["source.diff"] if claims.get("base") else []),
              *(path.name for run in runs for path in (run.log_path, run.metrics_path))}
     for path in sorted(folder.iterdir()):
-        if path.name in ("submission.json", "NOTES.md"):
+        if path.name in UNLISTED and not path.is_symlink() and path.is_file() and \
+                path.stat().st_size <= MAX_NOTES_BYTES:
             continue
         if path.name not in known:
             yield f"{path.name}: no file of an entry; code beside train_gpt.py would not be counted"
@@ -772,6 +813,9 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
                           "said of one leaves no trace; ask for the artifact or run it again")
     if runs[0].one("val_data")["fingerprint"] not in KNOWN_SPLITS:
         unverified.append("the bytes of the validation text: none was counted with its fingerprint")
+    if foreign := foreign_imports(readable(script)):
+        unverified.append(f"train_gpt.py imports {', '.join(foreign)}: code that is not counted, "
+                          "if it is no package of requirements.txt")
     for found, said in (check_base(folder, runs, script, claims),
                         check_contents(folder, runs, readable(script))):
         findings += found
@@ -782,6 +826,20 @@ def check_own(folder: Path, rescore: bool) -> tuple[list[str], list[str]]:
         findings += check_score_again(folder, runs)
         findings += check_rules_again(folder, claims)
     return findings, unverified
+
+
+def foreign_imports(script: str) -> list[str]:
+    """Modules that a script imports and ours does not, but for the standard library."""
+    def named(tree: ast.Module) -> set[str]:
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or ".").split(".")[0])
+        return found
+
+    return sorted(named(parsed(script)) - named(our_code()) - sys.stdlib_module_names)
 
 
 def check_base(folder: Path, runs: list[SeedRun], script: bytes,
@@ -886,9 +944,12 @@ def check_rules_again(folder: Path, claims: dict) -> Iterator[str]:
 def check_score_again(folder: Path, runs: list[SeedRun]) -> Iterator[str]:
     """Score artifact.bin with the folder's own script; data is looked for where we stand."""
     best = min(run.one("final")["val_bpb"] for run in runs)
+    # Settings of whoever checks would override the artifact's.
+    env = {name: value for name, value in os.environ.items()
+           if name.lower() not in runs[0].settings or name in ("DATA_PATH", "TOKENIZER_PATH")}
     done = subprocess.run([sys.executable, str(folder.resolve() / "train_gpt.py"), "--eval",
                            str(folder.resolve() / "artifact.bin")], cwd=RECORDS.parent, text=True,
-                          capture_output=True)
+                          capture_output=True, env=env)
     match = re.search(r"^val_bpb:([0-9.]+)", done.stdout, re.M)
     if done.returncode or match is None:
         yield f"artifact.bin: --eval failed: {done.stderr.strip().splitlines()[-1:]}"
@@ -906,7 +967,7 @@ OFFICIAL_LINES = {
     "code bytes": r"^Code size(?: \(compressed\))?: ?([0-9]+)",
     "evaluation time": r"^(?:final_int|legal_ttt|quantized)\w*(?: .*)? eval_time:([0-9]+)ms",
     "validation tokens": r"^(?:val_tokens: ?|val_loader:.* tokens:)([0-9]+)",
-    "seed": r"^\s*seed: ?([0-9]+)$",
+    "seed": r"^[ \t]*seed: ?([0-9]+)$",
 }
 SIZE_NAMES = ("bytes_total", "artifact_bytes", "artifact_size_bytes", "artifact_bytes_max",
               "bytes_model_int6_zstd", "bytes_model_int8_zlib")
@@ -1047,6 +1108,12 @@ def check_folder(folder: Path, rescore: bool = False) -> dict:
     return {"folder": str(folder), "format": kind, "findings": findings, "unverified": unverified}
 
 
+def plain(text: str) -> str:
+    """Lines for a terminal, without control characters."""
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+                     for line in text.split("\n"))
+
+
 def one_line(text: str) -> str:
     """A finding for a terminal: no control characters, of bearable length."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:400])
@@ -1075,8 +1142,11 @@ def readme_blocks(facts: dict, runs: list[SeedRun], base: dict | None) -> dict[s
     rows = [(seed, f"{r['val_bpb']:.6f}", f"{r['val_loss']:.6f}", f"{r['pre_quant_val_bpb']:.6f}",
              f"{r['post_quant_val_bpb']:.6f}", r["steps"], f"{r['artifact_bytes']:,}")
             for seed, r in facts["seed_results"].items()]
-    rows.append(("mean (std)", f"**{facts['val_bpb']:.6f}** ({facts['val_bpb_std']:.6f})",
-                 f"{facts['val_loss']:.6f} ({facts['val_loss_std']:.6f})", "", "", "", ""))
+    several = len(facts["seed_results"]) > 1  # one seed does not scatter
+    rows.append(("mean (std)", f"**{facts['val_bpb']:.6f}**"
+                 + f" ({facts['val_bpb_std']:.6f})" * several,
+                 f"{facts['val_loss']:.6f}" + f" ({facts['val_loss_std']:.6f})" * several,
+                 "", "", "", ""))
     packed = f" (packed; {facts['bytes_text']:,} as text)" if "bytes_text" in facts else ""
     sizes = ["val_bpb: bits per byte of the validation text under the artifact, less is better; "
              "val_loss: the same in nats a token; in chunks: without sliding windows, of the float "
@@ -1139,10 +1209,13 @@ def against_text(facts: dict, base: dict) -> str:
 
 def command_of(facts: dict, run: SeedRun, script: bytes) -> str:
     """The command that runs an entry again."""
-    given = {name: value for name, value in facts["settings"].items() if name == "PRESET"} \
-        | given_by_hand(run.settings, readable(script))
-    start = "torchrun --standalone --nproc_per_node=8 train_gpt.py" \
-        if TRACKS[facts["track"]]["device"] == "cuda" else "./run.sh"
+    given = {"PRESET": str(run.settings["preset"])} | given_by_hand(run.settings, readable(script))
+    start = "./run.sh"
+    if TRACKS[facts["track"]]["device"] == "cuda":
+        start = "torchrun --standalone --nproc_per_node=8 train_gpt.py"
+        given = {name: value for name, value in given.items() if value or name != "PRESET"}
+    elif threads := re.match(r"(\d+) threads", run.one("machine")["name"]):
+        given = {"OMP_NUM_THREADS": threads[1]} | given
     again = " ".join(["SEED=$SEED", *(f"{k}={shlex.quote(v)}" for k, v in given.items()), start])
     return f"for SEED in {' '.join(map(str, facts['seeds']))}; do {again}; done"
 
@@ -1215,6 +1288,8 @@ def against(base: Path, facts: dict, script: bytes) -> tuple[dict, str]:
     """What changed against another entry (score, settings, lines by function), and source.diff."""
     claims = read_json(base / "submission.json")
     theirs, ours = claims["settings"], facts["settings"]
+    if claims["data"]["fingerprint"] != facts["data"]["fingerprint"]:
+        raise Wrong(f"--base {base.name}: scored on another validation text")
     settings = [[name, theirs.get(name, "default"), ours.get(name, "default")]
                 for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
     old, new = readable(content(base / "train_gpt.py")), readable(script)
@@ -1234,6 +1309,8 @@ def make_entry(run_folders: list[Path], about: dict, base: Path | None, root: Pa
     if about["track"] not in TRACKS:
         raise Wrong(f"--track {about['track']}: expected one of {', '.join(TRACKS)}")
     refuse([f"--{finding}" for finding in check_about(about)])
+    if base and base.resolve().parent.name != about["track"]:
+        raise Wrong(f"--base {base}: expected an entry of {about['track']}, where `check` finds it")
     runs = [read_run(f / "log.txt", f / "metrics.jsonl", f / "settings.json") for f in run_folders]
     scripts = {(f / "train_gpt.py").read_bytes() for f in run_folders
                if (f / "train_gpt.py").is_file()}
@@ -1291,8 +1368,11 @@ def write_generated(folder: Path, runs: list[SeedRun], script: bytes, about: dic
     draw(folder, runs)
     (folder / "README.md").write_text(readme(facts, runs, script), encoding="utf-8")
     facts["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())
-                      if path.name not in ("submission.json", "NOTES.md")}
-    (folder / "submission.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                      if path.name not in UNLISTED}
+    # Whole or not at all: what was written by hand stands nowhere else.
+    partial = folder / ".submission.json.partial"
+    partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / "submission.json")
 
 
 def redraw(folder: Path) -> None:
@@ -1375,7 +1455,8 @@ def compare_text(a: dict, b: dict) -> str:
         "Nobody can tell from these runs which is better: the difference may be luck of the seeds."
     lines = [
         *(f"{letter}  {claims['name']}: {claims['val_bpb']:.6f} bits per byte, the mean of "
-          f"{len(claims['seed_results'])} seeds" for letter, claims in (("A", a), ("B", b))),
+          f"{len(claims['seed_results'])} seeds, {mean_steps(claims):,.0f} steps each"
+          for letter, claims in (("A", a), ("B", b))),
         "Bits per byte is what a byte of text costs under the model; less is better.",
         f"{how}, B is {'lower' if bpb.difference < 0 else 'higher'} on average by "
         f"{abs(bpb.difference):.6f} bits per byte.",
@@ -1441,7 +1522,8 @@ def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str
             lines += ["Nobody has run it yet.", ""]
         for fingerprint in sorted({claims["data"]["fingerprint"] for _, claims in mine}):
             rows = [(rank, f"[{c['name']}]({folder.relative_to(root)})", f"{c['val_bpb']:.5f}",
-                     f"{c['val_bpb_std']:.5f}", len(c["seeds"]), f"{mean_steps(c):,.0f}",
+                     f"{c['val_bpb_std']:.5f}" if len(c["seeds"]) > 1 else "-",
+                     len(c["seeds"]), f"{mean_steps(c):,.0f}",
                      f"{c['bytes_total']:,}", f"{c['params']:,}", c["hardware"], c["author"],
                      c["date"])
                     for rank, (folder, c) in enumerate(
@@ -1516,7 +1598,7 @@ def verb_show(args: argparse.Namespace) -> int:
     claims, runs = read_json(args.what / "submission.json"), read_entry(args.what)
     facts = entry_facts(runs, content(args.what / "train_gpt.py"), claims)
     for text in readme_blocks(facts, runs, claims.get("base")).values():
-        print(text, end="\n\n")
+        print(plain(text), end="\n\n")
     return 0
 
 
@@ -1544,7 +1626,7 @@ def verb_compare(args: argparse.Namespace) -> int:
     for letter, folder in (("A", args.a), ("B", args.b)):
         if findings := check_folder(folder)["findings"]:
             print(f"warning: {letter} does not pass check: {findings[0]}")
-    print(compare_text(*(read_json(f / "submission.json") for f in (args.a, args.b))))
+    print(plain(compare_text(*(read_json(f / "submission.json") for f in (args.a, args.b)))))
     return 0
 
 

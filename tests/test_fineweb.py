@@ -12,6 +12,7 @@ import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hub_server
 import numpy as np
 import pytest
 from hub_server import HubServer, Repository
@@ -306,6 +307,37 @@ def test_files_of_two_repositories_are_not_mixed(repository, download):
     assert download()[0] == 1
     outcome = download(MATCHED_FINEWEB_REPO_ID="other/golf")
     assert_one_error(outcome, 2, NAME, "other/golf")
+
+
+def test_a_finished_download_of_another_repository_is_not_taken_for_it(repository, download):
+    assert download()[0] == 0
+    outcome = download(MATCHED_FINEWEB_REPO_ID="other/golf")
+    assert_one_error(outcome, 2, NAME, "other/golf")
+
+
+def test_shards_of_two_revisions_are_not_mixed(repository, download, monkeypatch):
+    """The repository moved on between an interrupted download and the next run."""
+    path = f"{FOLDER}/fineweb_train_000001.bin"
+    repository.faults[path] = ["500"] * 50
+    assert download()[0] == 1
+    before, repository.faults = download.shards(), {}
+    assert before
+    monkeypatch.setattr(hub_server, "COMMIT", "f" * 40)
+    assert_one_error(download(), 2, NAME, "revision 0123456789ab")
+    assert download.shards() == before
+    monkeypatch.undo()
+    assert download()[0] == 0
+
+
+def test_a_record_that_names_other_files_deletes_none_of_them(repository, download, tmp_path):
+    assert download()[0] == 0
+    other, sidecar = tmp_path / "thesis.txt", download.sidecar()
+    other.write_text("mine")
+    for recorded in ({str(other): "0"}, {"../../thesis.txt": "0"}, ["fineweb_val_000000.bin"]):
+        prepare.write_json(download.folder / prepare.SIDECAR, {**sidecar, "val_shards": recorded})
+        assert download()[0] == 0
+        assert other.read_text() == "mine"
+        assert download.sidecar() == sidecar
 
 
 def test_damaged_files_are_fetched_again(repository, download):

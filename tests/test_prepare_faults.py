@@ -359,7 +359,27 @@ def test_builds_that_share_a_tokenizer(build, capsys):
     assert (build.out / "tokenizers/given.model").read_bytes() == model_bytes()
 
 
+def test_a_tokenizer_of_an_unfinished_build_is_not_replaced(tmp_path):
+    """No sidecar names it yet, but shards are being written with it."""
+    path, folder = tmp_path / "tokenizers" / "m.model", tmp_path / "datasets" / "under_way"
+    folder.mkdir(parents=True)
+    prepare.place_tokenizer(path, b"first")
+    prepare.write_json(folder / prepare.JOURNAL, {"tokenizer_sha256": prepare.file_sha256(path)})
+    with pytest.raises(prepare.BadInput, match="in use by under_way"):
+        prepare.place_tokenizer(path, b"second")
+    assert path.read_bytes() == b"first"
+    prepare.write_json(folder / prepare.JOURNAL, {"tokenizer_sha256": None})
+    prepare.place_tokenizer(path, b"second")
+    assert path.read_bytes() == b"second"
+
+
 # Documents
+
+
+def test_files_that_macos_leaves_on_disks_are_no_texts(tmp_path):
+    for name in ("a.txt", "._a.txt", ".hidden.txt"):
+        (tmp_path / name).write_text("text")
+    assert [path.name for path in prepare.text_files_in(tmp_path)] == [".hidden.txt", "a.txt"]
 
 
 def test_empty_and_shared_documents_are_counted(build, capsys):

@@ -10,11 +10,16 @@ import re
 import shutil
 import statistics
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TinyData
+from hypothesis import given
+from hypothesis import strategies as st
 from jobs import environment, tiny_job
 from scipy import stats
 
@@ -857,7 +862,7 @@ def claims_of(name: str, scores: list[float], fingerprint: str = "f") -> dict:
     mean = sum(scores) / len(scores)
     return {"name": name, "val_bpb": mean, "val_loss": 1.7 * mean,
             "data": {"fingerprint": fingerprint}, "hardware": "1 x 2 threads (cpu)",
-            "seed_results": {str(n): {"val_bpb": s, "val_loss": 1.7 * s}
+            "seed_results": {str(n): {"val_bpb": s, "val_loss": 1.7 * s, "steps": 100}
                              for n, s in enumerate(scores)}}
 
 
@@ -896,6 +901,123 @@ def test_compare_warns_of_an_entry_that_does_not_check(made: Path, entry: Path, 
     (entry / "submission.json").write_text(json.dumps(claims))
     record.main(["compare", str(made), str(entry)])
     assert "warning: B does not pass check" in capsys.readouterr().out
+
+
+# What a folder may try
+
+
+def copy_of(run: record.SeedRun, **changed: dict) -> record.SeedRun:
+    """A run with facts of its events changed, by the events' names."""
+    events = [{**event, **changed.get(event["event"], {})} for event in run.events]
+    return replace(run, events=events)
+
+
+def test_a_run_does_not_stand_for_two_seeds(made: Path) -> None:
+    first, second, _ = record.read_entry(made)
+    found = list(record.check_together([first, first, second], TRACK))
+    for what in ("loss curve", "step times", "artifact"):
+        assert f"two seeds have the same {what}" in found
+    assert not any("two seeds have" in finding
+                   for finding in record.check_together(record.read_entry(made), TRACK))
+
+
+def test_all_targets_are_scored(made: Path) -> None:
+    run, script = record.read_entry(made)[0], (made / "train_gpt.py").read_bytes()
+    headline = run.one("final")["name"]
+    (scored,) = [event for event in run.all("eval") if event["name"] == headline]
+    short = replace(run, events=[{**event, "targets": scored["targets"] - 1}
+                                 if event is scored else event for event in run.events])
+    assert any("targets scored of" in finding for finding in record.check_numbers(short, script))
+    whole = run.one("val_data")["tokens"] - 1
+    half = replace(run, settings={**run.settings, "eval_truncate": True,
+                                  "eval_seq_len": whole // 2 + 1},
+                   events=[{**event, "targets": whole // 2 + 1}
+                           if event is scored else event for event in run.events])
+    assert any("targets scored of" in finding for finding in record.check_numbers(half, script))
+    assert not list(record.check_numbers(run, script))
+
+
+@pytest.mark.parametrize("name", ["2 threads | Ann | 2020", "<img src=x>", "a\x1b[2J", "[x](y)"])
+def test_what_goes_on_the_board_is_plain(name: str, made: Path) -> None:
+    run = copy_of(record.read_entry(made)[0], machine={"name": name})
+    found = record.check_numbers(run, (made / "train_gpt.py").read_bytes())
+    assert any("expected plain text" in finding for finding in found)
+
+
+@pytest.mark.parametrize("cookie", ["raw_unicode_escape", "utf-7", "latin-1", "nonsense"])
+def test_a_script_is_utf_8_or_refused(cookie: str) -> None:
+    """Under another encoding Python may run what is a comment here."""
+    with pytest.raises(record.Wrong, match=r"train_gpt\.py: "):
+        record.readable(f"# coding: {cookie}\n# \\u000aimport os\n".encode())
+    assert record.readable(b"# coding: utf-8\nx = 1\n").endswith("x = 1\n")
+
+
+@given(template=st.text("ab:{", max_size=9), line=st.text("ab:", max_size=9))
+def test_a_line_fits_a_template_as_a_regular_expression_says(template: str, line: str) -> None:
+    template = template.replace("{", "{x}")
+    pattern = ".*".join(map(re.escape, template.split("{x}")))
+    assert record.fits(line, template) == bool(re.fullmatch(pattern, line))
+
+
+def test_hostile_texts_take_no_time(made: Path) -> None:
+    run, script = record.read_entry(made)[0], record.readable((made / "train_gpt.py").read_bytes())
+    begin = time.monotonic()
+    part = "/ train_loss: train_time:ms step_avg:ms lr_scale: eta:"
+    assert any("not what" in finding for finding in record.check_log(
+        replace(run, log=run.log + "step:" + part * 200 + "s\n"), script))
+    assert re.findall(record.OFFICIAL_LINES["seed"], "\n" * 200_000 + "seed: 7", re.M) == ["7"]
+    big = "PRESETS = {'a': {'num_layers': Fraction('1e9999999999')}}\n"
+    assert record.given_by_hand(run.settings, script + big)
+    assert list(record.check_training(copy_of(run, summary={"steps": 3_000_000_000})))
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.symlink_to("/etc/hostname"), lambda path: path.mkdir(),
+    lambda path: path.write_bytes(bytes((1 << 20) + 1))], ids=["link", "folder", "large"])
+def test_notes_are_a_small_plain_file(make, entry: Path, capsys) -> None:
+    (entry / "NOTES.md").write_text("Notes.\n")
+    assert record.main(["check", str(entry)]) == 0
+    (entry / "NOTES.md").unlink()
+    make(entry / "NOTES.md")
+    assert record.main(["check", str(entry)]) == 1
+    assert "NOTES.md: " in capsys.readouterr().out
+
+
+def test_code_from_elsewhere_is_told() -> None:
+    ours = (ROOT / "train_gpt.py").read_text()
+    assert record.foreign_imports(ours) == []
+    more = "import helper.more, json\nfrom .near import x\nfrom other import y\n"
+    assert record.foreign_imports(ours + more) == ["helper", "near", "other"]
+
+
+def test_a_base_is_of_the_same_track_and_text(made: Path, runs: list[Path], tmp_path: Path,
+                                              capsys) -> None:
+    root = tmp_path / "records"
+    elsewhere = Path(shutil.copytree(made, root / "track_non_record_16mb" / made.name))
+    assert new(runs, root, "--base", str(elsewhere), "--name", "Other") == 1
+    assert "expected an entry of track_cpu_5min" in capsys.readouterr().err
+    base = Path(shutil.copytree(made, root / TRACK / made.name))
+    claims = json.loads((base / "submission.json").read_text())
+    claims["data"]["fingerprint"] = "0" * 64
+    (base / "submission.json").write_text(json.dumps(claims))
+    assert new(runs, root, "--base", str(base), "--name", "Other") == 1
+    assert "another validation text" in capsys.readouterr().err
+
+
+def test_scoring_again_ignores_the_checkers_own_settings(
+        made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def run(command: list[str], **how) -> SimpleNamespace:
+        seen.update(how["env"])
+        return SimpleNamespace(returncode=1, stdout="", stderr="")
+
+    monkeypatch.setattr(record.subprocess, "run", run)
+    with environment(EVAL_STRIDE="7", NUM_LAYERS="3", DATA_PATH="/data"):
+        list(record.check_score_again(made, record.read_entry(made)))
+    assert "EVAL_STRIDE" not in seen and "NUM_LAYERS" not in seen
+    assert seen["DATA_PATH"] == "/data"
 
 
 # The board

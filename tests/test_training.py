@@ -385,21 +385,6 @@ def test_the_last_checkpoint_is_off_the_clock_and_others_are_not(setting, monkey
     assert (len(ticking) > 2, all(ticking[:-1]), ticking[-1]) == (True, True, False)
 
 
-def test_the_time_of_a_checkpoint_counts_before_the_next_step(setting, monkeypatch) -> None:
-    """The second one, before step 1, takes all that is left of the budget."""
-    saves: list[int] = []
-
-    def save(run: Run, state: dict) -> None:
-        saves.append(state["step"])
-        run.training_clock.banked += 1000.0 * (len(saves) == 2)
-
-    monkeypatch.setattr(Run, "save_checkpoint", save)
-    cfg, model, rows, run = setting(max_wallclock_seconds=900.0, checkpoint_seconds=1e-9)
-    state = train_gpt.Training(model, 0.0, [], run)
-    train(training_nats, state, rows, None, run)
-    assert (saves, state.step) == ([0, 1, 1], 1)
-
-
 def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
     """The ledger of a run that was cut after three of five steps is that of a whole one."""
     def cut(run: Run) -> train_gpt.Training:

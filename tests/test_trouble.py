@@ -616,8 +616,10 @@ CASES: dict[str, Case] = {
         code=1, STUB_PIP_ERROR="no network"),
     "run.sh: torch does not import; remove .venv and run again": shell(
         code=1, prepare=python_that("-c*device_count*", "exit 1")),
-    "run.sh: nvidia-smi lists GPUs but torch sees none (hidden, or a CPU build): using the CPU":
-        shell(prepare=lists_gpus),
+    "run.sh: nvidia-smi lists GPUs but torch sees none (hidden, an old driver, or a CPU build): "
+    "using the CPU": shell(prepare=lists_gpus),
+    "run.sh: VOCAB_SIZE=..., but the data prepared here have 1024 pieces; set DATA_PATH and "
+    "TOKENIZER_PATH too": shell(code=1, VOCAB_SIZE="4096"),
     "run.sh: no GPU and a PRESET without mini: data is not prepared, set DATA_PATH": shell(
         PRESET="pr1361"),
     "run.sh: ruff found problems, see above pytest's output": shell(
