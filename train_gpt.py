@@ -296,7 +296,7 @@ class Config:
             raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
         return found
 
-    @property
+    @functools.cached_property
     def bits_by_role(self) -> dict[str, int]:
         """Bits of each role's integers, or of a tensor's by its name; 0 stands for fp16."""
         named = self.by_role("BITS", self.bits, r"[2-8]|fp16", "2 to 8 or fp16")
@@ -1147,9 +1147,9 @@ class BigramHash(nn.Module):
         hashed = F.pad(hashed, (1, 0), value=none)
         return torch.where(input_ids == BOS, none, hashed) if self.bos_mask else hashed
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) -> (B, T, D)."""
-        return self.scale * self.proj(self.embed(self.buckets(input_ids)))
+        return self.scale * self.proj(self.embed(self.buckets(input_ids)).to(dtype))
 
 
 class SmearGate(nn.Module):
@@ -1402,7 +1402,7 @@ class GPT(nn.Module):
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
-        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids: 0.0
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids, dtype: 0.0
         self.smear = SmearGate(cfg) if cfg.smear_enabled else lambda x, ids: x
         self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
         skips = 0 if cfg.skip_per_dim == "off" else layers // 2
@@ -1445,7 +1445,7 @@ class GPT(nn.Module):
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last block."""
-        x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids)).to(self.dtype))
+        x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids, self.dtype)).to(self.dtype))
         x = self.smear(x, input_ids)
         c, half = self.context(input_ids, x), self.cfg.num_layers // 2
         for layer, block in enumerate(self.blocks):

@@ -560,7 +560,7 @@ def test_hessians_are_those_of_a_banked_computation(calibrated) -> None:
     norm, L = train_gpt.rms_norm, 4
     for batch in range(3):
         ids = rows.batch(8 * batch, 8)[0]
-        x = norm(model.tok_emb(ids) + model.bigram(ids))
+        x = norm(model.tok_emb(ids) + model.bigram(ids, model.dtype))
         x = x0 = model.smear(x, ids)
         c, outputs = model.context(ids, x0), []
         for n, block in enumerate(model.blocks):
