@@ -49,7 +49,7 @@ def artifact_bytes(cfg: train_gpt.Config, model: dict, fit: dict = FITTED, by: f
             continue
         block = "blocks" in name and fit["block"] * (cfg.model_dim / p.size(1)) ** 0.5
         mean_maximum = -float(torch.special.ndtri(torch.tensor(0.28 / p.size(1))))  # in rms
-        clip = max(mean_maximum, std * train_gpt.sigmas_of(cfg, name, by))
+        clip = max(mean_maximum, std * by * train_gpt.setting_of(name, cfg.sigmas_by_role))
         floor = (bits == 8 or cfg.q_scale_floor == "inv_clip") / (block or fit["table"]) * (not std)
         step = max(clip, floor) / (top := train_gpt.largest_integer(bits))
         step /= (1 + std * step**2 / 12) ** 0.5  # GPTQ feeds errors back, which widens rows

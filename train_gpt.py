@@ -87,9 +87,8 @@ def knob(default, accepts: tuple, doc: str):
     return field(default=default, metadata={"accepts": accepts, "doc": doc})
 
 
-# What reading a stranger's JSON and lengths may raise.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
-             struct.error)
+             struct.error)  # what reading a stranger's JSON and lengths may raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -733,8 +732,7 @@ class Run:
             torch.cuda.synchronize()
 
     def put(self, x: Tensor) -> Tensor:
-        """`x` of the host on the run's device, without waiting for the copy."""
-        # What is not contiguous would go by way of memory that is not pinned, and be waited for.
+        """`x` of the host on the run's device; only what lies together goes without waiting."""
         pinned = x.contiguous().pin_memory() if self.device.type == "cuda" else x
         return pinned.to(self.device, non_blocking=True)
 
@@ -742,8 +740,7 @@ class Run:
         """Start to copy `x` to the host; what waits for that, and for no later work, gives it."""
         if self.device.type != "cuda":
             return x.tolist
-        host, done = x.to("cpu", non_blocking=True), torch.cuda.Event()
-        done.record()
+        host, done = x.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
         return lambda: (done.synchronize(), host.tolist())[1]  # type: ignore[func-returns-value]
 
     def share(self, content: bytes, source: int = 0) -> bytes:
@@ -1652,13 +1649,12 @@ class Muon(torch.optim.Optimizer):
             updates.append(self.run.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
             (rows, cols), decay = weights[0].shape, 1.0 - group["lr"] * group["weight_decay"]
-            if self.decay_first:
-                torch._foreach_mul_(weights, decay)
             update = wait()[: len(weights)].to(weights[0].dtype)
+            rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
+            torch._foreach_mul_(weights, decay)
+            # Decay that comes after the step decays the step as well.
             torch._foreach_add_(weights, update.unbind(),
-                                alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
-            if not self.decay_first:
-                torch._foreach_mul_(weights, decay)
+                                alpha=-rate * (1.0 if self.decay_first else decay))
         self.shares = []
 
     def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
@@ -1959,28 +1955,35 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.log(f"warmup_step:{step + 1}/{steps}")
     model.load_state_dict(before)
+    scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS)[0]
+    compile_blocks(forward, model, rows, moments, run)
+    return timed(lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run), scored
+
+
+def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
+    """Compile and warm up what scoring runs; the measured seconds of an evaluation batch."""
+    cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
 
     def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
         return [torch.full((rows, width), BOS, device=run.device) for width in widths]
 
-    @torch.no_grad()
-    def timed(work: Callable[[], object]) -> float:  # the second of two calls, all compiled
-        work()
-        start = time.perf_counter()
-        work()
-        return run.agree(time.perf_counter() - start)
-
-    T, strip, first_rows = cfg.eval_seq_len, cfg.eval_stride, rows.batch(0, CALIBRATION_ROWS)[0]
     if cfg.ttt_mode != "off":
         forward(model, *blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
-    compile_blocks(forward, model, rows, moments, run)
     whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
-    scored = timed(lambda: forward(model, *whole)[0].sum().item())
+    scored = timed(lambda: forward(model, *whole)[0].sum().item(), run)
     if 0 < strip < T:
-        scored = timed(lambda: forward(model, *sliding[:2], places=sliding[2])[0].sum().item())
-    return (timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf, run)),
-            scored * cfg.eval_batch_seqs / run.scored_rows)
+        scored = timed(lambda: forward(model, *sliding[:2], places=sliding[2])[0].sum().item(), run)
+    return scored * cfg.eval_batch_seqs / run.scored_rows
+
+
+@torch.no_grad()
+def timed(work: Callable[[], object], run: Run) -> float:
+    """Seconds of the second of two calls: by then all is compiled."""
+    work()
+    start = time.perf_counter()
+    work()
+    return run.agree(time.perf_counter() - start)
 
 
 class Averages:
@@ -2215,11 +2218,6 @@ def role_of(name: str) -> str:
 def setting_of(name: str, by_role: dict):
     """What BITS or CLIP_SIGMAS says of a parameter, by its own name or by its role."""
     return by_role.get(name.removesuffix(".weight"), by_role[role_of(name)])
-
-
-def sigmas_of(cfg: Config, name: str, factor: float) -> float:
-    """Standard deviations of a row at the top of a parameter's grid, with QUANT_CLIP=std."""
-    return factor * setting_of(name, cfg.sigmas_by_role)
 
 
 def bits_of(cfg: Config, name: str, tensor: Tensor) -> int:
@@ -2499,7 +2497,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
             W = W.masked_fill(W.abs() < row_quantile(W.abs().view(1, -1), cfg.prune_frac), 0.0)
         H = hessians.get(hessian_source(name.removesuffix(".weight")))
-        how = bits, cfg, sigmas_of(cfg, name, factor)
+        how = bits, cfg, factor * setting_of(name, cfg.sigmas_by_role)
         if not bits:
             made = Stored(W.half())
         elif H is None:
@@ -2714,7 +2712,8 @@ def estimated_bytes(model: GPT, factor: float) -> float:
     for name, p in model.named_parameters():
         if bits := bits_of(model.cfg, name, p):
             W, levels = p.detach().float(), largest_integer(bits)
-            step = clip_candidates(W, bits, model.cfg, sigmas_of(model.cfg, name, factor))[-1]
+            sigmas = factor * setting_of(name, model.cfg.sigmas_by_role)
+            step = clip_candidates(W, bits, model.cfg, sigmas)[-1]
             total += entropy_bytes(torch.round(W / step[:, None]).clamp_(-levels, levels))
     return total
 
@@ -3232,7 +3231,10 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
         run.log_header(notes)
         with run.together():
             val = load_validation(cfg)
-        score = score_artifact(cfg, stored, val, make_forward(run), run, diagnostics=False)[-1]
+        forward = make_forward(run)
+        if run.compiled:  # off the clock, as in the run that made it
+            prime_scoring(forward, rebuild_model(cfg, stored, run), run)
+        score = score_artifact(cfg, stored, val, forward, run, diagnostics=False)[-1]
         run.log(f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
                 f"stride {cfg.eval_stride})")
     return 0

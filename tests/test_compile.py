@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCAB_SIZE, TinyData
+from jobs import environment
 from test_composition import SIZES, at_random
 from test_model import random_ids
 
+import train_gpt
 from train_gpt import (
     GPT,
     PRESETS,
@@ -24,7 +26,9 @@ from train_gpt import (
     Run,
     Training,
     TrainingRows,
+    artifact_header,
     compile_blocks,
+    encode_artifact,
     evaluate,
     initialize,
     load_validation,
@@ -118,15 +122,33 @@ def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: T
     assert not COUNTERS["graph_break"]
 
 
-def test_more_shapes_than_a_compiler_expects_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shapes_than_a_compiler_expects_are_compiled() -> None:
     """Halved micro-batches, QAT, chunks, windows and adaptation have a graph each."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     cfg = Config(**{**SIZES, "num_layers": 1, "xsa_last_n": 1, "ve_layers": "0", "rope_dims": 4})
     forward, model = make_forward(compiled_run(cfg)), GPT(cfg)
     for rows in range(1, 15):
         ids = random_ids(cfg, rows, 9)
         forward(model, ids[:, :-1], ids[:, 1:])
     assert graphs() == 14
+
+
+def test_scoring_an_artifact_again_compiles_before_its_clock(
+        tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adaptation divides the budget by what the first windows took: compiling is not in it."""
+    cfg = Config(**{**SYSTEMS["pr1361"], "eval_seq_len": 24, "eval_stride": 8, "eval_batch_seqs": 4,
+                    "ttt_mode": "score_first", "ttt_freeze_blocks": 0, "ttt_chunk_tokens": 100,
+                    "data_path": str(tiny_data.data_path), "vocab_size": VOCAB_SIZE,
+                    "tokenizer_path": str(tiny_data.tokenizer_path)})
+    val, model, seen = load_validation(cfg), GPT(cfg), []
+    initialize(model, cfg)
+    stored = quantize(model, {}, compiled_run(cfg))
+    (tmp_path / "a.bin").write_bytes(encode_artifact(artifact_header(cfg, val), stored))
+    score = train_gpt.score_artifact
+    monkeypatch.setattr(train_gpt, "score_artifact", lambda *given, **how: (
+        seen.append(graphs()), score(*given, **how), seen.append(graphs()))[1])
+    with environment(COMPILE="1", DATA_PATH=cfg.data_path, TOKENIZER_PATH=cfg.tokenizer_path):
+        assert train_gpt.main(["--eval", str(tmp_path / "a.bin")]) == 0
+    assert seen[0] == seen[1] > 0
 
 
 # One block, compiled for all layers on a CPU.

@@ -31,7 +31,7 @@ from train_gpt import (
     fit_artifact,
     initialize,
     largest_integer,
-    sigmas_of,
+    setting_of,
 )
 
 SHAPE = {"num_layers": 3, "xsa_last_n": 1, "ve_layers": "1,2", "model_dim": 64, "num_heads": 2,
@@ -117,7 +117,8 @@ def test_the_estimate_is_the_entropy_of_nearest_integers() -> None:
     for name, p in model.named_parameters():
         if bits := bits_of(model.cfg, name, p):
             top, W = largest_integer(bits), p.detach()
-            steps = clip_candidates(W, bits, model.cfg, sigmas_of(model.cfg, name, 1.5))[0]
+            sigmas = 1.5 * setting_of(name, model.cfg.sigmas_by_role)
+            steps = clip_candidates(W, bits, model.cfg, sigmas)[0]
             counts = Counter(max(-top, min(top, round(float(x / step))))
                              for row, step in zip(W, steps, strict=True) for x in row)
             total -= sum(n * math.log2(n / W.numel()) for n in counts.values()) / 8
