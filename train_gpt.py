@@ -295,7 +295,7 @@ class Config:
             raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
         return found
 
-    @functools.cached_property
+    @property
     def bits_by_role(self) -> dict[str, int]:
         """Bits of each role's integers, or of a tensor's by its name; 0 stands for fp16."""
         named = self.by_role("BITS", self.bits, r"[2-8]|fp16", "2 to 8 or fp16")
@@ -741,7 +741,7 @@ class Run:
         if self.device.type != "cuda":
             return x.tolist
         host, done = x.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
-        return lambda: (done.synchronize(), host.tolist())[1]  # type: ignore[func-returns-value]
+        return lambda: (done.synchronize(), host.tolist())[1]
 
     def share(self, content: bytes, source: int = 0) -> bytes:
         """A rank's bytes, on every rank, whether or not they share a file system."""

@@ -126,7 +126,8 @@ def check(combination: dict, data: TinyData) -> None:
     nats, weights = training_nats(model, ids[:, :-1], ids[:, 1:],
                                   qat_grids(model) if moment.qat else None, gamma)
     (nats * weights).mean().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    silent = [name for name, p in model.named_parameters()
+              if p.numel() and (p.grad is None or not p.grad.any())]
     assert not silent
     with torch.no_grad():
         changed = ids.clone()

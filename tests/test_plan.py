@@ -104,7 +104,7 @@ def saved_by_hand(cfg: Config) -> float:
     attention += D + D  # output of the heads, and of the projection, which has a gain
     mlp = D + D + 3 * hidden + D  # stream; normed; in, activated, squared; output
     exclusive = cfg.xsa_last_n * (kv + D)  # direction; what remains
-    stem = 7 * D + 4 * D  # stream, smear, its shift, normed and last streams; pairs in float32
+    stem = 7 * D + 2 * D  # stream, smear, its shift, normed and last streams; pairs
     return 2 * (cfg.num_layers * (attention + mlp) + exclusive + stem)
 
 
