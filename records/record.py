@@ -1110,13 +1110,12 @@ def check_folder(folder: Path, rescore: bool = False) -> dict:
 
 def plain(text: str) -> str:
     """Lines for a terminal, without control characters."""
-    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-                     for line in text.split("\n"))
+    return "\n".join(one_line(line, None) for line in text.split("\n"))
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, longest: int | None = 400) -> str:
     """A finding for a terminal: no control characters, of bearable length."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:400])
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:longest])
 
 
 # =================================================================================================
