@@ -1153,9 +1153,12 @@ def map_files(paths: list[Path], workers: int) -> Iterator[list[str]]:
     with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker) as pool:
         try:
             yield from pool.map(module_docstrings, paths, chunksize=8)
-        except concurrent.futures.process.BrokenProcessPool:
-            raise Failure("a worker process was killed; run again with --workers 1") from None
-        except BaseException:
+        except BaseException as error:
+            # A pool that breaks while it starts another worker raises OSError without an errno.
+            unnumbered = isinstance(error, OSError) and error.errno is None
+            if unnumbered or isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                message = "a worker process was killed; run again with --workers 1"
+                raise Failure(message) from None
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import concurrent.futures
+import errno
 import gzip
 import io
 import json
@@ -526,6 +528,24 @@ def test_message(place, message):
 @pytest.mark.parametrize(("message", "case"), MORE, ids=range(len(MORE)))
 def test_other_ways(place, message, case):
     check_case(place, message, case)
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (OSError("handle is closed"), "a worker process was killed; run again with --workers 1"),
+        (OSError(errno.ENFILE, "Too many open files"), "Too many open files"),
+    ],
+)
+def test_workers_that_cannot_be_started(place, raised, line):
+    """A pool that breaks while it starts a worker says so in an OSError that has no errno."""
+
+    def submit(pool, *args):
+        raise raised
+
+    small_packages(place)
+    place.patch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", submit)
+    assert line in place.run("docs", "--vocab-size", VOCAB, "--workers", 2)
 
 
 def test_the_table_lists_these_messages():
