@@ -1642,14 +1642,21 @@ def read_manifest(manifest: dict, name: str) -> Published:
     return Published(models[0], *counts)
 
 
+def is_whole(path: Path) -> bool:
+    """Say whether a shard is there, as long as its header says."""
+    with contextlib.suppress(BadInput, FileNotFoundError):
+        read_shard_header(path)
+        return True
+    return False
+
+
 def fetch_shard(hub: Hub, folder: Path, split: str, number: int, remaining: int, bar: tqdm) -> None:
     """Download one shard, verify size, hash and header, and give it its name.
 
-    Does nothing for one that is there and whole. `remaining` shards are still to come.
+    Does nothing for one that is there and whole. `remaining` shards, this one too, are missing.
     """
     path = shard_path(folder, split, number)
-    with contextlib.suppress(BadInput, FileNotFoundError):
-        read_shard_header(path)
+    if is_whole(path):
         return
     remote = f"datasets/{folder.name}/{path.name}"
     facts = hub.facts(remote)
@@ -1665,6 +1672,9 @@ def fetch_shard(hub: Hub, folder: Path, split: str, number: int, remaining: int,
         staged.unlink()
         why = str(error).replace(str(staged), remote)
         raise BadInput(f"{hub.repository}: {why}") from None
+    # A shard with its name counts as whole, so its bytes have to be on the disk before.
+    with staged.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(staged, path)
 
 
@@ -1682,9 +1692,10 @@ def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) ->
                 break
         if extra := shard_paths(folder, "val")[number:]:
             raise BadInput(f"{extra[0]}: {hub.repository} publishes only {number}; delete it")
-        for number in range(train_shards):
+        missing = [n for n in range(train_shards) if not is_whole(shard_path(folder, "train", n))]
+        for done, number in enumerate(missing):
             try:
-                fetch_shard(hub, folder, "train", number, train_shards - number, bar)
+                fetch_shard(hub, folder, "train", number, len(missing) - done, bar)
             except NotPublished:
                 raise too_many_shards(train_shards, hub, folder, number) from None
 

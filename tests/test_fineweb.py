@@ -402,6 +402,18 @@ def test_disk_full(repository, download, monkeypatch, tmp_path):
     prepare.require_space(tmp_path, 10)
 
 
+def test_space_is_asked_for_missing_shards_only(repository, download, monkeypatch):
+    assert download(shards=3)[0] == 0
+    first = download.folder / "fineweb_train_000000.bin"
+    size = first.stat().st_size
+    first.unlink()
+    asked = []
+    monkeypatch.setattr(prepare, "require_space", lambda folder, size: asked.append(size))
+    assert download(shards=3)[0] == 0
+    assert max(asked) == size
+    assert first.stat().st_size == size
+
+
 def test_bytes_are_counted_exactly(model, tmp_path):
     """Whatever the tokens: bytes that are no UTF-8, silent pieces, spaces at the start."""
     (tmp_path / "m.model").write_bytes(model)
