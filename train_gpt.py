@@ -281,8 +281,8 @@ class Config:
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
-    def by_role(self, name: str, text: str, pattern: str, values: str) -> dict[str, str]:
-        """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors; raises Refusal."""
+    def by_role(self, name: str, text: str, kind: type, pattern: str, values: str) -> dict:
+        """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors, fp16 as 0; or Refusal."""
         found = {}
         for part in text.split(","):
             role, _, value = part.strip().partition(":")
@@ -290,30 +290,24 @@ class Config:
             if role in found or not named or not re.fullmatch(pattern, value):
                 raise Refusal(f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
                               f"and a colon and {values}")
-            found[role] = value
+            found[role] = 0 if value == "fp16" else kind(value)
         if not set(ROLES) <= set(found):
             raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
         return found
 
-    @property
-    def bits_by_role(self) -> dict[str, int]:
-        """Bits of each role's integers, or of a tensor's by its name; 0 stands for fp16."""
-        named = self.by_role("BITS", self.bits, r"[2-8]|fp16", "2 to 8 or fp16")
-        return {role: 0 if width == "fp16" else int(width) for role, width in named.items()}
-
-    @property
-    def sigmas_by_role(self) -> dict[str, float]:
-        """Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor."""
-        named = self.by_role("CLIP_SIGMAS", self.clip_sigmas, r"[1-9]\d{0,2}(\.\d+)?",
-                             "a number from 1 to 999")
-        return {role: float(sigmas) for role, sigmas in named.items()}
+    # Bits of each role's integers, or of a tensor's by its name.
+    bits_by_role = property(lambda self: self.by_role(
+        "BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16"))
+    # Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor.
+    sigmas_by_role = property(lambda self: self.by_role(
+        "CLIP_SIGMAS", self.clip_sigmas, float, r"[1-9]\d{0,2}(\.\d+)?", "a number from 1 to 999"))
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
         """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
         known = {f.name.upper(): f for f in fields(cls)}
         given, notes = translate_names(env, known)
-        values: dict = {}
+        values: dict = {f.name: f.default for f in fields(cls)}
         names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
         if "mini" in names[:-1]:
             raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
@@ -322,8 +316,7 @@ class Config:
                 raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
             for setting, value in PRESETS[name].items():
                 if isinstance(value, Fraction):  # of what it would be without this preset
-                    before = values.get(setting, known[setting.upper()].default)
-                    value = before and max(1, round(before * value))
+                    value = values[setting] and max(1, round(values[setting] * value))
                 values[setting] = value
         for name, text in given.items():
             values[known[name].name] = parse_setting(name, text, known[name])
@@ -358,7 +351,8 @@ def settings_of(group: str) -> list[str]:
     return names[bounds[which] : bounds[which + 1]]
 
 
-ROLES = ("mlp", "attn", "emb", "aux")
+ROLES = {"mlp": r"blocks\.\d+\.mlp\..*", "attn": r"blocks\.\d+\.attn\..*",
+         "emb": r"(tok_emb|lm_head)\..*", "aux": r".*"}  # the first that a parameter's name fits
 TENSOR_NAME = r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
               r"(bigram|ve_shared)\.(embed|proj)"
 MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
@@ -456,15 +450,17 @@ OWNED_PREFIXES = ("ADAM_", "BACKOUT_", "BIGRAM_", "EMA_", "GPTQ_", "MILE_", "MUO
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
     """The settings named in `env` under our names, and a note for each translation, or Refusal."""
-    given, notes = {name: env[name] for name in known if name in env}, []
-    for alias in sorted(set(ALIASES) & set(env)):
+    given, notes, aliased = {name: env[name] for name in known if name in env}, [], set()
+    # Switches that are on come first: one that is off does not speak against them.
+    for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
         name, values = ALIASES[alias]
         if values is not None and env[alias] not in values:
             raise Refusal(f"{alias}={env[alias]!r}: expected {', '.join(values)} (here {name})")
         value = values[env[alias]] if values else env[alias]
-        if value is None:
+        if value is None or (env[alias] == "0" and name in aliased):
             notes.append(f"{alias}={env[alias]} leaves {name} as it is")
             continue
+        aliased.add(name)
         stated = given.setdefault(name, value)
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
             raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
@@ -564,14 +560,18 @@ class Run:
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> "Iterator[Run]":
         """Open the process group that torchrun's environment describes, if any; close it after."""
-        rank, world_size, here = (int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+        given = [os.environ.get(name, default) for name, default in (
+            ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))]
+        if not all(map(str.isdecimal, given)):
+            raise Refusal(f"RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {given}: expected "
+                          "whole numbers; torchrun sets them, a single process needs none")
+        rank, local_rank, world_size, here = map(int, given)
         device = torch.device("cpu")
         if torch.cuda.is_available():
             if here > (gpus := torch.cuda.device_count()):
                 raise Refusal(f"{here} processes on this host, but it has {gpus} GPU(s): start one "
                               "process for each (--nproc_per_node)")
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         elif torch.backends.mps.is_available() and world_size == 1:
             device = torch.device("mps")
@@ -766,7 +766,10 @@ class Run:
             raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
                           "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
         ours, paths = asdict(self.cfg), (folder / "settings.json", folder / "train_gpt.py")
-        theirs = json.loads(paths[0].read_bytes()) if paths[0].is_file() else ours
+        try:
+            theirs = dict(json.loads(paths[0].read_bytes())) if paths[0].is_file() else ours
+        except MALFORMED:
+            raise Refusal(f"RESUME=1: {paths[0]} is damaged: begin a new run") from None
         for name in sorted(ours.keys() - NOT_OF_THE_RESULT):
             if ours[name] != theirs.get(name):
                 raise Refusal(f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
@@ -798,8 +801,9 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, newest first."""
-        return sorted(self.folder.glob("checkpoint_*.pt") if self.folder else (), reverse=True,
-                      key=lambda path: int(re.sub(r"\D", "", path.stem)))
+        found = self.folder.glob("checkpoint_*.pt") if self.folder else ()
+        ours = (path for path in found if re.fullmatch(r"checkpoint_\d+\.pt", path.name))
+        return sorted(ours, key=lambda path: int(path.stem.partition("_")[2]), reverse=True)
 
     def last_checkpoint(self) -> dict | None:
         """The newest checkpoint that can be read, on every rank; None to begin anew."""
@@ -1023,14 +1027,12 @@ def read_sidecar(folder: str) -> dict:
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise Refusal(f"{path} is missing: run data/prepare.py, which keeps shards it finds")
-    try:
+    with contextlib.suppress(*MALFORMED):
         facts = json.loads(path.read_bytes())
         shards = "".join(sha256 for _, sha256 in sorted(facts["val_shards"].items()))
         facts["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()  # one name for them
         if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
-    except MALFORMED:
-        pass
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
 
@@ -1260,9 +1262,7 @@ class Attention(nn.Module):
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
         """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
-        v = self.c_v(x)
-        if extra_v is not None:
-            v = v + extra_v
+        v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
         if self.vr_lambda is not None:
             first, own = like(self.vr_lambda, v)
             v = first * first_v + own * v
@@ -1395,16 +1395,15 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, kernel: AttentionKernel = sdpa_attention,
                  dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.cfg, self.dtype, layers = cfg, dtype, cfg.num_layers
+        self.cfg, self.dtype, layers, half = cfg, dtype, cfg.num_layers, cfg.num_layers // 2
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids, dtype: 0.0
         self.smear = SmearGate(cfg) if cfg.smear_enabled else lambda x, ids: x
         self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
-        skips = 0 if cfg.skip_per_dim == "off" else layers // 2
-        self.skip_weights = nn.Parameter(
-            torch.ones(skips, cfg.model_dim if cfg.skip_per_dim == "1" else 1))
+        skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
+        self.skip_weights = nn.Parameter(torch.ones(skips))
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
         self.vrl_alphas = nn.ParameterList(
@@ -1456,8 +1455,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
-        z = F.linear(hidden, like(self.head.weight, hidden)).float()
-        cap = self.cfg.logit_softcap
+        z, cap = F.linear(hidden, like(self.head.weight, hidden)).float(), self.cfg.logit_softcap
         return cap * z.div_(cap).tanh_()
 
     def forward(self, input_ids: Tensor, target_ids: Tensor, mile_gamma: Tensor | None = None,
@@ -1626,11 +1624,10 @@ class Muon(torch.optim.Optimizer):
     def launch(self) -> None:
         """Stack the gradients of each shape and start to sum them over ranks."""
         for _, weights in self.stacks:
-            stack = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad
-                                 for w in weights])
+            grad = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
             for weight in weights:
                 weight.grad = None  # its memory is free for the update
-            self.shares.append(self.run.scatter_sum(stack))
+            self.shares.append(self.run.scatter_sum(grad))
 
     def gradients(self, group: dict | None = None) -> list[Tensor]:
         """This rank's share (m, r, c) of each launched stack, or of those of one group."""
@@ -1848,10 +1845,8 @@ def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRow
         batch = rows.batch(step * cfg.rows_per_step + first, count)
         torch._foreach_add_([loss, weight], backward(forward, model, batch, moment, run))
     if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()
-                                              if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm,
-                                             norm / weight[0])
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm, norm / weight[0])
     gradients = summed_gradients(optimizers, [loss, weight], run)
     norms = gradient_norms(gradients, optimizers, run)
     scale = 1.0 / weight if cfg.mile_gamma else torch.ones_like(weight)
@@ -1870,8 +1865,7 @@ def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRow
 def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
     """Raise FloatingPointError naming step and tensors if a loss or gradient is not finite."""
     if not all(map(math.isfinite, stats)):
-        bad = [group["route"] for group, norm in zip(groups, stats[1:], strict=True)
-               if not math.isfinite(norm)]
+        bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
         raise FloatingPointError(f"step {step}: loss {stats[0]}, gradient not finite in: "
                                  f"{'; '.join(bad) or 'no group'}")
 
@@ -1912,8 +1906,7 @@ def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: li
     if saving < REGION_SECONDS:
         run.log(f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s")
         return
-    kinds = [(count, moment) for count in {count for _, count in micro_batches(cfg, run)}
-             for moment in moments]
+    kinds = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
 
     def trial() -> float:
         """Seconds of a forward and backward pass of every kind."""
@@ -1946,8 +1939,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     cfg, run.phase = run.cfg, "priming"
     before = copy.deepcopy(model.state_dict())
     variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
-    moments = [Moment(1.0, cfg.muon_momentum_warmup_start, qat, False, cfg.mile_gamma)
-               for qat in variants]
+    moments = [Moment(1.0, cfg.muon_momentum, qat, False, cfg.mile_gamma) for qat in variants]
     fit_micro_batch(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
     optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
@@ -1991,33 +1983,25 @@ class Averages:
 
     def __init__(self, model: GPT, cfg: Config) -> None:
         self.model, self.decay, self.snapshots = model, cfg.ema_decay, 0
-        self.ema = copy.deepcopy(model) if "ema" in cfg.avg_mode else None  # from step 0 on
-        self.swa = copy.deepcopy(model) if "swa" in cfg.avg_mode else None
-
-    kept = property(lambda self: [a for a in (self.ema, self.swa) if a is not None])
+        self.kept = {name: copy.deepcopy(model) for name in ("ema", "swa") if name in cfg.avg_mode}
 
     @torch.no_grad()
     def update(self, snapshot: bool) -> None:
         """Take in the weights of a step: A <- A + share (W - A), without waiting for a GPU."""
-        source = self.model
-        if self.ema is not None:
-            torch._foreach_lerp_(list(self.ema.parameters()), list(source.parameters()),
-                                 1.0 - self.decay)
-            source = self.ema
-        if self.swa is not None and snapshot:
-            self.snapshots += 1
-            torch._foreach_lerp_(list(self.swa.parameters()), list(source.parameters()),
-                                 1.0 / self.snapshots)
+        self.snapshots, source = self.snapshots + snapshot, self.model
+        shares = {"ema": 1.0 - self.decay, "swa": snapshot and 1.0 / self.snapshots}
+        for name, average in self.kept.items():
+            if share := shares[name]:
+                torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), share)
+            source = average  # SWA takes the EMA's weights, where there is one
 
     def result(self, run: Run) -> GPT:
         """The model to export; without any snapshot, SWA falls back to what it would average."""
-        if self.swa is not None and self.snapshots:
-            run.log("swa:applying averaged {snapshots} checkpoints", "swa",
-                    snapshots=self.snapshots)
-            return self.swa
-        if self.ema is not None:
-            run.log("ema:applying EMA weights")
-        return self.model if self.ema is None else self.ema
+        if "swa" not in self.kept or not self.snapshots:
+            run.log("ema:applying EMA weights" if "ema" in self.kept else "")
+            return self.kept.get("ema", self.model)
+        run.log("swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots)
+        return self.kept["swa"]
 
 
 class Training:
@@ -2041,7 +2025,7 @@ class Training:
         run.save_checkpoint({
             "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
             "model": self.model.state_dict(), "adam": self.adam.state_dict(),
-            "averages": [average.state_dict() for average in self.averages.kept],
+            "averages": [average.state_dict() for average in self.averages.kept.values()],
             "snapshots": self.averages.snapshots,
             "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
             "occasions": dict(run.occasions), "activity": dict(run.activity),
@@ -2058,7 +2042,7 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
         self.muon.load_momentum(saved["momentum"])
-        for average, state in zip(self.averages.kept, saved["averages"], strict=True):
+        for average, state in zip(self.averages.kept.values(), saved["averages"], strict=True):
             average.load_state_dict(state)
         self.averages.snapshots = saved["snapshots"]
         schedule.qat, schedule.last_seconds = saved["schedule"][:2]
@@ -2072,9 +2056,8 @@ class Training:
     def stop(self, asked: int) -> None:
         """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
         if asked:
-            name = self.run.folder and self.run.folder.name  # rank 0 has one, and says it
-            self.run.stop(asked, f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from "
-                                 "there")
+            run, name = self.run, self.run.folder and self.run.folder.name  # rank 0 has one
+            run.stop(asked, f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there")
 
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
@@ -2083,9 +2066,8 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     matrices = len(qat_grids(model))
     pending = None  # the step that a GPU may still be at work on
-    bar = run.progress("training", total=cfg.iterations if cfg.step_driven else schedule.budget,
-                       unit="step" if cfg.step_driven else "s")
-    with run.training_clock.running(), bar:
+    total, unit = (cfg.iterations, "step") if cfg.step_driven else (schedule.budget, "s")
+    with run.training_clock.running(), run.progress("training", total=total, unit=unit) as bar:
         while True:
             step, seconds = state.step, run.agree(run.training_clock.elapsed())
             # Not written back to run.signal, which a signal may set while ranks agree.
@@ -2111,7 +2093,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                         f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
                         scale=moment.lr_scale, matrices=matrices)
-            if state.averages.swa is not None and moment.snapshot and not run.activity["swa"]:
+            if "swa" in cfg.avg_mode and moment.snapshot and not run.activity["swa"]:
                 run.log(f"swa:start step:{step + 1}")
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
             state.averages.update(moment.snapshot)
@@ -2145,11 +2127,10 @@ def log_step(stats: Callable[[], list[float]], moment: Moment, show: bool, step:
     loss, *norms = stats()
     refuse_non_finite([loss, *norms], step, groups)
     cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
-    due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
-        int(50 * share) > run.last_logged_share
-    show = show or step <= 10 or due
+    every, part = cfg.train_log_every, int(50 * share)
+    show = show or step <= 10 or (step % every == 0 if every else part > run.last_logged_share)
     if show:
-        run.last_logged_share = int(50 * share)
+        run.last_logged_share = part
     template = ("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
                 "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
     run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
@@ -2193,8 +2174,6 @@ CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
 DAMPING, DAMPING_TRIES = 0.01, 5
-ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
-                 (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
 
 
 @dataclass(frozen=True)
@@ -2212,7 +2191,7 @@ class Stored:
 
 def role_of(name: str) -> str:
     """The role of a parameter in BITS and CLIP_SIGMAS."""
-    return next(role for pattern, role in ROLE_PATTERNS if re.fullmatch(pattern, name))
+    return next(role for role, pattern in ROLES.items() if re.fullmatch(pattern, name))
 
 
 def setting_of(name: str, by_role: dict):
@@ -2288,9 +2267,8 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> T
 
 def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
     """The candidate of least error: (n, r), (n, r, c), (n, r) -> by matrix, or by row."""
-    best = errors.argmin(dim=0) if cfg.clip_search == "row" else \
-        errors.sum(dim=1).argmin().expand(errors.size(1))
     rows = torch.arange(errors.size(1), device=errors.device)
+    best = errors.argmin(0) if cfg.clip_search == "row" else errors.sum(1).argmin().expand_as(rows)
     return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
 
 
@@ -2862,8 +2840,7 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
         stride, form = seq_len, "published_s1"  # which cuts the last one short
     starts: np.ndarray = np.arange(0, num_targets, stride)
     if form != "published_s1":
-        last = max(num_targets - seq_len, 0)
-        starts = np.append(starts[starts < last], last)
+        starts = np.unique(np.minimum(starts, max(num_targets - seq_len, 0)))
     ends = np.minimum(starts + seq_len, num_targets)
     firsts = np.append(0, ends[:-1] if form == "cover" else np.maximum(ends - stride, starts)[1:])
     return np.stack([starts, firsts, ends], axis=1)
@@ -2962,15 +2939,14 @@ class Adapter:
 
     def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
         """SGD on the targets first to end, begun before `deadline`; returns steps taken."""
-        cfg, run, val = self.run.cfg, self.run, self.val
-        rows = windows(min(end, val.num_targets(cfg)) - first, cfg.eval_seq_len, 0) + first
+        cfg, run, val, T = self.run.cfg, self.run, self.val, self.run.cfg.eval_seq_len
+        rows = windows(min(end, val.num_targets(cfg)) - first, T, 0) + first
         self.optimizer.param_groups[0]["lr"] = lr
         batches = np.array_split(rows, range(cfg.ttt_batch_seqs, len(rows), cfg.ttt_batch_seqs))
         for steps, batch in enumerate(batches):
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
                 return steps
-            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows,
-                                cfg.eval_seq_len, cfg)
+            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, T, cfg)
             ids, _, targets, _, learned = map(run.put, mine)
             nats, _ = self.forward(self.model, ids, targets)
             ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()

@@ -41,7 +41,7 @@ def load(folder: Path) -> tuple[Config, GPT, int]:
     model = GPT(cfg)
     averages = train_gpt.Averages(model, cfg)
     model.load_state_dict(saved["model"])
-    for average, state in zip(averages.kept, saved["averages"], strict=True):
+    for average, state in zip(averages.kept.values(), saved["averages"], strict=True):
         average.load_state_dict(state)
     averages.snapshots = saved["snapshots"]
     return cfg, averages.result(Run(cfg, 0, 1, torch.device("cpu"))), saved["step"]

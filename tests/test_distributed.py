@@ -237,6 +237,9 @@ def test_export_resumes_without_training_and_two_checkpoints_are_kept(
     assert last.name == "checkpoint_40.pt"
     assert sha(folder) == expected
     (folder / "artifact.bin").unlink()
+    copies = [folder / "checkpoint_best.pt", folder / "checkpoint_5_copy.pt"]
+    for path in copies:  # somebody's, never read and never deleted
+        path.write_bytes(last.read_bytes())
     run_ranks(2, tmp_path / "second", **job, RESUME="1")
     assert len(curve(folder)) == 40
     assert sha(folder) == expected
@@ -245,6 +248,7 @@ def test_export_resumes_without_training_and_two_checkpoints_are_kept(
     assert f"warning: {last} cannot be read" in (folder / "log.txt").read_text()
     assert len(curve(folder)) == 40 + 40 - int(older.stem[11:])
     assert sha(folder) == expected
+    assert all(path.exists() for path in copies)
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(alone: Path, tiny_data: TinyData,

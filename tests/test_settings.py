@@ -313,6 +313,20 @@ def test_switching_off_what_is_not_on_changes_nothing() -> None:
         assert "SWA_ENABLED=0" in notes[0]
 
 
+@pytest.mark.parametrize(("env", "meant"), [
+    ({"EMA_ENABLED": "0", "SWA_ENABLED": "1"}, {"AVG_MODE": "swa"}),
+    ({"LATE_QAT": "0", "QAT_ENABLED": "1"}, {"QAT_MODE": "always"}),
+    ({"LATE_QAT": "1", "QAT_ENABLED": "0"}, {"QAT_MODE": "late"}),
+    ({"LATE_QAT": "0", "QAT_ENABLED": "0"}, {"QAT_MODE": "off"}),
+    ({"VRL": "0", "VALUE_RESIDUAL": "1"}, {"VRL_MODE": "mix"}),
+    ({"NO_COMPILE": "0", "TORCH_COMPILE_DISABLE": "1"}, {"COMPILE": "0"}),
+])
+def test_a_switch_that_is_off_gives_way_to_one_that_is_on(env: dict, meant: dict) -> None:
+    cfg, notes = Config.from_env(env)
+    assert cfg == given_settings(**meant)
+    assert len(notes) == 2
+
+
 def test_no_published_name_is_passed_over_in_silence() -> None:
     def ignored(env: dict[str, str]) -> bool:
         with contextlib.suppress(Refusal):

@@ -326,7 +326,7 @@ def test_without_a_snapshot_swa_falls_back(setting, capsys) -> None:
         cfg, model, _, run = setting(avg_mode=mode, ema_decay=0.7)
         averages = train_gpt.Averages(model, cfg)
         averages.update(snapshot=False)
-        assert averages.result(run) is (model if expected == "model" else averages.ema)
+        assert averages.result(run) is (model if expected == "model" else averages.kept["ema"])
     assert "swa:applying" not in capsys.readouterr().out
 
 

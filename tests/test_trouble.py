@@ -490,6 +490,8 @@ CASES: dict[str, Case] = {
     "(--nproc_per_node)": more_processes_than_gpus,
     "WORLD_SIZE=..., but the processes do not find each other (...); torchrun sets up all that "
     "they need": without_torchrun,
+    "RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are ...: expected whole numbers; torchrun sets "
+    "them, a single process needs none": during(lambda p: None, code=2, WORLD_SIZE="two"),
     "rank ...: ...": rank_1_refuses,
     "[Errno 13] Permission denied: ...": lambda p: not_readable(p) or p.main("--check", code=1),
     # Data
@@ -526,6 +528,8 @@ CASES: dict[str, Case] = {
         lambda p: p.run_folder.mkdir(parents=True), RUN_ID="mine"),
     "RUN_ID=...: another process is at work in ...": resumed(at_work),
     "RESUME=1: ...=..., but the run in ... has ...": resumed(lambda p: None, SEED="7"),
+    "RESUME=1: ... is damaged: begin a new run": resumed(
+        lambda p: (p.run_folder / "settings.json").write_text("[1]")),
     "RESUME=1: ... began this run, and another one is running now": resumed(
         lambda p: (p.run_folder / "train_gpt.py").write_text("older")),
     RANK + "RuntimeError: the checkpoint was made on other data (..., now ...): give the run its "
