@@ -169,7 +169,7 @@ TAMPERINGS = {
     "a line more": ("train_seed2.log", r"^(params:)", r"legal score 1.05000000\n\1"),
     "words more": ("train_seed2.log", r"^(params:)", r"checked by the organisers\n\1"),
     "a step line twice": ("train_seed2.log", r"^(step:4/.*\n)", r"\1\1"),
-    "steps in another order": ("train_seed2.log", r"^(step:4/.*\n)(step:5/.*\n)", r"\2\1"),
+    "steps in another order": ("train_seed2.log", r"^(step:\d+/.*\n)(step:\d+/.*\n)", r"\2\1"),
     "a mark of the listing": ("train_seed2.log", r"^\* NUM_LAYERS", "  NUM_LAYERS"),
     "a default in the listing": ("train_seed2.log", r"^(\* NUM_LAYERS .*; default )\d", None),
     "a heading in the blurb": ("submission.json", r"A trial\.", "<h2>Results</h2>"),
