@@ -172,14 +172,16 @@ def times(steps: int) -> dict[str, float]:
 
 
 def table(found: list[Effect], ms: dict[str, float]) -> str:
-    """The effects as Markdown; a step's cost is with the technique minus without it."""
-    lines = ["| technique | effect, bpb | by seed | ms a step | verdict |", "|---|---|---|---|---|"]
+    """The effects as Markdown; a step's cost, if known, is with the technique minus without it."""
+    lines = [f"| technique | effect, bpb | by seed |{' ms a step |' if ms else ''} verdict |",
+             f"|---|---|---|{'---|' if ms else ''}---|"]
     for effect in found:
         by_seed = " ".join(f"{1e3 * d:+.1f}" for d in effect.differences)
         sign = 1 if effect.name.startswith("with_") else -1
-        cost = f"{sign * (ms[effect.name] - ms['base']):+.1f}" if effect.name in ms else ""
+        known = f"{sign * (ms[effect.name] - ms['base']):+.1f}" if effect.name in ms else ""
+        cost = f" {known} |" if ms else ""
         lines.append(f"| {effect.what} | {effect.mean:+.4f} +- {effect.half_width:.4f} | "
-                     f"{by_seed} | {cost} | {effect.verdict} |")
+                     f"{by_seed} |{cost} {effect.verdict} |")
     return "\n".join(lines)
 
 
