@@ -281,7 +281,9 @@ class Config:
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
-    def by_role(self, name: str, text: str, kind: type, pattern: str, values: str) -> dict:
+    @staticmethod
+    @functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
+    def by_role(name: str, text: str, kind: type, pattern: str, values: str) -> dict:
         """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors, fp16 as 0; or Refusal."""
         found = {}
         for part in text.split(","):
@@ -566,16 +568,8 @@ class Run:
             raise Refusal(f"RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {given}: expected "
                           "whole numbers; torchrun sets them, a single process needs none")
         rank, local_rank, world_size, here = map(int, given)
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if here > (gpus := torch.cuda.device_count()):
-                raise Refusal(f"{here} processes on this host, but it has {gpus} GPU(s): start one "
-                              "process for each (--nproc_per_node)")
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        elif torch.backends.mps.is_available() and world_size == 1:
-            device = torch.device("mps")
-        elif here > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and \
+        device = pick_device(local_rank, world_size, here)
+        if device.type == "cpu" and here > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and \
                 "MKL_NUM_THREADS" not in os.environ:
             # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
@@ -862,6 +856,19 @@ class Run:
                  name=name, world_size=self.world_size, compiled=self.compiled)
         self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=len(self.source),
                  sha256=hashlib.sha256(self.source).hexdigest())
+
+
+def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
+    """The device of one of `here` processes on this host; Refusal without a GPU for each."""
+    if torch.cuda.is_available():
+        if here > (gpus := torch.cuda.device_count()):
+            raise Refusal(f"{here} processes on this host, but it has {gpus} GPU(s): start one "
+                          "process for each (--nproc_per_node)")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available() and world_size == 1:
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def processor() -> str:

@@ -324,7 +324,7 @@ def instrument(patch_code: Callable) -> None:
     readers = [train_gpt.decode_artifact, train_gpt.cut_payload, train_gpt.decompress,
                train_gpt.settings_within, train_gpt.rebuild_model, train_gpt.locate_validation,
                train_gpt.parse_setting, train_gpt.translate_names, Config.__post_init__,
-               Config.value_layers.fget, Config.by_role, Config.bits_by_role.fget,
+               Config.value_layers.fget, Config.by_role.__wrapped__, Config.bits_by_role.fget,
                Config.from_env.__func__, json.scanner.py_make_scanner, json.decoder.JSONObject,
                json.decoder.JSONArray, json.decoder.py_scanstring]
     for function in readers:
