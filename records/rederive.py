@@ -101,7 +101,7 @@ def check_clock(run) -> Iterator[str]:
     for event in run.all("step"):
         seconds = event["ms"] / 1e3
         share = seconds / budget if budget else event["step"] / cfg["iterations"]
-        eta = seconds * (1 - share) / max(share, 1e-9)
+        eta = max(0.0, seconds * (1 - share) / max(share, 1e-9))
         if not math.isclose(event["eta"], eta, rel_tol=DIGITS, abs_tol=DIGITS * max(1, budget)):
             yield f"{place}: step {event['step']}: eta {event['eta']}, its time gives {eta:.6f}"
             break

@@ -492,7 +492,9 @@ def test_magnitude_pruning_zeroes_the_smallest_share(seed: int, share: float) ->
     kept, gone = W[pruned != 0].abs(), W[pruned == 0].abs()
     assert torch.equal(pruned[pruned != 0], W[pruned != 0])
     assert gone.max() <= kept.min()
-    assert len(gone) >= math.floor(share * 180)
+    # Values equal to the quantile stay, all of them.
+    ties = int((W.abs() == kept.min()).sum()) - 1
+    assert len(gone) + ties >= math.floor(share * 180)
 
 
 def test_magnitude_pruning_takes_matrices_that_torch_quantile_refuses() -> None:

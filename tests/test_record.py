@@ -1145,6 +1145,17 @@ def test_the_command_gives_what_neither_defaults_nor_preset_do() -> None:
 # Entries of every kind
 
 
+def test_a_last_step_that_ends_over_the_budget_has_no_time_left(runs: list[Path]) -> None:
+    folder = runs[0]
+    run = record.read_run(folder / "log.txt", folder / "metrics.jsonl", folder / "settings.json")
+    last = run.all("step")[-1]
+    last["ms"], last["eta"] = 1e3 * run.settings["max_wallclock_seconds"] + 2.0, 0.0
+    said = " ".join(record.rederive.check_clock(run))
+    assert "eta" not in said
+    last["eta"] = -0.1
+    assert "eta -0.1" in " ".join(record.rederive.check_clock(run))
+
+
 def test_seeds_may_need_different_numbers_of_passes(tiny_data: TinyData, tmp_path: Path) -> None:
     """QUANT_CLIP=std with a target: the solver tries as often as it must, for each seed alone."""
     target = str((ROOT / "train_gpt.py").stat().st_size + 31_000)
