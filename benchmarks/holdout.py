@@ -3,8 +3,9 @@
     python benchmarks/holdout.py [data/datasets/docs_sp1024] [--share 0.03]
 
 Writes <folder>_holdout beside it. A training document is held out where the first 8 bytes of the
-sha256 of its tokens, a big-endian number, are below that share of 2**64. The validation split of
-the original is not read. Runs then take DATA_PATH=<folder>_holdout.
+sha256 of its text, a big-endian number, are at least the share's complement of 2**64: the same text
+with every tokenizer. The validation split of the original is not read. Runs then take
+DATA_PATH=<folder>_holdout.
 """
 
 import argparse
@@ -18,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import prepare  # noqa: E402
 
 
-def is_held_out(document: np.ndarray, share: float) -> bool:
-    """Whether a document, uint16 tokens, belongs to the hold-out."""
-    digest = hashlib.sha256(document.astype("<u2").tobytes()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a training document belongs to the hold-out; low hashes went to validation."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") >= (1 - share) * 2**64
 
 
 def main() -> None:
@@ -35,10 +36,12 @@ def main() -> None:
     if sidecar is None:
         raise SystemExit(f"{given.folder} is no finished data set: run data/prepare.py first")
     tokenizer_path = given.folder.parents[1] / "tokenizers" / sidecar["tokenizer"]["file"]
-    piece_bytes = prepare.piece_bytes(prepare.load_tokenizer(tokenizer_path))
+    tokenizer = prepare.load_tokenizer(tokenizer_path)
+    piece_bytes = prepare.piece_bytes(tokenizer)
     splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     for document in prepare.iter_documents(prepare.shard_paths(given.folder, "train")):
-        splits["val" if is_held_out(document, given.share) else "train"].append(document)
+        held_out = is_held_out(tokenizer.decode(document.tolist()), given.share)
+        splits["val" if held_out else "train"].append(document)
     if not all(splits.values()):
         raise SystemExit(f"a share of {given.share} leaves one of the splits without a document")
     out = given.folder.with_name(f"{given.folder.name}_holdout")

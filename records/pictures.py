@@ -89,11 +89,11 @@ def draw_bpb(path: Path, runs: list) -> None:
     save(figure, path)
 
 
-def draw_board(path: Path, found: list[dict]) -> None:
-    """Bits per byte against bytes; other validation text has a panel of its own."""
+def draw_board(path: Path, found: list[tuple[str, dict]]) -> None:
+    """Bits per byte against bytes of (text, entry); another text has a panel of its own."""
     groups: dict[tuple[str, str], list[dict]] = {}
-    for claims in found:
-        groups.setdefault((claims["track"], claims["data"]["fingerprint"]), []).append(claims)
+    for text, claims in found:
+        groups.setdefault((claims["track"], text), []).append(claims)
     figure, axes = plt.subplots(1, len(groups), figsize=(7.5 * len(groups), 4.2), squeeze=False,
                                 layout="constrained")
     for axis, ((track, _), mine) in zip(axes[0], sorted(groups.items()), strict=True):

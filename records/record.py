@@ -77,9 +77,14 @@ TRACKS: dict[str, dict] = {
                     "EVAL_WALLCLOCK_SECONDS", "scoring took", "training and calibration took"),
         "command": "./run.sh"},
 }
-# Validation splits by fingerprint: tokens and bytes, counted once by data/prepare.py.
+# Validation splits by fingerprint: their text, tokens and bytes, counted once by data/prepare.py.
+# Tokenizers cut one text into different shards; scores of one text are compared all the same.
+DOCS = "docs"  # data/prepare.py docs: all of its vocabularies decode to the same documents
 KNOWN_SPLITS = {
-    "77200814ad844a601a18461c27b0507005ef525d5da225459b973ee4efe257ff": (164_359, 365_438),
+    "77200814ad844a601a18461c27b0507005ef525d5da225459b973ee4efe257ff": (DOCS, 164_359, 365_438),
+    "f1e1571a2a2c1ce474087f5ea479c4c1bbca9bbe0e9308a19009baf93b6cdc4f": (DOCS, 136_040, 365_438),
+    "ff42b6162c397210e93ac47d05569644f3eabba4349b323983d66f4fc091c842": (DOCS, 120_309, 365_438),
+    "ad8a659e33aa12bc5baabad65c508004aba470a0c501ee599e2e14a91a0753d6": (DOCS, 110_390, 365_438),
 }
 OWN_SETTINGS = ("run_id", "runs_dir", "seed")  # differ between the runs of one entry
 FINAL_LINES = ("Serialized model", "Code size", "Total submission size", "params:", "artifact ",
@@ -588,8 +593,8 @@ def check_numbers(run: SeedRun, script: bytes) -> Iterator[str]:
     if data["num_bytes"] != data["recorded"]:
         yield f"{place}: {data['num_bytes']:,} bytes counted, {data['recorded']:,} recorded"
     known = KNOWN_SPLITS.get(data["fingerprint"])
-    if known and known != (data["tokens"], data["num_bytes"]):
-        yield f"{place}: this validation split has {known[0]:,} tokens and {known[1]:,} bytes"
+    if known and known[1:] != (data["tokens"], data["num_bytes"]):
+        yield f"{place}: this validation split has {known[1]:,} tokens and {known[2]:,} bytes"
     scored = run.score(final["name"])
     if scored is None or (scored["val_bpb"], scored["val_loss"]) != (
             final["val_bpb"], final["val_loss"]):
@@ -1287,7 +1292,7 @@ def against(base: Path, facts: dict, script: bytes) -> tuple[dict, str]:
     """What changed against another entry (score, settings, lines by function), and source.diff."""
     claims = read_json(base / "submission.json")
     theirs, ours = claims["settings"], facts["settings"]
-    if claims["data"]["fingerprint"] != facts["data"]["fingerprint"]:
+    if text_scored(claims) != text_scored(facts):
         raise Wrong(f"--base {base.name}: scored on another validation text")
     settings = [[name, theirs.get(name, "default"), ours.get(name, "default")]
                 for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
@@ -1408,10 +1413,19 @@ class Comparison:
     p_by_margin: float = field(default=1.0)  # the same for "better by the README's 0.005 nats"
 
 
+def text_scored(claims: dict) -> str:
+    """The text that a submission.json was scored on; its tokens' fingerprint if it is not known."""
+    fingerprint = claims["data"]["fingerprint"]
+    return KNOWN_SPLITS.get(fingerprint, (fingerprint,))[0]
+
+
 def scores_of(a: dict, b: dict, unit: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores by seed of two submission.json."""
+    """Scores by seed of two submission.json; where tokenizers differ, a token is one of A's."""
     of_a, of_b = ({seed: r[unit] for seed, r in claims["seed_results"].items()}
                   for claims in (a, b))
+    if unit == "val_loss" and a["data"]["fingerprint"] != b["data"]["fingerprint"]:
+        of_b = {seed: r["val_bpb"] * a["val_loss"] / a["val_bpb"]
+                for seed, r in b["seed_results"].items()}
     return of_a, of_b
 
 
@@ -1472,7 +1486,7 @@ def compare_text(a: dict, b: dict) -> str:
         f"  Practice since, better than the best entry of its day at p < 0.25: "
         f"{'met' if nats.p_better < 0.25 else 'not met'} (p = {nats.p_better:.3g}).",
     ]
-    if a["data"]["fingerprint"] != b["data"]["fingerprint"]:
+    if text_scored(a) != text_scored(b):
         lines.insert(0, "warning: A and B were scored on different validation text; nothing below "
                         "means anything")
     elif a["hardware"] != b["hardware"]:
@@ -1519,19 +1533,17 @@ def board(root: Path, found: list[tuple[Path, dict]], rest: list[tuple[Path, str
                   for folder, reason in rest if folder.parent.name == track]
         if not mine:
             lines += ["Nobody has run it yet.", ""]
-        for fingerprint in sorted({claims["data"]["fingerprint"] for _, claims in mine}):
+        for text in sorted({text_scored(claims) for _, claims in mine}):
+            same = [pair for pair in mine if text_scored(pair[1]) == text]
             rows = [(rank, f"[{c['name']}]({folder.relative_to(root)})", f"{c['val_bpb']:.5f}",
                      f"{c['val_bpb_std']:.5f}" if len(c["seeds"]) > 1 else "-",
                      len(c["seeds"]), f"{mean_steps(c):,.0f}",
-                     f"{c['bytes_total']:,}", f"{c['params']:,}", c["hardware"], c["author"],
-                     c["date"])
-                    for rank, (folder, c) in enumerate(
-                        (p for p in mine if p[1]["data"]["fingerprint"] == fingerprint), start=1)]
-            data = next(c["data"] for _, c in mine if c["data"]["fingerprint"] == fingerprint)
-            lines += [f"Text: {data['dataset']}, {data['val_bytes']:,} validation bytes, split "
-                      f"{fingerprint[:12]}.", "",
-                      table(("", "entry", "val_bpb", "std", "seeds", "steps", "bytes",
-                             "parameters", "machine", "author", "date"), rows), ""]
+                     f"{c['bytes_total']:,}", f"{c['params']:,}", c["data"]["dataset"],
+                     c["hardware"], c["author"], c["date"])
+                    for rank, (folder, c) in enumerate(same, start=1)]
+            lines += [f"Text: {text[:12]}, {same[0][1]['data']['val_bytes']:,} validation bytes.",
+                      "", table(("", "entry", "val_bpb", "std", "seeds", "steps", "bytes",
+                                 "parameters", "data", "machine", "author", "date"), rows), ""]
     if found:
         lines += ["![Score against bytes](board.png)", ""]
     lines += ["[SYSTEMS.md](SYSTEMS.md) says what each preset is.", ""]
@@ -1645,7 +1657,7 @@ def verb_board(args: argparse.Namespace) -> int:
         (args.root / track / "README.md").write_text(track_page(track), encoding="utf-8")
     if found:
         from pictures import draw_board  # matplotlib and torch: only where they are needed
-        draw_board(args.root / "board.png", [claims for _, claims in found])
+        draw_board(args.root / "board.png", [(text_scored(claims), claims) for _, claims in found])
     print(args.root / "README.md", *(f"{folder}: not ranked: {reason}" for folder, reason in rest),
           sep="\n")
     return 0

@@ -1021,6 +1021,18 @@ def test_scoring_again_ignores_the_checkers_own_settings(
     assert seen["DATA_PATH"] == "/data"
 
 
+def test_one_text_cut_by_two_tokenizers_is_compared_by_its_bytes() -> None:
+    (one, (text, *_)), (two, (same, *_)) = list(record.KNOWN_SPLITS.items())[:2]
+    assert text == same
+    a, b = claims_of("Old", [2.00, 2.10, 2.05], one), claims_of("New", [1.90, 2.00, 1.94], two)
+    for seed in b["seed_results"].values():
+        seed["val_loss"] *= 1.5  # longer pieces
+    assert "different validation text" not in record.compare_text(a, b)
+    of_a, of_b = record.scores_of(a, b, "val_loss")
+    assert [of_b[seed] - of_a[seed] for seed in of_a] == pytest.approx([-0.17, -0.17, -0.187])
+    assert record.text_scored(claims_of("Other", [2.0, 2.1], "0" * 64)) != text
+
+
 # The board
 
 
