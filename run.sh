@@ -171,7 +171,7 @@ keep_memory() {
 }
 
 absolute() {
-    if [ "${1#/}" = "$1" ] && [ -e "$caller_dir/$1" ]; then
+    if [ "$caller_dir" != "$PWD" ] && [ "${1#/}" = "$1" ] && [ -e "$caller_dir/$1" ]; then
         printf '%s\n' "$caller_dir/$1"
     else
         printf '%s\n' "$1"

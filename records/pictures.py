@@ -96,7 +96,7 @@ def draw_board(path: Path, found: list[tuple[str, dict]]) -> None:
         groups.setdefault((claims["track"], text), []).append(claims)
     figure, axes = plt.subplots(1, len(groups), figsize=(7.5 * len(groups), 4.2), squeeze=False,
                                 layout="constrained")
-    for axis, ((track, _), mine) in zip(axes[0], sorted(groups.items()), strict=True):
+    for axis, ((track, text), mine) in zip(axes[0], sorted(groups.items()), strict=True):
         ranked = sorted(mine, key=lambda claims: claims["val_bpb"])
         for rank, claims in reversed(list(enumerate(ranked, start=1))):
             x, scores = claims["bytes_total"] / 1e6, [
@@ -110,7 +110,7 @@ def draw_board(path: Path, found: list[tuple[str, dict]]) -> None:
         more = [f"and {len(names) - 12} more"] if len(names) > 12 else []
         axis.text(1.02, 1.0, "\n".join([*names[:12], *more]), transform=axis.transAxes, va="top",
                   fontsize=9, linespacing=1.6)
-        axis.set(title=f"{track}, {printable(mine[0]['data']['dataset'], 60)}\ndisc: mean of the "
+        axis.set(title=f"{track}, {printable(text, 12)}\ndisc: mean of the "
                        "seeds, dashes: each seed", ylabel="bits per byte (less is better)",
                  xlabel="code and artifact, MB (the limit is 16)")
         axis.margins(0.25)

@@ -275,6 +275,13 @@ def common_settings(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
 
 
+def portable(settings: dict) -> dict:
+    """Settings whose prepared data lie where any clone has them, not where the run's clone was."""
+    prepared = r"^/.*/(data/(?:datasets|tokenizers)/)"
+    return {name: re.sub(prepared, r"./\1", value) if name in ("data_path", "tokenizer_path")
+            and isinstance(value, str) else value for name, value in settings.items()}
+
+
 @lru_cache(maxsize=4)
 def parsed(script: str) -> ast.Module:
     """The syntax tree of a script that is never run; raises Wrong for what is none."""
@@ -342,7 +349,8 @@ def entry_facts(runs: list[SeedRun], script: bytes, about: dict) -> dict:
     losses = [facts["val_loss"] for facts in seeds.values()]
     first, data = runs[0], runs[0].one("val_data")
     machine, versions = first.one("machine"), first.one("versions")
-    settings, defaults = common_settings(first.settings), defaults_of(readable(script))
+    settings = portable(common_settings(first.settings))
+    defaults = defaults_of(readable(script))
     changed = {name.upper(): show(value) for name, value in settings.items()
                if name in defaults and defaults[name] != value}
     largest = max(facts["artifact_bytes"] for facts in seeds.values())
@@ -1213,7 +1221,8 @@ def against_text(facts: dict, base: dict) -> str:
 
 def command_of(facts: dict, run: SeedRun, script: bytes) -> str:
     """The command that runs an entry again."""
-    given = {"PRESET": str(run.settings["preset"])} | given_by_hand(run.settings, readable(script))
+    given = {"PRESET": str(run.settings["preset"])} | given_by_hand(portable(run.settings),
+                                                                       readable(script))
     start = "./run.sh"
     if TRACKS[facts["track"]]["device"] == "cuda":
         start = "torchrun --standalone --nproc_per_node=8 train_gpt.py"

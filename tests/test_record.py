@@ -1033,6 +1033,12 @@ def test_one_text_cut_by_two_tokenizers_is_compared_by_its_bytes() -> None:
     assert record.text_scored(claims_of("Other", [2.0, 2.1], "0" * 64)) != text
 
 
+def test_prepared_data_are_shown_where_any_clone_has_them() -> None:
+    given = {"data_path": "/home/me/./clone/data/datasets/docs_sp4096", "seed": 1,
+             "tokenizer_path": "/elsewhere/t.model"}
+    assert record.portable(given) == given | {"data_path": "./data/datasets/docs_sp4096"}
+
+
 # The board
 
 

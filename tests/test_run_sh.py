@@ -200,6 +200,12 @@ def test_relative_data_path_is_the_callers(checkout: Checkout, tmp_path: Path) -
     assert not any("prepare" in call for call in checkout.calls)
 
 
+def test_relative_data_path_stays_as_it_is_in_the_clone(checkout: Checkout) -> None:
+    (checkout.root / "my data").mkdir()
+    checkout.run(cwd=checkout.root, DATA_PATH="my data")
+    assert "DATA_PATH=my data" in checkout.lines[-1]
+
+
 @pytest.mark.parametrize(("preset", "prepared"),
                          [("mini", True), ("pr569,mini", True), ("pr1361", False), ("", False)])
 def test_preset_on_a_cpu(checkout: Checkout, preset: str, prepared: bool) -> None:

@@ -87,6 +87,10 @@ def knob(default, accepts: tuple, doc: str):
     return field(default=default, metadata={"accepts": accepts, "doc": doc})
 
 
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+             struct.error)  # what reading a stranger's JSON and lengths may raise
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run, checked; the defaults are the recommended combination."""
@@ -127,7 +131,7 @@ class Config:
     vrl_mode: str = knob("off", ("off", "add", "mix"), "Layer 0's values in later layers (VRL).")
     backout_mode: str = knob("none", ("none", "mid", "cache"), "Stream subtracted before the head.")
     cache_layer: int = knob(7, (0, 63), "What BACKOUT_MODE=cache keeps, for later attention too.")
-    skip_per_dim: bool = knob(True, (), "A U-Net skip weight a channel, not a layer.")
+    skip_per_dim: str = knob("1", ("0", "1", "off"), "U-Net skip weights a layer, a channel; none.")
     ln_scale: str = knob("1", ("0", "1", "learned"), "Scale 1/sqrt(l+1) of the inputs of layer l.")
     smear_enabled: bool = knob(True, (), "SmearGate: blend in the previous embedding.")
     smear_bos_mask: bool = knob(True, (), "No SmearGate across a document start.")
@@ -147,12 +151,12 @@ class Config:
     backout_init: float = knob(0.2, (-1.0, 1.0), "Initial weight of the backout.")
     iterations: int = knob(20000, (1, 10**8), "Steps at most.")
     max_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Train and calibrate; 0: step-driven.")
-    warmup_steps: int = knob(20, (0, 1000), "Untimed priming steps of a compiled run.")
+    warmup_steps: int = knob(20, (0, 1000), "Untimed priming steps, undone after.")
     train_batch_tokens: int = knob(786432, (2, 1 << 30), "Tokens a step, over all ranks.")
     train_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a training row.")
     micro_batch_seqs: int = knob(0, (0, 1 << 20), "Rows a forward; 0: 98,304 tokens (CPU 8,192).")
-    warmdown_iters: int = knob(3500, (0, 10**8), "Last steps in which the rate decays to 0.")
-    warmdown_frac: float = knob(0.0, (0.0, 1.0), "The same as a share of the run; 0: not used.")
+    warmdown_iters: int = knob(3500, (0, 10**8), "Last steps, while the rate decays to 0.")
+    warmdown_frac: float = knob(0.0, (0.0, 1.0), "Over 0: this share of the run instead.")
     warmdown_type: str = knob("linear", ("linear", "cosine"), "Shape of the decay.")
     mile_gamma: float = knob(0.0, (0.0, 10.0), "MiLe loss weight (1 - e^-entropy)^gamma; 0: off.")
     mile_clamp_min: float = knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
@@ -176,7 +180,7 @@ class Config:
     muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
     muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
     optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim", "adam"),
-        "Muon for matrices, those of blocks (others start unscaled), all 2-D, all but of blocks.")
+        "Muon for matrices; of blocks (others start unscaled); 2-D but token, head; not of blocks.")
     adam_wd: float = knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
     grad_clip_norm: float = knob(0.3, (0.0, 1e6), "Largest gradient norm; 0: off.")
     clip_before_reduce: bool = knob(False, (), "Clip each rank's share, before the sum.")
@@ -187,11 +191,11 @@ class Config:
     qat_targets: str = knob("stored", ("stored", "linears", "aux"),
         "QAT of linears that become integers, of all, or of those outside the blocks.")
     bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (), "By role or tensor (tok_emb): 2 to 8 or fp16.")
-    quant_clip: str = knob("percentile", ("percentile", "std"), "Row clip: CLIP_SEARCH or SIGMAS.")
-    clip_sigmas: str = knob("mlp:12.85,attn:12.85,emb:10,aux:30", (), "QUANT_CLIP=std: k of k std.")
+    quant_clip: str = knob("percentile", ("percentile", "std"), "By CLIP_SEARCH or CLIP_SIGMAS.")
+    clip_sigmas: str = knob("mlp:12.85,attn:12.85,emb:10,aux:30", (), "std clips at k deviations.")
     q_scale_floor: str = knob("inv_clip", ("inv_clip", "tiny"), "Least step: 1 / top, or 2^-14.")
-    clip_search: str = knob("matrix", ("absmax", "matrix", "row"), "Row clip: max or percentile.")
-    gptq_variant: str = knob("full", ("full", "simple", "off"), "Its form; off rounds to nearest.")
+    clip_search: str = knob("matrix", ("absmax", "matrix", "row"), "Max; quantile by matrix, row.")
+    gptq_variant: str = knob("full", ("full", "simple", "off"), "Form of GPTQ; off: to nearest.")
     gptq_actorder: bool = knob(True, (), "Columns of large activations first.")
     gptq_select: str = knob("mse", ("mse", "hessian"), "Error by which a clip is chosen.")
     gptq_calib: str = knob("train", ("train", "selfgen", "train_after_cap"),
@@ -253,10 +257,11 @@ class Config:
             (self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
              <= MAX_BATCH_TOKENS, "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
              f"at most {MAX_BATCH_TOKENS:,} tokens"),
-            (all(int(n) < layers for role in self.bits_by_role for n in re.findall(r"\d+", role)),
-             "BITS names a layer beyond NUM_LAYERS"),
-            (all(int(n) < layers for role in self.sigmas_by_role for n in re.findall(r"\d+", role)),
-             "CLIP_SIGMAS names a layer beyond NUM_LAYERS"),
+            *((all(int(n) < layers for role in given for n in re.findall(r"\d+", role)),
+               f"{name} names a layer beyond NUM_LAYERS") for name, given in (
+                   ("BITS", self.bits_by_role), ("CLIP_SIGMAS", self.sigmas_by_role))),
+            (self.artifact_target_bytes <= self.artifact_limit_bytes,
+             "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES"),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
             (not adapts or self.ttt_freeze_blocks < layers,
              "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
@@ -276,8 +281,10 @@ class Config:
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
         return tuple(map(int, names)) if self.ve_enabled else ()
 
-    def by_role(self, name: str, text: str, pattern: str, values: str) -> dict[str, str]:
-        """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors; raises Refusal."""
+    @staticmethod
+    @functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
+    def by_role(name: str, text: str, kind: type, pattern: str, values: str) -> dict:
+        """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors, fp16 as 0; or Refusal."""
         found = {}
         for part in text.split(","):
             role, _, value = part.strip().partition(":")
@@ -285,30 +292,24 @@ class Config:
             if role in found or not named or not re.fullmatch(pattern, value):
                 raise Refusal(f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
                               f"and a colon and {values}")
-            found[role] = value
+            found[role] = 0 if value == "fp16" else kind(value)
         if not set(ROLES) <= set(found):
             raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
         return found
 
-    @property
-    def bits_by_role(self) -> dict[str, int]:
-        """Bits of each role's integers, or of a tensor's by its name; 0 stands for fp16."""
-        named = self.by_role("BITS", self.bits, r"[2-8]|fp16", "2 to 8 or fp16")
-        return {role: 0 if width == "fp16" else int(width) for role, width in named.items()}
-
-    @property
-    def sigmas_by_role(self) -> dict[str, float]:
-        """Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor."""
-        named = self.by_role("CLIP_SIGMAS", self.clip_sigmas, r"[1-9]\d{0,2}(\.\d+)?",
-                             "a number from 1 to 999")
-        return {role: float(sigmas) for role, sigmas in named.items()}
+    # Bits of each role's integers, or of a tensor's by its name.
+    bits_by_role = property(lambda self: self.by_role(
+        "BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16"))
+    # Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor.
+    sigmas_by_role = property(lambda self: self.by_role(
+        "CLIP_SIGMAS", self.clip_sigmas, float, r"[1-9]\d{0,2}(\.\d+)?", "a number from 1 to 999"))
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
         """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
         known = {f.name.upper(): f for f in fields(cls)}
         given, notes = translate_names(env, known)
-        values: dict = {}
+        values: dict = {f.name: f.default for f in fields(cls)}
         names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
         if "mini" in names[:-1]:
             raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
@@ -317,11 +318,12 @@ class Config:
                 raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
             for setting, value in PRESETS[name].items():
                 if isinstance(value, Fraction):  # of what it would be without this preset
-                    before = values.get(setting, known[setting.upper()].default)
-                    value = before and max(1, round(before * value))
+                    value = values[setting] and max(1, round(values[setting] * value))
                 values[setting] = value
         for name, text in given.items():
             values[known[name].name] = parse_setting(name, text, known[name])
+        if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
+            values["warmdown_frac"] = 0.0  # a preset's share gives way to what was asked for
         return cls(**values), notes
 
     def listing(self) -> Iterator[str]:
@@ -351,7 +353,8 @@ def settings_of(group: str) -> list[str]:
     return names[bounds[which] : bounds[which + 1]]
 
 
-ROLES = ("mlp", "attn", "emb", "aux")
+ROLES = {"mlp": r"blocks\.\d+\.mlp\..*", "attn": r"blocks\.\d+\.attn\..*",
+         "emb": r"(tok_emb|lm_head)\..*", "aux": r".*"}  # the first that a parameter's name fits
 TENSOR_NAME = r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
               r"(bigram|ve_shared)\.(embed|proj)"
 MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
@@ -449,15 +452,17 @@ OWNED_PREFIXES = ("ADAM_", "BACKOUT_", "BIGRAM_", "EMA_", "GPTQ_", "MILE_", "MUO
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
     """The settings named in `env` under our names, and a note for each translation, or Refusal."""
-    given, notes = {name: env[name] for name in known if name in env}, []
-    for alias in sorted(set(ALIASES) & set(env)):
+    given, notes, aliased = {name: env[name] for name in known if name in env}, [], set()
+    # Switches that are on come first: one that is off does not speak against them.
+    for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
         name, values = ALIASES[alias]
         if values is not None and env[alias] not in values:
             raise Refusal(f"{alias}={env[alias]!r}: expected {', '.join(values)} (here {name})")
         value = values[env[alias]] if values else env[alias]
-        if value is None:
+        if value is None or (env[alias] == "0" and name in aliased):
             notes.append(f"{alias}={env[alias]} leaves {name} as it is")
             continue
+        aliased.add(name)
         stated = given.setdefault(name, value)
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
             raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
@@ -502,7 +507,7 @@ def show_setting(value: object) -> str:
 # =================================================================================================
 # Run
 # What a process is and what a run leaves behind. Every decision that ranks must share goes
-# through agree(), every sum through add_up(); with one process both do nothing.
+# through agree(), every sum through add_up() or scatter_sum(); with one process they do nothing.
 # =================================================================================================
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -557,15 +562,15 @@ class Run:
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> "Iterator[Run]":
         """Open the process group that torchrun's environment describes, if any; close it after."""
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        elif torch.backends.mps.is_available() and world_size == 1:
-            device = torch.device("mps")
-        elif (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1 and \
-                os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ:
+        given = [os.environ.get(name, default) for name, default in (
+            ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))]
+        if not all(map(str.isdecimal, given)):
+            raise Refusal(f"RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {given}: expected "
+                          "whole numbers; torchrun sets them, a single process needs none")
+        rank, local_rank, world_size, here = map(int, given)
+        device = pick_device(local_rank, world_size, here)
+        if device.type == "cpu" and here > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and \
+                "MKL_NUM_THREADS" not in os.environ:
             # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
         store = None
@@ -578,7 +583,7 @@ class Run:
                               f"({said}); torchrun sets up all that they need") from None
             if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
                 # Its store outlives a restart: what dead processes left there must not be found.
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                     rank=rank, world_size=world_size,
                                     timeout=timedelta(seconds=cfg.watchdog_seconds))
@@ -686,11 +691,7 @@ class Run:
 
     def waiter(self, result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
         """A function that waits for `result`; waiting again costs nothing."""
-        @functools.cache
-        def wait() -> Tensor:
-            work.wait()
-            return result
-        return wait
+        return functools.cache(lambda: (work.wait(), result)[1])
 
     def check_replicas(self, model: nn.Module, step: int) -> None:
         """Raise RuntimeError unless all ranks hold the same weights, by a sum of their bits."""
@@ -725,9 +726,16 @@ class Run:
             torch.cuda.synchronize()
 
     def put(self, x: Tensor) -> Tensor:
-        """`x` on the run's device, without waiting for the copy."""
-        pinned = x.pin_memory() if self.device.type == "cuda" else x
+        """`x` of the host on the run's device; only what lies together goes without waiting."""
+        pinned = x.contiguous().pin_memory() if self.device.type == "cuda" else x
         return pinned.to(self.device, non_blocking=True)
+
+    def fetch(self, x: Tensor) -> Callable[[], list[float]]:
+        """Start to copy `x` to the host; what waits for that, and for no later work, gives it."""
+        if self.device.type != "cuda":
+            return x.tolist
+        host, done = x.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
+        return lambda: (done.synchronize(), host.tolist())[1]
 
     def share(self, content: bytes, source: int = 0) -> bytes:
         """A rank's bytes, on every rank, whether or not they share a file system."""
@@ -747,13 +755,15 @@ class Run:
     def claim(self, folder: Path) -> None:
         """Rank 0: take the folder for this process; raises Refusal if it is another run's."""
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=self.cfg.resume)
         except FileExistsError:
-            if not self.cfg.resume:
-                raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
-                              "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
+            raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
+                          "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
         ours, paths = asdict(self.cfg), (folder / "settings.json", folder / "train_gpt.py")
-        theirs = json.loads(paths[0].read_bytes()) if paths[0].is_file() else ours
+        try:
+            theirs = dict(json.loads(paths[0].read_bytes())) if paths[0].is_file() else ours
+        except MALFORMED:
+            raise Refusal(f"RESUME=1: {paths[0]} is damaged: begin a new run") from None
         for name in sorted(ours.keys() - NOT_OF_THE_RESULT):
             if ours[name] != theirs.get(name):
                 raise Refusal(f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
@@ -785,8 +795,9 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, newest first."""
-        return sorted(self.folder.glob("checkpoint_*.pt") if self.folder else (), reverse=True,
-                      key=lambda path: int(re.sub(r"\D", "", path.stem)))
+        found = self.folder.glob("checkpoint_*.pt") if self.folder else ()
+        ours = (path for path in found if re.fullmatch(r"checkpoint_\d+\.pt", path.name))
+        return sorted(ours, key=lambda path: int(path.stem.partition("_")[2]), reverse=True)
 
     def last_checkpoint(self) -> dict | None:
         """The newest checkpoint that can be read, on every rank; None to begin anew."""
@@ -845,6 +856,19 @@ class Run:
                  name=name, world_size=self.world_size, compiled=self.compiled)
         self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=len(self.source),
                  sha256=hashlib.sha256(self.source).hexdigest())
+
+
+def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
+    """The device of one of `here` processes on this host; Refusal without a GPU for each."""
+    if torch.cuda.is_available():
+        if here > (gpus := torch.cuda.device_count()):
+            raise Refusal(f"{here} processes on this host, but it has {gpus} GPU(s): start one "
+                          "process for each (--nproc_per_node)")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available() and world_size == 1:
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def processor() -> str:
@@ -1010,14 +1034,12 @@ def read_sidecar(folder: str) -> dict:
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise Refusal(f"{path} is missing: run data/prepare.py, which keeps shards it finds")
-    try:
+    with contextlib.suppress(*MALFORMED):
         facts = json.loads(path.read_bytes())
         shards = "".join(sha256 for _, sha256 in sorted(facts["val_shards"].items()))
         facts["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()  # one name for them
         if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
 
@@ -1131,9 +1153,9 @@ class BigramHash(nn.Module):
         hashed = F.pad(hashed, (1, 0), value=none)
         return torch.where(input_ids == BOS, none, hashed) if self.bos_mask else hashed
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) -> (B, T, D)."""
-        return self.scale * self.proj(self.embed(self.buckets(input_ids)))
+        return self.scale * self.proj(self.embed(self.buckets(input_ids)).to(dtype))
 
 
 class SmearGate(nn.Module):
@@ -1247,9 +1269,7 @@ class Attention(nn.Module):
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
         """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
-        v = self.c_v(x)
-        if extra_v is not None:
-            v = v + extra_v
+        v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
         if self.vr_lambda is not None:
             first, own = like(self.vr_lambda, v)
             v = first * first_v + own * v
@@ -1382,15 +1402,15 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, kernel: AttentionKernel = sdpa_attention,
                  dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.cfg, self.dtype, layers = cfg, dtype, cfg.num_layers
+        self.cfg, self.dtype, layers, half = cfg, dtype, cfg.num_layers, cfg.num_layers // 2
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
-        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids: 0.0
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids, dtype: 0.0
         self.smear = SmearGate(cfg) if cfg.smear_enabled else lambda x, ids: x
         self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2,
-                                                    cfg.model_dim if cfg.skip_per_dim else 1))
+        skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
+        self.skip_weights = nn.Parameter(torch.ones(skips))
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
         self.vrl_alphas = nn.ParameterList(
@@ -1428,11 +1448,11 @@ class GPT(nn.Module):
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last block."""
-        x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids)).to(self.dtype))
+        x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids, self.dtype)).to(self.dtype))
         x = self.smear(x, input_ids)
         c, half = self.context(input_ids, x), self.cfg.num_layers // 2
         for layer, block in enumerate(self.blocks):
-            if half <= layer < 2 * half:
+            if half <= layer < half + len(self.skip_weights):
                 x = x + like(self.skip_weights[layer - half], x) * c.outputs[2 * half - 1 - layer]
             x = self.layer(block, x, c)
             c.outputs.append(x)
@@ -1442,8 +1462,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
-        z = F.linear(hidden, like(self.head.weight, hidden)).float()
-        cap = self.cfg.logit_softcap
+        z, cap = F.linear(hidden, like(self.head.weight, hidden)).float(), self.cfg.logit_softcap
         return cap * z.div_(cap).tanh_()
 
     def forward(self, input_ids: Tensor, target_ids: Tensor, mile_gamma: Tensor | None = None,
@@ -1612,11 +1631,10 @@ class Muon(torch.optim.Optimizer):
     def launch(self) -> None:
         """Stack the gradients of each shape and start to sum them over ranks."""
         for _, weights in self.stacks:
-            stack = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad
-                                 for w in weights])
+            grad = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
             for weight in weights:
                 weight.grad = None  # its memory is free for the update
-            self.shares.append(self.run.scatter_sum(stack))
+            self.shares.append(self.run.scatter_sum(grad))
 
     def gradients(self, group: dict | None = None) -> list[Tensor]:
         """This rank's share (m, r, c) of each launched stack, or of those of one group."""
@@ -1635,13 +1653,12 @@ class Muon(torch.optim.Optimizer):
             updates.append(self.run.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
             (rows, cols), decay = weights[0].shape, 1.0 - group["lr"] * group["weight_decay"]
-            if self.decay_first:
-                torch._foreach_mul_(weights, decay)
             update = wait()[: len(weights)].to(weights[0].dtype)
+            rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
+            torch._foreach_mul_(weights, decay)
+            # Decay that comes after the step decays the step as well.
             torch._foreach_add_(weights, update.unbind(),
-                                alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
-            if not self.decay_first:
-                torch._foreach_mul_(weights, decay)
+                                alpha=-rate * (1.0 if self.decay_first else decay))
         self.shares = []
 
     def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
@@ -1771,14 +1788,14 @@ def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
 
 def make_forward(run: Run) -> Forward:
     """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
+    torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may leave ten
     return torch.compile(training_nats, fullgraph=True, dynamic=False) if run.compiled \
         else training_nats
 
 
 def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
     """This rank's rows of a step's global batch, as (first row, number of rows)."""
-    first = run.rank * cfg.rows_per_step // run.world_size
-    last = (run.rank + 1) * cfg.rows_per_step // run.world_size
+    first, last = (n * cfg.rows_per_step // run.world_size for n in (run.rank, run.rank + 1))
     size = run.micro_batch_rows
     return [(start, min(size, last - start)) for start in range(first, last, size)]
 
@@ -1814,12 +1831,11 @@ def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[l
 
 def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) -> Tensor:
     """Norm of each group's gradient, whoever holds its parts."""
-    shared = [run.sharers > 1 and isinstance(opt, Muon) for opt in optimizers
-              for _ in opt.param_groups]
-    squares = torch.stack([torch.nn.utils.get_total_norm(group) for group in gradients]).square()
-    if any(shared):  # what every rank holds whole is counted on one
-        squares = torch.stack([square if part or run.is_main else torch.zeros_like(square)
-                               for square, part in zip(squares, shared, strict=True)])
+    shared = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
+    squares = torch.stack([  # what every rank holds whole is counted on one
+        torch.nn.utils.get_total_norm(group).square() * (part or run.is_main or run.sharers == 1)
+        for group, part in zip(gradients, shared, strict=True)])
+    if run.sharers > 1:
         run.add_up([squares])
     return squares.sqrt()
 
@@ -1836,10 +1852,8 @@ def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRow
         batch = rows.batch(step * cfg.rows_per_step + first, count)
         torch._foreach_add_([loss, weight], backward(forward, model, batch, moment, run))
     if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()
-                                              if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm,
-                                             norm / weight[0])
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm, norm / weight[0])
     gradients = summed_gradients(optimizers, [loss, weight], run)
     norms = gradient_norms(gradients, optimizers, run)
     scale = 1.0 / weight if cfg.mile_gamma else torch.ones_like(weight)
@@ -1858,25 +1872,24 @@ def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRow
 def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
     """Raise FloatingPointError naming step and tensors if a loss or gradient is not finite."""
     if not all(map(math.isfinite, stats)):
-        bad = [group["route"] for group, norm in zip(groups, stats[1:], strict=True)
-               if not math.isfinite(norm)]
+        bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
         raise FloatingPointError(f"step {step}: loss {stats[0]}, gradient not finite in: "
                                  f"{'; '.join(bad) or 'no group'}")
 
 
 def fit_micro_batch(forward: Forward, model: GPT, rows: TrainingRows, moment: Moment,
                     run: Run) -> None:
-    """Halve the rows of a forward until every rank's memory holds them.
+    """Halve the rows of a forward until every rank's memory holds them and what training keeps.
 
     Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
     """
     cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.world_size)
     while True:
-        try:
+        failed = 1.0
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
             backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
             failed = 0.0
-        except torch.OutOfMemoryError:
-            failed = 1.0
         model.zero_grad(set_to_none=True)
         if not run.agree(failed, "most"):
             return
@@ -1900,8 +1913,7 @@ def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: li
     if saving < REGION_SECONDS:
         run.log(f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s")
         return
-    kinds = [(count, moment) for count in {count for _, count in micro_batches(cfg, run)}
-             for moment in moments]
+    kinds = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
 
     def trial() -> float:
         """Seconds of a forward and backward pass of every kind."""
@@ -1934,8 +1946,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     cfg, run.phase = run.cfg, "priming"
     before = copy.deepcopy(model.state_dict())
     variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
-    moments = [Moment(1.0, cfg.muon_momentum_warmup_start, qat, False, cfg.mile_gamma)
-               for qat in variants]
+    moments = [Moment(1.0, cfg.muon_momentum, qat, False, cfg.mile_gamma) for qat in variants]
     fit_micro_batch(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
     optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
@@ -1943,29 +1954,35 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.log(f"warmup_step:{step + 1}/{steps}")
     model.load_state_dict(before)
+    scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS)[0]
+    compile_blocks(forward, model, rows, moments, run)
+    return timed(lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run), scored
+
+
+def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
+    """Compile and warm up what scoring runs; the measured seconds of an evaluation batch."""
+    cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
 
     def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
         return [torch.full((rows, width), BOS, device=run.device) for width in widths]
 
-    @torch.no_grad()
-    def timed(work: Callable[[], object]) -> float:  # the second of two calls, all compiled
-        work()
-        start = time.perf_counter()
-        work()
-        return run.agree(time.perf_counter() - start)
-
-    T, strip, first_rows = cfg.eval_seq_len, cfg.eval_stride, rows.batch(0, CALIBRATION_ROWS)[0]
     if cfg.ttt_mode != "off":
         forward(model, *blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
-    compile_blocks(forward, model, rows, moments, run)
     whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
-    scored = timed(lambda: forward(model, *whole)[0].sum().item())
+    scored = timed(lambda: forward(model, *whole)[0].sum().item(), run)
     if 0 < strip < T:
-        ids, targets, places = sliding
-        scored = timed(lambda: forward(model, ids, targets, places=places)[0].sum().item())
-    return (timed(lambda: collect_hessians(model, lambda n: first_rows, 1, math.inf, run)),
-            scored * cfg.eval_batch_seqs / run.scored_rows)
+        scored = timed(lambda: forward(model, *sliding[:2], places=sliding[2])[0].sum().item(), run)
+    return scored * cfg.eval_batch_seqs / run.scored_rows
+
+
+@torch.no_grad()
+def timed(work: Callable[[], object], run: Run) -> float:
+    """Seconds of the second of two calls: by then all is compiled."""
+    work()
+    start = time.perf_counter()
+    work()
+    return run.agree(time.perf_counter() - start)
 
 
 class Averages:
@@ -1973,33 +1990,25 @@ class Averages:
 
     def __init__(self, model: GPT, cfg: Config) -> None:
         self.model, self.decay, self.snapshots = model, cfg.ema_decay, 0
-        self.ema = copy.deepcopy(model) if "ema" in cfg.avg_mode else None  # from step 0 on
-        self.swa = copy.deepcopy(model) if "swa" in cfg.avg_mode else None
-
-    kept = property(lambda self: [a for a in (self.ema, self.swa) if a is not None])
+        self.kept = {name: copy.deepcopy(model) for name in ("ema", "swa") if name in cfg.avg_mode}
 
     @torch.no_grad()
     def update(self, snapshot: bool) -> None:
         """Take in the weights of a step: A <- A + share (W - A), without waiting for a GPU."""
-        source = self.model
-        if self.ema is not None:
-            torch._foreach_lerp_(list(self.ema.parameters()), list(source.parameters()),
-                                 1.0 - self.decay)
-            source = self.ema
-        if self.swa is not None and snapshot:
-            self.snapshots += 1
-            torch._foreach_lerp_(list(self.swa.parameters()), list(source.parameters()),
-                                 1.0 / self.snapshots)
+        self.snapshots, source = self.snapshots + snapshot, self.model
+        shares = {"ema": 1.0 - self.decay, "swa": snapshot and 1.0 / self.snapshots}
+        for name, average in self.kept.items():
+            if share := shares[name]:
+                torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), share)
+            source = average  # SWA takes the EMA's weights, where there is one
 
     def result(self, run: Run) -> GPT:
         """The model to export; without any snapshot, SWA falls back to what it would average."""
-        if self.swa is not None and self.snapshots:
-            run.log("swa:applying averaged {snapshots} checkpoints", "swa",
-                    snapshots=self.snapshots)
-            return self.swa
-        if self.ema is not None:
-            run.log("ema:applying EMA weights")
-        return self.model if self.ema is None else self.ema
+        if "swa" not in self.kept or not self.snapshots:
+            run.log("ema:applying EMA weights" if "ema" in self.kept else "")
+            return self.kept.get("ema", self.model)
+        run.log("swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots)
+        return self.kept["swa"]
 
 
 class Training:
@@ -2023,7 +2032,7 @@ class Training:
         run.save_checkpoint({
             "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
             "model": self.model.state_dict(), "adam": self.adam.state_dict(),
-            "averages": [average.state_dict() for average in self.averages.kept],
+            "averages": [average.state_dict() for average in self.averages.kept.values()],
             "snapshots": self.averages.snapshots,
             "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
             "occasions": dict(run.occasions), "activity": dict(run.activity),
@@ -2040,7 +2049,7 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
         self.muon.load_momentum(saved["momentum"])
-        for average, state in zip(self.averages.kept, saved["averages"], strict=True):
+        for average, state in zip(self.averages.kept.values(), saved["averages"], strict=True):
             average.load_state_dict(state)
         self.averages.snapshots = saved["snapshots"]
         schedule.qat, schedule.last_seconds = saved["schedule"][:2]
@@ -2054,21 +2063,18 @@ class Training:
     def stop(self, asked: int) -> None:
         """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
         if asked:
-            name = self.run.folder and self.run.folder.name  # rank 0 has one, and says it
-            self.run.stop(asked, f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from "
-                                 "there")
+            run, name = self.run, self.run.folder and self.run.folder.name  # rank 0 has one
+            run.stop(asked, f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there")
 
 
-def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation,
-          run: Run) -> GPT:
+def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
     """Train until the budget less the reserve ends; returns the averaged model."""
     cfg, run.phase, model, schedule = run.cfg, "training", state.model, state.schedule
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     matrices = len(qat_grids(model))
     pending = None  # the step that a GPU may still be at work on
-    bar = run.progress("training", total=cfg.iterations if cfg.step_driven else schedule.budget,
-                       unit="step" if cfg.step_driven else "s")
-    with run.training_clock.running(), bar:
+    total, unit = (cfg.iterations, "step") if cfg.step_driven else (schedule.budget, "s")
+    with run.training_clock.running(), run.progress("training", total=total, unit=unit) as bar:
         while True:
             step, seconds = state.step, run.agree(run.training_clock.elapsed())
             # Not written back to run.signal, which a signal may set while ranks agree.
@@ -2094,7 +2100,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                         f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
                         scale=moment.lr_scale, matrices=matrices)
-            if state.averages.swa is not None and moment.snapshot and not run.activity["swa"]:
+            if "swa" in cfg.avg_mode and moment.snapshot and not run.activity["swa"]:
                 run.log(f"swa:start step:{step + 1}")
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
             state.averages.update(moment.snapshot)
@@ -2103,11 +2109,11 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                 log_step(*pending, step, seconds, groups, run)
             if (step + 1) % REPLICA_CHECK_STEPS == 0:
                 run.check_replicas(model, step + 1)
-            pending, state.step = (stats, moment, qat_starts), step + 1
+            pending, state.step = (run.fetch(stats), moment, qat_starts), step + 1
             bar.update((state.step if cfg.step_driven else seconds) - bar.n)
         if pending is not None:
             log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
-        state.save(run.agree(run.training_clock.elapsed()))
+    state.save(run.agree(run.training_clock.elapsed()))  # off the clock: training has ended
     run.phase = "calibration"  # a signal ends the run at once from here on
     state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
@@ -2122,17 +2128,16 @@ def share_of_run(cfg: Config, step: int, seconds: float) -> float:
     return step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
 
 
-def log_step(stats: Tensor, moment: Moment, show: bool, step: int, seconds: float,
-             groups: list[dict], run: Run) -> None:
+def log_step(stats: Callable[[], list[float]], moment: Moment, show: bool, step: int,
+             seconds: float, groups: list[dict], run: Run) -> None:
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
-    loss, *norms = stats.tolist()
+    loss, *norms = stats()
     refuse_non_finite([loss, *norms], step, groups)
     cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
-    due = step % cfg.train_log_every == 0 if cfg.train_log_every else \
-        int(50 * share) > run.last_logged_share
-    show = show or step <= 10 or due
+    every, part = cfg.train_log_every, int(50 * share)
+    show = show or step <= 10 or (step % every == 0 if every else part > run.last_logged_share)
     if show:
-        run.last_logged_share = int(50 * share)
+        run.last_logged_share = part
     template = ("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
                 "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
     run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
@@ -2176,8 +2181,6 @@ CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
 DAMPING, DAMPING_TRIES = 0.01, 5
-ROLE_PATTERNS = ((r"blocks\.\d+\.mlp\..*", "mlp"), (r"blocks\.\d+\.attn\..*", "attn"),
-                 (r"(tok_emb|lm_head)\..*", "emb"), (r".*", "aux"))
 
 
 @dataclass(frozen=True)
@@ -2195,17 +2198,12 @@ class Stored:
 
 def role_of(name: str) -> str:
     """The role of a parameter in BITS and CLIP_SIGMAS."""
-    return next(role for pattern, role in ROLE_PATTERNS if re.fullmatch(pattern, name))
+    return next(role for role, pattern in ROLES.items() if re.fullmatch(pattern, name))
 
 
 def setting_of(name: str, by_role: dict):
     """What BITS or CLIP_SIGMAS says of a parameter, by its own name or by its role."""
     return by_role.get(name.removesuffix(".weight"), by_role[role_of(name)])
-
-
-def sigmas_of(cfg: Config, name: str, factor: float) -> float:
-    """Standard deviations of a row at the top of a parameter's grid, with QUANT_CLIP=std."""
-    return factor * setting_of(name, cfg.sigmas_by_role)
 
 
 def bits_of(cfg: Config, name: str, tensor: Tensor) -> int:
@@ -2276,9 +2274,8 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> T
 
 def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
     """The candidate of least error: (n, r), (n, r, c), (n, r) -> by matrix, or by row."""
-    best = errors.argmin(dim=0) if cfg.clip_search == "row" else \
-        errors.sum(dim=1).argmin().expand(errors.size(1))
     rows = torch.arange(errors.size(1), device=errors.device)
+    best = errors.argmin(0) if cfg.clip_search == "row" else errors.sum(1).argmin().expand_as(rows)
     return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
 
 
@@ -2369,11 +2366,11 @@ def hessian_source(name: str) -> str:
 def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
     """A batch the model draws itself after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((CALIBRATION_ROWS, 1), BOS, device=device)
-    while ids.size(1) < seq_len:
-        p = torch.softmax(model.logits(model.hidden(ids)[:, -1:])[:, 0] / TEMPERATURE, dim=-1)
-        drawn = torch.multinomial(p.cpu(), 1, generator=generator)
-        ids = torch.cat([ids, drawn.to(device)], dim=1)
+    ids = torch.full((CALIBRATION_ROWS, seq_len), BOS)
+    for at in range(1, seq_len):  # whole rows: their length sets the rotary base
+        logits = model.logits(model.hidden(ids.to(device))[:, at - 1 : at])[:, 0]
+        p = torch.softmax(logits / TEMPERATURE, dim=-1).cpu()
+        ids[:, at] = torch.multinomial(p, 1, generator=generator)[:, 0]
     return ids
 
 
@@ -2386,21 +2383,18 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
     another could end after `deadline` seconds of its clock. The matrix that makes logits is among
     them only with QUANT_CLIP=std.
     """
-    head = "tok_emb" if model.lm_head is None else "lm_head"
-    linears = {name: module for name, module in model.named_modules()
-               if name == head or isinstance(module, Linear)}
-    names = [name for name, module in linears.items()
-             if bits_of(model.cfg, f"{name}.weight", module.weight)
-             and (name != head or model.cfg.quant_clip == "std")]
-    sums = {name: torch.zeros(2 * [linears[name].weight.size(1)], device=run.device)
-            for name in map(hessian_source, names)}
+    head = "" if model.cfg.quant_clip != "std" else "lm_head" if model.lm_head else "tok_emb"
+    sums = {hessian_source(name): torch.zeros(2 * [module.weight.size(1)], device=run.device)
+            for name, module in model.named_modules()
+            if (name == head != "" or (isinstance(module, Linear) and name != "lm_head"))
+            and bits_of(model.cfg, f"{name}.weight", module.weight)}
     seen = torch.zeros(1, device=run.device)
 
     def add(name: str, x: Tensor) -> None:
         x = x.flatten(0, -2).float()
         sums[name].addmm_(x.T, x)
 
-    hooks = [linears[name].register_forward_pre_hook(
+    hooks = [model.get_submodule(name).register_forward_pre_hook(
         lambda module, inputs, name=name: add(name, inputs[0])) for name in sums.keys() - {head}]
     rounds = range(run.rank, num_batches + run.rank, run.world_size)  # as many on every rank
     for batch in run.progress("calibrating", iterable=rounds, unit="batch"):
@@ -2453,14 +2447,7 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
     used = run.agree(run.training_clock.elapsed())
     run.log("gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms", "calibrated",
             source=cfg.gptq_calib, tokens=run.calibration_tokens, ms=1e3 * used)
-    if used > cfg.max_wallclock_seconds and not cfg.step_driven:
-        run.mark_ineligible(f"training and calibration took {used:.1f} s")
     return hessians
-
-
-def magnitude_pruned(W: Tensor, share: float) -> Tensor:
-    """W (r, c) with the entries below its `share` quantile of magnitude set to zero."""
-    return torch.where(W.abs() < row_quantile(W.abs().flatten()[None], share), 0.0, W)
 
 
 def prune_integers(stored: dict[str, Stored], share: float) -> int:
@@ -2493,23 +2480,22 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
-            W = magnitude_pruned(W, cfg.prune_frac)
+            W = W.masked_fill(W.abs() < row_quantile(W.abs().view(1, -1), cfg.prune_frac), 0.0)
         H = hessians.get(hessian_source(name.removesuffix(".weight")))
-        how = bits, cfg, sigmas_of(cfg, name, factor)
+        how = bits, cfg, factor * setting_of(name, cfg.sigmas_by_role)
         if not bits:
-            result = Stored(W.half())
+            made = Stored(W.half())
         elif H is None:
-            result = int8_rows(W) if bits == 8 and cfg.quant_clip != "std" \
+            made = int8_rows(W) if bits == 8 and cfg.quant_clip != "std" \
                 else round_to_nearest(W, *how)
         else:
             H = H.to(device)
             try:
-                result = solve(W, H, *how)
+                made = solve(W, H, *how)
             except torch.linalg.LinAlgError:
-                result, fallbacks = round_to_nearest(W, *how), fallbacks + 1
-            objective += weighted_error(W, result, H)
-        scale = None if result.scale is None else result.scale.cpu()
-        stored[name] = Stored(result.values.cpu(), scale)
+                made, fallbacks = round_to_nearest(W, *how), fallbacks + 1
+            objective += weighted_error(W, made, H)
+        stored[name] = Stored(made.values.cpu(), None if made.scale is None else made.scale.cpu())
     low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
     if cfg.prune_pct and low:
         run.log("prune:zeroed {zeroed} of {of} integers below 8 bits", "pruned",
@@ -2543,7 +2529,8 @@ SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codec
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
     """What rebuilding the model and repeating the evaluation takes."""
-    settings = {name.upper(): show_setting(getattr(cfg, name)) for name in HEADER_SETTINGS}
+    values = ((name.upper(), getattr(cfg, name)) for name in HEADER_SETTINGS)
+    settings = {name: v if isinstance(v, str) else show_setting(v) for name, v in values}
     return {"settings": settings, "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
 
 
@@ -2588,7 +2575,7 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
             reader = brotli_codec().Decompressor()
             body = reader.process(packed, output_buffer_limit=size + 1)
             whole = reader.is_finished()
-    except broken[codec] as error:
+    except broken.get(codec, ()) as error:
         raise Refusal(f"the artifact's body does not decompress ({error})") from None
     if len(body) != size or not whole:
         raise Refusal("the artifact's body does not end where its prelude says")
@@ -2598,9 +2585,8 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
     """The artifact's bytes; the same header and tensors always give the same bytes."""
     # The same matrix of all layers side by side compresses best.
-    names = sorted(stored, key=lambda name: (re.sub(r"\d+", "", name),
-                                             [int(digits) for digits in re.findall(r"\d+", name)]))
-    ordered = {name: stored[name] for name in names}
+    ordered = {name: stored[name] for name in sorted(stored, key=lambda name: (
+        re.sub(r"\d+", "", name), [*map(int, re.findall(r"\d+", name))]))}
     tensors = [[name, int(s.scale is not None), *s.values.shape] for name, s in ordered.items()]
     text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
     integers = [s.values for s in ordered.values() if s.scale is not None]
@@ -2637,7 +2623,7 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a setting or fingerprint is not text")
         return header, cut_payload(body, 4 + header_bytes, header["tensors"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except MALFORMED as error:
         raise Refusal("the artifact's header is malformed "
                       f"({type(error).__name__}: {error})") from None
 
@@ -2674,7 +2660,10 @@ def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str
     if wrong := sorted({name.upper() for name in HEADER_SETTINGS} ^ set(header["settings"])):
         raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
                       f"{wrong[0]!r} is not here or missing there")
-    return Config.from_env({**header["settings"], **env})
+    given, notes = translate_names(env, {f.name.upper(): f for f in fields(Config)})
+    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(given)):
+        raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
+    return Config.from_env({**header["settings"], **given})[0], notes
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -2708,7 +2697,8 @@ def estimated_bytes(model: GPT, factor: float) -> float:
     for name, p in model.named_parameters():
         if bits := bits_of(model.cfg, name, p):
             W, levels = p.detach().float(), largest_integer(bits)
-            step = clip_candidates(W, bits, model.cfg, sigmas_of(model.cfg, name, factor))[-1]
+            sigmas = factor * setting_of(name, model.cfg.sigmas_by_role)
+            step = clip_candidates(W, bits, model.cfg, sigmas)[-1]
             total += entropy_bytes(torch.round(W / step[:, None]).clamp_(-levels, levels))
     return total
 
@@ -2739,9 +2729,8 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
     target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     fixed = len(run.source) + sum(len(p) if bits_of(cfg, name, p) else p.numel()
                                   for name, p in model.named_parameters())
-    total = coarsest = fixed + LEAST_CODED * estimated_bytes(model, 1.0)
-    if std:  # percentile clips have no coarser ones
-        coarsest = fixed + LEAST_CODED * estimated_bytes(model, 2.0 ** SOLVER_OCTAVES[1])
+    total, coarsest = (fixed + LEAST_CODED * estimated_bytes(model, 2.0**octaves)
+                       for octaves in (0.0, std * SOLVER_OCTAVES[1]))  # percentiles: none coarser
     run.log("size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} "
             "target:{target}", "size_foreseen", step=step, total=total, coarsest=coarsest,
             target=target)
@@ -2858,8 +2847,7 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
         stride, form = seq_len, "published_s1"  # which cuts the last one short
     starts: np.ndarray = np.arange(0, num_targets, stride)
     if form != "published_s1":
-        last = max(num_targets - seq_len, 0)
-        starts = np.append(starts[starts < last], last)
+        starts = np.unique(np.minimum(starts, max(num_targets - seq_len, 0)))
     ends = np.minimum(starts + seq_len, num_targets)
     firsts = np.append(0, ends[:-1] if form == "cover" else np.maximum(ends - stride, starts)[1:])
     return np.stack([starts, firsts, ends], axis=1)
@@ -2937,6 +2925,7 @@ class Adapter:
         self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.forward, self.model, self.val, self.run, self.seconds = forward, model, val, run, 0.0
+        run.occasions["ttt"] = 0  # one chunk leaves it none
 
     def after_chunk(self, chunk: int, num_chunks: int, elapsed: float) -> None:
         """score_first: learn from the chunk just scored, unless scoring the rest needs the time."""
@@ -2951,20 +2940,20 @@ class Adapter:
         start, size = time.perf_counter(), cfg.ttt_chunk_tokens
         for _ in range(cfg.ttt_epochs):
             self.learn(chunk * size, done * size, cfg.ttt_lr * cosine, math.inf)
+        run.settle()
         self.seconds += time.perf_counter() - start
         run.activity["ttt"] += 1
 
     def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
         """SGD on the targets first to end, begun before `deadline`; returns steps taken."""
-        cfg, run, val = self.run.cfg, self.run, self.val
-        rows = windows(min(end, val.num_targets(cfg)) - first, cfg.eval_seq_len, 0) + first
+        cfg, run, val, T = self.run.cfg, self.run, self.val, self.run.cfg.eval_seq_len
+        rows = windows(min(end, val.num_targets(cfg)) - first, T, 0) + first
         self.optimizer.param_groups[0]["lr"] = lr
         batches = np.array_split(rows, range(cfg.ttt_batch_seqs, len(rows), cfg.ttt_batch_seqs))
         for steps, batch in enumerate(batches):
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
                 return steps
-            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows,
-                                cfg.eval_seq_len, cfg)
+            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, T, cfg)
             ids, _, targets, _, learned = map(run.put, mine)
             nats, _ = self.forward(self.model, ids, targets)
             ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
@@ -2997,8 +2986,8 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool 
 def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forward: Forward,
                    run: Run, diagnostics: bool) -> list[EvalResult]:
     """Score the model rebuilt from an artifact; the last is the headline, which is timed."""
-    run.phase, results, label = "scoring the artifact", [], grid_label(cfg, stored)
-    model, stride, ttt = rebuild_model(cfg, stored, run), cfg.eval_stride, cfg.ttt_mode
+    run.phase, results, model = "scoring the artifact", [], rebuild_model(cfg, stored, run)
+    label, stride, ttt = grid_label(cfg, stored), cfg.eval_stride, cfg.ttt_mode
     adapter = None if ttt == "off" else Adapter(forward, model, val, run)
     chunked = ("artifact_chunked", f"final_{label}_roundtrip_exact")
 
@@ -3139,6 +3128,8 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     run.log("peak memory resident: {mib:.0f} MiB", "memory",
             mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    if (used := run.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
+        run.mark_ineligible(f"training and calibration took {used:.1f} s")
     run.log("eligible:{eligible} {reasons}", "eligibility", eligible=int(not run.ineligible),
             reasons="; ".join(run.ineligible))
     run.log("params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
@@ -3216,8 +3207,6 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
     """Score an artifact again: the model comes from its header alone."""
-    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(env)):
-        raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
     header, stored = read_artifact(path)
     cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)
@@ -3225,7 +3214,10 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
         run.log_header(notes)
         with run.together():
             val = load_validation(cfg)
-        score = score_artifact(cfg, stored, val, make_forward(run), run, diagnostics=False)[-1]
+        forward = make_forward(run)
+        if run.compiled:  # off the clock, as in the run that made it
+            prime_scoring(forward, rebuild_model(cfg, stored, run), run)
+        score = score_artifact(cfg, stored, val, forward, run, diagnostics=False)[-1]
         run.log(f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
                 f"stride {cfg.eval_stride})")
     return 0

@@ -1,0 +1,3258 @@
+"""Train a tiny language model under a byte and a time budget, and score its artifact.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    8 GPUs, FineWeb, the defaults
+    PRESET=mini python train_gpt.py                          two CPU cores, built-in corpus
+    python train_gpt.py --help                               every setting
+    python train_gpt.py --check                              look at settings and data, do nothing
+    python train_gpt.py --plan                               what a run would do and cost
+    python train_gpt.py --eval runs/<id>/artifact.bin        score an artifact again
+
+The number to bring down is val_bpb, bits per byte of the validation text by the model that the
+artifact holds. ARTIFACT_LIMIT_BYTES bounds code plus artifact, MAX_WALLCLOCK_SECONDS training
+and calibration, EVAL_WALLCLOCK_SECONDS scoring. Hyperparameters are environment variables; a
+run leaves its log, metrics, settings, source and artifact in runs/<RUN_ID>/.
+
+Sections, in the order of a run:
+
+  1  Settings                     what can be set, presets, refusals
+  2  Run                          ranks, device, clock, log, run folder
+  3  Data                         shards, training rows, validation split, bytes per token
+  4  Model                        the network, one forward for everything
+  5  Optimizers and schedules     Muon, AdamW, routing table, learning rate at a given time
+  6  Training                     priming, one step, the loop
+  7  Quantization                 int6/int8 grids, Hessians, GPTQ
+  8  Artifact                     bytes to model and back
+  9  Evaluation                   windows, bits per byte
+ 10  Main                         the story, and the verbs above
+
+Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
+V vocabulary, N tokens of a stream. Linear weights are (out, in).
+"""
+
+import contextlib
+import copy
+import difflib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import resource
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# =================================================================================================
+# Settings
+# A run is decided here, before any work: every name, value and contradiction that can be known
+# to be wrong is refused in one line. Environment names are the upper-case field names.
+# =================================================================================================
+
+
+class Refusal(ValueError):
+    """Settings, data or an artifact that a run cannot use; the message is one line."""
+
+    def __str__(self) -> str:
+        """Up to 1,000 characters; a hostile file's texts may hold anything."""
+        return "".join(c if c.isprintable() else "?" for c in super().__str__()[:1000])
+
+
+def knob(default, accepts: tuple, doc: str):
+    """A setting: default, (low, high) or choices, and one line of meaning for --help."""
+    return field(default=default, metadata={"accepts": accepts, "doc": doc})
+
+
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+             struct.error)  # what reading a stranger's JSON and lengths may raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run, checked; the defaults are the recommended combination."""
+
+    preset: str = knob("", (), "Named settings, comma-separated, later ones win.")
+    run_id: str = knob("", (), "Folder under RUNS_DIR; empty picks UTC time and a suffix.")
+    runs_dir: str = knob("runs", (), "Where run folders are made.")
+    seed: int = knob(1337, (0, 2**31 - 1), "Seed of weights and data order.")
+    attention: str = knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
+    compile: str = knob("auto", ("auto", "0", "1"), "torch.compile; auto: on CUDA, long CPU runs.")
+    resume: bool = knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
+    checkpoint_seconds: float = knob(0.0, (0.0, 1e7), "Between checkpoints; 0: on signals, at end.")
+    watchdog_seconds: float = knob(600.0, (0.1, 1e7), "Longest that a rank waits for the others.")
+    train_log_every: int = knob(0, (0, math.inf), "Steps between log lines; 0: about 50 lines.")
+    val_loss_every: int = knob(4000, (0, math.inf), "Steps between validations; 0 only at the end.")
+    eval_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Budget of scoring the artifact.")
+    artifact_limit_bytes: int = knob(16_000_000, (1, 1 << 40), "Code plus artifact, decimal bytes.")
+
+    data_path: str = knob("./data/datasets/fineweb10B_sp1024", (), "Folder of the shards.")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", (), "Of the shards.")
+    loader: str = knob("shuffled", ("shuffled", "sequential"), "Order of training rows.")
+
+    vocab_size: int = knob(1024, (4, 65536), "Pieces of the tokenizer.")
+    num_layers: int = knob(11, (1, 64), "Transformer blocks.")
+    model_dim: int = knob(512, (8, 8192), "Width of the residual stream.")
+    num_heads: int = knob(8, (1, 128), "Query heads; divides MODEL_DIM.")
+    num_kv_heads: int = knob(4, (1, 128), "Key/value heads; divides NUM_HEADS.")
+    mlp_mult: float = knob(3.0, (0.25, 16.0), "MLP width over model width.")
+    mlp_act: str = knob("leaky2", ("leaky2", "relu2"), "Squared (leaky) ReLU.")
+    leaky_slope: float = knob(0.5, (0.0, 1.0), "Negative slope of MLP_ACT=leaky2.")
+    tie_embeddings: bool = knob(True, (), "One matrix for token embedding and head.")
+    logit_softcap: float = knob(30.0, (1.0, 1e4), "Bound c of c tanh(logit / c).")
+    qk_gain_init: float = knob(1.5, (0.0, 100.0), "Initial gain of normalised queries.")
+    rope_base: float = knob(10000.0, (2.0, 1e9), "Base of the rotary frequencies.")
+    rope_dims: int = knob(16, (0, 1024), "Rotated dimensions a head; 0 is all.")
+    rope_ntk_ref: int = knob(1024, (0, 1 << 20), "Row length from which the base grows; 0: never.")
+    xsa_last_n: int = knob(11, (0, 64), "Last layers with exclusive self attention (XSA).")
+    vrl_mode: str = knob("off", ("off", "add", "mix"), "Layer 0's values in later layers (VRL).")
+    backout_mode: str = knob("none", ("none", "mid", "cache"), "Stream subtracted before the head.")
+    cache_layer: int = knob(7, (0, 63), "What BACKOUT_MODE=cache keeps, for later attention too.")
+    skip_per_dim: str = knob("1", ("0", "1", "off"), "U-Net skip weights a layer, a channel; none.")
+    ln_scale: str = knob("1", ("0", "1", "learned"), "Scale 1/sqrt(l+1) of the inputs of layer l.")
+    smear_enabled: bool = knob(True, (), "SmearGate: blend in the previous embedding.")
+    smear_bos_mask: bool = knob(True, (), "No SmearGate across a document start.")
+    bigram_vocab_size: int = knob(3072, (0, 1 << 20), "Buckets of BigramHash; 0: off.")
+    bigram_hash: str = knob("xor", ("xor", "sum"), "How a pair is hashed.")
+    bigram_dim: int = knob(112, (1, 8192), "Width of a BigramHash bucket.")
+    bigram_bos_mask: bool = knob(True, (), "No BigramHash across a document start.")
+    ve_enabled: bool = knob(True, (), "Value embeddings in VE_LAYERS.")
+    ve_dim: int = knob(128, (1, 8192), "Width of the value embedding table.")
+    ve_layers: str = knob("9,10", (), "Layers with value embeddings, counted from 0.")
+
+    tied_embed_init_std: float = knob(0.005, (0.0, 1.0), "Initial deviation of the embedding.")
+    emb_svd_init: bool = knob(False, (), "Embedding starts with spectrum k^(-1/2).")
+    proj_init: str = knob("zero", ("zero", "ortho_mup"), "Output projections at the start.")
+    bigram_init: str = knob("zero_embed", ("zero_embed", "zero_proj"), "BigramHash factor at zero.")
+    resid_mix_init: str = knob("identity", ("identity", "phase"), "Share of x0: 0, or by depth.")
+    backout_init: float = knob(0.2, (-1.0, 1.0), "Initial weight of the backout.")
+    iterations: int = knob(20000, (1, 10**8), "Steps at most.")
+    max_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Train and calibrate; 0: step-driven.")
+    warmup_steps: int = knob(20, (0, 1000), "Untimed priming steps, undone after.")
+    train_batch_tokens: int = knob(786432, (2, 1 << 30), "Tokens a step, over all ranks.")
+    train_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a training row.")
+    micro_batch_seqs: int = knob(0, (0, 1 << 20), "Rows a forward; 0: 98,304 tokens (CPU 8,192).")
+    warmdown_iters: int = knob(3500, (0, 10**8), "Last steps, while the rate decays to 0.")
+    warmdown_frac: float = knob(0.0, (0.0, 1.0), "Over 0: this share of the run instead.")
+    warmdown_type: str = knob("linear", ("linear", "cosine"), "Shape of the decay.")
+    mile_gamma: float = knob(0.0, (0.0, 10.0), "MiLe loss weight (1 - e^-entropy)^gamma; 0: off.")
+    mile_clamp_min: float = knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
+    avg_mode: str = knob("ema", ("ema", "swa", "swa_of_ema", "none"), "Weights to export.")
+    ema_decay: float = knob(0.997, (0.0, 0.999999), "Share of the EMA kept a step.")
+    swa_start_frac: float = knob(0.4, (0.0, 1.0), "SWA takes snapshots below this rate scale.")
+    swa_every: int = knob(50, (1, 10**6), "Steps between SWA snapshots.")
+
+    lr_mult: float = knob(1.0, (0.0, 100.0), "Multiplies every learning rate.")
+    matrix_lr: float = knob(0.025, (0.0, 10.0), "Muon: block matrices and projections.")
+    scalar_lr: float = knob(0.025, (0.0, 10.0), "AdamW: gains, gates, scales.")
+    tied_embed_lr: float = knob(0.035, (0.0, 10.0), "AdamW: embedding tables.")
+    embed_lr: float = knob(0.6, (0.0, 10.0), "AdamW: token embedding, if untied.")
+    head_lr: float = knob(0.008, (0.0, 10.0), "AdamW: output head, if untied.")
+    muon_momentum: float = knob(0.99, (0.0, 0.9999), "Muon's momentum after its ramp.")
+    muon_momentum_warmup_start: float = knob(0.92, (0.0, 0.9999), "Muon's momentum at step 0.")
+    muon_momentum_warmup_steps: int = knob(1500, (0, 10**8), "Steps of the momentum ramp.")
+    muon_backend_steps: int = knob(5, (1, 20), "Newton-Schulz iterations.")
+    muon_quant_momentum: bool = knob(False, (), "Muon's momentum as int8 blocks.")
+    muon_parallel: bool = knob(True, (), "Ranks share Muon's matrices out, not each doing all.")
+    muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
+    muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
+    optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim", "adam"),
+        "Muon for matrices; of blocks (others start unscaled); 2-D but token, head; not of blocks.")
+    adam_wd: float = knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
+    grad_clip_norm: float = knob(0.3, (0.0, 1e6), "Largest gradient norm; 0: off.")
+    clip_before_reduce: bool = knob(False, (), "Clip each rank's share, before the sum.")
+
+    qat_mode: str = knob("late", ("late", "always", "off"), "Train through the integer grid.")
+    late_qat_threshold: float = knob(0.15, (0.0, 1.0), "Late QAT starts below this rate scale.")
+    qat_clip: str = knob("absmax", ("absmax", "quantile"), "End of a row's grid: max or quantile.")
+    qat_targets: str = knob("stored", ("stored", "linears", "aux"),
+        "QAT of linears that become integers, of all, or of those outside the blocks.")
+    bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (), "By role or tensor (tok_emb): 2 to 8 or fp16.")
+    quant_clip: str = knob("percentile", ("percentile", "std"), "By CLIP_SEARCH or CLIP_SIGMAS.")
+    clip_sigmas: str = knob("mlp:12.85,attn:12.85,emb:10,aux:30", (), "std clips at k deviations.")
+    q_scale_floor: str = knob("inv_clip", ("inv_clip", "tiny"), "Least step: 1 / top, or 2^-14.")
+    clip_search: str = knob("matrix", ("absmax", "matrix", "row"), "Max; quantile by matrix, row.")
+    gptq_variant: str = knob("full", ("full", "simple", "off"), "Form of GPTQ; off: to nearest.")
+    gptq_actorder: bool = knob(True, (), "Columns of large activations first.")
+    gptq_select: str = knob("mse", ("mse", "hessian"), "Error by which a clip is chosen.")
+    gptq_calib: str = knob("train", ("train", "selfgen", "train_after_cap"),
+        "Training data in the budget; rows the model draws (slow); data after it (not eligible).")
+    int8_keep_float_max_numel: int = knob(65536, (0, 1 << 30), "Up to this size, fp16 is stored.")
+    gptq_calib_batches: int = knob(256, (1, 10**6), "Calibration batches of 8 rows each.")
+    gptq_block_size: int = knob(128, (1, 1 << 16), "Columns between lazy GPTQ updates.")
+    prune_frac: float = knob(0.0, (0.0, 0.99), "Share of each large matrix zeroed before export.")
+    prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
+    artifact_target_bytes: int = knob(0, (0, 1 << 40),
+        "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.")
+    codec: str = knob("zstd", ("zstd", "lzma", "brotli", "best"),
+        "Artifact compression; best is the smaller of zstd and lzma.")
+
+    eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
+    eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
+    sliding: str = knob("cover", ("cover", "published_s1", "published_s3"),
+        "Windows; cover scores every target once, the others print a second, labelled line.")
+    eval_batch_seqs: int = knob(32, (1, 1 << 16), "Windows a forward.")
+    eval_truncate: bool = knob(False, (), "Drop the targets after the last full row.")
+    ttt_mode: str = knob("off", ("off", "score_first", "train_then_score"),
+        "Adapt to what was scored; the last form trains first and is no legal score.")
+    ttt_lr: float = knob(0.002, (0.0, 1.0), "SGD rate of the adaptation.")
+    ttt_momentum: float = knob(0.9, (0.0, 0.9999), "SGD momentum.")
+    ttt_epochs: int = knob(3, (1, 1000), "Passes over what is adapted to.")
+    ttt_chunk_tokens: int = knob(32768, (1, 1 << 30), "Targets scored before each adaptation.")
+    ttt_batch_seqs: int = knob(32, (1, 1 << 16), "Rows an adaptation step.")
+    ttt_grad_clip: float = knob(1.0, (0.0, 1e6), "Largest gradient norm; 0: off.")
+    ttt_freeze_blocks: int = knob(2, (0, 64), "First blocks that do not adapt.")
+
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    rotary_dims = property(lambda self: self.rope_dims or self.head_dim)
+    mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
+    rows_per_step = property(lambda self: self.train_batch_tokens // self.train_seq_len)
+    step_driven = property(lambda self: self.max_wallclock_seconds == 0)  # ITERATIONS ends it
+    backout_layer = property(lambda self: {  # its output is subtracted at the end; -1 for none
+        "none": -1, "mid": self.num_layers // 2, "cache": self.cache_layer}[self.backout_mode])
+
+    def __post_init__(self) -> None:
+        """Raise Refusal for settings that contradict each other, with the values of those named."""
+        layers, adapts = self.num_layers, self.ttt_mode != "off"
+        for holds, complaint in (
+            (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
+            (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
+            (self.optimizer_routing != "adam" or self.bigram_vocab_size or self.value_layers,
+             "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED"),
+            (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
+             f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}"),
+            (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
+             f"ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS (0: all {self.head_dim}) is above 2"),
+            (self.xsa_last_n <= layers, "XSA_LAST_N must be at most NUM_LAYERS"),
+            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
+            (all(n < layers for n in self.value_layers), "VE_LAYERS must all be below NUM_LAYERS"),
+            (self.backout_layer < layers - 1,
+             "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps"),
+            (self.train_batch_tokens % self.train_seq_len == 0,
+             "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
+            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
+            (self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
+             <= MAX_BATCH_TOKENS, "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
+             f"at most {MAX_BATCH_TOKENS:,} tokens"),
+            *((all(int(n) < layers for role in given for n in re.findall(r"\d+", role)),
+               f"{name} names a layer beyond NUM_LAYERS") for name, given in (
+                   ("BITS", self.bits_by_role), ("CLIP_SIGMAS", self.sigmas_by_role))),
+            (self.artifact_target_bytes <= self.artifact_limit_bytes,
+             "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES"),
+            (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
+            (not adapts or self.ttt_freeze_blocks < layers,
+             "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
+            (re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),
+             "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'"),
+            (self.run_id or not self.resume, "RESUME needs the RUN_ID of the run to go on with"),
+        ):
+            if not holds:
+                raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", lambda name: (
+                    f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"), complaint))
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers with value embeddings, in the order of their scales."""
+        names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
+            raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
+        return tuple(map(int, names)) if self.ve_enabled else ()
+
+    @staticmethod
+    @functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
+    def by_role(name: str, text: str, kind: type, pattern: str, values: str) -> dict:
+        """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors, fp16 as 0; or Refusal."""
+        found = {}
+        for part in text.split(","):
+            role, _, value = part.strip().partition(":")
+            named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
+            if role in found or not named or not re.fullmatch(pattern, value):
+                raise Refusal(f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
+                              f"and a colon and {values}")
+            found[role] = 0 if value == "fp16" else kind(value)
+        if not set(ROLES) <= set(found):
+            raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
+        return found
+
+    # Bits of each role's integers, or of a tensor's by its name.
+    bits_by_role = property(lambda self: self.by_role(
+        "BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16"))
+    # Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor.
+    sigmas_by_role = property(lambda self: self.by_role(
+        "CLIP_SIGMAS", self.clip_sigmas, float, r"[1-9]\d{0,2}(\.\d+)?", "a number from 1 to 999"))
+
+    @classmethod
+    def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
+        """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
+        known = {f.name.upper(): f for f in fields(cls)}
+        given, notes = translate_names(env, known)
+        values: dict = {f.name: f.default for f in fields(cls)}
+        names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
+        if "mini" in names[:-1]:
+            raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
+        for name in names:
+            if name not in PRESETS:
+                raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
+            for setting, value in PRESETS[name].items():
+                if isinstance(value, Fraction):  # of what it would be without this preset
+                    value = values[setting] and max(1, round(values[setting] * value))
+                values[setting] = value
+        for name, text in given.items():
+            values[known[name].name] = parse_setting(name, text, known[name])
+        if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
+            values["warmdown_frac"] = 0.0  # a preset's share gives way to what was asked for
+        return cls(**values), notes
+
+    def listing(self) -> Iterator[str]:
+        """Lines of --help and of the log's head: settings, * where they differ from defaults."""
+        for f in fields(self):
+            if f.name in GROUPS:
+                yield f"{GROUPS[f.name]}:"
+            value, accepts, kind = getattr(self, f.name), f.metadata["accepts"], type(f.default)
+            accepted = "0 or 1" if kind is bool else "|".join(accepts) or "text" if kind is str \
+                else f"{accepts[0]:g} to {accepts[1]:g}"
+            mark, default = (" ", "") if value == f.default else \
+                ("*", f"; default {show_setting(f.default)}")
+            yield (f"{mark} {f.name.upper():<27}{show_setting(value):<12} {f.metadata['doc']} "
+                   f"[{accepted}{default}]")
+
+
+# Headings of --help, in order, by the setting each stands before.
+GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
+          "tied_embed_init_std": "Training", "lr_mult": "Optimizer", "qat_mode": "Quantization",
+          "eval_seq_len": "Evaluation"}
+
+
+def settings_of(group: str) -> list[str]:
+    """Names of the settings under a heading of GROUPS."""
+    names, which = [f.name for f in fields(Config)], list(GROUPS.values()).index(group)
+    bounds = [*map(names.index, GROUPS), len(names)]
+    return names[bounds[which] : bounds[which + 1]]
+
+
+ROLES = {"mlp": r"blocks\.\d+\.mlp\..*", "attn": r"blocks\.\d+\.attn\..*",
+         "emb": r"(tok_emb|lm_head)\..*", "aux": r".*"}  # the first that a parameter's name fits
+TENSOR_NAME = r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
+              r"(bigram|ve_shared)\.(embed|proj)"
+MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
+
+# What all five published systems share: no masks at document starts, text in stream order, the
+# last short validation row dropped.
+PUBLISHED = {"loader": "sequential", "smear_bos_mask": False, "bigram_bos_mask": False,
+             "eval_truncate": True}
+
+PRESETS: dict[str, dict] = {
+    # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
+    # Averages that were computed, never applied, are left out: #1361, #569, #703 SWA; #334 EMA.
+    "pr1361": PUBLISHED | {
+        "warmdown_iters": 3200, "qat_targets": "linears", "gptq_variant": "simple",
+        "gptq_actorder": False, "gptq_calib_batches": 64, "eval_stride": 32,
+        "sliding": "published_s1", "attention": "sdpa"},
+    "pr569": PUBLISHED | {
+        "bigram_vocab_size": 2048, "bigram_dim": 128, "vrl_mode": "add", "resid_mix_init": "phase",
+        "qat_targets": "linears", "qat_clip": "quantile", "bits": "mlp:6,attn:6,emb:8,aux:6",
+        "prune_pct": 0.02},  # at a threshold of 0, so that nothing was pruned
+    "pr703": PUBLISHED | {
+        "bigram_vocab_size": 1536, "bigram_dim": 128, "xsa_last_n": 4, "backout_mode": "cache",
+        "backout_init": 0.1, "matrix_lr": 0.026, "scalar_lr": 0.026, "tied_embed_lr": 0.0364,
+        "embed_lr": 0.624, "head_lr": 0.00832, "optimizer_routing": "banks",
+        "muon_quant_momentum": True, "clip_before_reduce": True, "mile_gamma": 1.1, "codec": "lzma",
+        "sliding": "published_s1", "qat_targets": "aux"},  # its late QAT reached no other linear
+    "pr334": PUBLISHED | {
+        "mlp_act": "relu2", "rope_base": 50000.0, "rope_ntk_ref": 0, "xsa_last_n": 0,
+        "bigram_vocab_size": 2048, "bigram_dim": 64, "bigram_hash": "sum", "ve_enabled": False,
+        "train_seq_len": 1024, "eval_seq_len": 1024, "train_batch_tokens": 524288,
+        "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05, "muon_momentum": 0.95,
+        "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 500, "adam_wd": 0.0,
+        "muon_wd_order": "after", "optimizer_routing": "by_ndim", "grad_clip_norm": 0.0,
+        "warmdown_iters": 3000, "avg_mode": "swa", "swa_every": 1, "qat_mode": "off",
+        "bits": "mlp:5,attn:5,emb:8,aux:8", "q_scale_floor": "tiny", "gptq_variant": "off",
+        "clip_search": "absmax", "sliding": "published_s3", "ttt_mode": "train_then_score",
+        "ttt_grad_clip": 0.0, "ttt_batch_seqs": 1, "compile": "0", "attention": "sdpa"},
+    "pr295": PUBLISHED | {
+        "num_layers": 10, "mlp_act": "relu2", "rope_dims": 64, "rope_ntk_ref": 2048,
+        "xsa_last_n": 0, "ln_scale": "0", "bigram_vocab_size": 10240, "bigram_dim": 128,
+        "bigram_init": "zero_proj", "ve_enabled": False, "resid_mix_init": "phase",
+        "backout_mode": "mid", "emb_svd_init": True, "matrix_lr": 0.02, "scalar_lr": 0.02,
+        "tied_embed_lr": 0.03, "adam_wd": 0.01, "warmdown_iters": 3000, "avg_mode": "swa",
+        "qat_mode": "always", "q_scale_floor": "tiny", "gptq_variant": "off",
+        "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
+        "clip_search": "absmax", "prune_frac": 0.08, "attention": "sdpa"},
+    # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
+    # are of the system's own value.
+    "mini": {
+        "data_path": "./data/datasets/docs_sp1024",
+        "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model", "loader": "shuffled",
+        "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "rope_dims": Fraction(1, 2),
+        "bigram_vocab_size": Fraction(1, 3), "bigram_dim": Fraction(2, 7), "ve_dim": Fraction(1, 4),
+        "train_seq_len": 256, "eval_seq_len": 256, "train_batch_tokens": 2048,
+        "max_wallclock_seconds": 300.0, "warmdown_frac": 0.5, "ema_decay": 0.9,
+        "swa_every": Fraction(1, 10), "gptq_calib_batches": 32, "int8_keep_float_max_numel": 1024,
+        "ttt_chunk_tokens": Fraction(1, 8)},
+}
+
+# Published names of settings we call otherwise: (our name, {published value: ours}), where no
+# table of values means that the value carries over as it is.
+ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
+    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None), "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
+    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None), "SWA_INTERVAL": ("SWA_EVERY", None),
+    "SWA_PCT": ("SWA_START_FRAC", None),
+    **{alias: (name, {"0": off, "1": on}) for alias, name, off, on in (
+        ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"), ("VRL", "VRL_MODE", "off", "add"),
+        ("EMA_ENABLED", "AVG_MODE", "none", "ema"), ("SWA_ENABLED", "AVG_MODE", None, "swa"),
+        ("LATE_QAT", "QAT_MODE", "off", "late"), ("QAT_ENABLED", "QAT_MODE", "off", "always"),
+        ("NO_COMPILE", "COMPILE", "auto", "0"), ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
+        ("NO_FA3", "ATTENTION", "auto", "sdpa"), ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
+        ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
+        ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"))},
+}
+
+# Published names of techniques that are not here: the values at which they are off. None marks
+# a name that has no effect on anything here, whatever its value.
+RETIRED: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("DTG_ENABLED", "GATED_ATTENTION", "LATE_K_FP16", "LAWA_ENABLED",
+                     "MTP_NUM_HEADS", "TARGET_MB"), ("0",)),
+    **dict.fromkeys(("GPTQ_CALIB_SAMPLES", "GPTQ_RESERVE_MS", "LAWA_FREQ", "LAWA_K",
+                     "MTP_LOSS_WEIGHT", "MUON_BETA2", "VAL_BATCH_SIZE")),
+    **dict.fromkeys(("CONTROL_TENSOR_NAME_PATTERNS", "FP16_KEEP_NAME_PATTERNS",
+                     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"), ("",)),
+    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",), "TARGET_BYTES": ("0",),
+    "MUON_QUANT_BLOCK_SIZE": ("256",), "QAT_CLIP_PCT": ("0.9995",), "Q_SYMMETRIC": ("1",),
+    "AUX_PROJ_MUP": ("1",), "MLP_BITS": ("6",), "ATTN_BITS": ("6",), "EMB_BITS": ("8",),
+    "AUX_EMB_BITS": ("8",),  # BITS has them all
+}
+
+# Names that begin like this are ours: one that is no setting is a mistake, not somebody else's.
+OWNED_PREFIXES = ("ADAM_", "BACKOUT_", "BIGRAM_", "EMA_", "GPTQ_", "MILE_", "MUON_", "PRUNE_",
+                  "QAT_", "ROPE_", "SMEAR_", "SWA_", "TTT_", "VE_", "VRL_", "WARMDOWN_", "XSA_")
+
+
+def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
+    """The settings named in `env` under our names, and a note for each translation, or Refusal."""
+    given, notes, aliased = {name: env[name] for name in known if name in env}, [], set()
+    # Switches that are on come first: one that is off does not speak against them.
+    for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
+        name, values = ALIASES[alias]
+        if values is not None and env[alias] not in values:
+            raise Refusal(f"{alias}={env[alias]!r}: expected {', '.join(values)} (here {name})")
+        value = values[env[alias]] if values else env[alias]
+        if value is None or (env[alias] == "0" and name in aliased):
+            notes.append(f"{alias}={env[alias]} leaves {name} as it is")
+            continue
+        aliased.add(name)
+        stated = given.setdefault(name, value)
+        if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
+            raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
+                          "is set too: keep one")
+        notes.append(f"{alias}={env[alias].strip()} read as {name}={value.strip()}")
+    for name in sorted(set(RETIRED) & set(env)):
+        off = RETIRED[name]
+        if off is not None and env[name] not in off:
+            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
+        notes.append(f"{name}={show_setting(env[name])} has no effect here")
+    for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
+        # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+        cutoff = 0.88 if len(name) > 8 else 0.92
+        near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
+        if near or name.startswith(OWNED_PREFIXES):
+            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
+    return given, notes
+
+
+def parse_setting(name: str, text: str, f) -> object:
+    """The value of setting `name` from its text; raises Refusal naming what was expected."""
+    accepts, kind = f.metadata["accepts"], type(f.default)
+    try:
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+        raise Refusal(f"{name}={text!r}: expected {expected}") from None
+    if kind is str and accepts and value not in accepts:
+        raise Refusal(f"{name}={text!r}: expected one of {', '.join(accepts)}")
+    if kind in (int, float) and not accepts[0] <= value <= accepts[1]:  # refuses nan as well
+        raise Refusal(f"{name}={value}: expected {accepts[0]} <= value <= {accepts[1]}")
+    return value
+
+
+def show_setting(value: object) -> str:
+    """A setting's value as one would write it in the environment."""
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    return text if text and text.isprintable() else repr(text)
+
+
+# =================================================================================================
+# Run
+# What a process is and what a run leaves behind. Every decision that ranks must share goes
+# through agree(), every sum through add_up() or scatter_sum(); with one process they do nothing.
+# =================================================================================================
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
+CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
+NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # may differ on resuming
+
+
+class Clock:
+    """Seconds that count against a budget: runs only inside `with clock.running()`."""
+
+    def __init__(self) -> None:
+        self.banked = 0.0
+        self.since: float | None = None  # when it began to run
+
+    def elapsed(self) -> float:
+        return self.banked + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+    @contextlib.contextmanager
+    def running(self, runs: bool = True) -> Iterator[None]:
+        """Count the time spent inside, or with running(False) leave it out."""
+        before = self.since is not None
+        self.banked, self.since = self.elapsed(), time.perf_counter() if runs else None
+        try:
+            yield
+        finally:
+            self.banked, self.since = self.elapsed(), time.perf_counter() if before else None
+
+
+class Run:
+    """One process of a run: rank, device, clocks, log, and the count of what acted."""
+
+    def __init__(self, cfg: Config, rank: int, world_size: int, device: torch.device) -> None:
+        self.cfg, self.rank, self.world_size, self.device = cfg, rank, world_size, device
+        self.is_main = rank == 0
+        self.folder: Path | None = None
+        self.training_clock, self.scoring_clock = Clock(), Clock()
+        self.trained_seconds = 0.0  # of the training clock, before calibration
+        self.calibration_tokens, self.last_logged_share = 0, -1
+        self.phase, self.signal = "starting", 0  # the signal that asked training to end
+        tokens = 98_304 if device.type == "cuda" else 8_192
+        self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
+        self.occasions, self.activity = Counter[str](), Counter[str]()  # could a technique act, did
+        self.ineligible: list[str] = []
+        self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
+        # Decisions are exchanged through host memory, so that they never wait for a GPU queue;
+        # rank 0 may quantise long alone before it shares what came out.
+        self.control, self.patient = (dist.new_group(backend="gloo", timeout=timedelta(
+            seconds=times * cfg.watchdog_seconds)) if world_size > 1 and dist.is_initialized()
+            else None for times in (1, 20))
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, cfg: Config) -> "Iterator[Run]":
+        """Open the process group that torchrun's environment describes, if any; close it after."""
+        given = [os.environ.get(name, default) for name, default in (
+            ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))]
+        if not all(map(str.isdecimal, given)):
+            raise Refusal(f"RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {given}: expected "
+                          "whole numbers; torchrun sets them, a single process needs none")
+        rank, local_rank, world_size, here = map(int, given)
+        device = pick_device(local_rank, world_size, here)
+        if device.type == "cpu" and here > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and \
+                "MKL_NUM_THREADS" not in os.environ:
+            # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+        store = None
+        if world_size > 1:
+            try:
+                store, rank, world_size = next(dist.rendezvous("env://"))
+            except (ValueError, RuntimeError) as error:
+                said = str(error).strip().split("\n")[0]
+                raise Refusal(f"WORLD_SIZE={world_size}, but the processes do not find each other "
+                              f"({said}); torchrun sets up all that they need") from None
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
+                # Its store outlives a restart: what dead processes left there must not be found.
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                    rank=rank, world_size=world_size,
+                                    timeout=timedelta(seconds=cfg.watchdog_seconds))
+        run = cls(cfg, rank, world_size, device)
+        before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield run
+        except Refusal:
+            raise
+        except Exception as error:
+            # One line to the console, the traceback to the log.
+            text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+            if store is not None and "timed out" in str(error).lower():
+                text = f"waited {cfg.watchdog_seconds:g} s; not there: rank {run.absent(store)}"
+            tqdm.write(f"error: rank {rank}, during {run.phase}: {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a full disk has been named already
+                run.append("log.txt", "".join(traceback.format_exception(error)))
+            raise SystemExit(EXIT_FAILED) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
+        if self.phase == "training" and not self.signal:
+            self.signal = number
+        else:
+            self.stop(number, f"during {self.phase}; what the run folder holds was kept")
+
+    def stop(self, number: int, situation: str) -> None:
+        """End the process because of a signal."""
+        if self.is_main:
+            tqdm.write(f"error: {signal.Signals(number).name} {situation}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    def absent(self, store: dist.Store) -> str:
+        """After a time-out: the ranks that are not among those that waited in vain as well."""
+        missing = set(range(self.world_size))
+
+        def ask() -> None:
+            store.set(f"rank {self.rank} waited", "")
+            while True:
+                missing.difference_update(
+                    r for r in list(missing) if store.check([f"rank {r} waited"]))
+                time.sleep(0.1)
+
+        asking = threading.Thread(target=ask, daemon=True)  # a dead rank's store never answers
+        asking.start()
+        asking.join(3.0)
+        return "unknown" if self.rank in missing else ", ".join(map(str, sorted(missing)))
+
+    # Activations are bf16 only where the hardware multiplies it natively.
+    dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+    compiled = property(lambda self: self.cfg.compile == "1" or (
+        self.cfg.compile == "auto" and self.device.type == "cuda"))
+    adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
+    # Windows a forward, of a batch of EVAL_BATCH_SEQS.
+    scored_rows = property(lambda self: self.cfg.eval_batch_seqs if self.device.type != "cpu"
+        else min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len)))
+
+    def agree(self, value: float, op: str = "first") -> float:
+        """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
+        if self.world_size > 1:
+            box = torch.tensor(value if op == "most" or self.is_main else -math.inf,
+                               dtype=torch.float64)
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+            value = box.item()
+        return value
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
+        if self.world_size > 1:
+            flat = torch.cat([t.reshape(-1) for t in tensors])
+            dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
+            totals = zip(tensors, flat.split([t.numel() for t in tensors]), strict=True)
+            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in totals])
+
+    # Ranks that share Muon's matrices out; with one, every rank does all of them.
+    sharers = property(lambda self: self.world_size if self.cfg.muon_parallel else 1)
+
+    def share_of(self, stack: Tensor) -> Tensor:
+        """This rank's part of a stack (n, ...), padded with zeros to equal parts: (m, ...)."""
+        count = -(-len(stack) // self.sharers)
+        part = stack[count * (self.rank % self.sharers) :][:count].to(self.device)
+        return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
+
+    def scatter_sum(self, stack: Tensor) -> Callable[[], Tensor]:
+        """Start to sum (n, ...) over ranks; what waits for it gives this rank's part (m, ...)."""
+        if self.world_size == 1:
+            return lambda: stack
+        if self.sharers == 1:
+            return self.waiter(stack, dist.all_reduce(stack, async_op=True))
+        whole = torch.cat([stack, stack.new_zeros(-len(stack) % self.sharers, *stack.shape[1:])])
+        part = torch.empty_like(whole[: len(whole) // self.sharers])
+        return self.waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
+
+    def gather(self, part: Tensor) -> Callable[[], Tensor]:
+        """Start to put all ranks' parts (m, ...) together; what waits for it gives the whole."""
+        if self.sharers == 1:
+            return lambda: part
+        whole = part.new_empty(self.sharers * len(part), *part.shape[1:])
+        return self.waiter(whole, dist.all_gather_single(whole, part.contiguous(), async_op=True))
+
+    def waiter(self, result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
+        """A function that waits for `result`; waiting again costs nothing."""
+        return functools.cache(lambda: (work.wait(), result)[1])
+
+    def check_replicas(self, model: nn.Module, step: int) -> None:
+        """Raise RuntimeError unless all ranks hold the same weights, by a sum of their bits."""
+        if self.world_size > 1:
+            sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
+            mine = float(torch.stack(sums).sum().item() % 2**50)
+            if self.agree(float(mine != self.agree(mine)), "most"):
+                raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Turn a rank's Refusal inside into that of every rank, so that none waits or is silent."""
+        refusal = None
+        try:
+            yield
+        except Refusal as error:
+            refusal = error
+        first = -self.agree(-math.inf if refusal is None else -self.rank, "most")
+        if first < math.inf:
+            text = f"rank {first:.0f}: {refusal}" if first else str(refusal)
+            raise Refusal(self.share(text.encode(), int(first)).decode())
+
+    def copy_from_main(self, model: nn.Module) -> None:
+        """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
+        if self.world_size > 1:
+            for p in model.parameters():
+                dist.broadcast(p.data, src=0)
+
+    def settle(self) -> None:
+        """Wait until the GPU has done what was asked of it, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def put(self, x: Tensor) -> Tensor:
+        """`x` of the host on the run's device; only what lies together goes without waiting."""
+        pinned = x.contiguous().pin_memory() if self.device.type == "cuda" else x
+        return pinned.to(self.device, non_blocking=True)
+
+    def fetch(self, x: Tensor) -> Callable[[], list[float]]:
+        """Start to copy `x` to the host; what waits for that, and for no later work, gives it."""
+        if self.device.type != "cuda":
+            return x.tolist
+        host, done = x.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
+        return lambda: (done.synchronize(), host.tolist())[1]
+
+    def share(self, content: bytes, source: int = 0) -> bytes:
+        """A rank's bytes, on every rank, whether or not they share a file system."""
+        box = [content]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=source, group=self.patient)
+        return box[0]
+
+    def open_folder(self) -> None:
+        """Make runs/<RUN_ID>/ with settings and source, or with RESUME go on in it, or Refusal."""
+        name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
+        with self.together():
+            if self.is_main:
+                self.claim(Path(self.cfg.runs_dir, self.cfg.run_id or name))
+        self.log(f"{self.folder}/log.txt")
+
+    def claim(self, folder: Path) -> None:
+        """Rank 0: take the folder for this process; raises Refusal if it is another run's."""
+        try:
+            folder.mkdir(parents=True, exist_ok=self.cfg.resume)
+        except FileExistsError:
+            raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
+                          "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
+        ours, paths = asdict(self.cfg), (folder / "settings.json", folder / "train_gpt.py")
+        try:
+            theirs = dict(json.loads(paths[0].read_bytes())) if paths[0].is_file() else ours
+        except MALFORMED:
+            raise Refusal(f"RESUME=1: {paths[0]} is damaged: begin a new run") from None
+        for name in sorted(ours.keys() - NOT_OF_THE_RESULT):
+            if ours[name] != theirs.get(name):
+                raise Refusal(f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
+                              f"in {folder} has {show_setting(theirs.get(name))}")
+        if paths[1].is_file() and paths[1].read_bytes() != self.source:
+            raise Refusal(f"RESUME=1: {paths[1]} began this run, and another one is running now")
+        self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends, however it does
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
+        self.folder = folder
+        for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
+            torn.unlink()
+        for log in filter(Path.is_file, (folder / "log.txt", folder / "metrics.jsonl")):
+            write_file(log, b"".join(log.read_bytes().rpartition(b"\n")[:2]))  # no torn last line
+        write_file(paths[0], json.dumps(ours, indent=1).encode())
+        write_file(paths[1], self.source)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Rank 0: write checkpoint_<step>.pt, whole or not at all, and keep the newest two."""
+        if self.folder is not None:
+            packed = io.BytesIO()
+            torch.save(state, packed)
+            write_file(self.folder / f"checkpoint_{state['step']}.pt", packed.getbuffer())
+            for old in self.checkpoints()[2:]:
+                old.unlink()
+            self.log(f"checkpoint step:{state['step']} bytes:{packed.tell()}")
+
+    def checkpoints(self) -> list[Path]:
+        """The run's checkpoints, newest first."""
+        found = self.folder.glob("checkpoint_*.pt") if self.folder else ()
+        ours = (path for path in found if re.fullmatch(r"checkpoint_\d+\.pt", path.name))
+        return sorted(ours, key=lambda path: int(path.stem.partition("_")[2]), reverse=True)
+
+    def last_checkpoint(self) -> dict | None:
+        """The newest checkpoint that can be read, on every rank; None to begin anew."""
+        content = b""
+        for path in self.checkpoints() if self.is_main and self.cfg.resume else ():
+            try:
+                read = path.read_bytes()
+                if bad := zipfile.ZipFile(io.BytesIO(read)).testzip():  # torch checks no sums
+                    raise ValueError(f"{bad} is damaged")
+                torch.load(io.BytesIO(read), weights_only=True)
+                content = read
+                break
+            except Exception as error:
+                self.log(f"warning: {path} cannot be read ({error}); trying the one before")
+        content = self.share(content)
+        # By way of the CPU: what one GPU saved, all ranks would put on that one.
+        return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
+
+    def append(self, name: str, text: str) -> None:
+        """Add text to a file of the run folder, if there is one yet."""
+        if self.folder is not None:
+            with open(self.folder / name, "a", encoding="utf-8") as f:
+                f.write(text)
+
+    def log(self, template: str, event: str = "", **facts: object) -> None:
+        """Rank 0: a line, unless empty, to console and log.txt; an event to metrics.jsonl."""
+        if self.is_main and template:
+            line = template.format(**facts) if facts else template
+            tqdm.write(line)
+            sys.stdout.flush()
+            self.append("log.txt", line + "\n")
+        if self.is_main and event:
+            self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
+
+    def progress(self, label: str, **how) -> tqdm:
+        """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
+        return tqdm(desc=label, leave=False, disable=None if self.is_main else True,
+                    unit_scale=True, dynamic_ncols=True, **how)
+
+    def mark_ineligible(self, reason: str) -> None:
+        """Note why the run cannot stand as a record."""
+        self.ineligible.append(reason)
+        self.log(f"warning: not eligible as a record: {reason}")
+
+    def log_header(self, notes: list[str]) -> None:
+        """Log what this run takes: settings, versions, machine, source."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" \
+            else f"{torch.get_num_threads()} threads of {processor()}"
+        self.log("\n".join((*notes, *self.cfg.listing())))
+        self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
+                 "zstandard:{zstd}", "versions", python=sys.version.split()[0],
+                 torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
+                 zstd=zstandard.__version__)
+        self.log("machine device:{device} name:{name} world_size:{world_size} dtype:{dtype} "
+                 "compiled:{compiled}", "machine", device=self.device.type, dtype=str(self.dtype),
+                 name=name, world_size=self.world_size, compiled=self.compiled)
+        self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=len(self.source),
+                 sha256=hashlib.sha256(self.source).hexdigest())
+
+
+def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
+    """The device of one of `here` processes on this host; Refusal without a GPU for each."""
+    if torch.cuda.is_available():
+        if here > (gpus := torch.cuda.device_count()):
+            raise Refusal(f"{here} processes on this host, but it has {gpus} GPU(s): start one "
+                          "process for each (--nproc_per_node)")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available() and world_size == 1:
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def processor() -> str:
+    """What the CPU calls itself; its architecture where the system does not say."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# =================================================================================================
+# Data
+# A shard is 256 little-endian int32 (magic, version, token count, zeros) and then the tokens as
+# uint16. Documents begin with BOS and nothing else separates them.
+# =================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, TOKEN_BYTES = 20240520, 1, 1024, 2
+BOS = 1
+# Training shards up to this many tokens in all are searched for bad ids before the run; larger
+# sets are searched in their first million tokens each, and batch by batch as they are used.
+FULL_SCAN_TOKENS, SCAN_TOKENS = 200_000_000, 1 << 20
+SIDECAR = "fineweb_val.json"
+
+
+def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.memmap:
+    """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise Refusal(f"{path}: not a token shard (expected magic {SHARD_MAGIC}, version "
+                      f"{SHARD_VERSION}); make it again with data/prepare.py")
+    count = int(header[2])
+    if size != SHARD_HEADER_BYTES + TOKEN_BYTES * count or count < 1:
+        raise Refusal(f"{path}: {size:,} bytes do not hold the {count:,} tokens that its header "
+                      "promises: delete it and run data/prepare.py again")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+    check_ids(tokens[:scan_tokens], vocab_size, str(path))
+    return tokens
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Refusal) -> None:
+    """Raise `error` if a token id is outside the vocabulary."""
+    if (largest := int(tokens.max())) >= vocab_size:
+        raise error(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
+                    "the shards belong to another tokenizer")
+
+
+def shard_paths(folder: str, split: str) -> list[Path]:
+    """The shards of a split in order; raises Refusal if there are none."""
+    if paths := sorted(Path(folder).glob(f"fineweb_{split}_*.bin")):
+        return paths
+    raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin; data/prepare.py makes them")
+
+
+class TrainingRows:
+    """Training rows of T+1 tokens, numbered from 0 without end; the same for every world size.
+
+    sequential: row n is the stream's tokens from n T on, shards joined in order and wrapped.
+    shuffled: each epoch is a random permutation of all blocks of T tokens inside a shard, by SEED.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        paths = shard_paths(cfg.data_path, "train")
+        total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
+        scan = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
+        self.shards = [open_shard(path, cfg.vocab_size, scan) for path in paths]
+        self.seq_len, self.seed, self.vocab_size = cfg.train_seq_len, cfg.seed, cfg.vocab_size
+        self.shuffled, sizes = cfg.loader == "shuffled", [len(shard) for shard in self.shards]
+        self.first_token = np.cumsum([0, *sizes])
+        self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
+        self.num_tokens, self.num_blocks = int(self.first_token[-1]), int(self.first_block[-1])
+        self.epoch = -1
+        self.order: np.ndarray = np.empty(0, np.uint32)  # of the epoch's blocks
+        if not self.num_blocks:
+            raise Refusal(f"DATA_PATH={cfg.data_path}: no shard holds a row of "
+                          f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more")
+
+    def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
+        for shard in self.shards:  # what a file no longer holds would end the process by SIGBUS
+            size = shard.base.size()  # type: ignore[union-attr, operator]  # its base is an mmap
+            if size < SHARD_HEADER_BYTES + shard.nbytes:
+                raise RuntimeError(f"{shard.filename} was cut short while the run read it")
+        rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
+        # Too late to refuse: the run has begun.
+        check_ids(rows, self.vocab_size, "training shards", RuntimeError)
+        ids = torch.from_numpy(rows.astype(np.int64))
+        return ids[:, :-1], ids[:, 1:]
+
+    def row(self, n: int) -> np.ndarray:
+        """Row n as uint16 (T+1,)."""
+        if not self.shuffled:
+            return self.take(n * self.seq_len % self.num_tokens)
+        epoch, position = divmod(n, self.num_blocks)
+        if epoch != self.epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self.epoch, self.order = epoch, generator.permutation(
+                np.arange(self.num_blocks, dtype=np.uint32))
+        block = int(self.order[position])
+        shard = int(np.searchsorted(self.first_block, block, side="right")) - 1
+        start = (block - int(self.first_block[shard])) * self.seq_len
+        return self.shards[shard][start : start + self.seq_len + 1]
+
+    def take(self, start: int) -> np.ndarray:
+        """T+1 tokens of the circular stream from token `start` on, uint16 (T+1,)."""
+        at = (start + np.arange(self.seq_len + 1)) % self.num_tokens
+        shards, row = np.searchsorted(self.first_token, at, side="right") - 1, at.astype(np.uint16)
+        for shard in np.unique(shards):
+            here = shards == shard
+            row[here] = self.shards[shard][at[here] - self.first_token[shard]]
+        return row
+
+
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """UTF-8 bytes each token stands for, and the saving of those that open a document.
+
+    A piece counts its UTF-8 length with every U+2581 read as one space, a byte piece 1, a
+    control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
+    document that is not in the text: the first piece after BOS counts one less.
+    """
+    pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
+    no_text = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
+    counts = [1 if tokenizer.is_byte(token) else 0 if any(kind(token) for kind in no_text)
+              else len(piece.replace("\u2581", " ").encode()) for token, piece in enumerate(pieces)]
+    prefixed = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
+    opening = [prefixed and piece.startswith("\u2581") for piece in pieces]
+    return np.array(counts, np.int16), np.array(opening, np.int16)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation split that agrees with its sidecar and tokenizer."""
+
+    tokens: np.ndarray  # uint16 (N,)
+    target_bytes: np.ndarray  # int16 (N-1,), of tokens[1:], the targets
+    fingerprint: str
+    tokenizer_sha256: str
+    documents: int
+    recorded_bytes: int
+
+    def num_targets(self, cfg: Config) -> int:
+        """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
+        targets = len(self.tokens) - 1
+        return targets - targets % cfg.eval_seq_len if cfg.eval_truncate else targets
+
+
+def read_sidecar(folder: str) -> dict:
+    """What data/prepare.py recorded of a validation split, and its fingerprint; or Refusal."""
+    path = Path(folder, SIDECAR)
+    if not path.is_file():
+        raise Refusal(f"{path} is missing: run data/prepare.py, which keeps shards it finds")
+    with contextlib.suppress(*MALFORMED):
+        facts = json.loads(path.read_bytes())
+        shards = "".join(sha256 for _, sha256 in sorted(facts["val_shards"].items()))
+        facts["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()  # one name for them
+        if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
+            return facts
+    raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
+
+
+def load_validation(cfg: Config) -> Validation:
+    """Read the validation split whole and check it; raises Refusal on any disagreement."""
+    tokenizer_path = Path(cfg.tokenizer_path)
+    if not tokenizer_path.is_file():
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path}: no such file; data/prepare.py makes it")
+    paths, sidecar = shard_paths(cfg.data_path, "val"), read_sidecar(cfg.data_path)
+    tokenizer_hash = sha256_of(tokenizer_path)
+    if tokenizer_hash != sidecar["tokenizer"]["sha256"]:
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} (sha256 {tokenizer_hash[:12]}) is not the "
+                      f"shards' tokenizer, sha256 {sidecar['tokenizer']['sha256'][:12]}")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    except (OSError, RuntimeError) as error:
+        raise Refusal(f"{tokenizer_path}: not a SentencePiece model ({error})") from None
+    if tokenizer.vocab_size() != cfg.vocab_size or tokenizer.bos_id() != BOS:
+        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
+                      f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}")
+    if {path.name: sha256_of(path) for path in paths} != sidecar["val_shards"]:
+        raise Refusal(f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
+                      "records; delete that folder and run data/prepare.py again")
+    tokens = np.concatenate([open_shard(path, cfg.vocab_size) for path in paths])
+    counts, opening = piece_bytes(tokenizer)
+    target_bytes = counts[tokens[1:]] - opening[tokens[1:]] * (tokens[:-1] == BOS)
+    counted = int(target_bytes.sum(dtype=np.int64)) + int(counts[tokens[0]])
+    if counted != sidecar["encoded_bytes"]:
+        raise Refusal(f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
+                      f"records {sidecar['encoded_bytes']:,}: run data/prepare.py again")
+    val = Validation(tokens, target_bytes.astype(np.int16), sidecar["fingerprint"],
+                     tokenizer_hash, int((tokens == BOS).sum()), counted)
+    if not target_bytes[: val.num_targets(cfg)].any():
+        raise Refusal(f"{len(tokens):,} validation tokens in {cfg.data_path} leave none to score: "
+                      f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}")
+    return val
+
+
+# =================================================================================================
+# Model
+# A decoder-only transformer whose second half takes U-shaped skips from its first half. Optional
+# parts have a neutral stand-in, so that every forward reads as its equation.
+# =================================================================================================
+
+RMS_EPS = 1.1920929e-07  # float32 machine epsilon, whatever the activation type
+BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class RmsNorm(torch.autograd.Function):
+    """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float | Tensor) -> Tensor:
+        """y = scale r x, r = 1 / sqrt(mean(x^2) + eps): (..., D) -> (..., D)."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.rsqrt(norm.square() / x.size(-1) + RMS_EPS)
+        ctx.save_for_backward(x, r)
+        ctx.scale = scale
+        return x * (scale * r)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """scale r (g - r^2 mean(g x) x)."""
+        x, r = ctx.saved_tensors
+        along = (grad * x).sum(-1, keepdim=True) * r.square() / x.size(-1)
+        return torch.addcmul(grad, along, x, value=-1).mul_(ctx.scale * r), None
+
+
+def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """scale x / sqrt(mean(x^2) + eps) over the last dimension."""
+    return RmsNorm.apply(x, scale) if x.device.type == "cpu" else \
+        F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
+
+
+def like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A float32 gain or gate in the type of the activations it meets."""
+    return parameter.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """Matrix product without bias; the float32 weight is cast to the activations' type."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, like(self.weight, x))
+
+
+class BigramHash(nn.Module):
+    """Additive embedding of the pair (previous, current token), hashed into n buckets.
+
+    xor: (36313 t_i XOR 27191 t_{i-1}) mod (n - 1); sum: (36313 t_i + 27191 t_{i-1}) mod n. What
+    has no predecessor, a row's first token and with the mask every BOS, has n - 1 or 0.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.by_sum, self.bos_mask = cfg.bigram_hash == "sum", cfg.bigram_bos_mask
+        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def buckets(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T) bucket numbers."""
+        n, second = self.embed.num_embeddings, BIGRAM_PREVIOUS * input_ids[:, :-1]
+        first, none = BIGRAM_CURRENT * input_ids[:, 1:], 0 if self.by_sum else n - 1
+        hashed = (first + second) % n if self.by_sum else (first ^ second) % (n - 1)
+        hashed = F.pad(hashed, (1, 0), value=none)
+        return torch.where(input_ids == BOS, none, hashed) if self.bos_mask else hashed
+
+    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        return self.scale * self.proj(self.embed(self.buckets(input_ids)).to(dtype))
+
+
+class SmearGate(nn.Module):
+    """x_i <- (1 - s) x_i + s x_{i-1}, x_{-1} = 0, s = sigmoid(gate), masked 0 at BOS."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.bos_mask = cfg.smear_bos_mask
+        self.gate = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
+        share = torch.sigmoid(like(self.gate, x))
+        if self.bos_mask:
+            share = share * (input_ids != BOS).unsqueeze(-1)
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), share.expand_as(x))
+
+
+class ValueEmbedding(nn.Module):
+    """Token identity for the values of late layers: scale * P E[t], shared by those layers."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.ve_dim)
+        self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) -> (B, T, G*K)."""
+        extra = self.proj(self.embed(input_ids).to(dtype))
+        return like(self.scale, extra) * extra
+
+
+def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and +-sin of position * base^(-2i/R), i mod R/2: always float32 (T, R), R dimensions."""
+    dims, base = cfg.rotary_dims, cfg.rope_base
+    if 0 < cfg.rope_ntk_ref < seq_len:  # the NTK rule
+        base = base * (seq_len / cfg.rope_ntk_ref) ** (dims / (dims - 2))
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / base**exponents)
+    return angles.cos().repeat(1, 2), torch.cat([angles.sin(), -angles.sin()], dim=-1)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first R of K dimensions of each head, in half-split pairs: (B, T, H, K)."""
+    cos, sin = (like(table, x)[:, None, :] for table in rotation)
+    turned, rest = x.tensor_split([cos.size(-1)], dim=-1)
+    turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, -1), sin)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by torch: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+    if q.device.type != "cuda":  # repeated heads take 0.7 of the time of enable_gqa on a CPU
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
+
+
+@functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
+def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
+    """The attention kernel and its name: FlashAttention-3 where a trial works, else torch's.
+
+    Its sources are tried in turn. Raises Refusal if ATTENTION=fa3 and it is not to be had.
+    """
+    def flash(source: str) -> AttentionKernel:
+        """The kernel of a package, if it works; the hub's is downloaded once."""
+        module = __import__(source)
+        if source == "kernels":
+            module = module.get_kernel("kernels-community/flash-attn3", version=1)
+        attend = functools.partial(module.flash_attn_func, causal=True)
+        q, kv = (torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
+                 for heads in (cfg.num_heads, cfg.num_kv_heads))
+        as_tuple = isinstance(attend(q, kv, kv), tuple)
+        return (lambda q, k, v: attend(q, k, v)[0]) if as_tuple else attend
+
+    why = [] if device.type == "cuda" else ["there is no CUDA device"]
+    for source in () if why or cfg.attention == "sdpa" else ("flash_attn_interface", "kernels"):
+        try:
+            return f"fa3/{source}", flash(source)
+        except Exception as error:  # foreign packages raise anything; torch's kernel remains
+            why.append(f"{source}: " + str(error).split("\n")[0])
+    if cfg.attention == "fa3":
+        raise Refusal(f"ATTENTION=fa3: {', '.join(why)}; use ATTENTION=auto")
+    return "sdpa", sdpa_attention
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||; (B, T, H, K), (B, T, G, K)."""
+    v, grouped = v.unsqueeze(3), y.unflatten(2, (v.size(2), -1))  # (B, T, G, 1 and H/G, K)
+    square = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-12).square()
+    along = (grouped * v).sum(-1, keepdim=True) / square
+    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalised, rotated queries and keys."""
+
+    def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
+        super().__init__()
+        width = cfg.num_kv_heads * cfg.head_dim
+        self.c_q, self.c_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, width)
+        self.c_v, self.proj = Linear(cfg.model_dim, width), Linear(cfg.model_dim, cfg.model_dim)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) \
+            if cfg.vrl_mode == "mix" and layer else None
+        self.kernel, self.head_dim = kernel, cfg.head_dim
+        self.xsa = exclude_own_value if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y
+
+    def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
+        """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
+        v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
+        if self.vr_lambda is not None:
+            first, own = like(self.vr_lambda, v)
+            v = first * first_v + own * v
+        return v
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], extra_v: Tensor | None,
+                first_v: Tensor | None) -> Tensor:
+        """x: (B, T, D); added to the values and layer 0's: (B, T, G*K) -> (B, T, D)."""
+        q, k, v = self.c_q(x), self.c_k(x), self.values(x, extra_v, first_v)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
+        y = self.kernel(q, rotate(rms_norm(k), rotation), v)
+        return self.proj(self.xsa(y, v).flatten(2))
+
+
+class SquaredLeaky(torch.autograd.Function):
+    """leaky_relu(u)^2 in fewer passes on a CPU, and with one tensor kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, slope: float) -> Tensor:
+        """h = leaky_relu(u), h^2: any shape."""
+        h = F.leaky_relu(u, slope)
+        ctx.save_for_backward(h)
+        ctx.slope = slope
+        return h * h
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """2 h leaky_relu'(u) g, where h leaky_relu'(u) is leaky_relu(h)."""
+        h, = ctx.saved_tensors
+        return F.leaky_relu(h, ctx.slope).mul_(grad).mul_(2.0), None
+
+
+class MLP(nn.Module):
+    """x -> P leaky_relu(W x)^2; the slope is 0 for MLP_ACT=relu2."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.fc, self.proj = Linear(cfg.model_dim, cfg.mlp_dim), Linear(cfg.mlp_dim, cfg.model_dim)
+        self.slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.proj(SquaredLeaky.apply(self.fc(x), self.slope))
+
+
+@dataclass
+class Context:
+    """What all blocks read beside the stream."""
+
+    x0: Tensor  # normed embedding (B, T, D)
+    rotation: tuple[Tensor, Tensor]
+    extra_v: dict[int, Tensor]  # by layer, added to its values (B, T, G*K)
+    first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
+    outputs: list[Tensor] = field(default_factory=list)  # stream (B, T, D) after each layer so far
+
+
+class Block(nn.Module):
+    """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
+
+    def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.layer, depth = layer, 1.0 / math.sqrt(layer + 1)
+        self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
+        phase = 1.0 / (1.0 + math.exp(-3.0 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
+        keep = phase if cfg.resid_mix_init == "phase" else 1.0
+        self.resid_mix = nn.Parameter(torch.tensor([[keep], [1.0 - keep]]).repeat(1, cfg.model_dim))
+        gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
+        self.attn_scale, self.mlp_scale = nn.Parameter(gain), nn.Parameter(gain.clone())
+        self.depth_scale = depth if cfg.ln_scale == "1" else 1.0
+        late = layer > cfg.backout_layer and layer >= cfg.num_layers // 2
+        self.read_layer = cfg.backout_layer if cfg.backout_mode == "cache" and late else None
+
+    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
+        """A stream with the embedding mixed in: (B, T, D) and (B, T, D) -> (B, T, D)."""
+        keep, inject = like(self.resid_mix, x)
+        return torch.addcmul(keep * x, inject, x0)
+
+    def forward(self, x: Tensor, x0: Tensor, read: Tensor | None,
+                rotation: tuple[Tensor, Tensor], extra_v: Tensor | None, first_v: Tensor | None,
+                s: float | Tensor) -> Tensor:
+        """The stream (B, T, D) -> (B, T, D); attention reads an earlier one where it is given."""
+        a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
+        u = self.mixed(x, x0)
+        seen = u if read is None else self.mixed(read, x0)
+        x = u + a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v)
+        return x + b * self.mlp(rms_norm(x, s))
+
+
+class HeadNats(torch.autograd.Function):
+    """Nats of the targets at capped logits and their weights, with one [tokens, vocabulary] copy.
+
+    The gradient of each nat is found while its row of logits is in the processor's cache; its
+    factor in the loss is known only later, and then scales hidden states instead.
+    """
+
+    ROWS = 128  # at a time
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
+                gamma: Tensor | None, clamp_min: float) -> tuple[Tensor, Tensor]:
+        """Of hidden (B, T, D), head (V, D) and targets (B, T): what GPT.forward gives."""
+        hidden, shape, nats, weights = hidden.flatten(0, 1), targets.shape, [], []
+        pull = hidden.new_empty(len(hidden), len(head))
+        for own, at, bent in zip(*(x.split(HeadNats.ROWS) for x in (
+                hidden, targets.reshape(-1, 1), pull)), strict=True):
+            torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
+            logits = cap * bent
+            total = logits.logsumexp(-1, keepdim=True)
+            nats.append(total - logits.gather(1, at))
+            weights.append(mile_weights(logits, gamma, clamp_min))
+            excess = logits.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total))
+            bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
+        ctx.save_for_backward(hidden, head, pull)
+        ctx.mark_non_differentiable(of_loss := torch.cat(weights).view(shape))
+        return torch.cat(nats).view(shape), of_loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Of hidden and head, the only inputs that have one."""
+        (hidden, head, pull), shape = ctx.saved_tensors, grad.shape
+        grad = grad.reshape(-1, 1)
+        return ((grad * (pull @ head)).view(*shape, -1), pull.t() @ (grad * hidden),
+                None, None, None, None)
+
+
+class GPT(nn.Module):
+    """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
+
+    def __init__(self, cfg: Config, kernel: AttentionKernel = sdpa_attention,
+                 dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.cfg, self.dtype, layers, half = cfg, dtype, cfg.num_layers, cfg.num_layers // 2
+        self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids, dtype: 0.0
+        self.smear = SmearGate(cfg) if cfg.smear_enabled else lambda x, ids: x
+        self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
+        skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
+        self.skip_weights = nn.Parameter(torch.ones(skips))
+        self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
+        self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
+        self.vrl_alphas = nn.ParameterList(
+            torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0))
+        self.backout_lambda = nn.Parameter(torch.tensor(cfg.backout_init)) \
+            if cfg.backout_layer >= 0 else None
+
+    head = property(lambda self: self.tok_emb if self.lm_head is None else self.lm_head)
+
+    def context(self, input_ids: Tensor, x0: Tensor) -> Context:
+        """What all blocks share, with VRL layer 0's values too: of ids (B, T), x0 (B, T, D)."""
+        cfg, extra_v, first_v = self.cfg, {}, None
+        if self.ve_shared is not None:
+            shared = self.ve_shared(input_ids, self.dtype)
+            for layer, scale in zip(cfg.value_layers, self.ve_layer_scales, strict=True):
+                extra_v[layer] = like(scale, shared) * shared
+        if cfg.vrl_mode != "off":
+            first = self.blocks[0]
+            assert isinstance(first, Block)
+            h = rms_norm(first.mixed(x0, x0), first.depth_scale)
+            # Only with mix do layer 0's values have its value embedding.
+            first_v = first.attn.values(h, extra_v.get(0) if cfg.vrl_mode == "mix" else None, None)
+            for layer, alpha in enumerate(self.vrl_alphas, start=1):
+                extra_v[layer] = extra_v.get(layer, 0.0) + like(torch.sigmoid(alpha), h) * first_v
+        return Context(x0, rotary_tables(cfg, input_ids.size(1), x0.device), extra_v, first_v)
+
+    def layer(self, block: Any, x: Tensor, c: Context) -> Tensor:
+        """The stream (B, T, D) -> (B, T, D) through a Block, in training perhaps compiled."""
+        read = None if block.read_layer is None else c.outputs[block.read_layer]
+        given = x, c.x0, read, c.rotation, c.extra_v.get(block.layer), c.first_v
+        if self.compiled_block is None or not torch.is_grad_enabled():
+            return block(*given, block.depth_scale)
+        # A tensor, or each depth would need a compiled block of its own.
+        return self.compiled_block(block, *given, torch.tensor(block.depth_scale))
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D): the normed residual stream after the last block."""
+        x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids, self.dtype)).to(self.dtype))
+        x = self.smear(x, input_ids)
+        c, half = self.context(input_ids, x), self.cfg.num_layers // 2
+        for layer, block in enumerate(self.blocks):
+            if half <= layer < half + len(self.skip_weights):
+                x = x + like(self.skip_weights[layer - half], x) * c.outputs[2 * half - 1 - layer]
+            x = self.layer(block, x, c)
+            c.outputs.append(x)
+        if self.backout_lambda is not None:
+            x = x - like(self.backout_lambda, x) * c.outputs[self.cfg.backout_layer]
+        return rms_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
+        z, cap = F.linear(hidden, like(self.head.weight, hidden)).float(), self.cfg.logit_softcap
+        return cap * z.div_(cap).tanh_()
+
+    def forward(self, input_ids: Tensor, target_ids: Tensor, mile_gamma: Tensor | None = None,
+                places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T).
+
+        With `places` (B, S) in the rows the targets are those of these places: (B, S) -> (B, S).
+        """
+        hidden, clamp_min = self.hidden(input_ids), self.cfg.mile_clamp_min
+        if places is not None:
+            hidden = hidden.take_along_dim(places.unsqueeze(-1), dim=1)
+        # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
+        plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
+        if hidden.requires_grad and not plain:
+            return HeadNats.apply(hidden, self.head.weight, target_ids, self.cfg.logit_softcap,
+                                  mile_gamma, clamp_min)
+        logits = self.logits(hidden)
+        nats = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none")
+        return nats.view_as(target_ids), mile_weights(logits, mile_gamma, clamp_min)
+
+
+@torch.no_grad()
+def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
+    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (..., V) -> (...)."""
+    if gamma is None:  # without MiLe; else a tensor, so that its schedule never recompiles a graph
+        return torch.ones_like(logits.select(-1, 0))
+    p = torch.softmax(logits, dim=-1)
+    entropy = -(p * torch.log(p + 1e-8)).sum(-1)
+    return (1.0 - torch.exp(-entropy)).clamp_min(0.0).pow(gamma).clamp_min(clamp_min)
+
+
+@torch.no_grad()
+def initialize(model: GPT, cfg: Config) -> None:
+    """Draw initial weights from SEED, on the CPU, so that every device starts alike.
+
+    Matrices are orthogonal, some projections times 1 / sqrt(2 L); an untied head and by default
+    the blocks' output projections are zero: each block starts as the identity.
+    """
+    scale, with_zero_proj = 1.0 / math.sqrt(2 * cfg.num_layers), cfg.bigram_init == "zero_proj"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                output = re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.proj", name)
+                auxiliary = name in ("bigram.proj", "ve_shared.proj")
+                scaled = output or (auxiliary and cfg.optimizer_routing != "banks")
+                if name == "lm_head" or (output and cfg.proj_init == "zero"):
+                    module.weight.zero_()
+                else:
+                    nn.init.orthogonal_(module.weight, scale if scaled else 1.0)
+        nn.init.normal_(model.tok_emb.weight, std=cfg.tied_embed_init_std)
+        if model.ve_shared is not None:
+            nn.init.normal_(model.ve_shared.embed.weight, std=0.01)
+        if cfg.emb_svd_init:  # the k-th singular value becomes the first / sqrt(k)
+            U, S, Vh = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
+            powers = torch.arange(1, len(S) + 1, dtype=torch.float32) ** -0.5
+            model.tok_emb.weight.copy_(U * (S[0] * powers) @ Vh)
+        if isinstance(model.bigram, BigramHash):
+            (model.bigram.proj if with_zero_proj else model.bigram.embed).weight.zero_()
+            if with_zero_proj:
+                nn.init.orthogonal_(model.bigram.embed.weight)
+
+
+# =================================================================================================
+# Optimizers and schedules
+# Two tables and one rule each: ROUTES says which parameter goes where, Schedule.at() what the
+# rates are at a given time, Muon.step() and AdamW what they do.
+# =================================================================================================
+
+# Quintic Newton-Schulz of the Muon optimizer: large slope at zero; singular values from 0.003
+# of the norm upward end within 0.68 to 1.21 after five steps.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
+MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
+
+GAINS = r"blocks\.\d+\.(attn\.(q_gain|vr_lambda)|attn_scale|mlp_scale|resid_mix)|skip_weights|" \
+        r"smear\.gate|(bigram|ve_shared)\.scale|backout_lambda|(ve_layer_scales|vrl_alphas)\.\d+"
+AUXILIARY = r"(bigram|ve_shared)\.proj\.weight"
+# Rows that OPTIMIZER_ROUTING puts before the common ones.
+ROUTES_FIRST = {
+    "standard": (),
+    "banks": ((AUXILIARY,                               "adam", "scalar_lr",     "adam_wd"),),
+    "by_ndim": ((AUXILIARY + r"|(bigram|ve_shared)\.embed\.weight|skip_weights|"
+                 r"blocks\.\d+\.resid_mix",           "muon", "matrix_lr",     "muon_wd"),),
+    "adam": ((r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "adam", "matrix_lr",     "adam_wd"),),
+}
+ROUTES = (
+    # parameter name (full match, first row wins)      optimizer learning rate  decay
+    (r"lm_head\.weight",                                "adam", "head_lr",       "adam_wd"),
+    (r"tok_emb\.weight",                                "adam", "token_lr",      "adam_wd"),
+    (r"(bigram|ve_shared)\.embed\.weight",              "adam", "tied_embed_lr", "adam_wd"),
+    (r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight", "muon", "matrix_lr",     "muon_wd"),
+    (r"blocks\.\d+\.mlp\.(fc|proj)\.weight",           "muon", "matrix_lr",     "muon_wd"),
+    (AUXILIARY,                                         "muon", "matrix_lr",     "muon_wd"),
+    (GAINS,                                             "adam", "scalar_lr",     "adam_wd"),
+)
+
+
+def route_parameters(cfg: Config, model: nn.Module) -> list[dict]:
+    """Parameter groups, one for each row of ROUTES in use; raises ValueError on one unrouted."""
+    rates = {**asdict(cfg), "token_lr": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr}
+    routes = (*ROUTES_FIRST[cfg.optimizer_routing], *ROUTES)
+    groups: dict[str, dict] = {}
+    for name, parameter in model.named_parameters():
+        row = next((row for row in routes if re.fullmatch(row[0], name)), None)
+        if row is None:
+            raise ValueError(f"parameter {name} matches no row of ROUTES")
+        group = groups.setdefault(row[0], {
+            "route": row[0], "optimizer": row[1], "params": [], "names": [],
+            "base_lr": rates[row[2]] * cfg.lr_mult, "weight_decay": rates[row[3]]})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix towards 1 by Newton-Schulz: (..., r, c) -> same.
+
+    X <- aX + (bA + cA^2)X with A = XX^T, from X = G / ||G||_F; a zero matrix stays zero.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(-2) > matrices.size(-1)
+    X = matrices.mT if tall else matrices
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
+def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """Blockwise int8: (n, r, c) -> integers (n, blocks, 256), scales (n, blocks, 1), its type."""
+    rows = momentum.flatten(1)
+    blocks = F.pad(rows, (0, -rows.size(1) % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
+    scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).clamp_min(1e-12)
+    return torch.round(blocks / scale).clamp(-127, 127).to(torch.int8), scale
+
+
+def unpack_momentum(packed: tuple[Tensor, Tensor], like_this: Tensor) -> Tensor:
+    """The momentum that pack_momentum packed, in the shape (n, r, c) of `like_this`."""
+    q, scale = packed
+    rows = (q.to(scale.dtype) * scale).flatten(1)
+    return rows[:, : like_this[0].numel()].view_as(like_this)
+
+
+class Muon(torch.optim.Optimizer):
+    """W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M), M <- mu M + g.
+
+    Equal shapes are stacked and orthogonalised together, in `dtype`. Decay may come after the
+    step instead, and M be kept as int8 blocks between steps. Source: Keller Jordan's Muon.
+    A run's ranks share each stack out (MUON_PARALLEL): a rank has the summed gradients, momentum
+    and updates of its part only, and all gather the updates.
+    """
+
+    def __init__(self, groups: list[dict], steps: int, dtype: torch.dtype, packed: bool = False,
+                 decay_first: bool = True, run: "Run | None" = None) -> None:
+        super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
+        self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
+        self.run = run or Run(Config(), 0, 1, torch.device("cpu"))
+        self.shares: list[Callable[[], Tensor]] = []  # of launched sums
+        self.stacks = [(group, [w for w in group["params"] if w.shape == shape])
+                       for group in self.param_groups
+                       for shape in dict.fromkeys(w.shape for w in group["params"])]
+
+    def launch(self) -> None:
+        """Stack the gradients of each shape and start to sum them over ranks."""
+        for _, weights in self.stacks:
+            grad = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
+            for weight in weights:
+                weight.grad = None  # its memory is free for the update
+            self.shares.append(self.run.scatter_sum(grad))
+
+    def gradients(self, group: dict | None = None) -> list[Tensor]:
+        """This rank's share (m, r, c) of each launched stack, or of those of one group."""
+        if not self.shares:
+            self.launch()
+        return [wait() for (of, _), wait in zip(self.stacks, self.shares, strict=True)
+                if group is None or of is group]
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # without closures
+        """Apply one update from the gradients; one stack's travels while the next is computed."""
+        updates = []
+        for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
+            update = self.advance_momentum(grads, weights[0], group["momentum"])
+            update = orthogonalize(update.to(self.dtype), self.steps)
+            updates.append(self.run.gather(update))
+        for (group, weights), wait in zip(self.stacks, updates, strict=True):
+            (rows, cols), decay = weights[0].shape, 1.0 - group["lr"] * group["weight_decay"]
+            update = wait()[: len(weights)].to(weights[0].dtype)
+            rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
+            torch._foreach_mul_(weights, decay)
+            # Decay that comes after the step decays the step as well.
+            torch._foreach_add_(weights, update.unbind(),
+                                alpha=-rate * (1.0 if self.decay_first else decay))
+        self.shares = []
+
+    def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
+        """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (m, r, c)."""
+        state, grads = self.state[key], grads.to(self.dtype) if self.packed else grads
+        old = state.get("momentum", (torch.zeros_like(grads),))
+        momentum = unpack_momentum(old, grads) if len(old) == 2 else old[0]
+        momentum = momentum.mul_(mu).add_(grads)
+        state["momentum"] = pack_momentum(momentum) if self.packed else (momentum,)
+        return grads.add(momentum, alpha=mu)
+
+    def whole_momentum(self) -> list[list[Tensor]]:
+        """The momentum of each stack from all ranks, (n, ...); packed as two tensors."""
+        return [[self.run.gather(part)()[: len(weights)]
+                 for part in self.state[weights[0]].get("momentum", ())]
+                for _, weights in self.stacks]
+
+    def load_momentum(self, whole: list[list[Tensor]]) -> None:
+        """Take this rank's share of what whole_momentum() gave, on any number of ranks."""
+        for (_, weights), parts in zip(self.stacks, whole, strict=True):
+            if parts:
+                self.state[weights[0]]["momentum"] = tuple(map(self.run.share_of, parts))
+
+
+def build_optimizers(cfg: Config, groups: list[dict], dtype: torch.dtype,
+                     run: "Run | None" = None) -> list:
+    """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
+    adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
+    return [torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
+            Muon(muon, cfg.muon_backend_steps, dtype, packed=cfg.muon_quant_momentum,
+                 decay_first=cfg.muon_wd_order == "before", run=run)]
+
+
+def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
+    """Learning-rate scale with `remaining` of the run left, in the unit of `warmdown`."""
+    linear = min(1.0, max(0.0, remaining) / warmdown) if warmdown > 0 else 1.0
+    return linear if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * linear))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the schedules say at one step."""
+
+    lr_scale: float
+    momentum: float
+    qat: bool
+    done: bool
+    mile_gamma: float = 0.0
+    snapshot: bool = False  # SWA, after the step
+
+
+class Schedule:
+    """Where the run stands, from steps done and seconds used; the same on every rank.
+
+    Clock-driven runs measure what is left in seconds, step-driven ones in steps. WARMDOWN_ITERS
+    becomes seconds through the median of recent step times, once a few are known: a slow first
+    step must not look like the end of the run. A warmdown never exceeds the run.
+    """
+
+    STEPS_TIMED = (5, 50)  # needed before the median counts; kept
+
+    def __init__(self, cfg: Config, reserve_seconds: float = 0.0, queued_steps: int = 0) -> None:
+        self.cfg, self.queued_steps, self.qat = cfg, queued_steps, False
+        self.budget = max(cfg.max_wallclock_seconds - reserve_seconds, 0.0)
+        self.step_seconds: deque[float] = deque(maxlen=self.STEPS_TIMED[1])
+        self.last_seconds = 0.0
+
+    def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
+        """What is left of the run and how much of it decays, in steps or seconds alike."""
+        cfg, steps_left = self.cfg, float(self.cfg.iterations - step)
+        if cfg.step_driven:
+            whole, left, iters = float(cfg.iterations), steps_left, float(cfg.warmdown_iters)
+        else:
+            whole, iters = self.budget, 0.0
+            if step_seconds := self.typical_step():
+                whole = min(whole, seconds + steps_left * step_seconds)
+                iters = cfg.warmdown_iters * step_seconds
+            left = whole - seconds
+        return left, cfg.warmdown_frac * whole if cfg.warmdown_frac else min(iters, whole)
+
+    def typical_step(self) -> float:
+        """Median seconds of recent steps; 0 until enough are known."""
+        known = len(self.step_seconds) >= self.STEPS_TIMED[0]
+        return float(np.median(self.step_seconds)) if known else 0.0
+
+    def at(self, step: int, seconds: float) -> Moment:
+        """The schedules before step `step` (from 0), `seconds` into training."""
+        if step > 0:
+            self.step_seconds.append(seconds - self.last_seconds)
+        self.last_seconds = seconds
+        cfg = self.cfg
+        scale = decay_scale(*self.remaining_and_warmdown(step, seconds), cfg.warmdown_type)
+        ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) \
+            if cfg.muon_momentum_warmup_steps else 1.0
+        # Late QAT stays on once it is on: the scale is measured and may waver.
+        self.qat = self.qat or cfg.qat_mode == "always" or \
+            (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
+        gamma = cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS)
+        snapshot = scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0
+        # The last step must end inside the budget, after those still in a GPU's queue.
+        ahead = (1 + self.queued_steps) * self.typical_step()
+        over = seconds + ahead >= self.budget and not cfg.step_driven
+        done = step >= cfg.iterations or (step > 0 and over)
+        momentum = (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
+        return Moment(scale, momentum, self.qat, done, gamma, snapshot)
+
+
+# =================================================================================================
+# Training
+# A step's gradient is that of the mean over the global batch, however many ranks share it. The
+# loss is read back one step late, so that a GPU never waits for it.
+# =================================================================================================
+
+REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
+REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # saved by compiled blocks, at least; taken, at most
+Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
+
+
+def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
+                  grids: dict[str, int] | None = None, mile_gamma: Tensor | None = None,
+                  places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Nats of each target and its weight in the loss (B, T), QAT rounding weights to `grids`."""
+    given = (input_ids, target_ids, mile_gamma, places)
+    return torch.func.functional_call(model, fake_quantized(model, grids), given) if grids \
+        else model(*given)
+
+
+def make_forward(run: Run) -> Forward:
+    """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
+    torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may leave ten
+    return torch.compile(training_nats, fullgraph=True, dynamic=False) if run.compiled \
+        else training_nats
+
+
+def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
+    """This rank's rows of a step's global batch, as (first row, number of rows)."""
+    first, last = (n * cfg.rows_per_step // run.world_size for n in (run.rank, run.rank + 1))
+    size = run.micro_batch_rows
+    return [(start, min(size, last - start)) for start in range(first, last, size)]
+
+
+def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: Run) -> None:
+    """Add up gradients and other tensors over ranks; a rank without rows adds nothing."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    run.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
+
+
+def backward(forward: Forward, model: GPT, batch: tuple[Tensor, Tensor], moment: Moment,
+             run: Run) -> list[Tensor]:
+    """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
+    cfg, (ids, targets) = run.cfg, map(run.put, batch)
+    gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
+    nats, weights = forward(model, ids, targets, qat_grids(model) if moment.qat else None, gamma)
+    part = (weights * nats).sum() / cfg.train_batch_tokens
+    part.backward()
+    return [part.detach(), weights.sum() / cfg.train_batch_tokens]
+
+
+def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[list[Tensor]]:
+    """Each group's gradients, summed over ranks as `others` are; Muon's as this rank's shares."""
+    muons = [opt for opt in optimizers if isinstance(opt, Muon)]
+    for muon in muons:
+        muon.launch()  # travels while the small gradients are packed and summed
+    reduce_gradients([p for opt in optimizers if opt not in muons for group in opt.param_groups
+                      for p in group["params"]], others, run)
+    return [opt.gradients(group) if opt in muons else [p.grad for p in group["params"]]
+            for opt in optimizers for group in opt.param_groups]
+
+
+def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) -> Tensor:
+    """Norm of each group's gradient, whoever holds its parts."""
+    shared = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
+    squares = torch.stack([  # what every rank holds whole is counted on one
+        torch.nn.utils.get_total_norm(group).square() * (part or run.is_main or run.sharers == 1)
+        for group, part in zip(gradients, shared, strict=True)])
+    if run.sharers > 1:
+        run.add_up([squares])
+    return squares.sqrt()
+
+
+def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRows, step: int,
+               moment: Moment, run: Run) -> Tensor:
+    """One optimizer step; returns [mean loss, then the gradient norm of each group].
+
+    The loss is sum(w nats) / sum(w) over the global batch, w = 1 but for MiLe, divided last.
+    """
+    cfg = run.cfg
+    loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
+    for first, count in micro_batches(cfg, run):
+        batch = rows.batch(step * cfg.rows_per_step + first, count)
+        torch._foreach_add_([loss, weight], backward(forward, model, batch, moment, run))
+    if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm, norm / weight[0])
+    gradients = summed_gradients(optimizers, [loss, weight], run)
+    norms = gradient_norms(gradients, optimizers, run)
+    scale = 1.0 / weight if cfg.mile_gamma else torch.ones_like(weight)
+    norms, loss = norms * scale, loss * scale
+    if cfg.grad_clip_norm and not cfg.clip_before_reduce:
+        scale = scale * (cfg.grad_clip_norm / (norms.norm() + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([g for group in gradients for g in group], scale[0])
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = group["base_lr"] * moment.lr_scale, moment.momentum
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.cat([loss, norms])
+
+
+def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
+    """Raise FloatingPointError naming step and tensors if a loss or gradient is not finite."""
+    if not all(map(math.isfinite, stats)):
+        bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
+        raise FloatingPointError(f"step {step}: loss {stats[0]}, gradient not finite in: "
+                                 f"{'; '.join(bad) or 'no group'}")
+
+
+def fit_micro_batch(forward: Forward, model: GPT, rows: TrainingRows, moment: Moment,
+                    run: Run) -> None:
+    """Halve the rows of a forward until every rank's memory holds them and what training keeps.
+
+    Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
+    """
+    cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.world_size)
+    while True:
+        failed = 1.0
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
+            backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
+            failed = 0.0
+        model.zero_grad(set_to_none=True)
+        if not run.agree(failed, "most"):
+            return
+        if cfg.micro_batch_seqs or run.micro_batch_rows == 1:
+            raise torch.OutOfMemoryError(f"{run.micro_batch_rows} rows a forward are too many: "
+                                         "lower MICRO_BATCH_SEQS, or take a smaller model")
+        run.micro_batch_rows //= 2
+        run.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
+
+
+def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment],
+                   run: Run) -> None:
+    """On a CPU, compile one block for the training of all layers, if the run should earn it back.
+
+    Only for runs by the clock, as what times decide does not repeat. Kept if trial passes of all
+    that steps may do take less time with it; a machine without a C++ compiler goes on without.
+    """
+    cfg, saving = run.cfg, run.cfg.max_wallclock_seconds * REGION_GAIN
+    if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
+        return
+    if saving < REGION_SECONDS:
+        run.log(f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s")
+        return
+    kinds = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
+
+    def trial() -> float:
+        """Seconds of a forward and backward pass of every kind."""
+        start = time.perf_counter()
+        for count, moment in kinds:
+            backward(forward, model, rows.batch(0, count), moment, run)
+        model.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    plain, compiling, why = min(trial(), trial(), trial()), 0.0, ""
+    model.compiled_block = torch.compile(Block.forward, dynamic=False)
+    try:
+        compiling, compiled = trial(), min(trial(), trial(), trial())
+    except Exception as error:  # a compiler fails in many ways
+        compiled, why = plain, ": " + str(error).strip().split("\n")[0]
+    if run.agree(compiled / plain if kinds else 0.0, "most") >= 1.0:  # some ranks have no rows
+        model.compiled_block = None
+        model.zero_grad(set_to_none=True)
+    run.log("blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
+            "blocks_compiled", kept="no" if model.compiled_block is None else "yes", why=why,
+            seconds=compiling, before=1e3 * plain, after=1e3 * compiled)
+
+
+def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
+    """Compile and warm up every path of the run, untimed, and put everything back.
+
+    Trains a few steps with throw-away optimizers, with and without QAT. Returns the measured
+    seconds of one calibration batch and of one evaluation batch.
+    """
+    cfg, run.phase = run.cfg, "priming"
+    before = copy.deepcopy(model.state_dict())
+    variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
+    moments = [Moment(1.0, cfg.muon_momentum, qat, False, cfg.mile_gamma) for qat in variants]
+    fit_micro_batch(forward, model, rows, moments[-1], run)
+    steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+    for step in range(steps):
+        train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
+        run.log(f"warmup_step:{step + 1}/{steps}")
+    model.load_state_dict(before)
+    scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS)[0]
+    compile_blocks(forward, model, rows, moments, run)
+    return timed(lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run), scored
+
+
+def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
+    """Compile and warm up what scoring runs; the measured seconds of an evaluation batch."""
+    cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
+
+    def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
+        return [torch.full((rows, width), BOS, device=run.device) for width in widths]
+
+    if cfg.ttt_mode != "off":
+        forward(model, *blank(run.adaptation_rows, T, T))[0].sum().backward()
+        model.zero_grad(set_to_none=True)
+    whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
+    scored = timed(lambda: forward(model, *whole)[0].sum().item(), run)
+    if 0 < strip < T:
+        scored = timed(lambda: forward(model, *sliding[:2], places=sliding[2])[0].sum().item(), run)
+    return scored * cfg.eval_batch_seqs / run.scored_rows
+
+
+@torch.no_grad()
+def timed(work: Callable[[], object], run: Run) -> float:
+    """Seconds of the second of two calls: by then all is compiled."""
+    work()
+    start = time.perf_counter()
+    work()
+    return run.agree(time.perf_counter() - start)
+
+
+class Averages:
+    """The weight averages of AVG_MODE: EMA, mean of snapshots (SWA), or SWA of the EMA."""
+
+    def __init__(self, model: GPT, cfg: Config) -> None:
+        self.model, self.decay, self.snapshots = model, cfg.ema_decay, 0
+        self.kept = {name: copy.deepcopy(model) for name in ("ema", "swa") if name in cfg.avg_mode}
+
+    @torch.no_grad()
+    def update(self, snapshot: bool) -> None:
+        """Take in the weights of a step: A <- A + share (W - A), without waiting for a GPU."""
+        self.snapshots, source = self.snapshots + snapshot, self.model
+        shares = {"ema": 1.0 - self.decay, "swa": snapshot and 1.0 / self.snapshots}
+        for name, average in self.kept.items():
+            if share := shares[name]:
+                torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), share)
+            source = average  # SWA takes the EMA's weights, where there is one
+
+    def result(self, run: Run) -> GPT:
+        """The model to export; without any snapshot, SWA falls back to what it would average."""
+        if "swa" not in self.kept or not self.snapshots:
+            run.log("ema:applying EMA weights" if "ema" in self.kept else "")
+            return self.kept.get("ema", self.model)
+        run.log("swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots)
+        return self.kept["swa"]
+
+
+class Training:
+    """All that training changes, saved and restored whole, whatever the number of ranks."""
+
+    def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
+        cfg = run.cfg
+        self.model, self.run, self.data, self.step, self.saved_at = model, run, data, 0, 0.0
+        self.optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+        self.adam, self.muon = self.optimizers
+        self.averages = Averages(model, cfg)
+        self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint, after `seconds` of training; all ranks take part."""
+        run, schedule, self.saved_at = self.run, self.schedule, seconds
+        momentum = self.muon.whole_momentum()
+        if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
+            raise FloatingPointError(f"step {self.step}: {bad[0]} is not finite any more")
+        run.check_replicas(self.model, self.step)
+        run.save_checkpoint({
+            "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
+            "model": self.model.state_dict(), "adam": self.adam.state_dict(),
+            "averages": [average.state_dict() for average in self.averages.kept.values()],
+            "snapshots": self.averages.snapshots,
+            "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
+            "occasions": dict(run.occasions), "activity": dict(run.activity),
+            "last_logged_share": run.last_logged_share})
+
+    def restore(self, saved: dict) -> None:
+        """Go on from a checkpoint; raises RuntimeError if it is of other data."""
+        run, schedule = self.run, self.schedule
+        if saved["data"] != self.data:
+            raise RuntimeError(f"the checkpoint was made on other data ({saved['data']}, now "
+                               f"{self.data}): give the run its data back, or begin a new one")
+        self.step, self.saved_at = saved["step"], saved["seconds"]
+        run.training_clock.banked = saved["seconds"]
+        self.model.load_state_dict(saved["model"])
+        self.adam.load_state_dict(saved["adam"])
+        self.muon.load_momentum(saved["momentum"])
+        for average, state in zip(self.averages.kept.values(), saved["averages"], strict=True):
+            average.load_state_dict(state)
+        self.averages.snapshots = saved["snapshots"]
+        schedule.qat, schedule.last_seconds = saved["schedule"][:2]
+        schedule.step_seconds.extend(saved["schedule"][2])
+        run.occasions, run.activity = Counter(saved["occasions"]), Counter(saved["activity"])
+        run.last_logged_share = saved["last_logged_share"]
+        run.log("resumed from step:{step} train_time:{ms:.0f}ms", "resumed", step=self.step,
+                ms=1e3 * saved["seconds"])
+        run.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
+
+    def stop(self, asked: int) -> None:
+        """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
+        if asked:
+            run, name = self.run, self.run.folder and self.run.folder.name  # rank 0 has one
+            run.stop(asked, f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there")
+
+
+def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
+    """Train until the budget less the reserve ends; returns the averaged model."""
+    cfg, run.phase, model, schedule = run.cfg, "training", state.model, state.schedule
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    matrices = len(qat_grids(model))
+    pending = None  # the step that a GPU may still be at work on
+    total, unit = (cfg.iterations, "step") if cfg.step_driven else (schedule.budget, "s")
+    with run.training_clock.running(), run.progress("training", total=total, unit=unit) as bar:
+        while True:
+            step, seconds = state.step, run.agree(run.training_clock.elapsed())
+            # Not written back to run.signal, which a signal may set while ranks agree.
+            asked, every = int(run.agree(run.signal, "most")), cfg.checkpoint_seconds
+            if asked or (every and seconds - state.saved_at >= every):
+                if pending is not None:
+                    log_step(*pending, step, seconds, groups, run)
+                    pending = None
+                state.save(seconds)
+                state.stop(asked)
+            qat_started, before = schedule.qat, share_of_run(cfg, step - 1, schedule.last_seconds)
+            moment = schedule.at(step, seconds)
+            if moment.done:
+                break
+            if run.is_main and before < SIZE_SHARE <= share_of_run(cfg, step, seconds):
+                foresee_size(model, step, run)
+            if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
+                run.settle()
+                with run.training_clock.running(False):
+                    report(f"step:{step}/{cfg.iterations}",
+                           evaluate("validation", forward, model, val, run), run, step)
+            if qat_starts := moment.qat and not qat_started:
+                run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+                        f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
+                        scale=moment.lr_scale, matrices=matrices)
+            if "swa" in cfg.avg_mode and moment.snapshot and not run.activity["swa"]:
+                run.log(f"swa:start step:{step + 1}")
+            stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
+            state.averages.update(moment.snapshot)
+            count_activity(moment, matrices, run)
+            if pending is not None:
+                log_step(*pending, step, seconds, groups, run)
+            if (step + 1) % REPLICA_CHECK_STEPS == 0:
+                run.check_replicas(model, step + 1)
+            pending, state.step = (run.fetch(stats), moment, qat_starts), step + 1
+            bar.update((state.step if cfg.step_driven else seconds) - bar.n)
+        if pending is not None:
+            log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
+    state.save(run.agree(run.training_clock.elapsed()))  # off the clock: training has ended
+    run.phase = "calibration"  # a signal ends the run at once from here on
+    state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
+    run.trained_seconds = run.training_clock.elapsed()
+    run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
+            ms=1e3 * run.trained_seconds, iterations=cfg.iterations, reason="stopping: last step"
+            if step == cfg.iterations else "stopping_early: wallclock_cap")
+    return state.averages.result(run)
+
+
+def share_of_run(cfg: Config, step: int, seconds: float) -> float:
+    """How much of the run is over after so many steps and seconds; from 0 to 1."""
+    return step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
+
+
+def log_step(stats: Callable[[], list[float]], moment: Moment, show: bool, step: int,
+             seconds: float, groups: list[dict], run: Run) -> None:
+    """Check the step-th step, which is finished; note it, and log it if its turn has come."""
+    loss, *norms = stats()
+    refuse_non_finite([loss, *norms], step, groups)
+    cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
+    every, part = cfg.train_log_every, int(50 * share)
+    show = show or step <= 10 or (step % every == 0 if every else part > run.last_logged_share)
+    if show:
+        run.last_logged_share = part
+    template = ("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
+                "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
+    run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
+            train_loss=loss, ms=1e3 * seconds, step_avg=1e3 * seconds / step,
+            lr_scale=moment.lr_scale, eta=max(0.0, seconds * (1 - share) / max(share, 1e-9)))
+
+
+def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
+    """Count the steps in which each technique that is configured to act at some time acted."""
+    cfg = run.cfg
+    for name, configured, acts in (
+        (f"{cfg.qat_mode}_qat", cfg.qat_mode != "off", moment.qat and qat_matrices > 0),
+        ("warmdown", cfg.warmdown_iters or cfg.warmdown_frac, moment.lr_scale < 1.0),
+        ("momentum_ramp", cfg.muon_momentum_warmup_steps, moment.momentum != cfg.muon_momentum),
+        ("mile", cfg.mile_gamma, moment.mile_gamma > 0),
+        ("ema", "ema" in cfg.avg_mode, True),
+        ("swa", "swa" in cfg.avg_mode, moment.snapshot),
+    ):
+        if configured:
+            run.occasions[name] += 1
+            run.activity[name] += bool(acts)
+
+
+def log_activity(run: Run) -> None:
+    """Log how often each scheduled technique was active; warn of any that never was."""
+    for name, occasions in run.occasions.items():
+        run.log("activity {name} steps:{steps} of:{of}", "activity", name=name,
+                steps=run.activity[name], of=occasions)
+        if not run.activity[name]:
+            run.log(f"warning: {name} was configured and never acted")
+
+
+# =================================================================================================
+# Quantization
+# Policy (which tensor gets which grid), quantizers (tensor to integers and scales), and the
+# Hessians that GPTQ needs. None of them knows about files.
+# =================================================================================================
+
+CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
+CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
+TINY_STEP = 2.0**-14  # smallest normal fp16
+SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
+DAMPING, DAMPING_TRIES = 0.01, 5
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the artifact holds it: integers with one scale a row, or floats."""
+
+    values: Tensor  # int8 (rows, cols), or fp16 of any shape
+    scale: Tensor | None = None  # fp16 (rows,)
+
+    def restore(self) -> Tensor:
+        """The float32 tensor that the values stand for."""
+        values = self.values.float()
+        return values if self.scale is None else values.mul_(self.scale.float()[:, None])
+
+
+def role_of(name: str) -> str:
+    """The role of a parameter in BITS and CLIP_SIGMAS."""
+    return next(role for role, pattern in ROLES.items() if re.fullmatch(pattern, name))
+
+
+def setting_of(name: str, by_role: dict):
+    """What BITS or CLIP_SIGMAS says of a parameter, by its own name or by its role."""
+    return by_role.get(name.removesuffix(".weight"), by_role[role_of(name)])
+
+
+def bits_of(cfg: Config, name: str, tensor: Tensor) -> int:
+    """Bits of a parameter's integers; 0 for fp16, as all but large matrices are stored."""
+    small = tensor.ndim != 2 or tensor.numel() <= cfg.int8_keep_float_max_numel
+    return 0 if small else setting_of(name, cfg.bits_by_role)
+
+
+def largest_integer(bits: int) -> int:
+    """The top of a symmetric grid: 31 at 6 bits, 127 at 8."""
+    return 2 ** (bits - 1) - 1
+
+
+def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
+    """Steps that put `clip` at the top; inv_clip keeps small rows coarse, and so cheap."""
+    return (clip / levels).clamp_min(1.0 / levels if floor == "inv_clip" else TINY_STEP)
+
+
+def qat_grids(model: GPT) -> dict[str, int]:
+    """Name and bits (6 for what is stored as fp16) of each linear weight that QAT reaches."""
+    grids = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name != "lm_head":
+            bits = bits_of(model.cfg, f"{name}.weight", module.weight)
+            reached = {"stored": bits, "linears": True, "aux": not name.startswith("blocks.")}
+            if reached[model.cfg.qat_targets]:
+                grids[f"{name}.weight"] = bits or 6
+    return grids
+
+
+def row_quantile(x: Tensor, q: float) -> Tensor:
+    """torch.quantile of rows, (r, c) -> (r, 1), by the few largest: quick, and it compiles."""
+    place = q * (x.size(1) - 1)
+    top = x.topk(x.size(1) - int(place), dim=1).values
+    return torch.lerp(top[:, -1:], top[:, -2:][:, :1], place - int(place))
+
+
+def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
+    """The weights of `grids` as clamp(round(W / s)) s, gradients passing; s from QAT_CLIP."""
+    seen = {}
+    for name, bits in grids.items():
+        weight = model.get_parameter(name)
+        levels, magnitude = largest_integer(bits), weight.detach().abs()
+        clip = row_quantile(magnitude, QAT_QUANTILE) if model.cfg.qat_clip == "quantile" \
+            else magnitude.amax(dim=1, keepdim=True)
+        scale = row_scales(clip, levels, model.cfg.q_scale_floor)
+        grid = torch.round(weight.detach() / scale).clamp(-levels, levels) * scale
+        seen[name] = weight + (grid - weight.detach())
+    return seen
+
+
+def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Tensor:
+    """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r).
+
+    QUANT_CLIP=std has one, `sigmas` deviations at the top, or the maximum where that is farther, on
+    a logarithmic grid: it costs nothing in error, and the scales become a few different numbers.
+    """
+    clips = W.abs().amax(dim=1)[None]
+    if cfg.quant_clip == "std":
+        clips = torch.maximum(clips, sigmas * W.std(dim=1, correction=0))
+        octaves = torch.round(SCALES_AN_OCTAVE * (clips / largest_integer(bits)).log2())
+        return torch.exp2(octaves / SCALES_AN_OCTAVE).clamp_min(TINY_STEP)
+    if cfg.clip_search != "absmax":
+        quantiles = torch.tensor(CLIP_QUANTILES, device=W.device)
+        clips = torch.cat([torch.quantile(W.abs(), quantiles, dim=1), clips])
+    return row_scales(clips, largest_integer(bits), cfg.q_scale_floor)
+
+
+def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
+    """The candidate of least error: (n, r), (n, r, c), (n, r) -> by matrix, or by row."""
+    rows = torch.arange(errors.size(1), device=errors.device)
+    best = errors.argmin(0) if cfg.clip_search == "row" else errors.sum(1).argmin().expand_as(rows)
+    return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
+
+
+def round_to_nearest(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
+    """Nearest integers at the clip of least squared error."""
+    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg, sigmas).half()
+    step = scales.float().unsqueeze(-1)
+    Q = torch.round(W / step).clamp(-levels, levels)
+    return pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
+
+
+def int8_rows(W: Tensor) -> Stored:
+    """Embedding tables: nearest of +-127 steps of a row's INT8_QUANTILE / 127."""
+    clip = torch.quantile(W.abs(), INT8_QUANTILE, dim=1)
+    scale = row_scales(clip, 127, "inv_clip")
+    q = torch.round(W.clamp(-clip[:, None], clip[:, None]) / scale[:, None]).clamp(-127, 127)
+    return Stored(q.to(torch.int8), scale.half())
+
+
+def inverse_factor(H: Tensor) -> Tensor:
+    """Upper U with U^T U = (H + damping)^-1, (c, c); damping grows in tries, then LinAlgError."""
+    identity = torch.eye(H.size(0), device=H.device)
+    damping = DAMPING * H.diagonal().mean().clamp_min(1e-12)
+    for _ in range(DAMPING_TRIES):
+        with contextlib.suppress(torch.linalg.LinAlgError):
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + damping * identity))
+            return torch.linalg.cholesky(inverse, upper=True)
+        damping = damping * 10
+    raise torch.linalg.LinAlgError("no damping made the Hessian positive definite")
+
+
+def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
+    """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
+
+    arXiv:2210.17323: a column's rounding error is pushed onto the columns not yet rounded, for
+    all clip candidates at once; GPTQ_SELECT says which wins. W: (r, c), H: (c, c), float32.
+    """
+    scales, dead = clip_candidates(W, bits, cfg, sigmas).half(), H.diagonal() == 0
+    H, step = H + torch.diag(dead.float()), scales.float().unsqueeze(-1)  # (candidates, r, 1)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if cfg.gptq_actorder \
+        else torch.arange(W.size(1), device=W.device)
+    W, H = W.masked_fill(dead, 0.0)[:, order], H[order][:, order]
+    Q = feed_back(W, step, inverse_factor(H), bits, cfg)
+    delta = W - Q * step
+    weighed = delta @ H if cfg.gptq_select == "hessian" else delta
+    return pick((weighed * delta).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+
+
+def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Tensor:
+    """GPTQ's loop over columns, e = (w - q s) / U_ii, later columns -= e U_ij: Q, (n, r, c)."""
+    levels, steps, diagonal = largest_integer(bits), step.flatten(), U.diagonal().tolist()
+    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes lies together
+    Q = torch.empty_like(rest)
+    for start in range(0, len(rest), cfg.gptq_block_size):
+        stop, errors = min(start + cfg.gptq_block_size, len(rest)), []
+        for col in range(start, stop):
+            column = rest[col]
+            q = torch.div(column, steps, out=Q[col]).round_().clamp_(-levels, levels)
+            errors.append((column - q * steps).div_(diagonal[col]))
+            rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
+        rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
+    return Q.T.reshape(len(step), *W.shape)
+
+
+def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
+    """The form of #1361, kept to reproduce it: H^-1 is never updated, so it over-corrects."""
+    levels, U = largest_integer(bits), inverse_factor(H)
+    scales = clip_candidates(W, bits, cfg, sigmas)
+    inverse, step = U.mT @ U, scales.unsqueeze(-1)  # rounding comes before the scales' fp16
+    Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], bits, cfg)
+    # Nearest rounding chooses the clip.
+    delta = W - torch.round(W / step).clamp(-levels, levels) * step
+    return pick(delta.square().mean(dim=2), Q, scales.half(), cfg)
+
+
+def weighted_error(W: Tensor, stored: Stored, H: Tensor) -> float:
+    """GPTQ's objective tr((W - Q) H (W - Q)^T), in float64."""
+    delta = (W - stored.restore().to(W.device)).double()
+    return float(((delta @ H.double()) * delta).sum())
+
+
+def hessian_source(name: str) -> str:
+    """The linear whose inputs a linear shares: queries, keys and values read the same."""
+    return re.sub(r"attn\.c_[kv]$", "attn.c_q", name)
+
+
+@torch.no_grad()
+def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
+    """A batch the model draws itself after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((CALIBRATION_ROWS, seq_len), BOS)
+    for at in range(1, seq_len):  # whole rows: their length sets the rotary base
+        logits = model.logits(model.hidden(ids.to(device))[:, at - 1 : at])[:, 0]
+        p = torch.softmax(logits / TEMPERATURE, dim=-1).cpu()
+        ids[:, at] = torch.multinomial(p, 1, generator=generator)[:, 0]
+    return ids
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches: int,
+                     deadline: float, run: Run) -> dict[str, Tensor]:
+    """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
+
+    batch_of(n) gives the ids (B, T) of batch n. Ranks take a batch each until for any of them
+    another could end after `deadline` seconds of its clock. The matrix that makes logits is among
+    them only with QUANT_CLIP=std.
+    """
+    head = "" if model.cfg.quant_clip != "std" else "lm_head" if model.lm_head else "tok_emb"
+    sums = {hessian_source(name): torch.zeros(2 * [module.weight.size(1)], device=run.device)
+            for name, module in model.named_modules()
+            if (name == head != "" or (isinstance(module, Linear) and name != "lm_head"))
+            and bits_of(model.cfg, f"{name}.weight", module.weight)}
+    seen = torch.zeros(1, device=run.device)
+
+    def add(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        sums[name].addmm_(x.T, x)
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(
+        lambda module, inputs, name=name: add(name, inputs[0])) for name in sums.keys() - {head}]
+    rounds = range(run.rank, num_batches + run.rank, run.world_size)  # as many on every rank
+    for batch in run.progress("calibrating", iterable=rounds, unit="batch"):
+        start = run.training_clock.elapsed()
+        if batch < num_batches:
+            input_ids = batch_of(batch)
+            hidden = model.hidden(run.put(input_ids))
+            if head in sums:
+                add(head, hidden)
+            seen += input_ids.numel()
+        run.settle()
+        end = run.training_clock.elapsed()
+        if run.agree(float(end + 2 * (end - start) > deadline), "most"):
+            break
+    for hook in hooks:
+        hook.remove()
+    run.add_up([seen, *sums.values()])
+    run.calibration_tokens = int(seen.item())
+    return {name: total / seen for name, total in sums.items()}
+
+
+def calibration_reserve(batch_seconds: float, run: Run) -> float:
+    """Seconds of the training budget to keep for collecting Hessians, from the measured cost."""
+    cfg = run.cfg
+    if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
+        return 0.0
+    share = math.ceil(cfg.gptq_calib_batches / run.world_size)
+    reserve = min(1.2 * share * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
+    run.log("calibration reserve:{seconds:.1f}s batches:{batches}", "reserve", seconds=reserve,
+            batches=cfg.gptq_calib_batches)
+    return reserve
+
+
+def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str, Tensor]:
+    """Hessians: inside the training budget on the next training rows, outside it on drawn ones."""
+    cfg, run.phase, inside = run.cfg, "calibration", run.cfg.gptq_calib == "train"
+    if cfg.gptq_variant == "off":
+        return {}
+
+    def batch_of(n: int, /) -> Tensor:
+        return rows.batch(steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0]
+
+    if cfg.gptq_calib == "selfgen":
+        mine = range(run.rank, cfg.gptq_calib_batches, run.world_size)
+        batch_of = {n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
+                    for n in run.progress("drawing rows", iterable=mine, unit="batch")}.__getitem__
+    with run.training_clock.running() if inside else contextlib.nullcontext():
+        deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
+        hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
+    used = run.agree(run.training_clock.elapsed())
+    run.log("gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms", "calibrated",
+            source=cfg.gptq_calib, tokens=run.calibration_tokens, ms=1e3 * used)
+    return hessians
+
+
+def prune_integers(stored: dict[str, Stored], share: float) -> int:
+    """Zero `share` of all integers, of those not zero yet the smallest |q s|; returns how many."""
+    sizes = [s.values.numel() for s in stored.values()]
+    cost = torch.cat([s.restore().abs().flatten() for s in stored.values()])
+    count = min(int(share * len(cost)), int(cost.count_nonzero()))
+    cost[cost == 0] = math.inf
+    doomed = torch.zeros(len(cost), dtype=torch.bool)
+    doomed[cost.topk(count, largest=False).indices] = True
+    for s, mask in zip(stored.values(), doomed.split(sizes), strict=True):
+        s.values[mask.view_as(s.values)] = 0
+    return count
+
+
+@torch.no_grad()
+def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
+             factor: float = 1.0) -> dict[str, Stored]:
+    """Every parameter as it will be stored: integers where BITS says so, else fp16; pruned.
+
+    `factor` multiplies CLIP_SIGMAS.
+    """
+    run.phase, cfg = "quantization", model.cfg
+    stored, fallbacks, objective = {}, 0, 0.0
+    solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
+    # Factorisations and float64 sums are not to be had on every other device.
+    device = run.device if run.device.type == "cuda" else torch.device("cpu")
+    for name, p in run.progress("quantizing", iterable=[*model.named_parameters()], unit="tensor"):
+        W, bits = p.detach().float().to(device), bits_of(cfg, name, p)
+        if not W.half().isfinite().all():
+            raise FloatingPointError(f"{name} is not finite, or too large for fp16")
+        if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
+            W = W.masked_fill(W.abs() < row_quantile(W.abs().view(1, -1), cfg.prune_frac), 0.0)
+        H = hessians.get(hessian_source(name.removesuffix(".weight")))
+        how = bits, cfg, factor * setting_of(name, cfg.sigmas_by_role)
+        if not bits:
+            made = Stored(W.half())
+        elif H is None:
+            made = int8_rows(W) if bits == 8 and cfg.quant_clip != "std" \
+                else round_to_nearest(W, *how)
+        else:
+            H = H.to(device)
+            try:
+                made = solve(W, H, *how)
+            except torch.linalg.LinAlgError:
+                made, fallbacks = round_to_nearest(W, *how), fallbacks + 1
+            objective += weighted_error(W, made, H)
+        stored[name] = Stored(made.values.cpu(), None if made.scale is None else made.scale.cpu())
+    low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
+    if cfg.prune_pct and low:
+        run.log("prune:zeroed {zeroed} of {of} integers below 8 bits", "pruned",
+                zeroed=prune_integers(low, cfg.prune_pct),
+                of=sum(s.values.numel() for s in low.values()))
+    run.log("gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
+            "objective:{objective:.6g}", "quantized", variant=cfg.gptq_variant, fallbacks=fallbacks,
+            matrices=sum(s.scale is not None for s in stored.values()), objective=objective)
+    return stored
+
+
+# =================================================================================================
+# Artifact
+# One file: an uncompressed prelude (magic, version, codec, body length, sha256 of the rest), then
+# one compressed body of JSON header, integers, floats. A reader trusts none of it.
+# =================================================================================================
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
+PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
+CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
+ZSTD_LEVEL, LZMA_PRESET = 22, 6
+ZSTD_MATCHES, LONG_BODY = (6, 4, 3), 1 << 22  # shortest repetitions; of a long body only the first
+MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
+LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
+MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
+HEADER_SETTINGS = (*MODEL_SETTINGS, *settings_of("Evaluation"))
+SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
+SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
+SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
+
+
+def artifact_header(cfg: Config, val: Validation) -> dict:
+    """What rebuilding the model and repeating the evaluation takes."""
+    values = ((name.upper(), getattr(cfg, name)) for name in HEADER_SETTINGS)
+    settings = {name: v if isinstance(v, str) else show_setting(v) for name, v in values}
+    return {"settings": settings, "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
+
+
+def brotli_codec():
+    """The brotli module, which is no runtime package; raises Refusal if it is missing or old."""
+    try:
+        import brotli
+        brotli.Decompressor().process(b"", output_buffer_limit=1)  # what bounds a hostile stream
+        return brotli
+    except (ImportError, TypeError):
+        raise Refusal("CODEC=brotli needs the Python package brotli 1.2 or newer") from None
+
+
+def compress(body: bytes, codec: str) -> bytes:
+    """The body under a codec of CODECS; the same bytes always give the same bytes."""
+    if codec == "zstd":
+        # Repetitions of three integers rarely pay, but no rule says which least length packs best.
+        tries = [zstandard.ZstdCompressor(
+            compression_params=zstandard.ZstdCompressionParameters.from_level(
+                ZSTD_LEVEL, source_size=len(body), min_match=shortest)).compress(body)
+            for shortest in ZSTD_MATCHES[: 1 if len(body) > LONG_BODY else None]]
+        return min(tries, key=len)
+    if codec == "lzma":
+        return lzma.compress(body, preset=LZMA_PRESET)
+    return brotli_codec().compress(body, quality=11, lgwin=24)
+
+
+def decompress(packed: bytes, codec: str, size: int) -> bytes:
+    """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
+    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError}
+    try:
+        if codec == "zstd":
+            whole = zstandard.frame_content_size(packed) == size
+            body = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False) \
+                if whole else b""
+        elif codec == "lzma":
+            reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
+            body = reader.decompress(packed, max_length=size + 1)
+            whole = reader.eof and not reader.unused_data
+        else:
+            broken[codec] = brotli_codec().error
+            reader = brotli_codec().Decompressor()
+            body = reader.process(packed, output_buffer_limit=size + 1)
+            whole = reader.is_finished()
+    except broken.get(codec, ()) as error:
+        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+    if len(body) != size or not whole:
+        raise Refusal("the artifact's body does not end where its prelude says")
+    return body
+
+
+def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
+    """The artifact's bytes; the same header and tensors always give the same bytes."""
+    # The same matrix of all layers side by side compresses best.
+    ordered = {name: stored[name] for name in sorted(stored, key=lambda name: (
+        re.sub(r"\d+", "", name), [*map(int, re.findall(r"\d+", name))]))}
+    tensors = [[name, int(s.scale is not None), *s.values.shape] for name, s in ordered.items()]
+    text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
+    integers = [s.values for s in ordered.values() if s.scale is not None]
+    floats = [s.values if s.scale is None else s.scale for s in ordered.values()]
+    body = b"".join([struct.pack("<I", len(text)), text.encode(),
+                     *(q.numpy().astype("<i1").tobytes() for q in integers),
+                     *(x.numpy().astype("<f2").tobytes() for x in floats)])
+    packed, codec = min(((compress(body, c), c) for c in (
+        ("zstd", "lzma") if codec == "best" else (codec,))), key=lambda pair: len(pair[0]))
+    return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
+                        hashlib.sha256(packed).digest()) + packed
+
+
+def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
+    """Header and tensors of an artifact; raises Refusal before trusting any length in it."""
+    if len(blob) < PRELUDE.size or blob[:8] != ARTIFACT_MAGIC:
+        raise Refusal("not an artifact of train_gpt.py (its first bytes are wrong)")
+    _, version, number, size, digest = PRELUDE.unpack_from(blob)
+    packed, codec = blob[PRELUDE.size :], next((c for c in CODECS if CODECS[c] == number), None)
+    if version != ARTIFACT_VERSION or codec is None:
+        raise Refusal(f"artifact version {version}, codec {number}: this train_gpt.py reads "
+                      f"version {ARTIFACT_VERSION}, codecs {CODECS}")
+    if hashlib.sha256(packed).digest() != digest:
+        raise Refusal("the artifact is damaged (its sha256 does not match); copy it again")
+    if size > MAX_BODY_BYTES:
+        raise Refusal(f"the artifact's body has {size:,} bytes; the bound is {MAX_BODY_BYTES:,}")
+    body = decompress(packed, codec, size)
+    try:
+        (header_bytes,) = struct.unpack_from("<I", body)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
+        header = json.loads(body[4 : 4 + header_bytes].decode())
+        texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a setting or fingerprint is not text")
+        return header, cut_payload(body, 4 + header_bytes, header["tensors"])
+    except MALFORMED as error:
+        raise Refusal("the artifact's header is malformed "
+                      f"({type(error).__name__}: {error})") from None
+
+
+def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
+    """The header's tensors, each [name, is integer, *shape], or ValueError or TypeError."""
+    for name, is_integer, *shape in tensors:
+        whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
+        sound = type(name) is str and type(is_integer) is int and (len(shape), is_integer) in (
+            (0, 0), (1, 0), (2, 0), (2, 1))
+        if not (sound and whole):
+            raise ValueError(f"tensor {name!r} of shape {shape!r}")
+    stored, q_at = {}, start
+    x_at = start + sum(math.prod(shape) for _, is_integer, *shape in tensors if is_integer)
+    for name, is_integer, *shape in tensors:
+        floats = shape[0] if is_integer else math.prod(shape)
+        x = torch.from_numpy(np.frombuffer(body, "<f2", floats, x_at).astype(np.float16))
+        x_at += 2 * floats
+        if name in stored or not x.isfinite().all():
+            raise ValueError(f"tensor {name!r} is there twice or is not finite")
+        if is_integer:
+            q = np.frombuffer(body, "<i1", math.prod(shape), q_at).astype(np.int8)
+            q_at += q.size
+            stored[name] = Stored(torch.from_numpy(q).view(shape), x)
+        else:
+            stored[name] = Stored(x.view(shape))
+    if x_at != len(body):
+        raise ValueError("the tensors do not add up to the body")
+    return stored
+
+
+def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
+    """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
+    if wrong := sorted({name.upper() for name in HEADER_SETTINGS} ^ set(header["settings"])):
+        raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
+                      f"{wrong[0]!r} is not here or missing there")
+    given, notes = translate_names(env, {f.name.upper(): f for f in fields(Config)})
+    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(given)):
+        raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
+    return Config.from_env({**header["settings"], **given})[0], notes
+
+
+def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
+    """Header and tensors of the file; raises Refusal if it is missing, huge or malformed."""
+    if not path.is_file():
+        raise Refusal(f"{path}: no such artifact")
+    if (size := path.stat().st_size) > MAX_ARTIFACT_BYTES:
+        raise Refusal(f"{path} has {size:,} bytes; artifacts are read up to {MAX_ARTIFACT_BYTES:,}")
+    try:
+        return decode_artifact(path.read_bytes())
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal}") from None
+
+
+def rebuild_model(cfg: Config, stored: dict[str, Stored], run: Run) -> GPT:
+    """The model an artifact holds, on the run's device; raises Refusal if it holds another."""
+    # The empty model is laid out without memory, so that a lying header allocates nothing.
+    with torch.device("meta"):
+        model = GPT(cfg, pick_attention(cfg, run.device)[1], run.dtype)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if expected != {name: tuple(s.values.shape) for name, s in stored.items()}:
+        raise Refusal("the artifact's tensors are not those of the model its settings describe")
+    model.load_state_dict({name: s.restore() for name, s in stored.items()}, assign=True)
+    return model.to(run.device)
+
+
+@torch.no_grad()
+def estimated_bytes(model: GPT, factor: float) -> float:
+    """Entropy of all matrices' nearest integers at the largest clips, CLIP_SIGMAS by `factor`."""
+    total = 0.0
+    for name, p in model.named_parameters():
+        if bits := bits_of(model.cfg, name, p):
+            W, levels = p.detach().float(), largest_integer(bits)
+            sigmas = factor * setting_of(name, model.cfg.sigmas_by_role)
+            step = clip_candidates(W, bits, model.cfg, sigmas)[-1]
+            total += entropy_bytes(torch.round(W / step[:, None]).clamp_(-levels, levels))
+    return total
+
+
+def entropy_bytes(integers: Tensor) -> float:
+    """Order-0 entropy of int8 values of any shape, in bytes."""
+    shares = torch.bincount(integers.flatten().int() + 128).double() / integers.numel()
+    return float(torch.special.entr(shares).sum()) * integers.numel() / math.log(256)
+
+
+def solve_factor(model: GPT, goal: float) -> float:
+    """The least factor of CLIP_SIGMAS, the finest steps, whose estimate is at most `goal` bytes."""
+    finest, coarsest = SOLVER_OCTAVES
+    for _ in range(SOLVER_HALVINGS):
+        middle = 0.5 * (finest + coarsest)
+        fits = estimated_bytes(model, 2.0**middle) <= goal
+        finest, coarsest = (finest, middle) if fits else (middle, coarsest)
+    return 2.0**coarsest
+
+
+def foresee_size(model: GPT, step: int, run: Run) -> None:
+    """Log what code and artifact of the present weights would take, and warn of a vain target.
+
+    Without Hessians and codec, and rather less than with them: integers near their entropy, floats
+    at a byte. Rows keep their shape as they grow, and QUANT_CLIP=std goes by shapes.
+    """
+    cfg, std = run.cfg, run.cfg.quant_clip == "std"
+    target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
+    fixed = len(run.source) + sum(len(p) if bits_of(cfg, name, p) else p.numel()
+                                  for name, p in model.named_parameters())
+    total, coarsest = (fixed + LEAST_CODED * estimated_bytes(model, 2.0**octaves)
+                       for octaves in (0.0, std * SOLVER_OCTAVES[1]))  # percentiles: none coarser
+    run.log("size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} "
+            "target:{target}", "size_foreseen", step=step, total=total, coarsest=coarsest,
+            target=target)
+    if coarsest > target:
+        run.log(f"warning: code and artifact will be over {target} bytes, by "
+                f"{coarsest - target:.0f} or more: take fewer parameters or BITS")
+
+
+def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
+                 run: Run) -> tuple[dict[str, Stored], bytes]:
+    """Quantised tensors and their artifact, the largest below the target that few passes find.
+
+    With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
+    tells how far the estimate is off, two how much of its change is real, and the next one takes
+    the factor solved with that.
+    """
+    cfg, code, factor, over, fits = run.cfg, len(run.source), 1.0, 0.0, math.inf
+    best: tuple[tuple[bool, float], dict[str, Stored], bytes] = (False, -math.inf), {}, b""
+    target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
+    least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
+    seen: dict[float, int] = {}  # whole bytes by estimate
+    for solved in range(SOLVER_PASSES):
+        stored = quantize(model, hessians, run, factor)
+        blob = encode_artifact(header, stored, cfg.codec)
+        total = code + len(blob)
+        run.log("size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}", "size_pass",
+                solved=solved, factor=factor, total=total, target=target)
+        rank = (total <= target, total if total <= target else -total)
+        if rank > best[0]:
+            best = rank, stored, blob
+        if least <= total <= target or cfg.quant_clip != "std":
+            break
+        over, fits = (max(over, factor), fits) if total > target else (over, min(fits, factor))
+        seen[estimate := estimated_bytes(model, factor)] = total
+        slopes = [(total - t) / (estimate - e) for e, t in seen.items() if e != estimate]
+        slope = min(max(slopes[-1], 0.5), 2.0) if slopes else 1.0
+        last, factor = factor, solve_factor(model, estimate + (SOLVER_AIM * target - total) / slope)
+        if 0 < over < fits < math.inf and not over < factor < fits:
+            factor = math.sqrt(over * fits)  # a codec's size is not smooth
+        if factor == last:
+            break  # at an end of the scale
+    return best[1:]
+
+
+def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
+    """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
+    if run.folder is None:  # only rank 0 has one
+        return run.share(b"")
+    cfg, path = run.cfg, run.folder / "artifact.bin"
+    stored, blob = fit_artifact(model, hessians, artifact_header(cfg, val), run)
+    run.phase = "export"
+    write_file(path, blob)
+    blob = path.read_bytes()
+    log_sizes(stored, run)
+    total, limit = len(run.source) + len(blob), cfg.artifact_limit_bytes
+    label = f"{grid_label(cfg, stored)}+{cfg.codec}"
+    run.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.source)} bytes")
+    run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}", "artifact",
+            label=label, model_bytes=len(blob), code_bytes=len(run.source), total=total,
+            limit=limit, left=limit - total, sha256=hashlib.sha256(blob).hexdigest())
+    if total > limit:
+        run.mark_ineligible(f"code and artifact have {total} bytes, {total - limit} over "
+                            f"ARTIFACT_LIMIT_BYTES={limit}")
+    return run.share(blob)
+
+
+def log_sizes(stored: dict[str, Stored], run: Run) -> None:
+    """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
+    for role in ROLES:
+        mine = [s for name, s in stored.items() if role_of(name) == role]
+        quantized = [s.values.flatten() for s in mine if s.scale is not None]
+        integers = torch.cat([torch.empty(0, dtype=torch.int8), *quantized])
+        floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
+        run.log("size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
+                "float_bytes:{floats}", "size", role=role, tensors=len(mine),
+                integers=len(integers), entropy=entropy_bytes(integers), floats=2 * floats)
+
+
+def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
+    """How log lines call the artifact's block matrices."""
+    integers = any(s.scale is not None for name, s in stored.items() if role_of(name) == "mlp")
+    return f"int{cfg.bits_by_role['mlp']}" if integers else "fp16"
+
+
+# =================================================================================================
+# Evaluation
+# Windows are data: (start, first scored, end of scored), in targets. One loop scores any of
+# them. Batches are formed before they are dealt to ranks, so no world size changes the score.
+# =================================================================================================
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sums over the scored targets, and what was scored."""
+
+    name: str
+    nats: float
+    targets: int
+    num_bytes: int
+    seconds: float
+
+    loss = property(lambda self: self.nats / self.targets)  # nats per target
+    bpb = property(lambda self: self.nats / (math.log(2) * self.num_bytes))
+
+
+def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") -> np.ndarray:
+    """Windows over `num_targets` targets as rows (start, first scored, end): int64 (windows, 3).
+
+    Stride 0 gives chunks side by side, the last one short. cover: starts 0, stride, 2 stride, ...,
+    the last anchored at the end, each scoring what is not yet scored. published_s1 has a start
+    for every stride, published_s3 full windows only; both score the last `stride` targets of each.
+    """
+    if stride == 0:
+        stride, form = seq_len, "published_s1"  # which cuts the last one short
+    starts: np.ndarray = np.arange(0, num_targets, stride)
+    if form != "published_s1":
+        starts = np.unique(np.minimum(starts, max(num_targets - seq_len, 0)))
+    ends = np.minimum(starts + seq_len, num_targets)
+    firsts = np.append(0, ends[:-1] if form == "cover" else np.maximum(ends - stride, starts)[1:])
+    return np.stack([starts, firsts, ends], axis=1)
+
+
+def window_batch(val: Validation, rows: np.ndarray, size: int, width: int,
+                 cfg: Config) -> tuple[Tensor, ...]:
+    """Input ids of the windows `rows`: (size, T). Of the strip of each that holds what it scores:
+
+    places in the row, target ids, bytes and scored mask, (size, width) each.
+    """
+    T, last = cfg.eval_seq_len, val.num_targets(cfg) - 1
+    start, first, end = np.split(np.pad(rows, ((0, size - len(rows)), (0, 0))), 3, axis=1)
+    places = np.minimum(first - start, T - width) + np.arange(width)
+    scored = (start + places >= first) & (start + places < end)  # padding scores nothing
+    # Causality keeps what fills a window harmless.
+    at, strip = (np.minimum(start + place, last) for place in (np.arange(T), places))
+    columns = val.tokens[at], places, val.tokens[strip + 1], val.target_bytes[strip], scored
+    return tuple(torch.from_numpy(column.astype(np.int64)) for column in columns)
+
+
+@torch.no_grad()
+def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, width: int,
+                  run: Run, bar: tqdm) -> Tensor:
+    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,).
+
+    Only `width` places of a window meet the head; one that scores more is shown again for them.
+    """
+    cfg, size, few = run.cfg, run.cfg.eval_batch_seqs, run.scored_rows
+    strips = np.array([(start, at, min(at + width, end)) for start, first, end in spans.tolist()
+                       for at in range(first, end, width)])
+    batches = np.array_split(strips, range(size, len(strips), size))
+    sums = torch.zeros(len(batches), 3, dtype=torch.float64)
+    for index in range(run.rank, len(batches), run.world_size):
+        for rows in np.array_split(batches[index], range(few, len(batches[index]), few)):
+            ids, places, targets, num_bytes, scored = window_batch(val, rows, few, width, cfg)
+            where = {"places": run.put(places)} if width < cfg.eval_seq_len else {}
+            nats = forward(model, run.put(ids), run.put(targets), **where)[0].cpu().double()
+            sums[index] += torch.stack([(x * scored).sum().double()
+                                        for x in (nats, scored, num_bytes)])
+        bar.update(run.world_size)
+    run.add_up([sums])
+    return sums.sum(0)
+
+
+def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
+             stride: int = 0, form: str = "cover", adapter: "Adapter | None" = None) -> EvalResult:
+    """Score the validation split in windows of EVAL_SEQ_LEN; stride 0 for chunks.
+
+    An adapter learns from each TTT_CHUNK_TOKENS targets once all of them are scored.
+    """
+    cfg, start, num_targets = run.cfg, time.perf_counter(), val.num_targets(run.cfg)
+    spans = windows(num_targets, cfg.eval_seq_len, stride, form)
+    chunk_of = spans[:, 1] // (cfg.ttt_chunk_tokens if adapter else num_targets)
+    sums, num_chunks = torch.zeros(3, dtype=torch.float64), int(chunk_of[-1]) + 1
+    width = stride or cfg.eval_seq_len
+    with run.progress(name, total=-(-len(spans) // cfg.eval_batch_seqs), unit="batch") as bar:
+        for chunk in range(num_chunks):
+            if len(mine := spans[chunk_of == chunk]):
+                sums += score_windows(forward, model, val, mine, width, run, bar)
+            if adapter is not None and chunk < num_chunks - 1:
+                adapter.after_chunk(chunk, num_chunks, time.perf_counter() - start)
+    nats, targets, num_bytes = sums.tolist()
+    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - start)
+
+
+class Adapter:
+    """Test-time training by SGD on validation text, within the evaluation budget."""
+
+    def __init__(self, forward: Forward, model: GPT, val: Validation, run: Run) -> None:
+        cfg = run.cfg
+        frozen = tuple(f"blocks.{layer}." for layer in range(cfg.ttt_freeze_blocks))
+        if cfg.ttt_mode == "train_then_score":
+            frozen += ("tok_emb.", "bigram.", "smear.")
+        self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+        self.forward, self.model, self.val, self.run, self.seconds = forward, model, val, run, 0.0
+        run.occasions["ttt"] = 0  # one chunk leaves it none
+
+    def after_chunk(self, chunk: int, num_chunks: int, elapsed: float) -> None:
+        """score_first: learn from the chunk just scored, unless scoring the rest needs the time."""
+        cfg, run, done = self.run.cfg, self.run, chunk + 1
+        scoring = (elapsed - self.seconds) / done * (num_chunks - done)
+        learning = self.seconds / max(run.activity["ttt"], 1)  # a chunk's
+        needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * learning
+        run.occasions["ttt"] += 1
+        if run.agree(float(needed > cfg.eval_wallclock_seconds)):
+            return
+        cosine = 0.5 * (1.0 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
+        start, size = time.perf_counter(), cfg.ttt_chunk_tokens
+        for _ in range(cfg.ttt_epochs):
+            self.learn(chunk * size, done * size, cfg.ttt_lr * cosine, math.inf)
+        run.settle()
+        self.seconds += time.perf_counter() - start
+        run.activity["ttt"] += 1
+
+    def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
+        """SGD on the targets first to end, begun before `deadline`; returns steps taken."""
+        cfg, run, val, T = self.run.cfg, self.run, self.val, self.run.cfg.eval_seq_len
+        rows = windows(min(end, val.num_targets(cfg)) - first, T, 0) + first
+        self.optimizer.param_groups[0]["lr"] = lr
+        batches = np.array_split(rows, range(cfg.ttt_batch_seqs, len(rows), cfg.ttt_batch_seqs))
+        for steps, batch in enumerate(batches):
+            if run.agree(float(run.scoring_clock.elapsed() > deadline)):
+                return steps
+            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, T, cfg)
+            ids, _, targets, _, learned = map(run.put, mine)
+            nats, _ = self.forward(self.model, ids, targets)
+            ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
+            reduce_gradients(self.parameters, [], run)
+            if cfg.ttt_grad_clip:
+                torch.nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
+            self.optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+        return len(batches)
+
+    def learn_all(self, scoring_seconds: float) -> None:
+        """train_then_score, not legal: learn from all, leaving `scoring_seconds` of the budget."""
+        cfg, run, end = self.run.cfg, self.run, self.val.num_targets(self.run.cfg)
+        deadline = cfg.eval_wallclock_seconds - 1.1 * scoring_seconds
+        run.occasions["ttt"] = cfg.ttt_epochs * -(-end // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
+        for _ in range(cfg.ttt_epochs):
+            run.activity["ttt"] += self.learn(0, end, cfg.ttt_lr, deadline)
+
+
+def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
+    """Log a score under what was scored; raises FloatingPointError if it is not finite."""
+    if not math.isfinite(result.nats):
+        raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
+    run.log("{label} val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} name:{name} targets:{targets} "
+            "bytes:{num_bytes} eval_time:{ms:.0f}ms", "eval", label=label, name=result.name,
+            step=step, val_loss=result.loss, val_bpb=result.bpb, targets=result.targets,
+            num_bytes=result.num_bytes, ms=1e3 * result.seconds, legal=legal)
+
+
+def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forward: Forward,
+                   run: Run, diagnostics: bool) -> list[EvalResult]:
+    """Score the model rebuilt from an artifact; the last is the headline, which is timed."""
+    run.phase, results, model = "scoring the artifact", [], rebuild_model(cfg, stored, run)
+    label, stride, ttt = grid_label(cfg, stored), cfg.eval_stride, cfg.ttt_mode
+    adapter = None if ttt == "off" else Adapter(forward, model, val, run)
+    chunked = ("artifact_chunked", f"final_{label}_roundtrip_exact")
+
+    def score(name: str, tag: str, *how, legal: bool = True) -> None:
+        results.append(evaluate(name, forward, model, val, run, *how))
+        report(tag, results[-1], run, legal=legal)
+
+    if diagnostics and stride:
+        score(*chunked)
+        if cfg.sliding != "cover":
+            score(f"artifact_{cfg.sliding}", f"final_{label}_{cfg.sliding}", stride, cfg.sliding)
+        if ttt == "score_first":
+            score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride)
+    with run.scoring_clock.running():
+        if ttt == "score_first":
+            score("artifact_sliding", "legal_ttt_exact", stride, "cover", adapter)
+        elif stride:
+            score("artifact_sliding", f"final_{label}_sliding_window_exact", stride)
+        else:
+            score(*chunked)
+        if diagnostics and adapter and ttt == "train_then_score":
+            adapter.learn_all(results[-1].seconds)
+            run.log("warning: no legal score follows: the model has trained on the text before "
+                    "scoring it")
+            score("artifact_sliding_train_then_score", "illegal_ttt", stride, legal=False)
+            results.insert(-1, results.pop())
+    seconds, budget = run.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
+    if seconds > budget:
+        run.mark_ineligible(f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}")
+    return results
+
+
+def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
+    """Warn before scoring starts if the measured speed says that it will pass its budget."""
+    cfg, budget = run.cfg, run.cfg.eval_wallclock_seconds
+    num_windows = len(windows(val.num_targets(cfg), cfg.eval_seq_len, cfg.eval_stride))
+    seconds = batch_seconds * math.ceil(num_windows / (cfg.eval_batch_seqs * run.world_size))
+    run.log(f"scoring expected:{seconds:.0f}s budget:{budget:.0f}s")
+    if seconds > budget:
+        run.log("warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
+                "same, and the run will not be eligible as a record")
+
+
+# =================================================================================================
+# Main
+# The story of a run, and the verbs that do less.
+# =================================================================================================
+
+
+def look(cfg: Config,
+         device: torch.device) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
+    """What a run takes from outside itself: data, kernel and its name; or Refusal."""
+    if cfg.codec == "brotli":
+        brotli_codec()
+    return TrainingRows(cfg), load_validation(cfg), *pick_attention(cfg, device)
+
+
+def verb_train(cfg: Config, notes: list[str]) -> int:
+    """Train, export, and score the exported model; returns the exit code."""
+    with Run.start(cfg) as run:
+        with run.together():
+            rows, val, kernel_name, kernel = look(cfg, run.device)
+        run.open_folder()
+        run.log_header(notes)
+        model = GPT(cfg, kernel, run.dtype)
+        initialize(model, cfg)
+        run.copy_from_main(model.to(run.device))
+        log_work(model, rows, val, kernel_name, run)
+        forward = make_forward(run)
+        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
+        reserve = calibration_reserve(calibration_seconds, run)
+        state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
+        if saved := run.last_checkpoint():
+            state.restore(saved)
+        model, steps = train(forward, state, rows, val, run), state.step
+        hessians = calibrate(model, rows, steps, run)
+        run.phase = "scoring the float model"
+        float_result = evaluate("float_chunked", forward, model, val, run)
+        report("DIAGNOSTIC" + f" post_{cfg.avg_mode}" * (cfg.avg_mode != "none"), float_result, run)
+        blob = export(model, hessians, val, run)
+        announce_scoring(eval_seconds, val, run)
+        scores = score_artifact(cfg, decode_artifact(blob)[1], val, forward, run, diagnostics=True)
+        log_activity(run)
+        return log_summary(model, steps, len(blob), [float_result, *scores], run)
+
+
+def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: Run) -> None:
+    """Log what is about to be trained, on what."""
+    cfg, first_xsa = run.cfg, run.cfg.num_layers - run.cfg.xsa_last_n
+    machine = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
+    if "H100" not in machine or run.world_size != 8:
+        run.mark_ineligible(f"ran on {run.world_size} x {machine}, the track asks for 8 x H100")
+    for reason in static_ineligibility(cfg):
+        run.mark_ineligible(reason)
+    run.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
+    run.log("train_loader:dataset:{dataset} train_shards:{shards} tokens:{tokens}", "train_data",
+            dataset=Path(cfg.data_path).name, shards=len(rows.shards), tokens=rows.num_tokens)
+    run.log("val_loader:shards pattern={pattern} tokens:{tokens} documents:{documents} "
+            "bytes:{num_bytes} recorded_bytes:{recorded} fingerprint:{fingerprint}", "val_data",
+            tokens=len(val.tokens), pattern=f"{cfg.data_path}/fineweb_val_*.bin",
+            documents=val.documents, num_bytes=int(val.target_bytes.sum(dtype=np.int64)),
+            recorded=val.recorded_bytes, fingerprint=val.fingerprint)
+    run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
+    most = max((count for _, count in micro_batches(cfg, run)), default=0)
+    run.log("\n".join((
+        f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
+        f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} micro_batch_rows:{most}",
+        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
+        f"kernel:{kernel}",
+        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+        f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
+        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
+        *routing_table(cfg, model), f"repeats:{repeats(run)}", f"seed:{cfg.seed}")))
+
+
+def repeats(run: Run) -> str:
+    """Whether another run of these settings, this seed included, gives the same bits."""
+    if run.device.type != "cpu":
+        return "no, whatever the settings: a GPU's attention sums its gradients in no fixed order"
+    if not run.cfg.step_driven:
+        return "no: the clock ends the run (MAX_WALLCLOCK_SECONDS=0 would leave that to ITERATIONS)"
+    return f"to the bit on this machine, with {torch.get_num_threads()} threads a process"
+
+
+def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
+    """One line a parameter group: how many parameters learn how."""
+    for group in route_parameters(cfg, model):
+        yield (f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
+               f"lr:{group['base_lr']:<8g} wd:{group['weight_decay']:<6g} {group['route']}")
+
+
+def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult], run: Run) -> int:
+    """The last lines of the log: what was trained, its size, its scores; returns the exit code."""
+    cfg = run.cfg
+    if run.device.type == "cuda":
+        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
+                f"reserved: {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    run.log("peak memory resident: {mib:.0f} MiB", "memory",
+            mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    if (used := run.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
+        run.mark_ineligible(f"training and calibration took {used:.1f} s")
+    run.log("eligible:{eligible} {reasons}", "eligibility", eligible=int(not run.ineligible),
+            reasons="; ".join(run.ineligible))
+    run.log("params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
+            "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}", "summary",
+            params=sum(p.numel() for p in model.parameters()), steps=steps,
+            rate=steps * cfg.train_batch_tokens / run.trained_seconds,
+            seconds=run.training_clock.elapsed(), eval_seconds=run.scoring_clock.elapsed())
+    total, limit = len(run.source) + num_bytes, cfg.artifact_limit_bytes
+    run.log(f"artifact {num_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
+            f"{limit:,} bytes, {limit - total:,} left")
+    for score in scores[:-1]:
+        run.log(f"{score.name} val_bpb:{score.bpb:.8f}")
+    run.log("val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
+            "final", val_bpb=scores[-1].bpb, val_loss=scores[-1].loss, name=scores[-1].name,
+            stride=cfg.eval_stride, sliding="cover")
+    run.log(f"log: {run.folder}/log.txt\nartifact: {run.folder}/artifact.bin")
+    if total <= limit:
+        return 0
+    run.log(f"error: code and artifact are {total - limit:,} bytes over ARTIFACT_LIMIT_BYTES="
+            f"{limit:,}; take fewer parameters or BITS")
+    return EXIT_OVER_LIMIT
+
+
+def static_ineligibility(cfg: Config) -> list[str]:
+    """Settings that keep a run from standing as a record of the 10-minute, 16 MB track."""
+    return [reason for wrong, reason in (
+        (cfg.step_driven, "MAX_WALLCLOCK_SECONDS=0: the run is step-driven"),
+        (cfg.max_wallclock_seconds > 600, "MAX_WALLCLOCK_SECONDS is above 600"),
+        (cfg.eval_wallclock_seconds > 600, "EVAL_WALLCLOCK_SECONDS is above 600"),
+        (cfg.artifact_limit_bytes > 16_000_000, "ARTIFACT_LIMIT_BYTES is above 16,000,000"),
+        (cfg.gptq_calib == "train_after_cap", "GPTQ_CALIB=train_after_cap: training data was used "
+                                              "after the budget"),
+        (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
+    ) if wrong]
+
+
+def verb_check(cfg: Config, notes: list[str]) -> int:
+    """Look at settings, data and tokenizer as a run would, and do nothing else."""
+    rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
+        raise Refusal(f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
+                      "choose another, or RESUME=1 to go on")
+    print(*notes, f"ok: {rows.num_tokens:,} training tokens in {len(rows.shards)} shards, "
+          f"{len(val.tokens):,} validation tokens in {val.documents:,} documents", sep="\n")
+    return 0
+
+
+def verb_plan(cfg: Config, notes: list[str]) -> int:
+    """Say what a run would do, without data and without training; the saying is in plan.py."""
+    folder = Path(__file__).resolve().parent
+    if not (folder / "plan.py").is_file():
+        raise Refusal("--plan needs plan.py, which stands beside train_gpt.py in its repository")
+    sys.modules["train_gpt"] = sys.modules[__name__]  # or plan.py would run this file once more
+    sys.path.insert(0, str(folder))
+    import plan
+    print(*notes, *plan.lines(cfg, Path(__file__).stat().st_size), sep="\n")
+    return 0
+
+
+def locate_validation(cfg: Config, header: dict) -> Config:
+    """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
+    for folder in (cfg.data_path, *map(str, sorted(Path("data/datasets").glob("*")))):
+        with contextlib.suppress(Refusal):
+            if read_sidecar(folder)["fingerprint"] == header["validation"]:
+                break
+    else:
+        raise Refusal(f"no validation split with fingerprint {header['validation'][:12]} in "
+                      f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py")
+    for path in (Path(cfg.tokenizer_path), *sorted(Path("data/tokenizers").glob("*.model"))):
+        if path.is_file() and sha256_of(path) == header["tokenizer"]:
+            return replace(cfg, data_path=folder, tokenizer_path=str(path))
+    raise Refusal(f"no tokenizer with sha256 {header['tokenizer'][:12]} at "
+                  f"TOKENIZER_PATH={cfg.tokenizer_path} or in data/tokenizers/")
+
+
+def verb_eval(path: Path, env: dict[str, str]) -> int:
+    """Score an artifact again: the model comes from its header alone."""
+    header, stored = read_artifact(path)
+    cfg, notes = settings_within(header, env)
+    cfg = locate_validation(cfg, header)
+    with Run.start(cfg) as run:
+        run.log_header(notes)
+        with run.together():
+            val = load_validation(cfg)
+        forward = make_forward(run)
+        if run.compiled:  # off the clock, as in the run that made it
+            prime_scoring(forward, rebuild_model(cfg, stored, run), run)
+        score = score_artifact(cfg, stored, val, forward, run, diagnostics=False)[-1]
+        run.log(f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
+                f"stride {cfg.eval_stride})")
+    return 0
+
+
+def verb_help(cfg: Config, notes: list[str]) -> int:
+    """Print every setting with value, range and meaning."""
+    print(__doc__, *cfg.listing(), sep="\n")
+    print(f"\nPresets: {', '.join(PRESETS)}. * marks what differs from the defaults.")
+    return 0
+
+
+VERBS = {(): verb_train, ("--check",): verb_check, ("--plan",): verb_plan,
+         ("--help",): verb_help, ("-h",): verb_help}
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line asks; returns the exit code, having said in one line what failed."""
+    try:
+        if arguments[:1] == ["--eval"] and len(arguments) == 2:
+            return verb_eval(Path(arguments[1]), dict(os.environ))
+        if tuple(arguments) not in VERBS:
+            raise Refusal(f"arguments {' '.join(arguments)!r}: expected nothing, --help, --check, "
+                          "--plan or --eval ARTIFACT; hyperparameters are environment variables")
+        return VERBS[tuple(arguments)](*Config.from_env(dict(os.environ)))
+    except Refusal as refusal:
+        code, said = EXIT_REFUSED, str(refusal)
+    except OSError as error:
+        code, said = EXIT_FAILED, str(error)
+    except KeyboardInterrupt:
+        code, said = EXIT_INTERRUPTED, "interrupted; what the run folder holds was kept"
+    if code != EXIT_REFUSED or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one a host is enough
+        print(f"error: {said}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
