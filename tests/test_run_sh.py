@@ -201,8 +201,8 @@ def test_relative_data_path_is_the_callers(checkout: Checkout, tmp_path: Path) -
 
 
 def test_relative_data_path_stays_as_it_is_in_the_clone(checkout: Checkout) -> None:
-    (checkout.root / "my data").mkdir()
-    checkout.run(cwd=checkout.root, DATA_PATH="my data")
+    (checkout.folder / "my data").mkdir()
+    checkout.run(DATA_PATH="my data")
     assert "DATA_PATH=my data" in checkout.lines[-1]
 
 
