@@ -54,7 +54,7 @@ def main() -> None:
         "dataset": out.name, "documents": len(splits["val"]), "tokens": len(tokens["val"]),
         "raw_bytes": num_bytes, "encoded_bytes": num_bytes,
         "val_shards": {shard.name: prepare.file_sha256(shard)},
-        "split": f"hold-out of the training split of {given.folder.name}, share {given.share}",
+        "split": f"hold-out of {given.folder.name}: top {given.share} by sha256 of the text",
         "train": {"documents": len(splits["train"]), "tokens": len(tokens["train"])}})
     print(f"{out}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} held out in "
           f"{len(splits['val'])} documents")
