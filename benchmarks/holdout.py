@@ -2,14 +2,12 @@
 
     python benchmarks/holdout.py [data/datasets/docs_sp1024] [--share 0.03]
 
-Writes <folder>_holdout beside it. A training document is held out where the first 8 bytes of the
-sha256 of its text, a big-endian number, are at least the share's complement of 2**64: the same text
-with every tokenizer. The validation split of the original is not read. Runs then take
-DATA_PATH=<folder>_holdout.
+Writes <folder>_holdout beside it. Of the key of a text data/prepare.py takes the lowest share
+for validation, this takes the highest: the hold-out is the same text with every tokenizer. The
+validation split of the original is not read. Runs then take DATA_PATH=<folder>_holdout.
 """
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -20,9 +18,8 @@ from data import prepare  # noqa: E402
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a training document belongs to the hold-out; low hashes went to validation."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") >= (1 - share) * 2**64
+    """Whether a training document belongs to the hold-out; the lowest keys went to validation."""
+    return prepare.Document(text, place="").key >= (1 - share) * prepare.MAX_KEY
 
 
 def main() -> None:
@@ -54,7 +51,7 @@ def main() -> None:
         "dataset": out.name, "documents": len(splits["val"]), "tokens": len(tokens["val"]),
         "raw_bytes": num_bytes, "encoded_bytes": num_bytes,
         "val_shards": {shard.name: prepare.file_sha256(shard)},
-        "split": f"hold-out of {given.folder.name}: top {given.share} by sha256 of the text",
+        "split": f"hold-out of {given.folder.name}: the highest {given.share} of keys",
         "train": {"documents": len(splits["train"]), "tokens": len(tokens["train"])}})
     print(f"{out}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} held out in "
           f"{len(splits['val'])} documents")

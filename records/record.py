@@ -276,8 +276,9 @@ def common_settings(settings: dict) -> dict:
 
 
 def portable(settings: dict) -> dict:
-    """Settings whose prepared data lie where any clone has them, not where the run's clone was."""
-    prepared = r"^/.*/(data/(?:datasets|tokenizers)/)"
+    """Settings with the data that data/prepare.py names where any clone has them."""
+    prepared = r"^/.*/(data/(?:datasets/(?:docs|fineweb10B)_sp\d+|" \
+               r"tokenizers/(?:docs|fineweb)_\d+_bpe\.model))$"
     return {name: re.sub(prepared, r"./\1", value) if name in ("data_path", "tokenizer_path")
             and isinstance(value, str) else value for name, value in settings.items()}
 
@@ -1221,8 +1222,8 @@ def against_text(facts: dict, base: dict) -> str:
 
 def command_of(facts: dict, run: SeedRun, script: bytes) -> str:
     """The command that runs an entry again."""
-    given = {"PRESET": str(run.settings["preset"])} | given_by_hand(portable(run.settings),
-                                                                       readable(script))
+    by_hand = given_by_hand(portable(run.settings), readable(script))
+    given = {"PRESET": str(run.settings["preset"])} | by_hand
     start = "./run.sh"
     if TRACKS[facts["track"]]["device"] == "cuda":
         start = "torchrun --standalone --nproc_per_node=8 train_gpt.py"
@@ -1425,7 +1426,7 @@ class Comparison:
 def text_scored(claims: dict) -> str:
     """The text that a submission.json was scored on; its tokens' fingerprint if it is not known."""
     fingerprint = claims["data"]["fingerprint"]
-    return KNOWN_SPLITS.get(fingerprint, (fingerprint,))[0]
+    return KNOWN_SPLITS.get(str(fingerprint), (fingerprint,))[0]  # a stranger's may be a list
 
 
 def scores_of(a: dict, b: dict, unit: str) -> tuple[dict[str, float], dict[str, float]]:

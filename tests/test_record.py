@@ -1031,12 +1031,15 @@ def test_one_text_cut_by_two_tokenizers_is_compared_by_its_bytes() -> None:
     of_a, of_b = record.scores_of(a, b, "val_loss")
     assert [of_b[seed] - of_a[seed] for seed in of_a] == pytest.approx([-0.17, -0.17, -0.187])
     assert record.text_scored(claims_of("Other", [2.0, 2.1], "0" * 64)) != text
+    assert record.text_scored({"data": {"fingerprint": [one]}}) != text
 
 
 def test_prepared_data_are_shown_where_any_clone_has_them() -> None:
     given = {"data_path": "/home/me/./clone/data/datasets/docs_sp4096", "seed": 1,
              "tokenizer_path": "/elsewhere/t.model"}
     assert record.portable(given) == given | {"data_path": "./data/datasets/docs_sp4096"}
+    own = {"data_path": "/mnt/data/datasets/mine_sp4096", "tokenizer_path": ["no text"]}
+    assert record.portable(own) == own
 
 
 # The board
