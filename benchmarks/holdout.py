@@ -2,8 +2,8 @@
 
     python benchmarks/holdout.py [data/datasets/docs_sp1024] [--share 0.03]
 
-Writes <folder>_holdout beside it. Of the key of a text data/prepare.py takes the lowest share
-for validation, this takes the highest: the hold-out is the same text with every tokenizer. The
+Writes <folder>_holdout beside it. data/prepare.py takes the texts of the lowest keys for
+validation, this those of the highest: the hold-out is the same text with every tokenizer. The
 validation split of the original is not read. Runs then take DATA_PATH=<folder>_holdout.
 """
 
