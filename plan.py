@@ -22,10 +22,16 @@ def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     saved, found = dict[int, torch.Tensor](), Counter[str]()
     hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (saved.setdefault(x.untyped_storage()._cdata, x), x), lambda both: both[1])
+        lambda x: (saved.setdefault(x.untyped_storage()._cdata, x), x), lambda both: both[1]
+    )
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, hooks:
-        model = train_gpt.GPT(cfg, lambda *qkv: flash(  # as a GPU's, it repeats no head
-            *(x.transpose(1, 2) for x in qkv), is_causal=True)[0].transpose(1, 2), torch.bfloat16)
+        model = train_gpt.GPT(
+            cfg,
+            lambda *qkv: flash(  # as a GPU's, it repeats no head
+                *(x.transpose(1, 2) for x in qkv), is_causal=True
+            )[0].transpose(1, 2),
+            torch.bfloat16,
+        )
         ids = torch.zeros(TRACED_ROWS, cfg.train_seq_len, dtype=torch.int64)
         torch.mul(*model(ids, ids)).sum().backward()
     for x in saved.values():
@@ -68,14 +74,22 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
     warmdown = cfg.warmdown_frac * whole or min(cfg.warmdown_iters, whole if known else math.inf)
     yield f"end: {whole:g} {unit}" + f", or {cfg.iterations:,} steps" * (not cfg.step_driven)
     yield f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
-    for name, share in ((f"warmdown ({cfg.warmdown_type})", 1.0),
-                        ("late QAT", cfg.late_qat_threshold * (cfg.qat_mode == "late")),
-                        (f"SWA, every {cfg.swa_every} steps", swa),
-                        ("MiLe: plain cross entropy", train_gpt.MILE_ENDS * (cfg.mile_gamma > 0))):
+    for name, share in (
+        (f"warmdown ({cfg.warmdown_type})", 1.0),
+        ("late QAT", cfg.late_qat_threshold * (cfg.qat_mode == "late")),
+        (f"SWA, every {cfg.swa_every} steps", swa),
+        ("MiLe: plain cross entropy", train_gpt.MILE_ENDS * (cfg.mile_gamma > 0)),
+    ):
         if share:
-            yield f"{name}: " + (f"from {whole - share * warmdown:g} {unit} on" if known else
-                                 f"the last {share * warmdown:,.0f} steps") + \
-                " if the warmdown were linear" * (cfg.warmdown_type != "linear" and share < 1)
+            yield (
+                f"{name}: "
+                + (
+                    f"from {whole - share * warmdown:g} {unit} on"
+                    if known
+                    else f"the last {share * warmdown:,.0f} steps"
+                )
+                + " if the warmdown were linear" * (cfg.warmdown_type != "linear" and share < 1)
+            )
 
 
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
@@ -86,8 +100,9 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     for name, p in parameters.items():
         widths[train_gpt.bits_of(cfg, name, p)] += p.numel()
     adam = sum(p.numel() for g in groups if g["optimizer"] == "adam" for p in g["params"])
-    stacks = Counter((g["route"], p.shape) for g in groups if g["optimizer"] == "muon"
-                     for p in g["params"])
+    stacks = Counter(
+        (g["route"], p.shape) for g in groups if g["optimizer"] == "muon" for p in g["params"]
+    )
     sharers = ranks if cfg.muon_parallel else 1
     muon = sum(-(-n // sharers) * shape.numel() for (_, shape), n in stacks.items())  # a rank's
     everywhere = adam if cfg.muon_parallel else adam + muon  # all-reduced
@@ -99,26 +114,41 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     count, limit, end = widths.total(), cfg.artifact_limit_bytes, train_gpt.SOLVER_OCTAVES[1]
     size, least = (artifact_bytes(cfg, parameters, by=2.0**octaves) for octaves in (0, end))
     least, target = (1 - FITTED["error"]) * least + code_bytes, cfg.artifact_target_bytes or limit
-    memory = {"parameters": 4 * count, "gradients": 4 * count,
-              "optimizer": 8 * adam + muon * (1 + 2 / 256 if cfg.muon_quant_momentum else 4),
-              "averages": 4 * count * (("ema" in cfg.avg_mode) + ("swa" in cfg.avg_mode)),
-              **{kind: step[kind] * rows * row for kind in ("saved activations", "logits")}}
+    memory = {
+        "parameters": 4 * count,
+        "gradients": 4 * count,
+        "optimizer": 8 * adam + muon * (1 + 2 / 256 if cfg.muon_quant_momentum else 4),
+        "averages": 4 * count * (("ema" in cfg.avg_mode) + ("swa" in cfg.avg_mode)),
+        **{kind: step[kind] * rows * row for kind in ("saved activations", "logits")},
+    }
     yield f"parameters: {count:,}"
     yield from train_gpt.routing_table(cfg, model)
-    yield "stored as: " + ", ".join(f"{n:,} at {f'int{bits}' if bits else 'fp16'}"
-                                    for bits, n in sorted(widths.items()))
+    yield "stored as: " + ", ".join(
+        f"{n:,} at {f'int{bits}' if bits else 'fp16'}" for bits, n in sorted(widths.items())
+    )
     yield f"a step: {tokens:,} tokens, {cfg.rows_per_step:,} rows of {row:,}, {rows} at once a GPU"
-    yield f"FLOPs: {work / 1e6:.1f} M a token (published for 11 layers at T=2048: 228 M), " \
-          f"{attention / 1e6:.1f} M of it causal attention, {work * tokens / 1e12:.4g} T a step"
-    yield f"speed, stated: {ranks} H100 at {UTILISATION:.1%} of {PEAK_FLOPS / 1e12:g} TFLOP/s, " \
-          f"{1e3 * seconds:.4g} ms a step, {steps:,} steps, {steps * tokens / 1e9:.3g} B tokens"
-    yield "memory a GPU, MiB: " + ", ".join(f"{k} {n / 2**20:,.0f}" for k, n in memory.items()) + \
-          f", in all {sum(memory.values()) / 2**20:,.0f} (published, compiled: 18,873 to 23,629)"
-    yield f"a rank sends, a step: {4 * muon * (sharers - 1):,} bytes reduce-scattered, " \
-          f"{2 * muon * (sharers - 1):,} gathered, " \
-          f"{8 * everywhere * (ranks - 1) // ranks:,} all-reduced"
-    yield f"artifact, predicted: {size:,.0f} +- {size * FITTED['error']:,.0f} bytes, and code " \
-          f"{code_bytes:,}, of {limit:,}; {limit - size - code_bytes:,.0f} left"
+    yield (
+        f"FLOPs: {work / 1e6:.1f} M a token (published for 11 layers at T=2048: 228 M), "
+        f"{attention / 1e6:.1f} M of it causal attention, {work * tokens / 1e12:.4g} T a step"
+    )
+    yield (
+        f"speed, stated: {ranks} H100 at {UTILISATION:.1%} of {PEAK_FLOPS / 1e12:g} TFLOP/s, "
+        f"{1e3 * seconds:.4g} ms a step, {steps:,} steps, {steps * tokens / 1e9:.3g} B tokens"
+    )
+    yield (
+        "memory a GPU, MiB: "
+        + ", ".join(f"{k} {n / 2**20:,.0f}" for k, n in memory.items())
+        + f", in all {sum(memory.values()) / 2**20:,.0f} (published, compiled: 18,873 to 23,629)"
+    )
+    yield (
+        f"a rank sends, a step: {4 * muon * (sharers - 1):,} bytes reduce-scattered, "
+        f"{2 * muon * (sharers - 1):,} gathered, "
+        f"{8 * everywhere * (ranks - 1) // ranks:,} all-reduced"
+    )
+    yield (
+        f"artifact, predicted: {size:,.0f} +- {size * FITTED['error']:,.0f} bytes, and code "
+        f"{code_bytes:,}, of {limit:,}; {limit - size - code_bytes:,.0f} left"
+    )
     yield f"{'warning: ' * (least > target)}no clips leave less than {least:,.0f}, of {target:,}"
     yield from schedule_dates(cfg)
     reasons = "; ".join(train_gpt.static_ineligibility(cfg))

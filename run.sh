@@ -98,7 +98,7 @@ set_up() {
 }
 
 run_tests() {
-    local arg all=0 lint=0 types=0 tests=0
+    local arg all=0 lint=0 layout=0 types=0 tests=0
     for arg in "$@"; do
         shift
         if [ "$arg" = --all ]; then
@@ -111,12 +111,14 @@ run_tests() {
     set_up
     install requirements-dev.txt requirements.txt
     "$python" -m ruff check . || lint=$?
+    "$python" -m ruff format --check --quiet . || layout=$?
     "$python" -m mypy || types=$?
     "$python" -m pytest -n auto --dist loadfile "$@" || tests=$?
     [ "$lint" = 0 ] || say "ruff found problems, see above pytest's output"
+    [ "$layout" = 0 ] || say "some files are not laid out by 'ruff format .'"
     [ "$types" = 0 ] || say "mypy found problems, see above pytest's output"
     [ "$tests" = 0 ] || exit "$tests"
-    exit $((lint ? lint : types))
+    exit $((lint ? lint : layout ? layout : types))
 }
 
 # torch counts what a run can use (CUDA_VISIBLE_DEVICES, the build installed), once it says that

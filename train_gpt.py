@@ -87,8 +87,15 @@ def knob(default, accepts: tuple, doc: str):
     return field(default=default, metadata={"accepts": accepts, "doc": doc})
 
 
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
-             struct.error)  # what reading a stranger's JSON and lengths may raise
+MALFORMED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    struct.error,
+)  # what reading a stranger's JSON and lengths may raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +186,11 @@ class Config:
     muon_parallel: bool = knob(True, (), "Ranks share Muon's matrices out, not each doing all.")
     muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
     muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
-    optimizer_routing: str = knob("standard", ("standard", "banks", "by_ndim", "adam"),
-        "Muon for matrices; of blocks (others start unscaled); 2-D but token, head; not of blocks.")
+    optimizer_routing: str = knob(
+        "standard",
+        ("standard", "banks", "by_ndim", "adam"),
+        "Muon for matrices; of blocks (others start unscaled); 2-D but token, head; not of blocks.",
+    )
     adam_wd: float = knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
     grad_clip_norm: float = knob(0.3, (0.0, 1e6), "Largest gradient norm; 0: off.")
     clip_before_reduce: bool = knob(False, (), "Clip each rank's share, before the sum.")
@@ -188,8 +198,11 @@ class Config:
     qat_mode: str = knob("late", ("late", "always", "off"), "Train through the integer grid.")
     late_qat_threshold: float = knob(0.15, (0.0, 1.0), "Late QAT starts below this rate scale.")
     qat_clip: str = knob("absmax", ("absmax", "quantile"), "End of a row's grid: max or quantile.")
-    qat_targets: str = knob("stored", ("stored", "linears", "aux"),
-        "QAT of linears that become integers, of all, or of those outside the blocks.")
+    qat_targets: str = knob(
+        "stored",
+        ("stored", "linears", "aux"),
+        "QAT of linears that become integers, of all, or of those outside the blocks.",
+    )
     bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (), "By role or tensor (tok_emb): 2 to 8 or fp16.")
     quant_clip: str = knob("percentile", ("percentile", "std"), "By CLIP_SEARCH or CLIP_SIGMAS.")
     clip_sigmas: str = knob("mlp:12.85,attn:12.85,emb:10,aux:30", (), "std clips at k deviations.")
@@ -198,26 +211,41 @@ class Config:
     gptq_variant: str = knob("full", ("full", "simple", "off"), "Form of GPTQ; off: to nearest.")
     gptq_actorder: bool = knob(True, (), "Columns of large activations first.")
     gptq_select: str = knob("mse", ("mse", "hessian"), "Error by which a clip is chosen.")
-    gptq_calib: str = knob("train", ("train", "selfgen", "train_after_cap"),
-        "Training data in the budget; rows the model draws (slow); data after it (not eligible).")
+    gptq_calib: str = knob(
+        "train",
+        ("train", "selfgen", "train_after_cap"),
+        "Training data in the budget; rows the model draws (slow); data after it (not eligible).",
+    )
     int8_keep_float_max_numel: int = knob(65536, (0, 1 << 30), "Up to this size, fp16 is stored.")
     gptq_calib_batches: int = knob(256, (1, 10**6), "Calibration batches of 8 rows each.")
     gptq_block_size: int = knob(128, (1, 1 << 16), "Columns between lazy GPTQ updates.")
     prune_frac: float = knob(0.0, (0.0, 0.99), "Share of each large matrix zeroed before export.")
     prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
-    artifact_target_bytes: int = knob(0, (0, 1 << 40),
-        "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.")
-    codec: str = knob("zstd", ("zstd", "lzma", "brotli", "best"),
-        "Artifact compression; best is the smaller of zstd and lzma.")
+    artifact_target_bytes: int = knob(
+        0,
+        (0, 1 << 40),
+        "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.",
+    )
+    codec: str = knob(
+        "zstd",
+        ("zstd", "lzma", "brotli", "best"),
+        "Artifact compression; best is the smaller of zstd and lzma.",
+    )
 
     eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
     eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
-    sliding: str = knob("cover", ("cover", "published_s1", "published_s3"),
-        "Windows; cover scores every target once, the others print a second, labelled line.")
+    sliding: str = knob(
+        "cover",
+        ("cover", "published_s1", "published_s3"),
+        "Windows; cover scores every target once, the others print a second, labelled line.",
+    )
     eval_batch_seqs: int = knob(32, (1, 1 << 16), "Windows a forward.")
     eval_truncate: bool = knob(False, (), "Drop the targets after the last full row.")
-    ttt_mode: str = knob("off", ("off", "score_first", "train_then_score"),
-        "Adapt to what was scored; the last form trains first and is no legal score.")
+    ttt_mode: str = knob(
+        "off",
+        ("off", "score_first", "train_then_score"),
+        "Adapt to what was scored; the last form trains first and is no legal score.",
+    )
     ttt_lr: float = knob(0.002, (0.0, 1.0), "SGD rate of the adaptation.")
     ttt_momentum: float = knob(0.9, (0.0, 0.9999), "SGD momentum.")
     ttt_epochs: int = knob(3, (1, 1000), "Passes over what is adapted to.")
@@ -231,8 +259,13 @@ class Config:
     mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
     rows_per_step = property(lambda self: self.train_batch_tokens // self.train_seq_len)
     step_driven = property(lambda self: self.max_wallclock_seconds == 0)  # ITERATIONS ends it
-    backout_layer = property(lambda self: {  # its output is subtracted at the end; -1 for none
-        "none": -1, "mid": self.num_layers // 2, "cache": self.cache_layer}[self.backout_mode])
+    backout_layer = property(
+        lambda self: {  # its output is subtracted at the end; -1 for none
+            "none": -1,
+            "mid": self.num_layers // 2,
+            "cache": self.cache_layer,
+        }[self.backout_mode]
+    )
 
     def __post_init__(self) -> None:
         """Raise Refusal for settings that contradict each other, with the values of those named."""
@@ -240,38 +273,70 @@ class Config:
         for holds, complaint in (
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
-            (self.optimizer_routing != "adam" or self.bigram_vocab_size or self.value_layers,
-             "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED"),
-            (self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
-             f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}"),
-            (self.rope_ntk_ref == 0 or self.rotary_dims > 2,
-             f"ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS (0: all {self.head_dim}) is above 2"),
+            (
+                self.optimizer_routing != "adam" or self.bigram_vocab_size or self.value_layers,
+                "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED",
+            ),
+            (
+                self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
+                f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}",
+            ),
+            (
+                self.rope_ntk_ref == 0 or self.rotary_dims > 2,
+                "ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS "
+                f"(0: all {self.head_dim}) is above 2",
+            ),
             (self.xsa_last_n <= layers, "XSA_LAST_N must be at most NUM_LAYERS"),
             (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
             (all(n < layers for n in self.value_layers), "VE_LAYERS must all be below NUM_LAYERS"),
-            (self.backout_layer < layers - 1,
-             "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps"),
-            (self.train_batch_tokens % self.train_seq_len == 0,
-             "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
+            (
+                self.backout_layer < layers - 1,
+                "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps",
+            ),
+            (
+                self.train_batch_tokens % self.train_seq_len == 0,
+                "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN",
+            ),
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
-            (self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
-             <= MAX_BATCH_TOKENS, "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
-             f"at most {MAX_BATCH_TOKENS:,} tokens"),
-            *((all(int(n) < layers for role in given for n in re.findall(r"\d+", role)),
-               f"{name} names a layer beyond NUM_LAYERS") for name, given in (
-                   ("BITS", self.bits_by_role), ("CLIP_SIGMAS", self.sigmas_by_role))),
-            (self.artifact_target_bytes <= self.artifact_limit_bytes,
-             "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES"),
+            (
+                self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
+                <= MAX_BATCH_TOKENS,
+                "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
+                f"at most {MAX_BATCH_TOKENS:,} tokens",
+            ),
+            *(
+                (
+                    all(int(n) < layers for role in given for n in re.findall(r"\d+", role)),
+                    f"{name} names a layer beyond NUM_LAYERS",
+                )
+                for name, given in (
+                    ("BITS", self.bits_by_role),
+                    ("CLIP_SIGMAS", self.sigmas_by_role),
+                )
+            ),
+            (
+                self.artifact_target_bytes <= self.artifact_limit_bytes,
+                "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES",
+            ),
             (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
-            (not adapts or self.ttt_freeze_blocks < layers,
-             "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt"),
-            (re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),
-             "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'"),
+            (
+                not adapts or self.ttt_freeze_blocks < layers,
+                "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt",
+            ),
+            (
+                re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),
+                "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'",
+            ),
             (self.run_id or not self.resume, "RESUME needs the RUN_ID of the run to go on with"),
         ):
             if not holds:
-                raise Refusal(re.sub(r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b", lambda name: (
-                    f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"), complaint))
+                raise Refusal(
+                    re.sub(
+                        r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b",
+                        lambda name: f"{name[0]}={show_setting(getattr(self, name[0].lower()))}",
+                        complaint,
+                    )
+                )
 
     @property
     def value_layers(self) -> tuple[int, ...]:
@@ -290,19 +355,29 @@ class Config:
             role, _, value = part.strip().partition(":")
             named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
             if role in found or not named or not re.fullmatch(pattern, value):
-                raise Refusal(f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
-                              f"and a colon and {values}")
+                raise Refusal(
+                    f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
+                    f"and a colon and {values}"
+                )
             found[role] = 0 if value == "fp16" else kind(value)
         if not set(ROLES) <= set(found):
             raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
         return found
 
     # Bits of each role's integers, or of a tensor's by its name.
-    bits_by_role = property(lambda self: self.by_role(
-        "BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16"))
+    bits_by_role = property(
+        lambda self: self.by_role("BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16")
+    )
     # Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor.
-    sigmas_by_role = property(lambda self: self.by_role(
-        "CLIP_SIGMAS", self.clip_sigmas, float, r"[1-9]\d{0,2}(\.\d+)?", "a number from 1 to 999"))
+    sigmas_by_role = property(
+        lambda self: self.by_role(
+            "CLIP_SIGMAS",
+            self.clip_sigmas,
+            float,
+            r"[1-9]\d{0,2}(\.\d+)?",
+            "a number from 1 to 999",
+        )
+    )
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
@@ -332,18 +407,32 @@ class Config:
             if f.name in GROUPS:
                 yield f"{GROUPS[f.name]}:"
             value, accepts, kind = getattr(self, f.name), f.metadata["accepts"], type(f.default)
-            accepted = "0 or 1" if kind is bool else "|".join(accepts) or "text" if kind is str \
+            accepted = (
+                "0 or 1"
+                if kind is bool
+                else "|".join(accepts) or "text"
+                if kind is str
                 else f"{accepts[0]:g} to {accepts[1]:g}"
-            mark, default = (" ", "") if value == f.default else \
-                ("*", f"; default {show_setting(f.default)}")
-            yield (f"{mark} {f.name.upper():<27}{show_setting(value):<12} {f.metadata['doc']} "
-                   f"[{accepted}{default}]")
+            )
+            mark, default = (
+                (" ", "") if value == f.default else ("*", f"; default {show_setting(f.default)}")
+            )
+            yield (
+                f"{mark} {f.name.upper():<27}{show_setting(value):<12} {f.metadata['doc']} "
+                f"[{accepted}{default}]"
+            )
 
 
 # Headings of --help, in order, by the setting each stands before.
-GROUPS = {"preset": "Run", "data_path": "Data", "vocab_size": "Model",
-          "tied_embed_init_std": "Training", "lr_mult": "Optimizer", "qat_mode": "Quantization",
-          "eval_seq_len": "Evaluation"}
+GROUPS = {
+    "preset": "Run",
+    "data_path": "Data",
+    "vocab_size": "Model",
+    "tied_embed_init_std": "Training",
+    "lr_mult": "Optimizer",
+    "qat_mode": "Quantization",
+    "eval_seq_len": "Evaluation",
+}
 
 
 def settings_of(group: str) -> list[str]:
@@ -353,101 +442,259 @@ def settings_of(group: str) -> list[str]:
     return names[bounds[which] : bounds[which + 1]]
 
 
-ROLES = {"mlp": r"blocks\.\d+\.mlp\..*", "attn": r"blocks\.\d+\.attn\..*",
-         "emb": r"(tok_emb|lm_head)\..*", "aux": r".*"}  # the first that a parameter's name fits
-TENSOR_NAME = r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|" \
-              r"(bigram|ve_shared)\.(embed|proj)"
+ROLES = {
+    "mlp": r"blocks\.\d+\.mlp\..*",
+    "attn": r"blocks\.\d+\.attn\..*",
+    "emb": r"(tok_emb|lm_head)\..*",
+    "aux": r".*",
+}  # the first that a parameter's name fits
+TENSOR_NAME = (
+    r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|"
+    r"(bigram|ve_shared)\.(embed|proj)"
+)
 MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
 
 # What all five published systems share: no masks at document starts, text in stream order, the
 # last short validation row dropped.
-PUBLISHED = {"loader": "sequential", "smear_bos_mask": False, "bigram_bos_mask": False,
-             "eval_truncate": True}
+PUBLISHED = {
+    "loader": "sequential",
+    "smear_bos_mask": False,
+    "bigram_bos_mask": False,
+    "eval_truncate": True,
+}
 
 PRESETS: dict[str, dict] = {
     # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
     # Averages that were computed, never applied, are left out: #1361, #569, #703 SWA; #334 EMA.
-    "pr1361": PUBLISHED | {
-        "warmdown_iters": 3200, "qat_targets": "linears", "gptq_variant": "simple",
-        "gptq_actorder": False, "gptq_calib_batches": 64, "eval_stride": 32,
-        "sliding": "published_s1", "attention": "sdpa"},
-    "pr569": PUBLISHED | {
-        "bigram_vocab_size": 2048, "bigram_dim": 128, "vrl_mode": "add", "resid_mix_init": "phase",
-        "qat_targets": "linears", "qat_clip": "quantile", "bits": "mlp:6,attn:6,emb:8,aux:6",
-        "prune_pct": 0.02},  # at a threshold of 0, so that nothing was pruned
-    "pr703": PUBLISHED | {
-        "bigram_vocab_size": 1536, "bigram_dim": 128, "xsa_last_n": 4, "backout_mode": "cache",
-        "backout_init": 0.1, "matrix_lr": 0.026, "scalar_lr": 0.026, "tied_embed_lr": 0.0364,
-        "embed_lr": 0.624, "head_lr": 0.00832, "optimizer_routing": "banks",
-        "muon_quant_momentum": True, "clip_before_reduce": True, "mile_gamma": 1.1, "codec": "lzma",
-        "sliding": "published_s1", "qat_targets": "aux"},  # its late QAT reached no other linear
-    "pr334": PUBLISHED | {
-        "mlp_act": "relu2", "rope_base": 50000.0, "rope_ntk_ref": 0, "xsa_last_n": 0,
-        "bigram_vocab_size": 2048, "bigram_dim": 64, "bigram_hash": "sum", "ve_enabled": False,
-        "train_seq_len": 1024, "eval_seq_len": 1024, "train_batch_tokens": 524288,
-        "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05, "muon_momentum": 0.95,
-        "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 500, "adam_wd": 0.0,
-        "muon_wd_order": "after", "optimizer_routing": "by_ndim", "grad_clip_norm": 0.0,
-        "warmdown_iters": 3000, "avg_mode": "swa", "swa_every": 1, "qat_mode": "off",
-        "bits": "mlp:5,attn:5,emb:8,aux:8", "q_scale_floor": "tiny", "gptq_variant": "off",
-        "clip_search": "absmax", "sliding": "published_s3", "ttt_mode": "train_then_score",
-        "ttt_grad_clip": 0.0, "ttt_batch_seqs": 1, "compile": "0", "attention": "sdpa"},
-    "pr295": PUBLISHED | {
-        "num_layers": 10, "mlp_act": "relu2", "rope_dims": 64, "rope_ntk_ref": 2048,
-        "xsa_last_n": 0, "ln_scale": "0", "bigram_vocab_size": 10240, "bigram_dim": 128,
-        "bigram_init": "zero_proj", "ve_enabled": False, "resid_mix_init": "phase",
-        "backout_mode": "mid", "emb_svd_init": True, "matrix_lr": 0.02, "scalar_lr": 0.02,
-        "tied_embed_lr": 0.03, "adam_wd": 0.01, "warmdown_iters": 3000, "avg_mode": "swa",
-        "qat_mode": "always", "q_scale_floor": "tiny", "gptq_variant": "off",
+    "pr1361": PUBLISHED
+    | {
+        "warmdown_iters": 3200,
+        "qat_targets": "linears",
+        "gptq_variant": "simple",
+        "gptq_actorder": False,
+        "gptq_calib_batches": 64,
+        "eval_stride": 32,
+        "sliding": "published_s1",
+        "attention": "sdpa",
+    },
+    "pr569": PUBLISHED
+    | {
+        "bigram_vocab_size": 2048,
+        "bigram_dim": 128,
+        "vrl_mode": "add",
+        "resid_mix_init": "phase",
+        "qat_targets": "linears",
+        "qat_clip": "quantile",
+        "bits": "mlp:6,attn:6,emb:8,aux:6",
+        "prune_pct": 0.02,
+    },  # at a threshold of 0, so that nothing was pruned
+    "pr703": PUBLISHED
+    | {
+        "bigram_vocab_size": 1536,
+        "bigram_dim": 128,
+        "xsa_last_n": 4,
+        "backout_mode": "cache",
+        "backout_init": 0.1,
+        "matrix_lr": 0.026,
+        "scalar_lr": 0.026,
+        "tied_embed_lr": 0.0364,
+        "embed_lr": 0.624,
+        "head_lr": 0.00832,
+        "optimizer_routing": "banks",
+        "muon_quant_momentum": True,
+        "clip_before_reduce": True,
+        "mile_gamma": 1.1,
+        "codec": "lzma",
+        "sliding": "published_s1",
+        "qat_targets": "aux",
+    },  # its late QAT reached no other linear
+    "pr334": PUBLISHED
+    | {
+        "mlp_act": "relu2",
+        "rope_base": 50000.0,
+        "rope_ntk_ref": 0,
+        "xsa_last_n": 0,
+        "bigram_vocab_size": 2048,
+        "bigram_dim": 64,
+        "bigram_hash": "sum",
+        "ve_enabled": False,
+        "train_seq_len": 1024,
+        "eval_seq_len": 1024,
+        "train_batch_tokens": 524288,
+        "matrix_lr": 0.04,
+        "scalar_lr": 0.04,
+        "tied_embed_lr": 0.05,
+        "muon_momentum": 0.95,
+        "muon_momentum_warmup_start": 0.85,
+        "muon_momentum_warmup_steps": 500,
+        "adam_wd": 0.0,
+        "muon_wd_order": "after",
+        "optimizer_routing": "by_ndim",
+        "grad_clip_norm": 0.0,
+        "warmdown_iters": 3000,
+        "avg_mode": "swa",
+        "swa_every": 1,
+        "qat_mode": "off",
+        "bits": "mlp:5,attn:5,emb:8,aux:8",
+        "q_scale_floor": "tiny",
+        "gptq_variant": "off",
+        "clip_search": "absmax",
+        "sliding": "published_s3",
+        "ttt_mode": "train_then_score",
+        "ttt_grad_clip": 0.0,
+        "ttt_batch_seqs": 1,
+        "compile": "0",
+        "attention": "sdpa",
+    },
+    "pr295": PUBLISHED
+    | {
+        "num_layers": 10,
+        "mlp_act": "relu2",
+        "rope_dims": 64,
+        "rope_ntk_ref": 2048,
+        "xsa_last_n": 0,
+        "ln_scale": "0",
+        "bigram_vocab_size": 10240,
+        "bigram_dim": 128,
+        "bigram_init": "zero_proj",
+        "ve_enabled": False,
+        "resid_mix_init": "phase",
+        "backout_mode": "mid",
+        "emb_svd_init": True,
+        "matrix_lr": 0.02,
+        "scalar_lr": 0.02,
+        "tied_embed_lr": 0.03,
+        "adam_wd": 0.01,
+        "warmdown_iters": 3000,
+        "avg_mode": "swa",
+        "qat_mode": "always",
+        "q_scale_floor": "tiny",
+        "gptq_variant": "off",
         "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
-        "clip_search": "absmax", "prune_frac": 0.08, "attention": "sdpa"},
+        "clip_search": "absmax",
+        "prune_frac": 0.08,
+        "attention": "sdpa",
+    },
     # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
     # are of the system's own value.
     "mini": {
         "data_path": "./data/datasets/docs_sp1024",
-        "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model", "loader": "shuffled",
-        "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "rope_dims": Fraction(1, 2),
-        "bigram_vocab_size": Fraction(1, 3), "bigram_dim": Fraction(2, 7), "ve_dim": Fraction(1, 4),
-        "train_seq_len": 256, "eval_seq_len": 256, "train_batch_tokens": 2048,
-        "max_wallclock_seconds": 300.0, "warmdown_frac": 0.5, "ema_decay": 0.9,
-        "swa_every": Fraction(1, 10), "gptq_calib_batches": 32, "int8_keep_float_max_numel": 1024,
-        "ttt_chunk_tokens": Fraction(1, 8)},
+        "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
+        "loader": "shuffled",
+        "model_dim": 64,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "rope_dims": Fraction(1, 2),
+        "bigram_vocab_size": Fraction(1, 3),
+        "bigram_dim": Fraction(2, 7),
+        "ve_dim": Fraction(1, 4),
+        "train_seq_len": 256,
+        "eval_seq_len": 256,
+        "train_batch_tokens": 2048,
+        "max_wallclock_seconds": 300.0,
+        "warmdown_frac": 0.5,
+        "ema_decay": 0.9,
+        "swa_every": Fraction(1, 10),
+        "gptq_calib_batches": 32,
+        "int8_keep_float_max_numel": 1024,
+        "ttt_chunk_tokens": Fraction(1, 8),
+    },
 }
 
 # Published names of settings we call otherwise: (our name, {published value: ours}), where no
 # table of values means that the value carries over as it is.
 ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
-    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None), "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
-    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None), "SWA_INTERVAL": ("SWA_EVERY", None),
+    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
+    "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
+    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
+    "SWA_INTERVAL": ("SWA_EVERY", None),
     "SWA_PCT": ("SWA_START_FRAC", None),
-    **{alias: (name, {"0": off, "1": on}) for alias, name, off, on in (
-        ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"), ("VRL", "VRL_MODE", "off", "add"),
-        ("EMA_ENABLED", "AVG_MODE", "none", "ema"), ("SWA_ENABLED", "AVG_MODE", None, "swa"),
-        ("LATE_QAT", "QAT_MODE", "off", "late"), ("QAT_ENABLED", "QAT_MODE", "off", "always"),
-        ("NO_COMPILE", "COMPILE", "auto", "0"), ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
-        ("NO_FA3", "ATTENTION", "auto", "sdpa"), ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
-        ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
-        ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"))},
+    **{
+        alias: (name, {"0": off, "1": on})
+        for alias, name, off, on in (
+            ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"),
+            ("VRL", "VRL_MODE", "off", "add"),
+            ("EMA_ENABLED", "AVG_MODE", "none", "ema"),
+            ("SWA_ENABLED", "AVG_MODE", None, "swa"),
+            ("LATE_QAT", "QAT_MODE", "off", "late"),
+            ("QAT_ENABLED", "QAT_MODE", "off", "always"),
+            ("NO_COMPILE", "COMPILE", "auto", "0"),
+            ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
+            ("NO_FA3", "ATTENTION", "auto", "sdpa"),
+            ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
+            ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
+            ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"),
+        )
+    },
 }
 
 # Published names of techniques that are not here: the values at which they are off. None marks
 # a name that has no effect on anything here, whatever its value.
 RETIRED: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys(("DTG_ENABLED", "GATED_ATTENTION", "LATE_K_FP16", "LAWA_ENABLED",
-                     "MTP_NUM_HEADS", "TARGET_MB"), ("0",)),
-    **dict.fromkeys(("GPTQ_CALIB_SAMPLES", "GPTQ_RESERVE_MS", "LAWA_FREQ", "LAWA_K",
-                     "MTP_LOSS_WEIGHT", "MUON_BETA2", "VAL_BATCH_SIZE")),
-    **dict.fromkeys(("CONTROL_TENSOR_NAME_PATTERNS", "FP16_KEEP_NAME_PATTERNS",
-                     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"), ("",)),
-    "ADAM_EPS": ("1e-8", "1e-08"), "BETA1": ("0.9",), "BETA2": ("0.95",), "TARGET_BYTES": ("0",),
-    "MUON_QUANT_BLOCK_SIZE": ("256",), "QAT_CLIP_PCT": ("0.9995",), "Q_SYMMETRIC": ("1",),
-    "AUX_PROJ_MUP": ("1",), "MLP_BITS": ("6",), "ATTN_BITS": ("6",), "EMB_BITS": ("8",),
+    **dict.fromkeys(
+        (
+            "DTG_ENABLED",
+            "GATED_ATTENTION",
+            "LATE_K_FP16",
+            "LAWA_ENABLED",
+            "MTP_NUM_HEADS",
+            "TARGET_MB",
+        ),
+        ("0",),
+    ),
+    **dict.fromkeys(
+        (
+            "GPTQ_CALIB_SAMPLES",
+            "GPTQ_RESERVE_MS",
+            "LAWA_FREQ",
+            "LAWA_K",
+            "MTP_LOSS_WEIGHT",
+            "MUON_BETA2",
+            "VAL_BATCH_SIZE",
+        )
+    ),
+    **dict.fromkeys(
+        (
+            "CONTROL_TENSOR_NAME_PATTERNS",
+            "FP16_KEEP_NAME_PATTERNS",
+            "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+        ),
+        ("",),
+    ),
+    "ADAM_EPS": ("1e-8", "1e-08"),
+    "BETA1": ("0.9",),
+    "BETA2": ("0.95",),
+    "TARGET_BYTES": ("0",),
+    "MUON_QUANT_BLOCK_SIZE": ("256",),
+    "QAT_CLIP_PCT": ("0.9995",),
+    "Q_SYMMETRIC": ("1",),
+    "AUX_PROJ_MUP": ("1",),
+    "MLP_BITS": ("6",),
+    "ATTN_BITS": ("6",),
+    "EMB_BITS": ("8",),
     "AUX_EMB_BITS": ("8",),  # BITS has them all
 }
 
 # Names that begin like this are ours: one that is no setting is a mistake, not somebody else's.
-OWNED_PREFIXES = ("ADAM_", "BACKOUT_", "BIGRAM_", "EMA_", "GPTQ_", "MILE_", "MUON_", "PRUNE_",
-                  "QAT_", "ROPE_", "SMEAR_", "SWA_", "TTT_", "VE_", "VRL_", "WARMDOWN_", "XSA_")
+OWNED_PREFIXES = (
+    "ADAM_",
+    "BACKOUT_",
+    "BIGRAM_",
+    "EMA_",
+    "GPTQ_",
+    "MILE_",
+    "MUON_",
+    "PRUNE_",
+    "QAT_",
+    "ROPE_",
+    "SMEAR_",
+    "SWA_",
+    "TTT_",
+    "VE_",
+    "VRL_",
+    "WARMDOWN_",
+    "XSA_",
+)
 
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
@@ -465,8 +712,10 @@ def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], l
         aliased.add(name)
         stated = given.setdefault(name, value)
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
-            raise Refusal(f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
-                          "is set too: keep one")
+            raise Refusal(
+                f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
+                "is set too: keep one"
+            )
         notes.append(f"{alias}={env[alias].strip()} read as {name}={value.strip()}")
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
@@ -554,23 +803,39 @@ class Run:
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue;
         # rank 0 may quantise long alone before it shares what came out.
-        self.control, self.patient = (dist.new_group(backend="gloo", timeout=timedelta(
-            seconds=times * cfg.watchdog_seconds)) if world_size > 1 and dist.is_initialized()
-            else None for times in (1, 20))
+        self.control, self.patient = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=times * cfg.watchdog_seconds))
+            if world_size > 1 and dist.is_initialized()
+            else None
+            for times in (1, 20)
+        )
 
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> "Iterator[Run]":
         """Open the process group that torchrun's environment describes, if any; close it after."""
-        given = [os.environ.get(name, default) for name, default in (
-            ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))]
+        given = [
+            os.environ.get(name, default)
+            for name, default in (
+                ("RANK", "0"),
+                ("LOCAL_RANK", "0"),
+                ("WORLD_SIZE", "1"),
+                ("LOCAL_WORLD_SIZE", "1"),
+            )
+        ]
         if not all(map(str.isdecimal, given)):
-            raise Refusal(f"RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {given}: expected "
-                          "whole numbers; torchrun sets them, a single process needs none")
+            raise Refusal(
+                f"RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {given}: expected "
+                "whole numbers; torchrun sets them, a single process needs none"
+            )
         rank, local_rank, world_size, here = map(int, given)
         device = pick_device(local_rank, world_size, here)
-        if device.type == "cpu" and here > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and \
-                "MKL_NUM_THREADS" not in os.environ:
+        if (
+            device.type == "cpu"
+            and here > 1
+            and os.environ.get("OMP_NUM_THREADS") == "1"
+            and "MKL_NUM_THREADS" not in os.environ
+        ):
             # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
         store = None
@@ -579,14 +844,20 @@ class Run:
                 store, rank, world_size = next(dist.rendezvous("env://"))
             except (ValueError, RuntimeError) as error:
                 said = str(error).strip().split("\n")[0]
-                raise Refusal(f"WORLD_SIZE={world_size}, but the processes do not find each other "
-                              f"({said}); torchrun sets up all that they need") from None
+                raise Refusal(
+                    f"WORLD_SIZE={world_size}, but the processes do not find each other "
+                    f"({said}); torchrun sets up all that they need"
+                ) from None
             if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
                 # Its store outlives a restart: what dead processes left there must not be found.
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                    rank=rank, world_size=world_size,
-                                    timeout=timedelta(seconds=cfg.watchdog_seconds))
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=cfg.watchdog_seconds),
+            )
         run = cls(cfg, rank, world_size, device)
         before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -629,7 +900,8 @@ class Run:
             store.set(f"rank {self.rank} waited", "")
             while True:
                 missing.difference_update(
-                    r for r in list(missing) if store.check([f"rank {r} waited"]))
+                    r for r in list(missing) if store.check([f"rank {r} waited"])
+                )
                 time.sleep(0.1)
 
         asking = threading.Thread(target=ask, daemon=True)  # a dead rank's store never answers
@@ -639,18 +911,27 @@ class Run:
 
     # Activations are bf16 only where the hardware multiplies it natively.
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-    compiled = property(lambda self: self.cfg.compile == "1" or (
-        self.cfg.compile == "auto" and self.device.type == "cuda"))
+    compiled = property(
+        lambda self: (
+            self.cfg.compile == "1" or (self.cfg.compile == "auto" and self.device.type == "cuda")
+        )
+    )
     adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
     # Windows a forward, of a batch of EVAL_BATCH_SEQS.
-    scored_rows = property(lambda self: self.cfg.eval_batch_seqs if self.device.type != "cpu"
-        else min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len)))
+    scored_rows = property(
+        lambda self: (
+            self.cfg.eval_batch_seqs
+            if self.device.type != "cpu"
+            else min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len))
+        )
+    )
 
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
         if self.world_size > 1:
-            box = torch.tensor(value if op == "most" or self.is_main else -math.inf,
-                               dtype=torch.float64)
+            box = torch.tensor(
+                value if op == "most" or self.is_main else -math.inf, dtype=torch.float64
+            )
             dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
             value = box.item()
         return value
@@ -757,8 +1038,10 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=self.cfg.resume)
         except FileExistsError:
-            raise Refusal(f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
-                          "touched. Choose another RUN_ID, or RESUME=1 to go on") from None
+            raise Refusal(
+                f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
+                "touched. Choose another RUN_ID, or RESUME=1 to go on"
+            ) from None
         ours, paths = asdict(self.cfg), (folder / "settings.json", folder / "train_gpt.py")
         try:
             theirs = dict(json.loads(paths[0].read_bytes())) if paths[0].is_file() else ours
@@ -766,8 +1049,10 @@ class Run:
             raise Refusal(f"RESUME=1: {paths[0]} is damaged: begin a new run") from None
         for name in sorted(ours.keys() - NOT_OF_THE_RESULT):
             if ours[name] != theirs.get(name):
-                raise Refusal(f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
-                              f"in {folder} has {show_setting(theirs.get(name))}")
+                raise Refusal(
+                    f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
+                    f"in {folder} has {show_setting(theirs.get(name))}"
+                )
         if paths[1].is_file() and paths[1].read_bytes() != self.source:
             raise Refusal(f"RESUME=1: {paths[1]} began this run, and another one is running now")
         self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends, however it does
@@ -834,8 +1119,14 @@ class Run:
 
     def progress(self, label: str, **how) -> tqdm:
         """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
-        return tqdm(desc=label, leave=False, disable=None if self.is_main else True,
-                    unit_scale=True, dynamic_ncols=True, **how)
+        return tqdm(
+            desc=label,
+            leave=False,
+            disable=None if self.is_main else True,
+            unit_scale=True,
+            dynamic_ncols=True,
+            **how,
+        )
 
     def mark_ineligible(self, reason: str) -> None:
         """Note why the run cannot stand as a record."""
@@ -844,26 +1135,48 @@ class Run:
 
     def log_header(self, notes: list[str]) -> None:
         """Log what this run takes: settings, versions, machine, source."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" \
+        name = (
+            torch.cuda.get_device_name()
+            if self.device.type == "cuda"
             else f"{torch.get_num_threads()} threads of {processor()}"
+        )
         self.log("\n".join((*notes, *self.cfg.listing())))
-        self.log("versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
-                 "zstandard:{zstd}", "versions", python=sys.version.split()[0],
-                 torch=torch.__version__, numpy=np.__version__, sp=sentencepiece.__version__,
-                 zstd=zstandard.__version__)
-        self.log("machine device:{device} name:{name} world_size:{world_size} dtype:{dtype} "
-                 "compiled:{compiled}", "machine", device=self.device.type, dtype=str(self.dtype),
-                 name=name, world_size=self.world_size, compiled=self.compiled)
-        self.log("source sha256:{sha256} bytes:{num_bytes}", "source", num_bytes=len(self.source),
-                 sha256=hashlib.sha256(self.source).hexdigest())
+        self.log(
+            "versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
+            "zstandard:{zstd}",
+            "versions",
+            python=sys.version.split()[0],
+            torch=torch.__version__,
+            numpy=np.__version__,
+            sp=sentencepiece.__version__,
+            zstd=zstandard.__version__,
+        )
+        self.log(
+            "machine device:{device} name:{name} world_size:{world_size} dtype:{dtype} "
+            "compiled:{compiled}",
+            "machine",
+            device=self.device.type,
+            dtype=str(self.dtype),
+            name=name,
+            world_size=self.world_size,
+            compiled=self.compiled,
+        )
+        self.log(
+            "source sha256:{sha256} bytes:{num_bytes}",
+            "source",
+            num_bytes=len(self.source),
+            sha256=hashlib.sha256(self.source).hexdigest(),
+        )
 
 
 def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
     """The device of one of `here` processes on this host; Refusal without a GPU for each."""
     if torch.cuda.is_available():
         if here > (gpus := torch.cuda.device_count()):
-            raise Refusal(f"{here} processes on this host, but it has {gpus} GPU(s): start one "
-                          "process for each (--nproc_per_node)")
+            raise Refusal(
+                f"{here} processes on this host, but it has {gpus} GPU(s): start one "
+                "process for each (--nproc_per_node)"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     if torch.backends.mps.is_available() and world_size == 1:
@@ -912,12 +1225,16 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
     """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
     size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise Refusal(f"{path}: not a token shard (expected magic {SHARD_MAGIC}, version "
-                      f"{SHARD_VERSION}); make it again with data/prepare.py")
+        raise Refusal(
+            f"{path}: not a token shard (expected magic {SHARD_MAGIC}, version "
+            f"{SHARD_VERSION}); make it again with data/prepare.py"
+        )
     count = int(header[2])
     if size != SHARD_HEADER_BYTES + TOKEN_BYTES * count or count < 1:
-        raise Refusal(f"{path}: {size:,} bytes do not hold the {count:,} tokens that its header "
-                      "promises: delete it and run data/prepare.py again")
+        raise Refusal(
+            f"{path}: {size:,} bytes do not hold the {count:,} tokens that its header "
+            "promises: delete it and run data/prepare.py again"
+        )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
     check_ids(tokens[:scan_tokens], vocab_size, str(path))
     return tokens
@@ -926,8 +1243,10 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Refusal) -> None:
     """Raise `error` if a token id is outside the vocabulary."""
     if (largest := int(tokens.max())) >= vocab_size:
-        raise error(f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
-                    "the shards belong to another tokenizer")
+        raise error(
+            f"{where}: token id {largest} is outside VOCAB_SIZE={vocab_size}; "
+            "the shards belong to another tokenizer"
+        )
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
@@ -957,8 +1276,10 @@ class TrainingRows:
         self.epoch = -1
         self.order: np.ndarray = np.empty(0, np.uint32)  # of the epoch's blocks
         if not self.num_blocks:
-            raise Refusal(f"DATA_PATH={cfg.data_path}: no shard holds a row of "
-                          f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more")
+            raise Refusal(
+                f"DATA_PATH={cfg.data_path}: no shard holds a row of "
+                f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more"
+            )
 
     def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
@@ -979,8 +1300,10 @@ class TrainingRows:
         epoch, position = divmod(n, self.num_blocks)
         if epoch != self.epoch:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.epoch, self.order = epoch, generator.permutation(
-                np.arange(self.num_blocks, dtype=np.uint32))
+            self.epoch, self.order = (
+                epoch,
+                generator.permutation(np.arange(self.num_blocks, dtype=np.uint32)),
+            )
         block = int(self.order[position])
         shard = int(np.searchsorted(self.first_block, block, side="right")) - 1
         start = (block - int(self.first_block[shard])) * self.seq_len
@@ -1005,8 +1328,14 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.nda
     """
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
     no_text = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-    counts = [1 if tokenizer.is_byte(token) else 0 if any(kind(token) for kind in no_text)
-              else len(piece.replace("\u2581", " ").encode()) for token, piece in enumerate(pieces)]
+    counts = [
+        1
+        if tokenizer.is_byte(token)
+        else 0
+        if any(kind(token) for kind in no_text)
+        else len(piece.replace("\u2581", " ").encode())
+        for token, piece in enumerate(pieces)
+    ]
     prefixed = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     opening = [prefixed and piece.startswith("\u2581") for piece in pieces]
     return np.array(counts, np.int16), np.array(opening, np.int16)
@@ -1051,30 +1380,46 @@ def load_validation(cfg: Config) -> Validation:
     paths, sidecar = shard_paths(cfg.data_path, "val"), read_sidecar(cfg.data_path)
     tokenizer_hash = sha256_of(tokenizer_path)
     if tokenizer_hash != sidecar["tokenizer"]["sha256"]:
-        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} (sha256 {tokenizer_hash[:12]}) is not the "
-                      f"shards' tokenizer, sha256 {sidecar['tokenizer']['sha256'][:12]}")
+        raise Refusal(
+            f"TOKENIZER_PATH={tokenizer_path} (sha256 {tokenizer_hash[:12]}) is not the "
+            f"shards' tokenizer, sha256 {sidecar['tokenizer']['sha256'][:12]}"
+        )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
     except (OSError, RuntimeError) as error:
         raise Refusal(f"{tokenizer_path}: not a SentencePiece model ({error})") from None
     if tokenizer.vocab_size() != cfg.vocab_size or tokenizer.bos_id() != BOS:
-        raise Refusal(f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
-                      f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}")
+        raise Refusal(
+            f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
+            f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}"
+        )
     if {path.name: sha256_of(path) for path in paths} != sidecar["val_shards"]:
-        raise Refusal(f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
-                      "records; delete that folder and run data/prepare.py again")
+        raise Refusal(
+            f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
+            "records; delete that folder and run data/prepare.py again"
+        )
     tokens = np.concatenate([open_shard(path, cfg.vocab_size) for path in paths])
     counts, opening = piece_bytes(tokenizer)
     target_bytes = counts[tokens[1:]] - opening[tokens[1:]] * (tokens[:-1] == BOS)
     counted = int(target_bytes.sum(dtype=np.int64)) + int(counts[tokens[0]])
     if counted != sidecar["encoded_bytes"]:
-        raise Refusal(f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
-                      f"records {sidecar['encoded_bytes']:,}: run data/prepare.py again")
-    val = Validation(tokens, target_bytes.astype(np.int16), sidecar["fingerprint"],
-                     tokenizer_hash, int((tokens == BOS).sum()), counted)
+        raise Refusal(
+            f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
+            f"records {sidecar['encoded_bytes']:,}: run data/prepare.py again"
+        )
+    val = Validation(
+        tokens,
+        target_bytes.astype(np.int16),
+        sidecar["fingerprint"],
+        tokenizer_hash,
+        int((tokens == BOS).sum()),
+        counted,
+    )
     if not target_bytes[: val.num_targets(cfg)].any():
-        raise Refusal(f"{len(tokens):,} validation tokens in {cfg.data_path} leave none to score: "
-                      f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}")
+        raise Refusal(
+            f"{len(tokens):,} validation tokens in {cfg.data_path} leave none to score: "
+            f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}"
+        )
     return val
 
 
@@ -1111,8 +1456,11 @@ class RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """scale x / sqrt(mean(x^2) + eps) over the last dimension."""
-    return RmsNorm.apply(x, scale) if x.device.type == "cpu" else \
-        F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
+    return (
+        RmsNorm.apply(x, scale)
+        if x.device.type == "cpu"
+        else F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
+    )
 
 
 def like(parameter: Tensor, x: Tensor) -> Tensor:
@@ -1223,14 +1571,17 @@ def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKer
 
     Its sources are tried in turn. Raises Refusal if ATTENTION=fa3 and it is not to be had.
     """
+
     def flash(source: str) -> AttentionKernel:
         """The kernel of a package, if it works; the hub's is downloaded once."""
         module = __import__(source)
         if source == "kernels":
             module = module.get_kernel("kernels-community/flash-attn3", version=1)
         attend = functools.partial(module.flash_attn_func, causal=True)
-        q, kv = (torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
-                 for heads in (cfg.num_heads, cfg.num_kv_heads))
+        q, kv = (
+            torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
+            for heads in (cfg.num_heads, cfg.num_kv_heads)
+        )
         as_tuple = isinstance(attend(q, kv, kv), tuple)
         return (lambda q, k, v: attend(q, k, v)[0]) if as_tuple else attend
 
@@ -1262,8 +1613,9 @@ class Attention(nn.Module):
         self.c_q, self.c_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, width)
         self.c_v, self.proj = Linear(cfg.model_dim, width), Linear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) \
-            if cfg.vrl_mode == "mix" and layer else None
+        self.vr_lambda = (
+            nn.Parameter(torch.full((2,), 0.5)) if cfg.vrl_mode == "mix" and layer else None
+        )
         self.kernel, self.head_dim = kernel, cfg.head_dim
         self.xsa = exclude_own_value if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y
 
@@ -1275,8 +1627,13 @@ class Attention(nn.Module):
             v = first * first_v + own * v
         return v
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], extra_v: Tensor | None,
-                first_v: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        extra_v: Tensor | None,
+        first_v: Tensor | None,
+    ) -> Tensor:
         """x: (B, T, D); added to the values and layer 0's: (B, T, G*K) -> (B, T, D)."""
         q, k, v = self.c_q(x), self.c_k(x), self.values(x, extra_v, first_v)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
@@ -1299,7 +1656,7 @@ class SquaredLeaky(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         """2 h leaky_relu'(u) g, where h leaky_relu'(u) is leaky_relu(h)."""
-        h, = ctx.saved_tensors
+        (h,) = ctx.saved_tensors
         return F.leaky_relu(h, ctx.slope).mul_(grad).mul_(2.0), None
 
 
@@ -1348,9 +1705,16 @@ class Block(nn.Module):
         keep, inject = like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
 
-    def forward(self, x: Tensor, x0: Tensor, read: Tensor | None,
-                rotation: tuple[Tensor, Tensor], extra_v: Tensor | None, first_v: Tensor | None,
-                s: float | Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        read: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        extra_v: Tensor | None,
+        first_v: Tensor | None,
+        s: float | Tensor,
+    ) -> Tensor:
         """The stream (B, T, D) -> (B, T, D); attention reads an earlier one where it is given."""
         a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
         u = self.mixed(x, x0)
@@ -1369,13 +1733,21 @@ class HeadNats(torch.autograd.Function):
     ROWS = 128  # at a time
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, cap: float,
-                gamma: Tensor | None, clamp_min: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        cap: float,
+        gamma: Tensor | None,
+        clamp_min: float,
+    ) -> tuple[Tensor, Tensor]:
         """Of hidden (B, T, D), head (V, D) and targets (B, T): what GPT.forward gives."""
         hidden, shape, nats, weights = hidden.flatten(0, 1), targets.shape, [], []
         pull = hidden.new_empty(len(hidden), len(head))
-        for own, at, bent in zip(*(x.split(HeadNats.ROWS) for x in (
-                hidden, targets.reshape(-1, 1), pull)), strict=True):
+        for own, at, bent in zip(
+            *(x.split(HeadNats.ROWS) for x in (hidden, targets.reshape(-1, 1), pull)), strict=True
+        ):
             torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
             logits = cap * bent
             total = logits.logsumexp(-1, keepdim=True)
@@ -1392,15 +1764,25 @@ class HeadNats(torch.autograd.Function):
         """Of hidden and head, the only inputs that have one."""
         (hidden, head, pull), shape = ctx.saved_tensors, grad.shape
         grad = grad.reshape(-1, 1)
-        return ((grad * (pull @ head)).view(*shape, -1), pull.t() @ (grad * hidden),
-                None, None, None, None)
+        return (
+            (grad * (pull @ head)).view(*shape, -1),
+            pull.t() @ (grad * hidden),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class GPT(nn.Module):
     """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
 
-    def __init__(self, cfg: Config, kernel: AttentionKernel = sdpa_attention,
-                 dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        kernel: AttentionKernel = sdpa_attention,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.cfg, self.dtype, layers, half = cfg, dtype, cfg.num_layers, cfg.num_layers // 2
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
@@ -1414,9 +1796,11 @@ class GPT(nn.Module):
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
         self.vrl_alphas = nn.ParameterList(
-            torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0))
-        self.backout_lambda = nn.Parameter(torch.tensor(cfg.backout_init)) \
-            if cfg.backout_layer >= 0 else None
+            torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0)
+        )
+        self.backout_lambda = (
+            nn.Parameter(torch.tensor(cfg.backout_init)) if cfg.backout_layer >= 0 else None
+        )
 
     head = property(lambda self: self.tok_emb if self.lm_head is None else self.lm_head)
 
@@ -1465,8 +1849,13 @@ class GPT(nn.Module):
         z, cap = F.linear(hidden, like(self.head.weight, hidden)).float(), self.cfg.logit_softcap
         return cap * z.div_(cap).tanh_()
 
-    def forward(self, input_ids: Tensor, target_ids: Tensor, mile_gamma: Tensor | None = None,
-                places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        mile_gamma: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T).
 
         With `places` (B, S) in the rows the targets are those of these places: (B, S) -> (B, S).
@@ -1477,8 +1866,9 @@ class GPT(nn.Module):
         # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
         if hidden.requires_grad and not plain:
-            return HeadNats.apply(hidden, self.head.weight, target_ids, self.cfg.logit_softcap,
-                                  mile_gamma, clamp_min)
+            return HeadNats.apply(
+                hidden, self.head.weight, target_ids, self.cfg.logit_softcap, mile_gamma, clamp_min
+            )
         logits = self.logits(hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none")
         return nats.view_as(target_ids), mile_weights(logits, mile_gamma, clamp_min)
@@ -1539,10 +1929,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
 MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
 
-GAINS = r"blocks\.\d+\.(attn\.(q_gain|vr_lambda)|attn_scale|mlp_scale|resid_mix)|skip_weights|" \
-        r"smear\.gate|(bigram|ve_shared)\.scale|backout_lambda|(ve_layer_scales|vrl_alphas)\.\d+"
+GAINS = (
+    r"blocks\.\d+\.(attn\.(q_gain|vr_lambda)|attn_scale|mlp_scale|resid_mix)|skip_weights|"
+    r"smear\.gate|(bigram|ve_shared)\.scale|backout_lambda|(ve_layer_scales|vrl_alphas)\.\d+"
+)
 AUXILIARY = r"(bigram|ve_shared)\.proj\.weight"
 # Rows that OPTIMIZER_ROUTING puts before the common ones.
+# fmt: off
 ROUTES_FIRST = {
     "standard": (),
     "banks": ((AUXILIARY,                               "adam", "scalar_lr",     "adam_wd"),),
@@ -1560,6 +1953,7 @@ ROUTES = (
     (AUXILIARY,                                         "muon", "matrix_lr",     "muon_wd"),
     (GAINS,                                             "adam", "scalar_lr",     "adam_wd"),
 )
+# fmt: on
 
 
 def route_parameters(cfg: Config, model: nn.Module) -> list[dict]:
@@ -1571,9 +1965,17 @@ def route_parameters(cfg: Config, model: nn.Module) -> list[dict]:
         row = next((row for row in routes if re.fullmatch(row[0], name)), None)
         if row is None:
             raise ValueError(f"parameter {name} matches no row of ROUTES")
-        group = groups.setdefault(row[0], {
-            "route": row[0], "optimizer": row[1], "params": [], "names": [],
-            "base_lr": rates[row[2]] * cfg.lr_mult, "weight_decay": rates[row[3]]})
+        group = groups.setdefault(
+            row[0],
+            {
+                "route": row[0],
+                "optimizer": row[1],
+                "params": [],
+                "names": [],
+                "base_lr": rates[row[2]] * cfg.lr_mult,
+                "weight_decay": rates[row[3]],
+            },
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -1618,15 +2020,24 @@ class Muon(torch.optim.Optimizer):
     and updates of its part only, and all gather the updates.
     """
 
-    def __init__(self, groups: list[dict], steps: int, dtype: torch.dtype, packed: bool = False,
-                 decay_first: bool = True, run: "Run | None" = None) -> None:
+    def __init__(
+        self,
+        groups: list[dict],
+        steps: int,
+        dtype: torch.dtype,
+        packed: bool = False,
+        decay_first: bool = True,
+        run: "Run | None" = None,
+    ) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
         self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
         self.run = run or Run(Config(), 0, 1, torch.device("cpu"))
         self.shares: list[Callable[[], Tensor]] = []  # of launched sums
-        self.stacks = [(group, [w for w in group["params"] if w.shape == shape])
-                       for group in self.param_groups
-                       for shape in dict.fromkeys(w.shape for w in group["params"])]
+        self.stacks = [
+            (group, [w for w in group["params"] if w.shape == shape])
+            for group in self.param_groups
+            for shape in dict.fromkeys(w.shape for w in group["params"])
+        ]
 
     def launch(self) -> None:
         """Stack the gradients of each shape and start to sum them over ranks."""
@@ -1640,8 +2051,11 @@ class Muon(torch.optim.Optimizer):
         """This rank's share (m, r, c) of each launched stack, or of those of one group."""
         if not self.shares:
             self.launch()
-        return [wait() for (of, _), wait in zip(self.stacks, self.shares, strict=True)
-                if group is None or of is group]
+        return [
+            wait()
+            for (of, _), wait in zip(self.stacks, self.shares, strict=True)
+            if group is None or of is group
+        ]
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without closures
@@ -1657,8 +2071,9 @@ class Muon(torch.optim.Optimizer):
             rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
             torch._foreach_mul_(weights, decay)
             # Decay that comes after the step decays the step as well.
-            torch._foreach_add_(weights, update.unbind(),
-                                alpha=-rate * (1.0 if self.decay_first else decay))
+            torch._foreach_add_(
+                weights, update.unbind(), alpha=-rate * (1.0 if self.decay_first else decay)
+            )
         self.shares = []
 
     def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
@@ -1672,9 +2087,13 @@ class Muon(torch.optim.Optimizer):
 
     def whole_momentum(self) -> list[list[Tensor]]:
         """The momentum of each stack from all ranks, (n, ...); packed as two tensors."""
-        return [[self.run.gather(part)()[: len(weights)]
-                 for part in self.state[weights[0]].get("momentum", ())]
-                for _, weights in self.stacks]
+        return [
+            [
+                self.run.gather(part)()[: len(weights)]
+                for part in self.state[weights[0]].get("momentum", ())
+            ]
+            for _, weights in self.stacks
+        ]
 
     def load_momentum(self, whole: list[list[Tensor]]) -> None:
         """Take this rank's share of what whole_momentum() gave, on any number of ranks."""
@@ -1683,13 +2102,22 @@ class Muon(torch.optim.Optimizer):
                 self.state[weights[0]]["momentum"] = tuple(map(self.run.share_of, parts))
 
 
-def build_optimizers(cfg: Config, groups: list[dict], dtype: torch.dtype,
-                     run: "Run | None" = None) -> list:
+def build_optimizers(
+    cfg: Config, groups: list[dict], dtype: torch.dtype, run: "Run | None" = None
+) -> list:
     """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
     adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
-    return [torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
-            Muon(muon, cfg.muon_backend_steps, dtype, packed=cfg.muon_quant_momentum,
-                 decay_first=cfg.muon_wd_order == "before", run=run)]
+    return [
+        torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
+        Muon(
+            muon,
+            cfg.muon_backend_steps,
+            dtype,
+            packed=cfg.muon_quant_momentum,
+            decay_first=cfg.muon_wd_order == "before",
+            run=run,
+        ),
+    ]
 
 
 def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
@@ -1751,11 +2179,17 @@ class Schedule:
         self.last_seconds = seconds
         cfg = self.cfg
         scale = decay_scale(*self.remaining_and_warmdown(step, seconds), cfg.warmdown_type)
-        ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0) \
-            if cfg.muon_momentum_warmup_steps else 1.0
+        ramp = (
+            min(step / cfg.muon_momentum_warmup_steps, 1.0)
+            if cfg.muon_momentum_warmup_steps
+            else 1.0
+        )
         # Late QAT stays on once it is on: the scale is measured and may waver.
-        self.qat = self.qat or cfg.qat_mode == "always" or \
-            (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
+        self.qat = (
+            self.qat
+            or cfg.qat_mode == "always"
+            or (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
+        )
         gamma = cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS)
         snapshot = scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0
         # The last step must end inside the budget, after those still in a GPU's queue.
@@ -1777,20 +2211,31 @@ REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # saved by compiled blocks, at least; 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
 
-def training_nats(model: GPT, input_ids: Tensor, target_ids: Tensor,
-                  grids: dict[str, int] | None = None, mile_gamma: Tensor | None = None,
-                  places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def training_nats(
+    model: GPT,
+    input_ids: Tensor,
+    target_ids: Tensor,
+    grids: dict[str, int] | None = None,
+    mile_gamma: Tensor | None = None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Nats of each target and its weight in the loss (B, T), QAT rounding weights to `grids`."""
     given = (input_ids, target_ids, mile_gamma, places)
-    return torch.func.functional_call(model, fake_quantized(model, grids), given) if grids \
+    return (
+        torch.func.functional_call(model, fake_quantized(model, grids), given)
+        if grids
         else model(*given)
+    )
 
 
 def make_forward(run: Run) -> Forward:
     """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
     torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may leave ten
-    return torch.compile(training_nats, fullgraph=True, dynamic=False) if run.compiled \
+    return (
+        torch.compile(training_nats, fullgraph=True, dynamic=False)
+        if run.compiled
         else training_nats
+    )
 
 
 def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
@@ -1807,8 +2252,9 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
     run.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
 
 
-def backward(forward: Forward, model: GPT, batch: tuple[Tensor, Tensor], moment: Moment,
-             run: Run) -> list[Tensor]:
+def backward(
+    forward: Forward, model: GPT, batch: tuple[Tensor, Tensor], moment: Moment, run: Run
+) -> list[Tensor]:
     """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
     cfg, (ids, targets) = run.cfg, map(run.put, batch)
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
@@ -1823,25 +2269,48 @@ def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[l
     muons = [opt for opt in optimizers if isinstance(opt, Muon)]
     for muon in muons:
         muon.launch()  # travels while the small gradients are packed and summed
-    reduce_gradients([p for opt in optimizers if opt not in muons for group in opt.param_groups
-                      for p in group["params"]], others, run)
-    return [opt.gradients(group) if opt in muons else [p.grad for p in group["params"]]
-            for opt in optimizers for group in opt.param_groups]
+    reduce_gradients(
+        [
+            p
+            for opt in optimizers
+            if opt not in muons
+            for group in opt.param_groups
+            for p in group["params"]
+        ],
+        others,
+        run,
+    )
+    return [
+        opt.gradients(group) if opt in muons else [p.grad for p in group["params"]]
+        for opt in optimizers
+        for group in opt.param_groups
+    ]
 
 
 def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) -> Tensor:
     """Norm of each group's gradient, whoever holds its parts."""
     shared = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
-    squares = torch.stack([  # what every rank holds whole is counted on one
-        torch.nn.utils.get_total_norm(group).square() * (part or run.is_main or run.sharers == 1)
-        for group, part in zip(gradients, shared, strict=True)])
+    squares = torch.stack(
+        [  # what every rank holds whole is counted on one
+            torch.nn.utils.get_total_norm(group).square()
+            * (part or run.is_main or run.sharers == 1)
+            for group, part in zip(gradients, shared, strict=True)
+        ]
+    )
     if run.sharers > 1:
         run.add_up([squares])
     return squares.sqrt()
 
 
-def train_step(forward: Forward, model: GPT, optimizers: list, rows: TrainingRows, step: int,
-               moment: Moment, run: Run) -> Tensor:
+def train_step(
+    forward: Forward,
+    model: GPT,
+    optimizers: list,
+    rows: TrainingRows,
+    step: int,
+    moment: Moment,
+    run: Run,
+) -> Tensor:
     """One optimizer step; returns [mean loss, then the gradient norm of each group].
 
     The loss is sum(w nats) / sum(w) over the global batch, w = 1 but for MiLe, divided last.
@@ -1873,12 +2342,14 @@ def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None
     """Raise FloatingPointError naming step and tensors if a loss or gradient is not finite."""
     if not all(map(math.isfinite, stats)):
         bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
-        raise FloatingPointError(f"step {step}: loss {stats[0]}, gradient not finite in: "
-                                 f"{'; '.join(bad) or 'no group'}")
+        raise FloatingPointError(
+            f"step {step}: loss {stats[0]}, gradient not finite in: {'; '.join(bad) or 'no group'}"
+        )
 
 
-def fit_micro_batch(forward: Forward, model: GPT, rows: TrainingRows, moment: Moment,
-                    run: Run) -> None:
+def fit_micro_batch(
+    forward: Forward, model: GPT, rows: TrainingRows, moment: Moment, run: Run
+) -> None:
     """Halve the rows of a forward until every rank's memory holds them and what training keeps.
 
     Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
@@ -1894,14 +2365,17 @@ def fit_micro_batch(forward: Forward, model: GPT, rows: TrainingRows, moment: Mo
         if not run.agree(failed, "most"):
             return
         if cfg.micro_batch_seqs or run.micro_batch_rows == 1:
-            raise torch.OutOfMemoryError(f"{run.micro_batch_rows} rows a forward are too many: "
-                                         "lower MICRO_BATCH_SEQS, or take a smaller model")
+            raise torch.OutOfMemoryError(
+                f"{run.micro_batch_rows} rows a forward are too many: "
+                "lower MICRO_BATCH_SEQS, or take a smaller model"
+            )
         run.micro_batch_rows //= 2
         run.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
 
 
-def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment],
-                   run: Run) -> None:
+def compile_blocks(
+    forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment], run: Run
+) -> None:
     """On a CPU, compile one block for the training of all layers, if the run should earn it back.
 
     Only for runs by the clock, as what times decide does not repeat. Kept if trial passes of all
@@ -1932,9 +2406,15 @@ def compile_blocks(forward: Forward, model: GPT, rows: TrainingRows, moments: li
     if run.agree(compiled / plain if kinds else 0.0, "most") >= 1.0:  # some ranks have no rows
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
-    run.log("blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
-            "blocks_compiled", kept="no" if model.compiled_block is None else "yes", why=why,
-            seconds=compiling, before=1e3 * plain, after=1e3 * compiled)
+    run.log(
+        "blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
+        "blocks_compiled",
+        kept="no" if model.compiled_block is None else "yes",
+        why=why,
+        seconds=compiling,
+        before=1e3 * plain,
+        after=1e3 * compiled,
+    )
 
 
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
@@ -2029,21 +2509,31 @@ class Training:
         if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
             raise FloatingPointError(f"step {self.step}: {bad[0]} is not finite any more")
         run.check_replicas(self.model, self.step)
-        run.save_checkpoint({
-            "step": self.step, "seconds": seconds, "data": self.data, "momentum": momentum,
-            "model": self.model.state_dict(), "adam": self.adam.state_dict(),
-            "averages": [average.state_dict() for average in self.averages.kept.values()],
-            "snapshots": self.averages.snapshots,
-            "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
-            "occasions": dict(run.occasions), "activity": dict(run.activity),
-            "last_logged_share": run.last_logged_share})
+        run.save_checkpoint(
+            {
+                "step": self.step,
+                "seconds": seconds,
+                "data": self.data,
+                "momentum": momentum,
+                "model": self.model.state_dict(),
+                "adam": self.adam.state_dict(),
+                "averages": [average.state_dict() for average in self.averages.kept.values()],
+                "snapshots": self.averages.snapshots,
+                "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
+                "occasions": dict(run.occasions),
+                "activity": dict(run.activity),
+                "last_logged_share": run.last_logged_share,
+            }
+        )
 
     def restore(self, saved: dict) -> None:
         """Go on from a checkpoint; raises RuntimeError if it is of other data."""
         run, schedule = self.run, self.schedule
         if saved["data"] != self.data:
-            raise RuntimeError(f"the checkpoint was made on other data ({saved['data']}, now "
-                               f"{self.data}): give the run its data back, or begin a new one")
+            raise RuntimeError(
+                f"the checkpoint was made on other data ({saved['data']}, now "
+                f"{self.data}): give the run its data back, or begin a new one"
+            )
         self.step, self.saved_at = saved["step"], saved["seconds"]
         run.training_clock.banked = saved["seconds"]
         self.model.load_state_dict(saved["model"])
@@ -2056,8 +2546,12 @@ class Training:
         schedule.step_seconds.extend(saved["schedule"][2])
         run.occasions, run.activity = Counter(saved["occasions"]), Counter(saved["activity"])
         run.last_logged_share = saved["last_logged_share"]
-        run.log("resumed from step:{step} train_time:{ms:.0f}ms", "resumed", step=self.step,
-                ms=1e3 * saved["seconds"])
+        run.log(
+            "resumed from step:{step} train_time:{ms:.0f}ms",
+            "resumed",
+            step=self.step,
+            ms=1e3 * saved["seconds"],
+        )
         run.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
 
     def stop(self, asked: int) -> None:
@@ -2094,12 +2588,21 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 run.settle()
                 with run.training_clock.running(False):
-                    report(f"step:{step}/{cfg.iterations}",
-                           evaluate("validation", forward, model, val, run), run, step)
+                    report(
+                        f"step:{step}/{cfg.iterations}",
+                        evaluate("validation", forward, model, val, run),
+                        run,
+                        step,
+                    )
             if qat_starts := moment.qat and not qat_started:
-                run.log("{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
-                        f"{cfg.qat_mode}_qat", mode=cfg.qat_mode, step=step,
-                        scale=moment.lr_scale, matrices=matrices)
+                run.log(
+                    "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+                    f"{cfg.qat_mode}_qat",
+                    mode=cfg.qat_mode,
+                    step=step,
+                    scale=moment.lr_scale,
+                    matrices=matrices,
+                )
             if "swa" in cfg.avg_mode and moment.snapshot and not run.activity["swa"]:
                 run.log(f"swa:start step:{step + 1}")
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
@@ -2117,9 +2620,14 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     run.phase = "calibration"  # a signal ends the run at once from here on
     state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
     run.trained_seconds = run.training_clock.elapsed()
-    run.log("{reason} train_time:{ms:.0f}ms step:{step}/{iterations}", "trained", step=step,
-            ms=1e3 * run.trained_seconds, iterations=cfg.iterations, reason="stopping: last step"
-            if step == cfg.iterations else "stopping_early: wallclock_cap")
+    run.log(
+        "{reason} train_time:{ms:.0f}ms step:{step}/{iterations}",
+        "trained",
+        step=step,
+        ms=1e3 * run.trained_seconds,
+        iterations=cfg.iterations,
+        reason="stopping: last step" if step == cfg.iterations else "stopping_early: wallclock_cap",
+    )
     return state.averages.result(run)
 
 
@@ -2128,8 +2636,15 @@ def share_of_run(cfg: Config, step: int, seconds: float) -> float:
     return step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
 
 
-def log_step(stats: Callable[[], list[float]], moment: Moment, show: bool, step: int,
-             seconds: float, groups: list[dict], run: Run) -> None:
+def log_step(
+    stats: Callable[[], list[float]],
+    moment: Moment,
+    show: bool,
+    step: int,
+    seconds: float,
+    groups: list[dict],
+    run: Run,
+) -> None:
     """Check the step-th step, which is finished; note it, and log it if its turn has come."""
     loss, *norms = stats()
     refuse_non_finite([loss, *norms], step, groups)
@@ -2138,11 +2653,21 @@ def log_step(stats: Callable[[], list[float]], moment: Moment, show: bool, step:
     show = show or step <= 10 or (step % every == 0 if every else part > run.last_logged_share)
     if show:
         run.last_logged_share = part
-    template = ("step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
-                "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s")
-    run.log(template if show else "", "step", step=step, iterations=cfg.iterations,
-            train_loss=loss, ms=1e3 * seconds, step_avg=1e3 * seconds / step,
-            lr_scale=moment.lr_scale, eta=max(0.0, seconds * (1 - share) / max(share, 1e-9)))
+    template = (
+        "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
+        "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s"
+    )
+    run.log(
+        template if show else "",
+        "step",
+        step=step,
+        iterations=cfg.iterations,
+        train_loss=loss,
+        ms=1e3 * seconds,
+        step_avg=1e3 * seconds / step,
+        lr_scale=moment.lr_scale,
+        eta=max(0.0, seconds * (1 - share) / max(share, 1e-9)),
+    )
 
 
 def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
@@ -2164,8 +2689,13 @@ def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
 def log_activity(run: Run) -> None:
     """Log how often each scheduled technique was active; warn of any that never was."""
     for name, occasions in run.occasions.items():
-        run.log("activity {name} steps:{steps} of:{of}", "activity", name=name,
-                steps=run.activity[name], of=occasions)
+        run.log(
+            "activity {name} steps:{steps} of:{of}",
+            "activity",
+            name=name,
+            steps=run.activity[name],
+            of=occasions,
+        )
         if not run.activity[name]:
             run.log(f"warning: {name} was configured and never acted")
 
@@ -2247,8 +2777,11 @@ def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
     for name, bits in grids.items():
         weight = model.get_parameter(name)
         levels, magnitude = largest_integer(bits), weight.detach().abs()
-        clip = row_quantile(magnitude, QAT_QUANTILE) if model.cfg.qat_clip == "quantile" \
+        clip = (
+            row_quantile(magnitude, QAT_QUANTILE)
+            if model.cfg.qat_clip == "quantile"
             else magnitude.amax(dim=1, keepdim=True)
+        )
         scale = row_scales(clip, levels, model.cfg.q_scale_floor)
         grid = torch.round(weight.detach() / scale).clamp(-levels, levels) * scale
         seen[name] = weight + (grid - weight.detach())
@@ -2315,8 +2848,11 @@ def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> S
     """
     scales, dead = clip_candidates(W, bits, cfg, sigmas).half(), H.diagonal() == 0
     H, step = H + torch.diag(dead.float()), scales.float().unsqueeze(-1)  # (candidates, r, 1)
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if cfg.gptq_actorder \
+    order = (
+        torch.argsort(H.diagonal(), descending=True, stable=True)
+        if cfg.gptq_actorder
         else torch.arange(W.size(1), device=W.device)
+    )
     W, H = W.masked_fill(dead, 0.0)[:, order], H[order][:, order]
     Q = feed_back(W, step, inverse_factor(H), bits, cfg)
     delta = W - Q * step
@@ -2375,8 +2911,9 @@ def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Te
 
 
 @torch.no_grad()
-def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches: int,
-                     deadline: float, run: Run) -> dict[str, Tensor]:
+def collect_hessians(
+    model: GPT, batch_of: Callable[[int], Tensor], num_batches: int, deadline: float, run: Run
+) -> dict[str, Tensor]:
     """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
 
     batch_of(n) gives the ids (B, T) of batch n. Ranks take a batch each until for any of them
@@ -2384,18 +2921,24 @@ def collect_hessians(model: GPT, batch_of: Callable[[int], Tensor], num_batches:
     them only with QUANT_CLIP=std.
     """
     head = "" if model.cfg.quant_clip != "std" else "lm_head" if model.lm_head else "tok_emb"
-    sums = {hessian_source(name): torch.zeros(2 * [module.weight.size(1)], device=run.device)
-            for name, module in model.named_modules()
-            if (name == head != "" or (isinstance(module, Linear) and name != "lm_head"))
-            and bits_of(model.cfg, f"{name}.weight", module.weight)}
+    sums = {
+        hessian_source(name): torch.zeros(2 * [module.weight.size(1)], device=run.device)
+        for name, module in model.named_modules()
+        if (name == head != "" or (isinstance(module, Linear) and name != "lm_head"))
+        and bits_of(model.cfg, f"{name}.weight", module.weight)
+    }
     seen = torch.zeros(1, device=run.device)
 
     def add(name: str, x: Tensor) -> None:
         x = x.flatten(0, -2).float()
         sums[name].addmm_(x.T, x)
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(
-        lambda module, inputs, name=name: add(name, inputs[0])) for name in sums.keys() - {head}]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: add(name, inputs[0])
+        )
+        for name in sums.keys() - {head}
+    ]
     rounds = range(run.rank, num_batches + run.rank, run.world_size)  # as many on every rank
     for batch in run.progress("calibrating", iterable=rounds, unit="batch"):
         start = run.training_clock.elapsed()
@@ -2423,8 +2966,12 @@ def calibration_reserve(batch_seconds: float, run: Run) -> float:
         return 0.0
     share = math.ceil(cfg.gptq_calib_batches / run.world_size)
     reserve = min(1.2 * share * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
-    run.log("calibration reserve:{seconds:.1f}s batches:{batches}", "reserve", seconds=reserve,
-            batches=cfg.gptq_calib_batches)
+    run.log(
+        "calibration reserve:{seconds:.1f}s batches:{batches}",
+        "reserve",
+        seconds=reserve,
+        batches=cfg.gptq_calib_batches,
+    )
     return reserve
 
 
@@ -2439,14 +2986,21 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
 
     if cfg.gptq_calib == "selfgen":
         mine = range(run.rank, cfg.gptq_calib_batches, run.world_size)
-        batch_of = {n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
-                    for n in run.progress("drawing rows", iterable=mine, unit="batch")}.__getitem__
+        batch_of = {
+            n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
+            for n in run.progress("drawing rows", iterable=mine, unit="batch")
+        }.__getitem__
     with run.training_clock.running() if inside else contextlib.nullcontext():
         deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
         hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
     used = run.agree(run.training_clock.elapsed())
-    run.log("gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms", "calibrated",
-            source=cfg.gptq_calib, tokens=run.calibration_tokens, ms=1e3 * used)
+    run.log(
+        "gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms",
+        "calibrated",
+        source=cfg.gptq_calib,
+        tokens=run.calibration_tokens,
+        ms=1e3 * used,
+    )
     return hessians
 
 
@@ -2464,8 +3018,9 @@ def prune_integers(stored: dict[str, Stored], share: float) -> int:
 
 
 @torch.no_grad()
-def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
-             factor: float = 1.0) -> dict[str, Stored]:
+def quantize(
+    model: GPT, hessians: dict[str, Tensor], run: Run, factor: float = 1.0
+) -> dict[str, Stored]:
     """Every parameter as it will be stored: integers where BITS says so, else fp16; pruned.
 
     `factor` multiplies CLIP_SIGMAS.
@@ -2486,8 +3041,9 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
         if not bits:
             made = Stored(W.half())
         elif H is None:
-            made = int8_rows(W) if bits == 8 and cfg.quant_clip != "std" \
-                else round_to_nearest(W, *how)
+            made = (
+                int8_rows(W) if bits == 8 and cfg.quant_clip != "std" else round_to_nearest(W, *how)
+            )
         else:
             H = H.to(device)
             try:
@@ -2498,12 +3054,21 @@ def quantize(model: GPT, hessians: dict[str, Tensor], run: Run,
         stored[name] = Stored(made.values.cpu(), None if made.scale is None else made.scale.cpu())
     low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
     if cfg.prune_pct and low:
-        run.log("prune:zeroed {zeroed} of {of} integers below 8 bits", "pruned",
-                zeroed=prune_integers(low, cfg.prune_pct),
-                of=sum(s.values.numel() for s in low.values()))
-    run.log("gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
-            "objective:{objective:.6g}", "quantized", variant=cfg.gptq_variant, fallbacks=fallbacks,
-            matrices=sum(s.scale is not None for s in stored.values()), objective=objective)
+        run.log(
+            "prune:zeroed {zeroed} of {of} integers below 8 bits",
+            "pruned",
+            zeroed=prune_integers(low, cfg.prune_pct),
+            of=sum(s.values.numel() for s in low.values()),
+        )
+    run.log(
+        "gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
+        "objective:{objective:.6g}",
+        "quantized",
+        variant=cfg.gptq_variant,
+        fallbacks=fallbacks,
+        matrices=sum(s.scale is not None for s in stored.values()),
+        objective=objective,
+    )
     return stored
 
 
@@ -2538,6 +3103,7 @@ def brotli_codec():
     """The brotli module, which is no runtime package; raises Refusal if it is missing or old."""
     try:
         import brotli
+
         brotli.Decompressor().process(b"", output_buffer_limit=1)  # what bounds a hostile stream
         return brotli
     except (ImportError, TypeError):
@@ -2548,10 +3114,14 @@ def compress(body: bytes, codec: str) -> bytes:
     """The body under a codec of CODECS; the same bytes always give the same bytes."""
     if codec == "zstd":
         # Repetitions of three integers rarely pay, but no rule says which least length packs best.
-        tries = [zstandard.ZstdCompressor(
-            compression_params=zstandard.ZstdCompressionParameters.from_level(
-                ZSTD_LEVEL, source_size=len(body), min_match=shortest)).compress(body)
-            for shortest in ZSTD_MATCHES[: 1 if len(body) > LONG_BODY else None]]
+        tries = [
+            zstandard.ZstdCompressor(
+                compression_params=zstandard.ZstdCompressionParameters.from_level(
+                    ZSTD_LEVEL, source_size=len(body), min_match=shortest
+                )
+            ).compress(body)
+            for shortest in ZSTD_MATCHES[: 1 if len(body) > LONG_BODY else None]
+        ]
         return min(tries, key=len)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
@@ -2564,8 +3134,11 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
     try:
         if codec == "zstd":
             whole = zstandard.frame_content_size(packed) == size
-            body = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False) \
-                if whole else b""
+            body = (
+                zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+                if whole
+                else b""
+            )
         elif codec == "lzma":
             reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
             body = reader.decompress(packed, max_length=size + 1)
@@ -2585,19 +3158,39 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
     """The artifact's bytes; the same header and tensors always give the same bytes."""
     # The same matrix of all layers side by side compresses best.
-    ordered = {name: stored[name] for name in sorted(stored, key=lambda name: (
-        re.sub(r"\d+", "", name), [*map(int, re.findall(r"\d+", name))]))}
+    ordered = {
+        name: stored[name]
+        for name in sorted(
+            stored,
+            key=lambda name: (re.sub(r"\d+", "", name), [*map(int, re.findall(r"\d+", name))]),
+        )
+    }
     tensors = [[name, int(s.scale is not None), *s.values.shape] for name, s in ordered.items()]
     text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
     integers = [s.values for s in ordered.values() if s.scale is not None]
     floats = [s.values if s.scale is None else s.scale for s in ordered.values()]
-    body = b"".join([struct.pack("<I", len(text)), text.encode(),
-                     *(q.numpy().astype("<i1").tobytes() for q in integers),
-                     *(x.numpy().astype("<f2").tobytes() for x in floats)])
-    packed, codec = min(((compress(body, c), c) for c in (
-        ("zstd", "lzma") if codec == "best" else (codec,))), key=lambda pair: len(pair[0]))
-    return PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body),
-                        hashlib.sha256(packed).digest()) + packed
+    body = b"".join(
+        [
+            struct.pack("<I", len(text)),
+            text.encode(),
+            *(q.numpy().astype("<i1").tobytes() for q in integers),
+            *(x.numpy().astype("<f2").tobytes() for x in floats),
+        ]
+    )
+    packed, codec = min(
+        ((compress(body, c), c) for c in (("zstd", "lzma") if codec == "best" else (codec,))),
+        key=lambda pair: len(pair[0]),
+    )
+    return (
+        PRELUDE.pack(
+            ARTIFACT_MAGIC,
+            ARTIFACT_VERSION,
+            CODECS[codec],
+            len(body),
+            hashlib.sha256(packed).digest(),
+        )
+        + packed
+    )
 
 
 def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
@@ -2607,8 +3200,10 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
     _, version, number, size, digest = PRELUDE.unpack_from(blob)
     packed, codec = blob[PRELUDE.size :], next((c for c in CODECS if CODECS[c] == number), None)
     if version != ARTIFACT_VERSION or codec is None:
-        raise Refusal(f"artifact version {version}, codec {number}: this train_gpt.py reads "
-                      f"version {ARTIFACT_VERSION}, codecs {CODECS}")
+        raise Refusal(
+            f"artifact version {version}, codec {number}: this train_gpt.py reads "
+            f"version {ARTIFACT_VERSION}, codecs {CODECS}"
+        )
     if hashlib.sha256(packed).digest() != digest:
         raise Refusal("the artifact is damaged (its sha256 does not match); copy it again")
     if size > MAX_BODY_BYTES:
@@ -2624,16 +3219,20 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
             raise ValueError("a setting or fingerprint is not text")
         return header, cut_payload(body, 4 + header_bytes, header["tensors"])
     except MALFORMED as error:
-        raise Refusal("the artifact's header is malformed "
-                      f"({type(error).__name__}: {error})") from None
+        raise Refusal(
+            f"the artifact's header is malformed ({type(error).__name__}: {error})"
+        ) from None
 
 
 def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
     """The header's tensors, each [name, is integer, *shape], or ValueError or TypeError."""
     for name, is_integer, *shape in tensors:
         whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
-        sound = type(name) is str and type(is_integer) is int and (len(shape), is_integer) in (
-            (0, 0), (1, 0), (2, 0), (2, 1))
+        sound = (
+            type(name) is str
+            and type(is_integer) is int
+            and (len(shape), is_integer) in ((0, 0), (1, 0), (2, 0), (2, 1))
+        )
         if not (sound and whole):
             raise ValueError(f"tensor {name!r} of shape {shape!r}")
     stored, q_at = {}, start
@@ -2658,8 +3257,10 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
 def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
     """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
     if wrong := sorted({name.upper() for name in HEADER_SETTINGS} ^ set(header["settings"])):
-        raise Refusal("the artifact's header must name the settings of this train_gpt.py; "
-                      f"{wrong[0]!r} is not here or missing there")
+        raise Refusal(
+            "the artifact's header must name the settings of this train_gpt.py; "
+            f"{wrong[0]!r} is not here or missing there"
+        )
     given, notes = translate_names(env, {f.name.upper(): f for f in fields(Config)})
     if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(given)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
@@ -2727,20 +3328,31 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
     """
     cfg, std = run.cfg, run.cfg.quant_clip == "std"
     target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
-    fixed = len(run.source) + sum(len(p) if bits_of(cfg, name, p) else p.numel()
-                                  for name, p in model.named_parameters())
-    total, coarsest = (fixed + LEAST_CODED * estimated_bytes(model, 2.0**octaves)
-                       for octaves in (0.0, std * SOLVER_OCTAVES[1]))  # percentiles: none coarser
-    run.log("size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} "
-            "target:{target}", "size_foreseen", step=step, total=total, coarsest=coarsest,
-            target=target)
+    fixed = len(run.source) + sum(
+        len(p) if bits_of(cfg, name, p) else p.numel() for name, p in model.named_parameters()
+    )
+    total, coarsest = (
+        fixed + LEAST_CODED * estimated_bytes(model, 2.0**octaves)
+        for octaves in (0.0, std * SOLVER_OCTAVES[1])
+    )  # percentiles: none coarser
+    run.log(
+        "size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} target:{target}",
+        "size_foreseen",
+        step=step,
+        total=total,
+        coarsest=coarsest,
+        target=target,
+    )
     if coarsest > target:
-        run.log(f"warning: code and artifact will be over {target} bytes, by "
-                f"{coarsest - target:.0f} or more: take fewer parameters or BITS")
+        run.log(
+            f"warning: code and artifact will be over {target} bytes, by "
+            f"{coarsest - target:.0f} or more: take fewer parameters or BITS"
+        )
 
 
-def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
-                 run: Run) -> tuple[dict[str, Stored], bytes]:
+def fit_artifact(
+    model: GPT, hessians: dict[str, Tensor], header: dict, run: Run
+) -> tuple[dict[str, Stored], bytes]:
     """Quantised tensors and their artifact, the largest below the target that few passes find.
 
     With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
@@ -2756,8 +3368,14 @@ def fit_artifact(model: GPT, hessians: dict[str, Tensor], header: dict,
         stored = quantize(model, hessians, run, factor)
         blob = encode_artifact(header, stored, cfg.codec)
         total = code + len(blob)
-        run.log("size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}", "size_pass",
-                solved=solved, factor=factor, total=total, target=target)
+        run.log(
+            "size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}",
+            "size_pass",
+            solved=solved,
+            factor=factor,
+            total=total,
+            target=target,
+        )
         rank = (total <= target, total if total <= target else -total)
         if rank > best[0]:
             best = rank, stored, blob
@@ -2788,12 +3406,22 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
     total, limit = len(run.source) + len(blob), cfg.artifact_limit_bytes
     label = f"{grid_label(cfg, stored)}+{cfg.codec}"
     run.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.source)} bytes")
-    run.log("Total submission size {label}: {total} bytes limit:{limit} left:{left}", "artifact",
-            label=label, model_bytes=len(blob), code_bytes=len(run.source), total=total,
-            limit=limit, left=limit - total, sha256=hashlib.sha256(blob).hexdigest())
+    run.log(
+        "Total submission size {label}: {total} bytes limit:{limit} left:{left}",
+        "artifact",
+        label=label,
+        model_bytes=len(blob),
+        code_bytes=len(run.source),
+        total=total,
+        limit=limit,
+        left=limit - total,
+        sha256=hashlib.sha256(blob).hexdigest(),
+    )
     if total > limit:
-        run.mark_ineligible(f"code and artifact have {total} bytes, {total - limit} over "
-                            f"ARTIFACT_LIMIT_BYTES={limit}")
+        run.mark_ineligible(
+            f"code and artifact have {total} bytes, {total - limit} over "
+            f"ARTIFACT_LIMIT_BYTES={limit}"
+        )
     return run.share(blob)
 
 
@@ -2804,9 +3432,16 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
         quantized = [s.values.flatten() for s in mine if s.scale is not None]
         integers = torch.cat([torch.empty(0, dtype=torch.int8), *quantized])
         floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
-        run.log("size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
-                "float_bytes:{floats}", "size", role=role, tensors=len(mine),
-                integers=len(integers), entropy=entropy_bytes(integers), floats=2 * floats)
+        run.log(
+            "size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
+            "float_bytes:{floats}",
+            "size",
+            role=role,
+            tensors=len(mine),
+            integers=len(integers),
+            entropy=entropy_bytes(integers),
+            floats=2 * floats,
+        )
 
 
 def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
@@ -2853,8 +3488,9 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
     return np.stack([starts, firsts, ends], axis=1)
 
 
-def window_batch(val: Validation, rows: np.ndarray, size: int, width: int,
-                 cfg: Config) -> tuple[Tensor, ...]:
+def window_batch(
+    val: Validation, rows: np.ndarray, size: int, width: int, cfg: Config
+) -> tuple[Tensor, ...]:
     """Input ids of the windows `rows`: (size, T). Of the strip of each that holds what it scores:
 
     places in the row, target ids, bytes and scored mask, (size, width) each.
@@ -2870,15 +3506,27 @@ def window_batch(val: Validation, rows: np.ndarray, size: int, width: int,
 
 
 @torch.no_grad()
-def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarray, width: int,
-                  run: Run, bar: tqdm) -> Tensor:
+def score_windows(
+    forward: Forward,
+    model: GPT,
+    val: Validation,
+    spans: np.ndarray,
+    width: int,
+    run: Run,
+    bar: tqdm,
+) -> Tensor:
     """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,).
 
     Only `width` places of a window meet the head; one that scores more is shown again for them.
     """
     cfg, size, few = run.cfg, run.cfg.eval_batch_seqs, run.scored_rows
-    strips = np.array([(start, at, min(at + width, end)) for start, first, end in spans.tolist()
-                       for at in range(first, end, width)])
+    strips = np.array(
+        [
+            (start, at, min(at + width, end))
+            for start, first, end in spans.tolist()
+            for at in range(first, end, width)
+        ]
+    )
     batches = np.array_split(strips, range(size, len(strips), size))
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for index in range(run.rank, len(batches), run.world_size):
@@ -2886,15 +3534,24 @@ def score_windows(forward: Forward, model: GPT, val: Validation, spans: np.ndarr
             ids, places, targets, num_bytes, scored = window_batch(val, rows, few, width, cfg)
             where = {"places": run.put(places)} if width < cfg.eval_seq_len else {}
             nats = forward(model, run.put(ids), run.put(targets), **where)[0].cpu().double()
-            sums[index] += torch.stack([(x * scored).sum().double()
-                                        for x in (nats, scored, num_bytes)])
+            sums[index] += torch.stack(
+                [(x * scored).sum().double() for x in (nats, scored, num_bytes)]
+            )
         bar.update(run.world_size)
     run.add_up([sums])
     return sums.sum(0)
 
 
-def evaluate(name: str, forward: Forward, model: GPT, val: Validation, run: Run,
-             stride: int = 0, form: str = "cover", adapter: "Adapter | None" = None) -> EvalResult:
+def evaluate(
+    name: str,
+    forward: Forward,
+    model: GPT,
+    val: Validation,
+    run: Run,
+    stride: int = 0,
+    form: str = "cover",
+    adapter: "Adapter | None" = None,
+) -> EvalResult:
     """Score the validation split in windows of EVAL_SEQ_LEN; stride 0 for chunks.
 
     An adapter learns from each TTT_CHUNK_TOKENS targets once all of them are scored.
@@ -2977,14 +3634,30 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool 
     """Log a score under what was scored; raises FloatingPointError if it is not finite."""
     if not math.isfinite(result.nats):
         raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
-    run.log("{label} val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} name:{name} targets:{targets} "
-            "bytes:{num_bytes} eval_time:{ms:.0f}ms", "eval", label=label, name=result.name,
-            step=step, val_loss=result.loss, val_bpb=result.bpb, targets=result.targets,
-            num_bytes=result.num_bytes, ms=1e3 * result.seconds, legal=legal)
+    run.log(
+        "{label} val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} name:{name} targets:{targets} "
+        "bytes:{num_bytes} eval_time:{ms:.0f}ms",
+        "eval",
+        label=label,
+        name=result.name,
+        step=step,
+        val_loss=result.loss,
+        val_bpb=result.bpb,
+        targets=result.targets,
+        num_bytes=result.num_bytes,
+        ms=1e3 * result.seconds,
+        legal=legal,
+    )
 
 
-def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forward: Forward,
-                   run: Run, diagnostics: bool) -> list[EvalResult]:
+def score_artifact(
+    cfg: Config,
+    stored: dict[str, Stored],
+    val: Validation,
+    forward: Forward,
+    run: Run,
+    diagnostics: bool,
+) -> list[EvalResult]:
     """Score the model rebuilt from an artifact; the last is the headline, which is timed."""
     run.phase, results, model = "scoring the artifact", [], rebuild_model(cfg, stored, run)
     label, stride, ttt = grid_label(cfg, stored), cfg.eval_stride, cfg.ttt_mode
@@ -3010,8 +3683,10 @@ def score_artifact(cfg: Config, stored: dict[str, Stored], val: Validation, forw
             score(*chunked)
         if diagnostics and adapter and ttt == "train_then_score":
             adapter.learn_all(results[-1].seconds)
-            run.log("warning: no legal score follows: the model has trained on the text before "
-                    "scoring it")
+            run.log(
+                "warning: no legal score follows: the model has trained on the text before "
+                "scoring it"
+            )
             score("artifact_sliding_train_then_score", "illegal_ttt", stride, legal=False)
             results.insert(-1, results.pop())
     seconds, budget = run.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
@@ -3027,8 +3702,10 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
     seconds = batch_seconds * math.ceil(num_windows / (cfg.eval_batch_seqs * run.world_size))
     run.log(f"scoring expected:{seconds:.0f}s budget:{budget:.0f}s")
     if seconds > budget:
-        run.log("warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
-                "same, and the run will not be eligible as a record")
+        run.log(
+            "warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
+            "same, and the run will not be eligible as a record"
+        )
 
 
 # =================================================================================================
@@ -3037,8 +3714,9 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
 # =================================================================================================
 
 
-def look(cfg: Config,
-         device: torch.device) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
+def look(
+    cfg: Config, device: torch.device
+) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
     """What a run takes from outside itself: data, kernel and its name; or Refusal."""
     if cfg.codec == "brotli":
         brotli_codec()
@@ -3083,24 +3761,43 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
     for reason in static_ineligibility(cfg):
         run.mark_ineligible(reason)
     run.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
-    run.log("train_loader:dataset:{dataset} train_shards:{shards} tokens:{tokens}", "train_data",
-            dataset=Path(cfg.data_path).name, shards=len(rows.shards), tokens=rows.num_tokens)
-    run.log("val_loader:shards pattern={pattern} tokens:{tokens} documents:{documents} "
-            "bytes:{num_bytes} recorded_bytes:{recorded} fingerprint:{fingerprint}", "val_data",
-            tokens=len(val.tokens), pattern=f"{cfg.data_path}/fineweb_val_*.bin",
-            documents=val.documents, num_bytes=int(val.target_bytes.sum(dtype=np.int64)),
-            recorded=val.recorded_bytes, fingerprint=val.fingerprint)
+    run.log(
+        "train_loader:dataset:{dataset} train_shards:{shards} tokens:{tokens}",
+        "train_data",
+        dataset=Path(cfg.data_path).name,
+        shards=len(rows.shards),
+        tokens=rows.num_tokens,
+    )
+    run.log(
+        "val_loader:shards pattern={pattern} tokens:{tokens} documents:{documents} "
+        "bytes:{num_bytes} recorded_bytes:{recorded} fingerprint:{fingerprint}",
+        "val_data",
+        tokens=len(val.tokens),
+        pattern=f"{cfg.data_path}/fineweb_val_*.bin",
+        documents=val.documents,
+        num_bytes=int(val.target_bytes.sum(dtype=np.int64)),
+        recorded=val.recorded_bytes,
+        fingerprint=val.fingerprint,
+    )
     run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
     most = max((count for _, count in micro_batches(cfg, run)), default=0)
-    run.log("\n".join((
-        f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
-        f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} micro_batch_rows:{most}",
-        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
-        f"kernel:{kernel}",
-        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
-        f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
-        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
-        *routing_table(cfg, model), f"repeats:{repeats(run)}", f"seed:{cfg.seed}")))
+    run.log(
+        "\n".join(
+            (
+                f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
+                f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} "
+                f"micro_batch_rows:{most}",
+                f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
+                f"kernel:{kernel}",
+                f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+                f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
+                f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
+                *routing_table(cfg, model),
+                f"repeats:{repeats(run)}",
+                f"seed:{cfg.seed}",
+            )
+        )
+    )
 
 
 def repeats(run: Run) -> str:
@@ -3115,65 +3812,103 @@ def repeats(run: Run) -> str:
 def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
     """One line a parameter group: how many parameters learn how."""
     for group in route_parameters(cfg, model):
-        yield (f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
-               f"lr:{group['base_lr']:<8g} wd:{group['weight_decay']:<6g} {group['route']}")
+        yield (
+            f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
+            f"lr:{group['base_lr']:<8g} wd:{group['weight_decay']:<6g} {group['route']}"
+        )
 
 
 def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult], run: Run) -> int:
     """The last lines of the log: what was trained, its size, its scores; returns the exit code."""
     cfg = run.cfg
     if run.device.type == "cuda":
-        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
-                f"reserved: {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")
+        run.log(
+            f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
+            f"reserved: {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB"
+        )
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
-    run.log("peak memory resident: {mib:.0f} MiB", "memory",
-            mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    run.log(
+        "peak memory resident: {mib:.0f} MiB",
+        "memory",
+        mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+    )
     if (used := run.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
         run.mark_ineligible(f"training and calibration took {used:.1f} s")
-    run.log("eligible:{eligible} {reasons}", "eligibility", eligible=int(not run.ineligible),
-            reasons="; ".join(run.ineligible))
-    run.log("params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
-            "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}", "summary",
-            params=sum(p.numel() for p in model.parameters()), steps=steps,
-            rate=steps * cfg.train_batch_tokens / run.trained_seconds,
-            seconds=run.training_clock.elapsed(), eval_seconds=run.scoring_clock.elapsed())
+    run.log(
+        "eligible:{eligible} {reasons}",
+        "eligibility",
+        eligible=int(not run.ineligible),
+        reasons="; ".join(run.ineligible),
+    )
+    run.log(
+        "params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
+        "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}",
+        "summary",
+        params=sum(p.numel() for p in model.parameters()),
+        steps=steps,
+        rate=steps * cfg.train_batch_tokens / run.trained_seconds,
+        seconds=run.training_clock.elapsed(),
+        eval_seconds=run.scoring_clock.elapsed(),
+    )
     total, limit = len(run.source) + num_bytes, cfg.artifact_limit_bytes
-    run.log(f"artifact {num_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
-            f"{limit:,} bytes, {limit - total:,} left")
+    run.log(
+        f"artifact {num_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
+        f"{limit:,} bytes, {limit - total:,} left"
+    )
     for score in scores[:-1]:
         run.log(f"{score.name} val_bpb:{score.bpb:.8f}")
-    run.log("val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
-            "final", val_bpb=scores[-1].bpb, val_loss=scores[-1].loss, name=scores[-1].name,
-            stride=cfg.eval_stride, sliding="cover")
+    run.log(
+        "val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
+        "final",
+        val_bpb=scores[-1].bpb,
+        val_loss=scores[-1].loss,
+        name=scores[-1].name,
+        stride=cfg.eval_stride,
+        sliding="cover",
+    )
     run.log(f"log: {run.folder}/log.txt\nartifact: {run.folder}/artifact.bin")
     if total <= limit:
         return 0
-    run.log(f"error: code and artifact are {total - limit:,} bytes over ARTIFACT_LIMIT_BYTES="
-            f"{limit:,}; take fewer parameters or BITS")
+    run.log(
+        f"error: code and artifact are {total - limit:,} bytes over ARTIFACT_LIMIT_BYTES="
+        f"{limit:,}; take fewer parameters or BITS"
+    )
     return EXIT_OVER_LIMIT
 
 
 def static_ineligibility(cfg: Config) -> list[str]:
     """Settings that keep a run from standing as a record of the 10-minute, 16 MB track."""
-    return [reason for wrong, reason in (
-        (cfg.step_driven, "MAX_WALLCLOCK_SECONDS=0: the run is step-driven"),
-        (cfg.max_wallclock_seconds > 600, "MAX_WALLCLOCK_SECONDS is above 600"),
-        (cfg.eval_wallclock_seconds > 600, "EVAL_WALLCLOCK_SECONDS is above 600"),
-        (cfg.artifact_limit_bytes > 16_000_000, "ARTIFACT_LIMIT_BYTES is above 16,000,000"),
-        (cfg.gptq_calib == "train_after_cap", "GPTQ_CALIB=train_after_cap: training data was used "
-                                              "after the budget"),
-        (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
-    ) if wrong]
+    return [
+        reason
+        for wrong, reason in (
+            (cfg.step_driven, "MAX_WALLCLOCK_SECONDS=0: the run is step-driven"),
+            (cfg.max_wallclock_seconds > 600, "MAX_WALLCLOCK_SECONDS is above 600"),
+            (cfg.eval_wallclock_seconds > 600, "EVAL_WALLCLOCK_SECONDS is above 600"),
+            (cfg.artifact_limit_bytes > 16_000_000, "ARTIFACT_LIMIT_BYTES is above 16,000,000"),
+            (
+                cfg.gptq_calib == "train_after_cap",
+                "GPTQ_CALIB=train_after_cap: training data was used after the budget",
+            ),
+            (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
+        )
+        if wrong
+    ]
 
 
 def verb_check(cfg: Config, notes: list[str]) -> int:
     """Look at settings, data and tokenizer as a run would, and do nothing else."""
     rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
-        raise Refusal(f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
-                      "choose another, or RESUME=1 to go on")
-    print(*notes, f"ok: {rows.num_tokens:,} training tokens in {len(rows.shards)} shards, "
-          f"{len(val.tokens):,} validation tokens in {val.documents:,} documents", sep="\n")
+        raise Refusal(
+            f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
+            "choose another, or RESUME=1 to go on"
+        )
+    print(
+        *notes,
+        f"ok: {rows.num_tokens:,} training tokens in {len(rows.shards)} shards, "
+        f"{len(val.tokens):,} validation tokens in {val.documents:,} documents",
+        sep="\n",
+    )
     return 0
 
 
@@ -3185,6 +3920,7 @@ def verb_plan(cfg: Config, notes: list[str]) -> int:
     sys.modules["train_gpt"] = sys.modules[__name__]  # or plan.py would run this file once more
     sys.path.insert(0, str(folder))
     import plan
+
     print(*notes, *plan.lines(cfg, Path(__file__).stat().st_size), sep="\n")
     return 0
 
@@ -3196,13 +3932,17 @@ def locate_validation(cfg: Config, header: dict) -> Config:
             if read_sidecar(folder)["fingerprint"] == header["validation"]:
                 break
     else:
-        raise Refusal(f"no validation split with fingerprint {header['validation'][:12]} in "
-                      f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py")
+        raise Refusal(
+            f"no validation split with fingerprint {header['validation'][:12]} in "
+            f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py"
+        )
     for path in (Path(cfg.tokenizer_path), *sorted(Path("data/tokenizers").glob("*.model"))):
         if path.is_file() and sha256_of(path) == header["tokenizer"]:
             return replace(cfg, data_path=folder, tokenizer_path=str(path))
-    raise Refusal(f"no tokenizer with sha256 {header['tokenizer'][:12]} at "
-                  f"TOKENIZER_PATH={cfg.tokenizer_path} or in data/tokenizers/")
+    raise Refusal(
+        f"no tokenizer with sha256 {header['tokenizer'][:12]} at "
+        f"TOKENIZER_PATH={cfg.tokenizer_path} or in data/tokenizers/"
+    )
 
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
@@ -3218,8 +3958,10 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
         if run.compiled:  # off the clock, as in the run that made it
             prime_scoring(forward, rebuild_model(cfg, stored, run), run)
         score = score_artifact(cfg, stored, val, forward, run, diagnostics=False)[-1]
-        run.log(f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
-                f"stride {cfg.eval_stride})")
+        run.log(
+            f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
+            f"stride {cfg.eval_stride})"
+        )
     return 0
 
 
@@ -3230,8 +3972,13 @@ def verb_help(cfg: Config, notes: list[str]) -> int:
     return 0
 
 
-VERBS = {(): verb_train, ("--check",): verb_check, ("--plan",): verb_plan,
-         ("--help",): verb_help, ("-h",): verb_help}
+VERBS = {
+    (): verb_train,
+    ("--check",): verb_check,
+    ("--plan",): verb_plan,
+    ("--help",): verb_help,
+    ("-h",): verb_help,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -3240,8 +3987,10 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["--eval"] and len(arguments) == 2:
             return verb_eval(Path(arguments[1]), dict(os.environ))
         if tuple(arguments) not in VERBS:
-            raise Refusal(f"arguments {' '.join(arguments)!r}: expected nothing, --help, --check, "
-                          "--plan or --eval ARTIFACT; hyperparameters are environment variables")
+            raise Refusal(
+                f"arguments {' '.join(arguments)!r}: expected nothing, --help, --check, "
+                "--plan or --eval ARTIFACT; hyperparameters are environment variables"
+            )
         return VERBS[tuple(arguments)](*Config.from_env(dict(os.environ)))
     except Refusal as refusal:
         code, said = EXIT_REFUSED, str(refusal)

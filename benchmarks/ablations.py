@@ -53,8 +53,10 @@ ABLATIONS = {
     "with_svd_init": ("embedding starts with a spectrum", "EMB_SVD_INIT=1"),
     "with_ortho_mup": ("orthogonal output projections at the start", "PROJ_INIT=ortho_mup"),
     "with_qk_gain_4": ("query gain 4 at the start, not 1.5", "QK_GAIN_INIT=4"),
-    "muon": ("Muon, not AdamW at 0.003, for block matrices",
-             "OPTIMIZER_ROUTING=adam MATRIX_LR=0.003"),
+    "muon": (
+        "Muon, not AdamW at 0.003, for block matrices",
+        "OPTIMIZER_ROUTING=adam MATRIX_LR=0.003",
+    ),
     "muon_0.006": ("Muon, not AdamW at 0.006", "OPTIMIZER_ROUTING=adam MATRIX_LR=0.006"),
     "momentum_ramp": ("momentum ramp, not 0.99 from step 0", "MUON_MOMENTUM_WARMUP_STEPS=0"),
     "with_momentum_0.95": ("momentum 0.95, not 0.99", "MUON_MOMENTUM=0.95"),
@@ -74,9 +76,23 @@ ABLATIONS = {
     "with_ttt": ("score-first adaptation", "TTT_MODE=score_first"),
 }
 # What comes last in the list of jobs: variants of the others.
-VARIANTS = ("xsa_last_4", "bos_masks", "skip_per_dim", "with_ln_scale_learned", "with_leaky_0.25",
-            "with_vrl_mix", "with_qk_gain_4", "muon_0.006", "with_momentum_0.95", "weight_decay",
-            "grad_clip", "with_swa_of_ema", "with_cosine", "with_always_qat", "with_stride_64")
+VARIANTS = (
+    "xsa_last_4",
+    "bos_masks",
+    "skip_per_dim",
+    "with_ln_scale_learned",
+    "with_leaky_0.25",
+    "with_vrl_mix",
+    "with_qk_gain_4",
+    "muon_0.006",
+    "with_momentum_0.95",
+    "weight_decay",
+    "grad_clip",
+    "with_swa_of_ema",
+    "with_cosine",
+    "with_always_qat",
+    "with_stride_64",
+)
 
 
 @dataclass
@@ -105,8 +121,10 @@ def finished(runs: Path) -> dict[str, dict]:
         events = {event["event"]: event for event in map(json.loads, lines)}
         if "final" in events:
             results[f"{metrics.parent.name} on {events['machine']['name']}"] = {
-                "val_bpb": events["final"]["val_bpb"], "steps": events["summary"]["steps"],
-                "source": events["source"]["sha256"][:12]}
+                "val_bpb": events["final"]["val_bpb"],
+                "steps": events["summary"]["steps"],
+                "source": events["source"]["sha256"][:12],
+            }
     return results
 
 
@@ -131,14 +149,21 @@ def effects(results: dict[str, dict]) -> list[Effect]:
                 pairs.setdefault(place.split()[0], []).append(mine["val_bpb"] - base["val_bpb"])
         if len(pairs) > 1:
             sign = -1 if name.startswith("with_") else 1
-            found.append(Effect(name, what, [sign * statistics.fmean(pairs[seed])
-                                             for seed in sorted(pairs, key=int)]))
+            found.append(
+                Effect(
+                    name,
+                    what,
+                    [sign * statistics.fmean(pairs[seed]) for seed in sorted(pairs, key=int)],
+                )
+            )
     freedom = sum(len(e.differences) - 1 for e in found)
-    variance = sum(statistics.variance(e.differences) * (len(e.differences) - 1)
-                   for e in found) / max(1, freedom)
+    variance = sum(
+        statistics.variance(e.differences) * (len(e.differences) - 1) for e in found
+    ) / max(1, freedom)
     for effect in found:
-        effect.half_width = float(stats.t.ppf(0.975, freedom)
-                                  * math.sqrt(variance / len(effect.differences)))
+        effect.half_width = float(
+            stats.t.ppf(0.975, freedom) * math.sqrt(variance / len(effect.differences))
+        )
     return sorted(found, key=lambda e: -e.mean)
 
 
@@ -162,8 +187,13 @@ def times(steps: int) -> dict[str, float]:
     from tqdm import tqdm
 
     torch.manual_seed(0)
-    benches = {name: Bench(f"{BASE} {settings}") for name, settings in
-               {"base": "", **{name: given for name, (_, given) in ABLATIONS.items()}}.items()}
+    benches = {
+        name: Bench(f"{BASE} {settings}")
+        for name, settings in {
+            "base": "",
+            **{name: given for name, (_, given) in ABLATIONS.items()},
+        }.items()
+    }
     taken: dict[str, list[float]] = {name: [] for name in benches}
     for step in tqdm(range(steps + 1), unit="round"):
         for name, bench in benches.items():
@@ -173,31 +203,47 @@ def times(steps: int) -> dict[str, float]:
 
 def table(found: list[Effect], ms: dict[str, float]) -> str:
     """The effects as Markdown; a step's cost, if known, is with the technique minus without it."""
-    lines = [f"| technique | effect, bpb | by seed |{' ms a step |' if ms else ''} verdict |",
-             f"|---|---|---|{'---|' if ms else ''}---|"]
+    lines = [
+        f"| technique | effect, bpb | by seed |{' ms a step |' if ms else ''} verdict |",
+        f"|---|---|---|{'---|' if ms else ''}---|",
+    ]
     for effect in found:
         by_seed = " ".join(f"{1e3 * d:+.1f}" for d in effect.differences)
         sign = 1 if effect.name.startswith("with_") else -1
         known = f"{sign * (ms[effect.name] - ms['base']):+.1f}" if effect.name in ms else ""
         cost = f" {known} |" if ms else ""
-        lines.append(f"| {effect.what} | {effect.mean:+.4f} +- {effect.half_width:.4f} | "
-                     f"{by_seed} |{cost} {effect.verdict} |")
+        lines.append(
+            f"| {effect.what} | {effect.mean:+.4f} +- {effect.half_width:.4f} | "
+            f"{by_seed} |{cost} {effect.verdict} |"
+        )
     return "\n".join(lines)
 
 
 def draw(found: list[Effect], path: Path) -> None:
     """Effects as points with their intervals, the best on top."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     colours = {"helps": "tab:green", "hurts": "tab:red", "cannot tell": "tab:gray"}
     figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(found)), layout="constrained")
     for place, effect in enumerate(reversed(found)):
-        axes.errorbar(1e3 * effect.mean, place, xerr=1e3 * effect.half_width, fmt="o", capsize=3,
-                      color=colours[effect.verdict])
-        axes.plot([1e3 * d for d in effect.differences], [place] * len(effect.differences), "|",
-                  color=colours[effect.verdict], alpha=0.6)
+        axes.errorbar(
+            1e3 * effect.mean,
+            place,
+            xerr=1e3 * effect.half_width,
+            fmt="o",
+            capsize=3,
+            color=colours[effect.verdict],
+        )
+        axes.plot(
+            [1e3 * d for d in effect.differences],
+            [place] * len(effect.differences),
+            "|",
+            color=colours[effect.verdict],
+            alpha=0.6,
+        )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(found)), [effect.what for effect in reversed(found)])
     axes.set_xlabel("bits per byte saved by the technique, thousandths (marks: seeds; bars: 95 %)")
@@ -210,8 +256,9 @@ def draw(found: list[Effect], path: Path) -> None:
 
 def main() -> None:
     """Print the job list, the step times or the table."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("jobs").add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     verbs.add_parser("times").add_argument("--steps", type=int, default=20)

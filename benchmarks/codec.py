@@ -36,13 +36,24 @@ from train_gpt import Stored  # noqa: E402
 
 def packers() -> dict[str, tuple[Callable, Callable]]:
     """By name, what packs a body, and what gives it back from that and its size."""
-    return {"zstd-22": (zstandard.ZstdCompressor(level=22).compress,
-                        lambda packed, size: zstandard.decompress(packed)),
-            "lzma-9e": (lambda body: lzma.compress(body, preset=9 | lzma.PRESET_EXTREME),
-                        lambda packed, size: lzma.decompress(packed)),
-            **{codec: (partial(train_gpt.compress, codec=codec),
-                       partial(train_gpt.decompress, codec=codec)) for codec in train_gpt.CODECS},
-            "range": (range_coder.compress, range_coder.decompress)}
+    return {
+        "zstd-22": (
+            zstandard.ZstdCompressor(level=22).compress,
+            lambda packed, size: zstandard.decompress(packed),
+        ),
+        "lzma-9e": (
+            lambda body: lzma.compress(body, preset=9 | lzma.PRESET_EXTREME),
+            lambda packed, size: lzma.decompress(packed),
+        ),
+        **{
+            codec: (
+                partial(train_gpt.compress, codec=codec),
+                partial(train_gpt.decompress, codec=codec),
+            )
+            for codec in train_gpt.CODECS
+        },
+        "range": (range_coder.compress, range_coder.decompress),
+    }
 
 
 def order_0(q: np.ndarray) -> float:
@@ -54,9 +65,11 @@ def order_0(q: np.ndarray) -> float:
 def packed_alone(content: bytes) -> list[int]:
     """Bytes under zstd-22, lzma-9e and brotli-11."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    return [len(zstandard.ZstdCompressor(level=22).compress(content)),
-            len(lzma.compress(content, lzma.FORMAT_RAW, filters=filters)),
-            len(brotli.compress(content, quality=11, lgwin=24))]
+    return [
+        len(zstandard.ZstdCompressor(level=22).compress(content)),
+        len(lzma.compress(content, lzma.FORMAT_RAW, filters=filters)),
+        len(brotli.compress(content, quality=11, lgwin=24)),
+    ]
 
 
 def range_bytes(body: bytes) -> tuple[list[tuple], int]:
@@ -91,8 +104,10 @@ def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
     """Print the tables of one artifact."""
     body = range_coder.body_of(header, stored)
     kinds, rest = range_bytes(body)
-    print(f"\n{label}\n{'kind':32}{'integers':>10}" + "".join(
-        f"{name:>11}" for name in ("order-0", "zstd-22", "lzma-9e", "brotli-11", "range")))
+    print(
+        f"\n{label}\n{'kind':32}{'integers':>10}"
+        + "".join(f"{name:>11}" for name in ("order-0", "zstd-22", "lzma-9e", "brotli-11", "range"))
+    )
     rows = [(kind, len(q), order_0(q), *packed_alone(q.tobytes()), cost) for kind, q, cost in kinds]
     for kind, *numbers in rows:
         print(f"{kind:32}{numbers[0]:10,}" + "".join(f"{x:11,.0f}" for x in numbers[1:]))
@@ -100,8 +115,10 @@ def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
     print(f"{'all integers':32}{totals[0]:10,}" + "".join(f"{x:11,.0f}" for x in totals[1:]))
     start, _, n = range_coder.range_parts(body, len(body))
     others = body[:start] + body[start + n :]
-    print(f"{'header and floats':32}{len(others):10,}{'':11}" + "".join(
-        f"{x:11,}" for x in (*packed_alone(others), rest)))
+    print(
+        f"{'header and floats':32}{len(others):10,}{'':11}"
+        + "".join(f"{x:11,}" for x in (*packed_alone(others), rest))
+    )
     sizes = {}
     for codec, (pack, unpack) in packers().items():
         begin = time.perf_counter()
@@ -111,32 +128,46 @@ def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
         end = time.perf_counter()
         if read != body:
             raise SystemExit(f"{codec} gave back other bytes")
-        print(f"{codec:7} {sizes[codec]:11,} bytes, {sizes[codec] / sizes['zstd-22'] - 1:+7.2%} of "
-              f"zstd-22, encode {middle - begin:6.2f} s, decode {end - middle:6.2f} s")
+        print(
+            f"{codec:7} {sizes[codec]:11,} bytes, {sizes[codec] / sizes['zstd-22'] - 1:+7.2%} of "
+            f"zstd-22, encode {middle - begin:6.2f} s, decode {end - middle:6.2f} s"
+        )
     print(f"range against brotli: {sizes['range'] / sizes['brotli'] - 1:+.2%}")
 
 
 def synthetic() -> dict[str, Stored]:
     """Gaussian integers of the published size: 11 layers of width 512, steps of std / 2.41."""
     rng, stored = np.random.default_rng(0), {}
-    shapes = {"attn.c_q": (512, 512), "attn.c_k": (256, 512), "attn.c_v": (256, 512),
-              "attn.proj": (512, 512), "mlp.fc": (1536, 512), "mlp.proj": (512, 1536)}
-    matrices = {f"blocks.{layer}.{name}.weight": (*shape, 31 / 12.85)
-                for layer in range(11) for name, shape in shapes.items()}
+    shapes = {
+        "attn.c_q": (512, 512),
+        "attn.c_k": (256, 512),
+        "attn.c_v": (256, 512),
+        "attn.proj": (512, 512),
+        "mlp.fc": (1536, 512),
+        "mlp.proj": (512, 1536),
+    }
+    matrices = {
+        f"blocks.{layer}.{name}.weight": (*shape, 31 / 12.85)
+        for layer in range(11)
+        for name, shape in shapes.items()
+    }
     matrices |= {"tok_emb.weight": (1024, 512, 127 / 20), "bigram.embed.weight": (2048, 128, 6.35)}
     for name, (r, c, spread) in matrices.items():
         q = rng.standard_normal((r, c), dtype=np.float32) * spread
         if name.endswith("mlp.proj.weight"):
             q *= rng.lognormal(0, 0.3, c).astype(np.float32)
-        stored[name] = Stored(torch.from_numpy(q.round().clip(-127, 127).astype(np.int8)),
-                              torch.from_numpy(rng.lognormal(-3, 0.15, r).astype(np.float16)))
+        stored[name] = Stored(
+            torch.from_numpy(q.round().clip(-127, 127).astype(np.int8)),
+            torch.from_numpy(rng.lognormal(-3, 0.15, r).astype(np.float16)),
+        )
     return stored
 
 
 def main() -> None:
     """Show every artifact named."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifacts", nargs="*", type=Path)
     parser.add_argument("--synthetic", action="store_true")
     options = parser.parse_args()

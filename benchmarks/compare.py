@@ -24,8 +24,9 @@ def number(command: str, key: str) -> float:
 
 def main() -> None:
     """Run the pairs; print each, the median ratio, and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("a")
     parser.add_argument("b")
     parser.add_argument("--pairs", type=int, default=3)

@@ -35,9 +35,20 @@ def artifact_bpb(env: dict[str, str], seed: int, folder: str) -> tuple[float, fl
     run_id = f"run{len(os.listdir(folder))}"
     ours = {field.name.upper() for field in fields(Config)} | {*ALIASES, *RETIRED}
     foreign = {name: value for name, value in os.environ.items() if name not in ours}
-    subprocess.run([sys.executable, "train_gpt.py"], cwd=ROOT, check=True, stdout=sys.stderr,
-                   env={**foreign, "EVAL_STRIDE": "0", **env, "SEED": str(seed),
-                        "RUNS_DIR": folder, "RUN_ID": run_id})
+    subprocess.run(
+        [sys.executable, "train_gpt.py"],
+        cwd=ROOT,
+        check=True,
+        stdout=sys.stderr,
+        env={
+            **foreign,
+            "EVAL_STRIDE": "0",
+            **env,
+            "SEED": str(seed),
+            "RUNS_DIR": folder,
+            "RUN_ID": run_id,
+        },
+    )
     lines = Path(folder, run_id, "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     scores = {e["name"]: e["val_bpb"] for e in events if e["event"] == "eval"}
@@ -47,8 +58,9 @@ def artifact_bpb(env: dict[str, str], seed: int, folder: str) -> tuple[float, fl
 
 def main() -> None:
     """Run all pairs and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("a")
     parser.add_argument("b")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -58,14 +70,21 @@ def main() -> None:
         for seed in options.seeds:
             pair = [artifact_bpb(settings(side), seed, folder) for side in (options.a, options.b)]
             differences.append(pair[1][0] - pair[0][0])
-            print(f"seed {seed}: " + "  ".join(
-                f"{side} artifact {bpb:.5f} float {float_bpb:.5f} steps {steps}"
-                for side, (bpb, float_bpb, steps) in zip("AB", pair, strict=True))
-                + f"  B-A {differences[-1]:+.5f}", flush=True)
+            print(
+                f"seed {seed}: "
+                + "  ".join(
+                    f"{side} artifact {bpb:.5f} float {float_bpb:.5f} steps {steps}"
+                    for side, (bpb, float_bpb, steps) in zip("AB", pair, strict=True)
+                )
+                + f"  B-A {differences[-1]:+.5f}",
+                flush=True,
+            )
     summary = stats.ttest_1samp(differences, 0.0)
     low, high = summary.confidence_interval(0.95)
-    print(f"B-A mean {sum(differences) / len(differences):+.5f} bpb, 95 % interval "
-          f"[{low:+.5f}, {high:+.5f}] over {len(differences)} paired seeds")
+    print(
+        f"B-A mean {sum(differences) / len(differences):+.5f} bpb, 95 % interval "
+        f"[{low:+.5f}, {high:+.5f}] over {len(differences)} paired seeds"
+    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,12 @@ from export import calibrated, exported, load, settings
 import train_gpt
 
 
-def main(first: str, second: str, folders: list[str],
-         changed: Callable[[], AbstractContextManager] = nullcontext) -> None:
+def main(
+    first: str,
+    second: str,
+    folders: list[str],
+    changed: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """Print a row a run, then what they say together; the second is exported inside changed()."""
     differences = []
     for folder in folders:
@@ -32,14 +36,21 @@ def main(first: str, second: str, folders: list[str],
             blob, bpb, code = exported(cfg, model, hessians, val, **settings(first))
             target = {"ARTIFACT_TARGET_BYTES": str(code + len(blob))}
             with changed():
-                other, other_bpb, _ = exported(cfg, model, hessians, val, **target,
-                                               **settings(second))
+                other, other_bpb, _ = exported(
+                    cfg, model, hessians, val, **target, **settings(second)
+                )
         differences.append(other_bpb - bpb)
-        print(f"seed {cfg.seed}, {steps} steps: {len(blob):,} bytes {bpb:.5f} bpb, then "
-              f"{len(other):,} bytes {other_bpb:.5f} bpb, {differences[-1]:+.5f}", flush=True)
+        print(
+            f"seed {cfg.seed}, {steps} steps: {len(blob):,} bytes {bpb:.5f} bpb, then "
+            f"{len(other):,} bytes {other_bpb:.5f} bpb, {differences[-1]:+.5f}",
+            flush=True,
+        )
     low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
-    print(f"{second} less {first}: {sum(differences) / len(differences):+.5f} bpb, 95 % interval "
-          f"[{low:+.5f}, {high:+.5f}] over {len(differences)} pairs", flush=True)
+    print(
+        f"{second} less {first}: {sum(differences) / len(differences):+.5f} bpb, 95 % interval "
+        f"[{low:+.5f}, {high:+.5f}] over {len(differences)} pairs",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from train_gpt import CALIBRATION_ROWS, GPT, Config, Run, show_setting
 
 def environment_of(settings: dict[str, object]) -> dict[str, str]:
     """Settings as one would write them in the environment."""
-    return {name.upper(): value if isinstance(value, str) else show_setting(value)
-            for name, value in settings.items()}
+    return {
+        name.upper(): value if isinstance(value, str) else show_setting(value)
+        for name, value in settings.items()
+    }
 
 
 def settings(text: str) -> dict[str, str]:
@@ -50,18 +52,30 @@ def load(folder: Path) -> tuple[Config, GPT, int]:
 def calibrated(cfg: Config, model: GPT, steps: int) -> dict[str, torch.Tensor]:
     """Hessians on the training rows that would come next, that of the logits' matrix too."""
     rows, model.cfg = train_gpt.TrainingRows(cfg), replace(cfg, quant_clip="std")
-    return train_gpt.collect_hessians(model, lambda n: rows.batch(
-        steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0],
-        cfg.gptq_calib_batches, math.inf, Run(model.cfg, 0, 1, torch.device("cpu")))
+    return train_gpt.collect_hessians(
+        model,
+        lambda n: rows.batch(steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0],
+        cfg.gptq_calib_batches,
+        math.inf,
+        Run(model.cfg, 0, 1, torch.device("cpu")),
+    )
 
 
-def exported(cfg: Config, model: GPT, hessians: dict[str, torch.Tensor],
-             val: train_gpt.Validation, **changes: str) -> tuple[bytes, float, int]:
+def exported(
+    cfg: Config,
+    model: GPT,
+    hessians: dict[str, torch.Tensor],
+    val: train_gpt.Validation,
+    **changes: str,
+) -> tuple[bytes, float, int]:
     """The artifact under changed settings, its chunked bpb, and the code's bytes."""
     model.cfg = Config.from_env({**environment_of(asdict(cfg)), **changes})[0]
     run = Run(model.cfg, 0, 1, torch.device("cpu"))
-    used = {name: H for name, H in hessians.items()
-            if model.cfg.quant_clip == "std" or name not in ("tok_emb", "lm_head")}
+    used = {
+        name: H
+        for name, H in hessians.items()
+        if model.cfg.quant_clip == "std" or name not in ("tok_emb", "lm_head")
+    }
     with tempfile.TemporaryDirectory() as place:
         run.folder = Path(place)
         blob = train_gpt.export(model, used, val, run)

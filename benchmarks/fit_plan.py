@@ -54,10 +54,22 @@ PUBLISHED = (
     Artifact("#569", "PRESET=pr569", 15_580_001, 62_074),
     Artifact("#295", "PRESET=pr295", 15_888_496, 46_872, container=True),
     Artifact("#334", "PRESET=pr334", 16_132_620, 49_461, container=True, float32=True, zlib=True),
-    Artifact("#334", "PRESET=pr334 BITS=mlp:5,attn:6,emb:8,aux:8 BIGRAM_VOCAB_SIZE=4096 "
-             "BIGRAM_DIM=128", 17_347_056, 49_495, container=True, float32=True, zlib=True),
-    Artifact("#414", "PRESET=pr1361 BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128", 15_487_414, 67_603,
-             container=True),
+    Artifact(
+        "#334",
+        "PRESET=pr334 BITS=mlp:5,attn:6,emb:8,aux:8 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=128",
+        17_347_056,
+        49_495,
+        container=True,
+        float32=True,
+        zlib=True,
+    ),
+    Artifact(
+        "#414",
+        "PRESET=pr1361 BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128",
+        15_487_414,
+        67_603,
+        container=True,
+    ),
     Artifact("#1019", "PRESET=pr1361 CODEC=lzma", 15_761_428, 101_850, container=True),
 )
 
@@ -88,8 +100,12 @@ MINI = (
 # 94, 113 and 101 (#703, #334, #295) and 1,600 (defaults), as
 #     PRESET=pr1361,mini MAX_WALLCLOCK_SECONDS=0 ITERATIONS=300 python train_gpt.py
 # At that time no clip was nearer than 5 deviations, and a maximum beyond the clip was cut.
-STD_CLIPS = ("mlp:12.85,attn:12.85,emb:10,aux:30", "mlp:12.85,attn:12.85,emb:20,aux:20",
-             "mlp:6,attn:6,emb:8,aux:8", "mlp:26,attn:26,emb:20,aux:60")
+STD_CLIPS = (
+    "mlp:12.85,attn:12.85,emb:10,aux:30",
+    "mlp:12.85,attn:12.85,emb:20,aux:20",
+    "mlp:6,attn:6,emb:8,aux:8",
+    "mlp:26,attn:26,emb:20,aux:60",
+)
 STD = tuple(
     Artifact(system, f"PRESET={preset} QUANT_CLIP=std CLIP_SIGMAS={clips}", size)
     for system, preset, sizes in (
@@ -99,7 +115,9 @@ STD = tuple(
         ("#334", "pr334,mini", (200_305, 191_958, 248_577, 147_743)),
         ("#295", "pr295,mini", (302_827, 311_133, 373_408, 255_172)),
         ("defaults", "mini", (264_822, 262_823, 337_143, 211_548)),
-    ) for clips, size in zip(STD_CLIPS, sizes, strict=True))
+    )
+    for clips, size in zip(STD_CLIPS, sizes, strict=True)
+)
 
 
 @functools.cache
@@ -149,12 +167,15 @@ def fitted(artifacts: list[Artifact]) -> dict[str, float]:
 
     def constants(x: np.ndarray) -> dict[str, float]:
         given = plan.FITTED | {"float": sum(floats) / len(floats)}
-        return given | {name: float(given[name] * factor)
-                        for name, factor in zip(FITTED_HERE, x, strict=True)}
+        return given | {
+            name: float(given[name] * factor) for name, factor in zip(FITTED_HERE, x, strict=True)
+        }
 
     def errors(x: np.ndarray) -> list[float]:
-        return [(predicted(a, constants(x)) / a.model_bytes - 1) / kinds.count(a.kind) ** 0.5
-                for a in artifacts]
+        return [
+            (predicted(a, constants(x)) / a.model_bytes - 1) / kinds.count(a.kind) ** 0.5
+            for a in artifacts
+        ]
 
     return constants(least_squares(errors, np.ones(len(FITTED_HERE)), diff_step=0.01).x)
 
@@ -169,9 +190,11 @@ def show(title: str, artifacts: list[Artifact], fit: dict[str, float]) -> None:
     print(f"\n{title}: {', '.join(f'{name} {fit[name]:.4g}' for name in fit)}")
     for a in artifacts:
         size = predicted(a, fit)
-        print(f"{a.system:8} {a.settings[:72]:72} {'zlib' * a.zlib:4} {a.model_bytes:10,} "
-              f"predicted {size:10,.0f} {size / a.model_bytes - 1:+7.2%}  with code "
-              f"{(size - a.model_bytes) / (a.model_bytes + a.code_bytes):+7.2%}")
+        print(
+            f"{a.system:8} {a.settings[:72]:72} {'zlib' * a.zlib:4} {a.model_bytes:10,} "
+            f"predicted {size:10,.0f} {size / a.model_bytes - 1:+7.2%}  with code "
+            f"{(size - a.model_bytes) / (a.model_bytes + a.code_bytes):+7.2%}"
+        )
 
 
 def main() -> None:
@@ -183,9 +206,14 @@ def main() -> None:
         own = [a for a in (*PUBLISHED, *MINI) if a.system == system]
         own += [replace(a, zlib=False) for a in own if a.zlib]
         show(f"without {system}", own, without(system))
-    print("\ncoded bytes over entropy, Gaussian rows: " + ", ".join(
-        f"{codec} int{bits} {coding_overhead(codec, bits):.4f}"
-        for codec in ("zstd", "lzma", "brotli", "zlib") for bits in (5, 6)))
+    print(
+        "\ncoded bytes over entropy, Gaussian rows: "
+        + ", ".join(
+            f"{codec} int{bits} {coding_overhead(codec, bits):.4f}"
+            for codec in ("zstd", "lzma", "brotli", "zlib")
+            for bits in (5, 6)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -28,10 +28,15 @@ import train_gpt
 from train_gpt import GPT, Config, Run
 
 TARGET, CALIBRATION_BATCHES = 10_000_000, 4
-SETTINGS = {"PRESET": "pr1361", "QUANT_CLIP": "std", "GPTQ_VARIANT": "full",
-            "DATA_PATH": "./data/datasets/docs_sp1024", "TRAIN_SEQ_LEN": "1024",
-            "TOKENIZER_PATH": "./data/tokenizers/docs_1024_bpe.model",
-            "GPTQ_CALIB_BATCHES": str(CALIBRATION_BATCHES)}
+SETTINGS = {
+    "PRESET": "pr1361",
+    "QUANT_CLIP": "std",
+    "GPTQ_VARIANT": "full",
+    "DATA_PATH": "./data/datasets/docs_sp1024",
+    "TRAIN_SEQ_LEN": "1024",
+    "TOKENIZER_PATH": "./data/tokenizers/docs_1024_bpe.model",
+    "GPTQ_CALIB_BATCHES": str(CALIBRATION_BATCHES),
+}
 
 seconds: Counter[str] = Counter()
 peaks: Counter[str] = Counter()  # MiB resident, the most while a phase ran
@@ -107,8 +112,10 @@ def draw(model: GPT, trained: GPT) -> None:
 def main(folder: Path, target: int) -> None:
     trained = load(folder)[1]
     for name, (center, spread, freedom) in fitted(trained).items():
-        print(f"fitted on {trained.cfg.preset}: {name:28} row deviation {math.exp(center):.4f}, "
-              f"spread of its log {spread:.3f}, degrees of freedom {freedom:.1f}")
+        print(
+            f"fitted on {trained.cfg.preset}: {name:28} row deviation {math.exp(center):.4f}, "
+            f"spread of its log {spread:.3f}, degrees of freedom {freedom:.1f}"
+        )
     cfg = Config.from_env({**SETTINGS, "ARTIFACT_TARGET_BYTES": str(target)})[0]
     with phase("drawing"):
         model = GPT(cfg)
@@ -126,8 +133,10 @@ def main(folder: Path, target: int) -> None:
     total = len(run.source) + len(blob)
     for name in seconds:
         print(f"{name}: {calls[name]} times, {seconds[name]:.1f} s, peak {peaks[name]:,} MiB")
-    print(f"SYNTHETIC export: {total:,} bytes with code, {total / target:.3%} of {target:,}, in "
-          f"{sum(seconds.values()):.0f} s")
+    print(
+        f"SYNTHETIC export: {total:,} bytes with code, {total / target:.3%} of {target:,}, in "
+        f"{sum(seconds.values()):.0f} s"
+    )
     if not 0.99 * target <= total <= target:
         sys.exit(1)
 

@@ -24,8 +24,9 @@ def is_held_out(text: str, share: float) -> bool:
 
 def main() -> None:
     """Split the training shards in two and write the sidecar."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/datasets/docs_sp1024"))
     parser.add_argument("--share", type=float, default=0.03)
     given = parser.parse_args()
@@ -47,14 +48,24 @@ def main() -> None:
     for split in splits:
         prepare.write_shard(prepare.shard_path(out, split, 0), tokens[split])
     shard, num_bytes = prepare.shard_path(out, "val", 0), int(piece_bytes[tokens["val"]].sum())
-    prepare.write_json(out / "fineweb_val.json", sidecar | {
-        "dataset": out.name, "documents": len(splits["val"]), "tokens": len(tokens["val"]),
-        "raw_bytes": num_bytes, "encoded_bytes": num_bytes,
-        "val_shards": {shard.name: prepare.file_sha256(shard)},
-        "split": f"hold-out of {given.folder.name}: the highest {given.share} of keys",
-        "train": {"documents": len(splits["train"]), "tokens": len(tokens["train"])}})
-    print(f"{out}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} held out in "
-          f"{len(splits['val'])} documents")
+    prepare.write_json(
+        out / "fineweb_val.json",
+        sidecar
+        | {
+            "dataset": out.name,
+            "documents": len(splits["val"]),
+            "tokens": len(tokens["val"]),
+            "raw_bytes": num_bytes,
+            "encoded_bytes": num_bytes,
+            "val_shards": {shard.name: prepare.file_sha256(shard)},
+            "split": f"hold-out of {given.folder.name}: the highest {given.share} of keys",
+            "train": {"documents": len(splits["train"]), "tokens": len(tokens["train"])},
+        },
+    )
+    print(
+        f"{out}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} held out in "
+        f"{len(splits['val'])} documents"
+    )
 
 
 if __name__ == "__main__":

@@ -58,18 +58,21 @@ def corrected(matrices: int, rank: int) -> Iterator[None]:
         for key in sorted(errors, reverse=True)[:matrices]:
             (W, H), name = errors[key], key[1]
             stored[f"{name}.a"], stored[f"{name}.b"] = correction(
-                W - stored[name].restore(), H, rank)
+                W - stored[name].restore(), H, rank
+            )
         return stored
 
     def rebuilt(cfg: train_gpt.Config, stored: dict[str, Stored], run: Run) -> GPT:
-        model = rebuild_model(cfg, {
-            name: s for name, s in stored.items() if not name.endswith((".a", ".b"))}, run)
+        model = rebuild_model(
+            cfg, {name: s for name, s in stored.items() if not name.endswith((".a", ".b"))}, run
+        )
         with torch.no_grad():
             for name in stored:
                 if name.endswith(".a"):
                     other = stored[name.removesuffix("a") + "b"]
                     model.get_parameter(name.removesuffix(".a")).add_(
-                        stored[name].restore().T @ other.restore())
+                        stored[name].restore().T @ other.restore()
+                    )
         return model
 
     train_gpt.quantize, train_gpt.rebuild_model = with_corrections, rebuilt

@@ -36,7 +36,8 @@ class Bench:
     def __init__(self, name: str, *changes: str) -> None:
         self.name = name
         self.cfg, _ = t.Config.from_env(
-            settings(name) | dict(change.split("=", 1) for change in changes))
+            settings(name) | dict(change.split("=", 1) for change in changes)
+        )
         self.rows, self.run = t.TrainingRows(self.cfg), t.Run(self.cfg, 0, 1, torch.device("cpu"))
         self.model = t.GPT(self.cfg, t.pick_attention(self.cfg, self.run.device)[1])
         t.initialize(self.model, self.cfg)
@@ -47,8 +48,9 @@ class Bench:
 
     def step(self, number: int) -> torch.Tensor:
         """The numbered training step; returns what train_step returns."""
-        return t.train_step(t.training_nats, self.model, self.optimizers, self.rows, number,
-                            self.moment, self.run)
+        return t.train_step(
+            t.training_nats, self.model, self.optimizers, self.rows, number, self.moment, self.run
+        )
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -69,8 +71,11 @@ def flops(model: t.GPT, seq_len: int) -> dict[str, float]:
     """Forward FLOPs a token by part: products of the blocks, causal half of attention, head."""
     cfg = model.cfg
     weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2 and len(p) > 2)
-    return {"blocks": 2.0 * weights, "attention": 2.0 * seq_len * cfg.model_dim * cfg.num_layers,
-            "head": 2.0 * cfg.model_dim * cfg.vocab_size}
+    return {
+        "blocks": 2.0 * weights,
+        "attention": 2.0 * seq_len * cfg.model_dim * cfg.num_layers,
+        "head": 2.0 * cfg.model_dim * cfg.vocab_size,
+    }
 
 
 def shortened(val: t.Validation, targets: int) -> t.Validation:
@@ -78,8 +83,9 @@ def shortened(val: t.Validation, targets: int) -> t.Validation:
     return replace(val, tokens=val.tokens[: targets + 1], target_bytes=val.target_bytes[:targets])
 
 
-def alternate(work: Callable[[], object], rate: Callable[[], float],
-              times: int) -> tuple[float, float]:
+def alternate(
+    work: Callable[[], object], rate: Callable[[], float], times: int
+) -> tuple[float, float]:
     """Median seconds of `work`, and median GFLOP/s of an sgemm before each call of it."""
     work()
     rate()
@@ -89,8 +95,9 @@ def alternate(work: Callable[[], object], rate: Callable[[], float],
 
 def arguments(doc: str, **options: dict) -> argparse.Namespace:
     """A script's command line: a configuration, --json FILE, and more options by name."""
-    parser = argparse.ArgumentParser(description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("configuration", nargs="?", default="P", help="P, or presets by name")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     for name, how in options.items():
@@ -100,12 +107,16 @@ def arguments(doc: str, **options: dict) -> argparse.Namespace:
 
 def table(header: tuple[str, ...], rows: list[tuple]) -> None:
     """Print rows under a header, numbers with as many digits as they need."""
-    cells = [[f"{x:,.4g}" if isinstance(x, float) else str(x) for x in row]
-             for row in (header, *rows)]
+    cells = [
+        [f"{x:,.4g}" if isinstance(x, float) else str(x) for x in row] for row in (header, *rows)
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *rest in cells:
-        print(first.ljust(widths[0]), *(x.rjust(w) for x, w in
-                                        zip(rest, widths[1:], strict=True)), sep="  ")
+        print(
+            first.ljust(widths[0]),
+            *(x.rjust(w) for x, w in zip(rest, widths[1:], strict=True)),
+            sep="  ",
+        )
 
 
 def finish(facts: dict[str, object], file: str | None) -> None:
@@ -120,10 +131,19 @@ def finish(facts: dict[str, object], file: str | None) -> None:
 def machine() -> str:
     """Processor, threads and the instruction sets that torch takes."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-             if line.startswith("model name")] if info.exists() else [platform.processor()]
-    return (f"{names[0]}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else [platform.processor()]
+    )
+    return (
+        f"{names[0]}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    )
 
 
 def report(rows: list[tuple[str, float]], facts: dict[str, object]) -> None:

@@ -39,8 +39,10 @@ def main(folder: Path) -> bool:
     """Print the rows of one run; True if all of them are met."""
     cfg, model, steps = load(folder)
     variant = "full" if cfg.gptq_variant == "off" else cfg.gptq_variant
-    model.cfg = train_gpt.Config.from_env(environment_of(asdict(cfg)) | {
-        "QUANT_CLIP": "std", "CLIP_SIGMAS": CLIP_SIGMAS, "GPTQ_VARIANT": variant})[0]
+    model.cfg = train_gpt.Config.from_env(
+        environment_of(asdict(cfg))
+        | {"QUANT_CLIP": "std", "CLIP_SIGMAS": CLIP_SIGMAS, "GPTQ_VARIANT": variant}
+    )[0]
     hessians = calibrated(model.cfg, model, steps)
     header = train_gpt.artifact_header(model.cfg, train_gpt.load_validation(cfg))
     whole, met = fitted(model, hessians, header, 0)[0], True
@@ -48,8 +50,11 @@ def main(folder: Path) -> bool:
         target, start = int(share * whole), time.perf_counter()
         total, passes = fitted(model, hessians, header, target)
         met &= 0.99 * target <= total <= target
-        print(f"| {cfg.preset} ({variant}, {cfg.codec}) | {share:.0%} | {target:,} | {total:,} | "
-              f"{total / target:.3%} | {passes} | {time.perf_counter() - start:.1f} |", flush=True)
+        print(
+            f"| {cfg.preset} ({variant}, {cfg.codec}) | {share:.0%} | {target:,} | {total:,} | "
+            f"{total / target:.3%} | {passes} | {time.perf_counter() - start:.1f} |",
+            flush=True,
+        )
     return met
 
 

@@ -33,8 +33,15 @@ from measure import (
 )
 
 BATCHES = 32
-PHASES = ("clip_candidates", "inverse_factor", "feed_back", "pick", "weighted_error", "int8_rows",
-          "round_to_nearest")
+PHASES = (
+    "clip_candidates",
+    "inverse_factor",
+    "feed_back",
+    "pick",
+    "weighted_error",
+    "int8_rows",
+    "round_to_nearest",
+)
 
 
 def timed(phase: str, spent: Counter) -> Callable:
@@ -46,6 +53,7 @@ def timed(phase: str, spent: Counter) -> Callable:
         box: list = []
         spent[phase] += seconds(lambda: box.append(work(*args)))
         return box[0]
+
     return call
 
 
@@ -56,27 +64,46 @@ def speed(name: str, times: int) -> dict[str, object]:
     bench.run.log = lambda *said, **facts: None
 
     def calibrate() -> None:
-        kept.update(t.collect_hessians(
-            bench.model, lambda n: bench.rows.batch(rows * n, rows)[0], BATCHES, math.inf,
-            bench.run))
+        kept.update(
+            t.collect_hessians(
+                bench.model,
+                lambda n: bench.rows.batch(rows * n, rows)[0],
+                BATCHES,
+                math.inf,
+                bench.run,
+            )
+        )
 
     took, product = alternate(calibrate, rate, times)
     part, tokens = flops(bench.model, cfg.train_seq_len), BATCHES * rows * cfg.train_seq_len
     hessians = sum(2.0 * len(H) ** 2 for H in kept.values())
     work = 1e-9 * tokens * (part["blocks"] + part["attention"] + hessians)
-    facts = {"tokens": tokens, "seconds": took, "GFLOP": work, "GFLOP/s": work / took,
-             "sgemm GFLOP/s": product, "share": work / took / product}
+    facts = {
+        "tokens": tokens,
+        "seconds": took,
+        "GFLOP": work,
+        "GFLOP/s": work / took,
+        "sgemm GFLOP/s": product,
+        "share": work / took / product,
+    }
     table(("", *facts), [("calibration", *facts.values())])
     whole = [seconds(lambda: t.quantize(bench.model, kept, bench.run)) for _ in range(times)]
     spent: Counter = Counter()
     with mock.patch.multiple(t, **{phase: timed(phase, spent) for phase in PHASES}):
         spent["whole, with clocks inside"] = seconds(
-            lambda: t.quantize(bench.model, kept, bench.run))
+            lambda: t.quantize(bench.model, kept, bench.run)
+        )
     matrices = sum(bool(t.bits_of(cfg, name, p)) for name, p in bench.model.named_parameters())
-    table((f"{matrices} matrices, {len(kept)} Hessians", "s"),
-          [("quantisation", median(whole)), *spent.most_common()])
-    return {"calibration": facts, "matrices": matrices, "quantisation s": median(whole),
-            "phases s": dict(spent)}
+    table(
+        (f"{matrices} matrices, {len(kept)} Hessians", "s"),
+        [("quantisation", median(whole)), *spent.most_common()],
+    )
+    return {
+        "calibration": facts,
+        "matrices": matrices,
+        "quantisation s": median(whole),
+        "phases s": dict(spent),
+    }
 
 
 def loss(name: str, steps: int) -> dict[str, object]:
@@ -100,22 +127,28 @@ def loss(name: str, steps: int) -> dict[str, object]:
                 nearest[name] = t.round_to_nearest(W, bits, cfg)
                 errors = [t.weighted_error(W, s[name], H) for s in (solved, nearest)]
                 ratios[name] = errors[0] / max(errors[1], 1e-30)
-                print(f"{name:<32} gptq {errors[0]:<12.5g} nearest {errors[1]:<12.5g} "
-                      f"ratio {ratios[name]:.3f}")
+                print(
+                    f"{name:<32} gptq {errors[0]:<12.5g} nearest {errors[1]:<12.5g} "
+                    f"ratio {ratios[name]:.3f}"
+                )
         worse, largest = sum(ratio > 1 for ratio in ratios.values()), max(ratios.values())
         print(f"matrices {len(ratios)}, worse under gptq {worse}, largest ratio {largest:.3f}")
         bpb = {"float": t.evaluate("float", t.training_nats, model, val, run).bpb}
         for name, stored in (("gptq", solved), ("nearest", nearest)):
-            bpb[name] = t.evaluate(name, t.training_nats, t.rebuild_model(cfg, stored, run), val,
-                                   run).bpb
+            bpb[name] = t.evaluate(
+                name, t.training_nats, t.rebuild_model(cfg, stored, run), val, run
+            ).bpb
         print("  ".join(f"{name} {value:.5f} bpb" for name, value in bpb.items()))
     return {"ratios": ratios, "bpb": bpb}
 
 
 def main() -> None:
     """Speed, or with --train loss."""
-    given = arguments(__doc__, times={"type": int, "default": 5, "help": "calls of each"},
-                      train={"type": int, "default": 0, "help": "steps; -1: the whole budget"})
+    given = arguments(
+        __doc__,
+        times={"type": int, "default": 5, "help": "calls of each"},
+        train={"type": int, "default": 0, "help": "steps; -1: the whole budget"},
+    )
     if given.train:
         facts = loss(given.configuration, given.train)
     else:

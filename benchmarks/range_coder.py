@@ -135,8 +135,13 @@ def choose_hints(Q: np.ndarray, columns: np.ndarray) -> bytes:
     return ((told.view(np.uint16) + 64) >> 7).astype(np.uint8).tobytes()
 
 
-def code_stack(coder: RangeEncoder | RangeDecoder, Q: np.ndarray, top: int, counts: np.ndarray,
-               columns: np.ndarray) -> None:
+def code_stack(
+    coder: RangeEncoder | RangeDecoder,
+    Q: np.ndarray,
+    top: int,
+    counts: np.ndarray,
+    columns: np.ndarray,
+) -> None:
     """Code (L, r, c) integers within +-top, in place, counting them in `counts`.
 
     Diagonals of all L matrices are coded together, so that each step meets every row and every
@@ -162,7 +167,8 @@ def code_stack(coder: RangeEncoder | RangeDecoder, Q: np.ndarray, top: int, coun
         ends = np.pad(f.cumsum(1), ((0, 0), (1, 0)))
         symbols = coder.code(ends, bins, Q[:, i, j].ravel() + top)
         counts += UNIT * np.bincount(bins * size + symbols, minlength=counts.size).reshape(
-            counts.shape)
+            counts.shape
+        )
         Q[:, i, j] = symbols.reshape(a.shape[0], *j.shape) - top
         x = UNIT * np.abs(Q[:, i, j].astype(np.float64))
         rows += np.rint(x / np.maximum(b * m, SMALLEST)).sum(2)
@@ -183,8 +189,12 @@ def twins(Q: np.ndarray) -> np.ndarray:
     return near[near.sum(1).argmax()]
 
 
-def code_integers(coder: RangeEncoder | RangeDecoder, matrices: dict[str, tuple[int, int, int]],
-                  halves: np.ndarray, q: np.ndarray) -> None:
+def code_integers(
+    coder: RangeEncoder | RangeDecoder,
+    matrices: dict[str, tuple[int, int, int]],
+    halves: np.ndarray,
+    q: np.ndarray,
+) -> None:
     """Code the flat integers q, in place, of matrices {name: (rows, columns, scales' place)}.
 
     A run of names that differ in numbers only is a stack. Columns of mlp.proj start from the
@@ -193,7 +203,8 @@ def code_integers(coder: RangeEncoder | RangeDecoder, matrices: dict[str, tuple[
     """
     tables, at = {}, 0
     for (_, r, c), group in itertools.groupby(
-            matrices, lambda name: (re.sub(r"\d+", "", name), *matrices[name][:2])):
+        matrices, lambda name: (re.sub(r"\d+", "", name), *matrices[name][:2])
+    ):
         L = len(names := list(group))
         Q = q[at : (at := at + L * r * c)].reshape(L, r, c)
         if not Q.size:
@@ -264,9 +275,12 @@ def compress(body: bytes) -> bytes:
     q, coder = np.frombuffer(body, "<i1", n, start).astype(np.int16), RangeEncoder()
     floats = np.frombuffer(body, np.uint8, offset=start + n)
     code_integers(coder, matrices, floats.view("<f2"), q)
-    tries = [lzma.compress(body[:start] + part.tobytes() + coder.hints, lzma.FORMAT_RAW,
-                           filters=RAW_LZMA)
-             for part in (floats, np.concatenate([floats[1::2], floats[::2]]))]
+    tries = [
+        lzma.compress(
+            body[:start] + part.tobytes() + coder.hints, lzma.FORMAT_RAW, filters=RAW_LZMA
+        )
+        for part in (floats, np.concatenate([floats[1::2], floats[::2]]))
+    ]
     planes = len(tries[1]) < len(tries[0])
     word = struct.pack("<I", len(tries[planes]) + PLANES * planes)
     return word + tries[planes] + coder.stream(-(-n // SYMBOLS_A_LANE))

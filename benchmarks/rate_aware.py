@@ -34,8 +34,9 @@ def costs(W: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
     return -(counts / counts.sum()).log2()
 
 
-def feed_back(W: torch.Tensor, step: torch.Tensor, U: torch.Tensor, bits: int, cfg: Config,
-              weight: float) -> torch.Tensor:
+def feed_back(
+    W: torch.Tensor, step: torch.Tensor, U: torch.Tensor, bits: int, cfg: Config, weight: float
+) -> torch.Tensor:
     """train_gpt.feed_back with the choice above; W: (r, c), step: (n, r, 1) -> Q: (n, r, c)."""
     levels, rest = largest_integer(bits), W.repeat(len(step), 1, 1)
     Q, bit_costs = torch.empty_like(rest), costs(W, step, levels)
@@ -47,7 +48,8 @@ def feed_back(W: torch.Tensor, step: torch.Tensor, U: torch.Tensor, bits: int, c
         # Both terms over s^2.
         near_cost, lower_cost = (
             ((x - q) / U[col, col]).square() + price * bit_costs[q.long() + levels]
-            for q in (near, lower))
+            for q in (near, lower)
+        )
         Q[..., col : col + 1] = torch.where(lower_cost < near_cost, lower, near)
         error = (rest[..., col : col + 1] - Q[..., col : col + 1] * step) / U[col, col]
         rest[..., col:] -= error * U[col, col:]

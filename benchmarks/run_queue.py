@@ -56,11 +56,14 @@ class Job:
             return False
         found = json.loads((self.folder(runs) / "settings.json").read_text())
         wanted = json.loads(json.dumps(asdict(self.config)))
-        other = sorted(name for name in wanted.keys() - NOT_COMPARED
-                       if found.get(name) != wanted[name])
+        other = sorted(
+            name for name in wanted.keys() - NOT_COMPARED if found.get(name) != wanted[name]
+        )
         if other:
-            raise Refusal(f"{self.name}: {self.folder(runs)} is a finished run of other settings "
-                          f"({other[0].upper()}={found.get(other[0])}); give the job a new name")
+            raise Refusal(
+                f"{self.name}: {self.folder(runs)} is a finished run of other settings "
+                f"({other[0].upper()}={found.get(other[0])}); give the job a new name"
+            )
         return True
 
 
@@ -113,11 +116,18 @@ class Queue:
             return False
         self.set_aside(job)
         foreign = {name: value for name, value in os.environ.items() if name not in OURS}
-        env = {"OMP_NUM_THREADS": str(self.threads), **foreign, "PRESET": "", **job.settings,
-               "RUNS_DIR": str(self.runs), "RUN_ID": job.name}
+        env = {
+            "OMP_NUM_THREADS": str(self.threads),
+            **foreign,
+            "PRESET": "",
+            **job.settings,
+            "RUNS_DIR": str(self.runs),
+            "RUN_ID": job.name,
+        }
         with open(self.runs / f"{job.name}.out", "w") as out:
-            process = subprocess.Popen(["./run.sh"], cwd=ROOT, env=env,
-                                       stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+            process = subprocess.Popen(
+                ["./run.sh"], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
             self.running[job.name] = process
             if self.stopping.is_set():  # asked between the first look and the start
                 process.terminate()
@@ -157,8 +167,9 @@ def work(jobs: list[Job], runs: Path, at_once: int) -> int:
     if sources - {sha256_of(ROOT / "train_gpt.py")}:
         tqdm.write("warning: some finished runs are of another train_gpt.py than this one")
     queue, failed = Queue(runs, at_once), []
-    before = {number: signal.signal(number, queue.stop)
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, queue.stop) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="job", smoothing=0)
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool, bar:
         made = {pool.submit(queue.run, job): job for job in left}
@@ -183,8 +194,9 @@ def work(jobs: list[Job], runs: Path, at_once: int) -> int:
 
 def main(arguments: list[str]) -> int:
     """Read the list, check it, and run it; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("jobs", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--at-once", type=int, default=1)

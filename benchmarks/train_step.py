@@ -28,6 +28,7 @@ def both_ways(work: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Calla
     def call() -> None:
         y = work(*inputs)
         y.backward(torch.ones_like(y))
+
     return call
 
 
@@ -38,12 +39,16 @@ def products(model: t.GPT, tokens: int) -> Callable[[], None]:
     work = []
     for w in weights:
         x, y = torch.randn(tokens, w.size(1)), torch.randn(tokens, w.size(0))
-        work += [(x, w.t(), torch.empty_like(y)), (y, w, torch.empty_like(x)),
-                 (y.t(), x, torch.empty_like(w))]
+        work += [
+            (x, w.t(), torch.empty_like(y)),
+            (y, w, torch.empty_like(x)),
+            (y.t(), x, torch.empty_like(w)),
+        ]
 
     def call() -> None:
         for a, b, out in work:
             torch.mm(a, b, out=out)
+
     return call
 
 
@@ -93,11 +98,13 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Time whole steps against sgemm, then the parts."""
-    name, steps = (sys.argv[1:] + ["P", "21"][len(sys.argv) - 1:])[:2]
+    name, steps = (sys.argv[1:] + ["P", "21"][len(sys.argv) - 1 :])[:2]
     bench, rate = Bench(name, *sys.argv[3:]), sgemm()
     if bench.cfg.rows_per_step > bench.run.micro_batch_rows:
-        raise SystemExit("the parts are those of one forward: set MICRO_BATCH_SEQS="
-                         f"{bench.cfg.rows_per_step}, the rows of a step")
+        raise SystemExit(
+            "the parts are those of one forward: set MICRO_BATCH_SEQS="
+            f"{bench.cfg.rows_per_step}, the rows of a step"
+        )
     for number in range(3):
         bench.step(number)
         rate()
@@ -112,14 +119,20 @@ def main() -> None:
         rows.append((part, 1e3 * times * median(seconds(work) for _ in range(15))))
     ms = dict(rows)
     bare = sum(ms[part] for part in ms if part.startswith("bare")) + ms["orthogonalisation"]
-    facts = {"configuration": name, "machine": machine(), "sgemm GFLOP/s": median(rates),
-             "bare ms": bare, "step / bare": ms["step"] / bare,
-             "tokens/s": bench.cfg.train_batch_tokens / median(whole)}
+    facts = {
+        "configuration": name,
+        "machine": machine(),
+        "sgemm GFLOP/s": median(rates),
+        "bare ms": bare,
+        "step / bare": ms["step"] / bare,
+        "tokens/s": bench.cfg.train_batch_tokens / median(whole),
+    }
     if name in STEP_GFLOP and all(c.startswith("COMPILE=") for c in sys.argv[3:]):
         facts["bare, share of sgemm"] = STEP_GFLOP[name] / bare * 1e3 / median(rates)
         facts["step GFLOP/s"] = STEP_GFLOP[name] / median(whole)
-        facts["share of sgemm"] = median(STEP_GFLOP[name] / s / r
-                                         for s, r in zip(whole, rates, strict=True))
+        facts["share of sgemm"] = median(
+            STEP_GFLOP[name] / s / r for s, r in zip(whole, rates, strict=True)
+        )
     report(rows, facts)
 
 

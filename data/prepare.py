@@ -1560,8 +1560,10 @@ class Hub:
             error = error.__cause__
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
-            gone = "" if self.revision == "main" else (
-                f", or its revision {self.revision[:12]}, of which the folder's files are, is gone"
+            gone = (
+                ""
+                if self.revision == "main"
+                else (f", or its revision {self.revision[:12]}, which the folder has, is gone")
             )
             raise BadInput(
                 f"{self.repository}: no such data set repository, or not a public one{gone} "
@@ -1790,8 +1792,9 @@ def download_fineweb(
             path = out / "tokenizers" / Path(offer.tokenizer).name
             tokenizer = fetch_tokenizer(hub, offer.tokenizer, path, FINEWEB_VARIANTS[variant])
             request = {"repository": repository, "revision": hub.revision}
-            write_json(folder / JOURNAL, {
-                "request": request, "tokenizer_sha256": file_sha256(path)})
+            write_json(
+                folder / JOURNAL, {"request": request, "tokenizer_sha256": file_sha256(path)}
+            )
             say(f"downloading {folder.name} from {repository} at {hub.revision[:12]}")
             fetch_shards(hub, folder, offer, train_shards)
         finally:
@@ -1956,8 +1959,12 @@ def build_parser() -> Parser:
         # What this process may use, where the system says it; more than 16 only take memory.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(cores or 1, 16)
-        add("--workers", type=whole_number(1, 256), default=workers,
-            help="processes (all cores, at most 16)")
+        add(
+            "--workers",
+            type=whole_number(1, 256),
+            default=workers,
+            help="processes (all cores, at most 16)",
+        )
     fineweb = command("fineweb", "Download the challenge's data.", FINEWEB_HELP)
     add = fineweb.add_argument
     add("--variant", choices=FINEWEB_VARIANTS, required=True, help="which tokenizer")

@@ -69,8 +69,15 @@ def part_of(name: str, stored: Stored) -> Part:
     if stored.scale is None:
         return Part(name, role_in(name), tuple(values.shape), 0, 0, 2 * values.numel(), 0.0)
     largest = int(values.short().abs().max()) if values.numel() else 0
-    return Part(name, role_in(name), tuple(values.shape), largest.bit_length() + 1,
-                values.numel(), 2 * len(stored.scale), entropy_bytes(values) if largest else 0.0)
+    return Part(
+        name,
+        role_in(name),
+        tuple(values.shape),
+        largest.bit_length() + 1,
+        values.numel(),
+        2 * len(stored.scale),
+        entropy_bytes(values) if largest else 0.0,
+    )
 
 
 def is_whole(path: Path) -> bool:
@@ -92,9 +99,16 @@ def anatomy(path: Path) -> Anatomy:
         if tensor.scale is not None:
             integers.setdefault(role_in(name), []).append(tensor.values.flatten())
     by_role = {role: entropy_bytes(torch.cat(mine)) for role, mine in integers.items()}
-    return Anatomy([part_of(name, tensor) for name, tensor in stored.items()], header["settings"],
-                   header["tokenizer"], header["validation"], codec, path.stat().st_size,
-                   body_bytes, by_role)
+    return Anatomy(
+        [part_of(name, tensor) for name, tensor in stored.items()],
+        header["settings"],
+        header["tokenizer"],
+        header["validation"],
+        codec,
+        path.stat().st_size,
+        body_bytes,
+        by_role,
+    )
 
 
 def printable(text: str, width: int) -> str:
@@ -109,12 +123,20 @@ def lines(found: Anatomy, code_bytes: int, limit: int) -> list[str]:
     row = "{:<34} {:>13} {:>5} {:>11} {:>11} {:>7}"
     said = [row.format("tensor", "shape", "bits", "bytes raw", "entropy", "share")]
     for part in sorted(found.parts, key=lambda part: -part.estimate):
-        said.append(row.format(
-            printable(part.name, 34), "x".join(map(str, part.shape)) or "1", part.bits or "fp16",
-            f"{part.raw:,}", f"{part.estimate:,.0f}", f"{part.estimate / whole:.2%}"))
+        said.append(
+            row.format(
+                printable(part.name, 34),
+                "x".join(map(str, part.shape)) or "1",
+                part.bits or "fp16",
+                f"{part.raw:,}",
+                f"{part.estimate:,.0f}",
+                f"{part.estimate / whole:.2%}",
+            )
+        )
     total, text = found.file_bytes + code_bytes, "{:<44} {:>13,.0f}"
     return [
-        *said, "",
+        *said,
+        "",
         text.format("integers, one byte each", found.total("raw_integers")),
         text.format("  entropy of the integers", found.total("entropy")),
         text.format("scales and floats, two bytes each", found.total("raw_floats")),
@@ -123,13 +145,15 @@ def lines(found: Anatomy, code_bytes: int, limit: int) -> list[str]:
         text.format(f"artifact, compressed with {found.codec}", found.file_bytes),
         text.format("code", code_bytes),
         text.format("together", total),
-        text.format("over the limit by" if total > limit else f"left of {limit:,}",
-                    abs(limit - total)),
+        text.format(
+            "over the limit by" if total > limit else f"left of {limit:,}", abs(limit - total)
+        ),
         "",
         "bits: the narrowest integers that hold the tensor. bytes raw: before compression.",
         "entropy: what a perfect coder of single integers would need, and the scales and floats as",
         "they are; share: of the sum of that column. The compressed file may be smaller: a codec",
-        "also finds what numbers side by side have in common, and floats that repeat."]
+        "also finds what numbers side by side have in common, and floats that repeat.",
+    ]
 
 
 def kind_of(name: str) -> str:

@@ -15,14 +15,23 @@ HUNK = re.compile(r"@@ -\d+(?:,\d+)? \+(\d+)(?:,\d+)? @@")
 
 def source_diff(old: str, new: str) -> str:
     """The unified diff, empty for equal scripts; cut where it would pass the bound, and says so."""
-    lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), "base/train_gpt.py",
-                                      "train_gpt.py", lineterm=""))
+    lines = list(
+        difflib.unified_diff(
+            old.splitlines(), new.splitlines(), "base/train_gpt.py", "train_gpt.py", lineterm=""
+        )
+    )
     size = 0
     for number, line in enumerate(lines):
         size += len(line.encode()) + 1
         if size > MAX_DIFF_BYTES - 100:
-            return "\n".join([*lines[:number], f"# cut here: {len(lines) - number} lines more; "
-                              "each script stands whole in its folder", ""])
+            return "\n".join(
+                [
+                    *lines[:number],
+                    f"# cut here: {len(lines) - number} lines more; "
+                    "each script stands whole in its folder",
+                    "",
+                ]
+            )
     return "\n".join([*lines, ""]) if lines else ""
 
 
@@ -31,8 +40,11 @@ def places_of(text: str, tree: ast.Module) -> list[str]:
     lines = text.splitlines()
     places, section = [], "head"
     for number, line in enumerate(lines):
-        if line.startswith("# =====") and lines[number + 1 : number + 2] and \
-                (title := re.match(r"# (\w[^.]*)", lines[number + 1])):
+        if (
+            line.startswith("# =====")
+            and lines[number + 1 : number + 2]
+            and (title := re.match(r"# (\w[^.]*)", lines[number + 1]))
+        ):
             section = title[1].strip()
         places.append(section)
 
@@ -68,7 +80,8 @@ def misfits(diff: str, new: str) -> Iterator[str]:
     lines, at = new.splitlines(), None
     for number, line in enumerate(diff.splitlines(), start=1):
         if line.startswith(("--- ", "+++ ", "# cut here: ")) and (
-                number < 3 or line.startswith("#")):
+            number < 3 or line.startswith("#")
+        ):
             continue
         if hunk := HUNK.fullmatch(line):
             at = int(hunk[1]) - 1

@@ -52,8 +52,9 @@ def is_causal(model: Any, vocab_size: int, length: int) -> bool:
         changed = ids.clone()
         changed[:, cut:] = 2 + (changed[:, cut:] + 7) % (vocab_size - 2)
         after = model.logits(model.hidden(changed))
-        if not torch.equal(before[:, :cut], after[:, :cut]) or \
-                torch.equal(before[:, cut:], after[:, cut:]):
+        if not torch.equal(before[:, :cut], after[:, :cut]) or torch.equal(
+            before[:, cut:], after[:, cut:]
+        ):
             return False
     return True
 
@@ -71,9 +72,13 @@ def is_a_distribution(model: Any, vocab_size: int, length: int) -> bool:
     other[:, 3] = 2 + (other[:, 3] + 5) % (vocab_size - 2)
     moved = model(inputs, other)[0].double() != nats
     moved[:, 3] = False
-    return (logits.size(-1) == vocab_size and bool(p.isfinite().all()) and not bool(moved.any())
-            and float((p.sum(-1) - 1).abs().max()) < 1e-9
-            and float((scored - nats).abs().max()) < 1e-3)
+    return (
+        logits.size(-1) == vocab_size
+        and bool(p.isfinite().all())
+        and not bool(moved.any())
+        and float((p.sum(-1) - 1).abs().max()) < 1e-9
+        and float((scored - nats).abs().max()) < 1e-3
+    )
 
 
 def scores_once(script: ModuleType, cfg, num_targets: int) -> bool:
@@ -85,8 +90,13 @@ def scores_once(script: ModuleType, cfg, num_targets: int) -> bool:
 
 def scores_before_update(script: Any, cfg, model: Any) -> bool:
     """Weights learn from no target before its score is final; without adaptation, never."""
-    cfg = replace(cfg, ttt_chunk_tokens=2 * cfg.eval_seq_len, compile="0", eval_truncate=False,
-                  eval_stride=max(1, cfg.eval_seq_len // 4))
+    cfg = replace(
+        cfg,
+        ttt_chunk_tokens=2 * cfg.eval_seq_len,
+        compile="0",
+        eval_truncate=False,
+        eval_stride=max(1, cfg.eval_seq_len // 4),
+    )
     tokens = random_ids(cfg.vocab_size, 1, 5 * cfg.eval_seq_len)[0].numpy().astype(np.uint16)
     val = script.Validation(tokens, np.ones(len(tokens) - 1, np.int16), "", "", 1, len(tokens))
     run, scored, legal = script.Run(cfg, 0, 1, torch.device("cpu")), [0], []
@@ -110,8 +120,9 @@ def scores_before_update(script: Any, cfg, model: Any) -> bool:
         adapter.learn = watched
     script.score_windows = recorded
     try:
-        script.evaluate("compliance", script.training_nats, model, val, run, cfg.eval_stride,
-                        "cover", adapter)
+        script.evaluate(
+            "compliance", script.training_nats, model, val, run, cfg.eval_stride, "cover", adapter
+        )
     finally:
         script.score_windows = score_windows
     if adapter is not None:
@@ -136,8 +147,9 @@ def suite(script_path: Path, artifact: Path, settings: dict) -> dict[str, bool]:
     return {
         "causality": is_causal(model, cfg.vocab_size, length),
         "full_distribution": is_a_distribution(model, cfg.vocab_size, length),
-        "single_pass": all(scores_once(script, cfg, n) for n in (
-            1, cfg.eval_seq_len, 10 * cfg.eval_seq_len + 3)),
+        "single_pass": all(
+            scores_once(script, cfg, n) for n in (1, cfg.eval_seq_len, 10 * cfg.eval_seq_len + 3)
+        ),
         "score_before_update": scores_before_update(script, cfg, fresh()),
         "determinism": same,
         "legal_settings": settings["ttt_mode"] != "train_then_score"
@@ -146,5 +158,12 @@ def suite(script_path: Path, artifact: Path, settings: dict) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(suite(Path(sys.argv[1]), Path(sys.argv[2]),
-                           json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")))))
+    print(
+        json.dumps(
+            suite(
+                Path(sys.argv[1]),
+                Path(sys.argv[2]),
+                json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")),
+            )
+        )
+    )

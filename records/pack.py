@@ -43,8 +43,11 @@ def pack(text: bytes) -> bytes:
 
 def is_packed(script: bytes) -> bool:
     """Whether a script is pack()'s to the letter: its stub around one payload."""
-    return script.startswith(HEAD) and script.endswith(TAIL) and \
-        PAYLOAD.fullmatch(script[len(HEAD):-len(TAIL)]) is not None
+    return (
+        script.startswith(HEAD)
+        and script.endswith(TAIL)
+        and PAYLOAD.fullmatch(script[len(HEAD) : -len(TAIL)]) is not None
+    )
 
 
 def text_of(script: bytes) -> bytes:
@@ -53,20 +56,23 @@ def text_of(script: bytes) -> bytes:
         return script
     reader = bz2.BZ2Decompressor()
     try:
-        packed = base64.b85decode(script[len(HEAD):-len(TAIL)])
+        packed = base64.b85decode(script[len(HEAD) : -len(TAIL)])
         text = reader.decompress(packed, max_length=MAX_TEXT_BYTES + 1)
     except (EOFError, OSError, ValueError) as error:
         raise ValueError(f"the packed script's payload is damaged ({error})") from None
     if not reader.eof or reader.unused_data or len(text) > MAX_TEXT_BYTES:
-        raise ValueError(f"the packed script's payload is cut short, or more than one text of at "
-                         f"most {MAX_TEXT_BYTES:,} bytes")
+        raise ValueError(
+            f"the packed script's payload is cut short, or more than one text of at "
+            f"most {MAX_TEXT_BYTES:,} bytes"
+        )
     return text
 
 
 def main(arguments: list[str]) -> int:
     """Do what the command line asks; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", action="store_true", help="print what the packed SCRIPT holds")
     parser.add_argument("script", type=Path)
     parser.add_argument("packed", type=Path, nargs="?", help="file to write")

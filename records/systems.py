@@ -27,8 +27,11 @@ PUBLISHED = {
     "pr1361": ("5,851", "1.12200 at stride 32 (seed 1337)", "15,877,304"),
     "pr569": ("6,560 to 6,569", "1.11749 (mean of three seeds)", "15,943,643"),
     "pr703": ("no log", "1.1176 (in its title)", "about 15.95 million (in its text)"),
-    "pr334": ("3,374, one H100 for 6,400 s", "never printed; 1.2207 in chunks before quantisation",
-              "16,182,081, over the limit"),
+    "pr334": (
+        "3,374, one H100 for 6,400 s",
+        "never printed; 1.2207 in chunks before quantisation",
+        "16,182,081, over the limit",
+    ),
     "pr295": ("6,457", "1.14771 (seed 42)", "15,935,368"),
 }
 SYSTEMS = tuple(PUBLISHED)
@@ -36,156 +39,361 @@ SYSTEMS = tuple(PUBLISHED)
 # Line of the description; what each script had, in the order of SYSTEMS; settings that give it
 # here; what differs, for all systems or by system.
 ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
-    ("layers (first half / second half)", ("11 (5/6)", "11 (5/6)", "11 (5/6)", "11 (5/6)",
-     "10 (5/5)"),
-     "NUM_LAYERS", SAME),
-    ("width / query heads / key-value heads", ("512/8/4",) * 5, "MODEL_DIM NUM_HEADS NUM_KV_HEADS",
-     SAME),
+    (
+        "layers (first half / second half)",
+        ("11 (5/6)", "11 (5/6)", "11 (5/6)", "11 (5/6)", "10 (5/5)"),
+        "NUM_LAYERS",
+        SAME,
+    ),
+    (
+        "width / query heads / key-value heads",
+        ("512/8/4",) * 5,
+        "MODEL_DIM NUM_HEADS NUM_KV_HEADS",
+        SAME,
+    ),
     ("grouped-query attention, q/k norm, q gain", ("1.5",) * 5, "QK_GAIN_INIT", SAME),
-    ("MLP", ("3x leaky(0.5)²",) * 3 + ("3x relu²",) * 2, "MLP_MULT MLP_ACT LEAKY_SLOPE",
-     {"pr334": "LEAKY_SLOPE has no effect with relu2",
-     "pr295": "LEAKY_SLOPE has no effect with relu2"}),
-    ("vocabulary, tied embedding, logit softcap", ("1024, tied, 30",) * 5,
-     "VOCAB_SIZE TIE_EMBEDDINGS LOGIT_SOFTCAP", SAME),
+    (
+        "MLP",
+        ("3x leaky(0.5)²",) * 3 + ("3x relu²",) * 2,
+        "MLP_MULT MLP_ACT LEAKY_SLOPE",
+        {
+            "pr334": "LEAKY_SLOPE has no effect with relu2",
+            "pr295": "LEAKY_SLOPE has no effect with relu2",
+        },
+    ),
+    (
+        "vocabulary, tied embedding, logit softcap",
+        ("1024, tied, 30",) * 5,
+        "VOCAB_SIZE TIE_EMBEDDINGS LOGIT_SOFTCAP",
+        SAME,
+    ),
     ("RMSNorm without gain", ("eps of float32",) * 5, "", "a constant here, RMS_EPS"),
-    ("rotary dimensions / base / NTK reference",
-     ("16 / 1e4 / 1024",) * 3 + ("16 / 5e4 / none", "64 / 1e4 / 2048"),
-     "ROPE_DIMS ROPE_BASE ROPE_NTK_REF",
-     {"pr295": "the script built its tables in bf16, so that late positions fell together; here "
-               "they are float32"}),
+    (
+        "rotary dimensions / base / NTK reference",
+        ("16 / 1e4 / 1024",) * 3 + ("16 / 5e4 / none", "64 / 1e4 / 2048"),
+        "ROPE_DIMS ROPE_BASE ROPE_NTK_REF",
+        {
+            "pr295": "the script built its tables in bf16, so that late positions fell together; here "
+            "they are float32"
+        },
+    ),
     ("XSA, last layers", ("11", "11", "4", "0", "0"), "XSA_LAST_N", SAME),
-    ("LN scale 1/sqrt(l+1)", ("yes", "yes", "yes", "yes", "no"), "LN_SCALE",
-     {"pr569": "its README says learned; the script has the fixed rule"}),
+    (
+        "LN scale 1/sqrt(l+1)",
+        ("yes", "yes", "yes", "yes", "no"),
+        "LN_SCALE",
+        {"pr569": "its README says learned; the script has the fixed rule"},
+    ),
     ("SmearGate", ("yes, unmasked",) * 5, "SMEAR_ENABLED SMEAR_BOS_MASK", SAME),
-    ("BigramHash, buckets x width, hash",
-     ("3072x112 XOR", "2048x128 XOR", "1536x128 XOR", "2048x64 sum", "10240x128 XOR"),
-     "BIGRAM_VOCAB_SIZE BIGRAM_DIM BIGRAM_HASH BIGRAM_BOS_MASK",
-     {"pr703": "the script's default is 2048 buckets, its run had 1536"}),
-    ("bigram table / projection at the start",
-     ("0 / orthogonal x 0.213", "0 / orthogonal x 0.213", "0 / orthogonal",
-      "0 / orthogonal x 0.213",
-      "orthogonal / 0"), "BIGRAM_INIT OPTIMIZER_ROUTING",
-     {"pr703": "OPTIMIZER_ROUTING=banks leaves auxiliary projections unscaled"}),
-    ("value embeddings (width; layers)", ("128; 9,10",) * 3 + ("none",) * 2,
-     "VE_ENABLED VE_DIM VE_LAYERS", SAME),
-    ("value residual learning", ("no", "added, 10 gates at 0.5", "no", "no", "no"), "VRL_MODE",
-     SAME),
-    ("U-Net skips", ("5, a weight a channel",) * 5, "SKIP_PER_DIM",
-     {"pr1361": "its metadata says 5 skip weights: five rows, not five scalars"}),
-    ("residual mix at the start", ("1, 0", "by depth", "1, 0", "1, 0", "by depth"),
-     "RESID_MIX_INIT",
-     SAME),
-    ("Backout", ("none", "off", "cache of layer 7, 0.1", "none", "of the middle, 0.2"),
-     "BACKOUT_MODE CACHE_LAYER BACKOUT_INIT",
-     {"pr569": "there in the script, switched off in the published runs"}),
-    ("embedding at the start", ("N(0, 0.005²)",) * 4 + ("spectrum k^-1/2",),
-     "TIED_EMBED_INIT_STD EMB_SVD_INIT", SAME),
-    ("output projections at the start", ("0",) * 5, "PROJ_INIT",
-     "READMEs say muP-scaled orthogonal (PROJ_INIT=ortho_mup); the scripts set zero"),
-    ("types of initial values", ("through bf16",) * 3 + ("float32", "through bf16"), "",
-     {"": "float32 here", **dict.fromkeys(("pr1361", "pr569", "pr703", "pr295"),
-                                          "bf16 moves gains such as 0.1 by about 0.1 %")}),
-    ("row length, training / evaluation", ("2048/2048",) * 3 + ("1024/1024", "2048/2048"),
-     "TRAIN_SEQ_LEN EVAL_SEQ_LEN", SAME),
+    (
+        "BigramHash, buckets x width, hash",
+        ("3072x112 XOR", "2048x128 XOR", "1536x128 XOR", "2048x64 sum", "10240x128 XOR"),
+        "BIGRAM_VOCAB_SIZE BIGRAM_DIM BIGRAM_HASH BIGRAM_BOS_MASK",
+        {"pr703": "the script's default is 2048 buckets, its run had 1536"},
+    ),
+    (
+        "bigram table / projection at the start",
+        (
+            "0 / orthogonal x 0.213",
+            "0 / orthogonal x 0.213",
+            "0 / orthogonal",
+            "0 / orthogonal x 0.213",
+            "orthogonal / 0",
+        ),
+        "BIGRAM_INIT OPTIMIZER_ROUTING",
+        {"pr703": "OPTIMIZER_ROUTING=banks leaves auxiliary projections unscaled"},
+    ),
+    (
+        "value embeddings (width; layers)",
+        ("128; 9,10",) * 3 + ("none",) * 2,
+        "VE_ENABLED VE_DIM VE_LAYERS",
+        SAME,
+    ),
+    (
+        "value residual learning",
+        ("no", "added, 10 gates at 0.5", "no", "no", "no"),
+        "VRL_MODE",
+        SAME,
+    ),
+    (
+        "U-Net skips",
+        ("5, a weight a channel",) * 5,
+        "SKIP_PER_DIM",
+        {"pr1361": "its metadata says 5 skip weights: five rows, not five scalars"},
+    ),
+    (
+        "residual mix at the start",
+        ("1, 0", "by depth", "1, 0", "1, 0", "by depth"),
+        "RESID_MIX_INIT",
+        SAME,
+    ),
+    (
+        "Backout",
+        ("none", "off", "cache of layer 7, 0.1", "none", "of the middle, 0.2"),
+        "BACKOUT_MODE CACHE_LAYER BACKOUT_INIT",
+        {"pr569": "there in the script, switched off in the published runs"},
+    ),
+    (
+        "embedding at the start",
+        ("N(0, 0.005²)",) * 4 + ("spectrum k^-1/2",),
+        "TIED_EMBED_INIT_STD EMB_SVD_INIT",
+        SAME,
+    ),
+    (
+        "output projections at the start",
+        ("0",) * 5,
+        "PROJ_INIT",
+        "READMEs say muP-scaled orthogonal (PROJ_INIT=ortho_mup); the scripts set zero",
+    ),
+    (
+        "types of initial values",
+        ("through bf16",) * 3 + ("float32", "through bf16"),
+        "",
+        {
+            "": "float32 here",
+            **dict.fromkeys(
+                ("pr1361", "pr569", "pr703", "pr295"), "bf16 moves gains such as 0.1 by about 0.1 %"
+            ),
+        },
+    ),
+    (
+        "row length, training / evaluation",
+        ("2048/2048",) * 3 + ("1024/1024", "2048/2048"),
+        "TRAIN_SEQ_LEN EVAL_SEQ_LEN",
+        SAME,
+    ),
     ("tokens a step", ("786,432",) * 3 + ("524,288", "786,432"), "TRAIN_BATCH_TOKENS", SAME),
-    ("loader", ("sequential",) * 5, "LOADER",
-     "rows of T+1 tokens at stride T of one stream; the scripts' spans skip a token between ranks"),
-    ("Muon rate", (".025", ".025", ".026", ".04", ".02"), "MATRIX_LR LR_MULT",
-     {"pr703": "the script's defaults, 1.04 times #549's; its README's command cancels that"}),
-    ("Muon momentum", ("0.92 to 0.99 in 1500",) * 3 + ("0.85 to 0.95 in 500",
-                                                       "0.92 to 0.99 in 1500"),
-     "MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM MUON_MOMENTUM_WARMUP_STEPS",
-     {"pr334": "its README says 0.99"}),
-    ("Newton-Schulz steps / weight decay", ("5 / .04",) * 3 + ("5 / .04 after the step", "5 / .04"),
-     "MUON_BACKEND_STEPS MUON_WD MUON_WD_ORDER", SAME),
-    ("Muon's form", ("per matrix, all-reduced",) * 2 + ("banks, sharded, int8 momentum",)
-     + ("per matrix",) * 2, "MUON_QUANT_MOMENTUM OPTIMIZER_ROUTING",
-     {"": "equal shapes are stacked in the optimizer, which is the same arithmetic",
-      "pr334": "OPTIMIZER_ROUTING=by_ndim: Muon for every 2-D tensor but the embedding"}),
-    ("token rate / scalar rate", (".035/.025", ".035/.025", ".0364/.026", ".05/.04", ".03/.02"),
-     "TIED_EMBED_LR SCALAR_LR", SAME),
-    ("untied head: embedding and head rate", ("0.6 / 0.008",) * 2 + ("0.624 / 0.00832",)
-     + ("0.6 / 0.008",) * 2, "EMBED_LR HEAD_LR", "no effect: the embedding is tied"),
-    ("Adam decay / betas", (".04 / .9, .95",) * 3 + ("0 / .9, .95", ".01 / .9, .95"), "ADAM_WD",
-     {"pr334": "its README says 0.04, which is Muon's"}),
-    ("gradient clipping", (".3", ".3", ".3, each rank's own", "none", ".3"),
-     "GRAD_CLIP_NORM CLIP_BEFORE_REDUCE", SAME),
-    ("warmdown", ("3200 linear", "3500 linear", "3500 linear", "3000 linear", "3000 linear"),
-     "WARMDOWN_ITERS WARMDOWN_TYPE",
-     {"": "the step time is the median of recent steps here, not the mean since the start, which a "
-          "slow first step would upset", "pr569": "its README says cosine, the script is linear",
-      "pr334": "its README says cosine, the script is linear"}),
+    (
+        "loader",
+        ("sequential",) * 5,
+        "LOADER",
+        "rows of T+1 tokens at stride T of one stream; the scripts' spans skip a token between ranks",
+    ),
+    (
+        "Muon rate",
+        (".025", ".025", ".026", ".04", ".02"),
+        "MATRIX_LR LR_MULT",
+        {"pr703": "the script's defaults, 1.04 times #549's; its README's command cancels that"},
+    ),
+    (
+        "Muon momentum",
+        ("0.92 to 0.99 in 1500",) * 3 + ("0.85 to 0.95 in 500", "0.92 to 0.99 in 1500"),
+        "MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM MUON_MOMENTUM_WARMUP_STEPS",
+        {"pr334": "its README says 0.99"},
+    ),
+    (
+        "Newton-Schulz steps / weight decay",
+        ("5 / .04",) * 3 + ("5 / .04 after the step", "5 / .04"),
+        "MUON_BACKEND_STEPS MUON_WD MUON_WD_ORDER",
+        SAME,
+    ),
+    (
+        "Muon's form",
+        ("per matrix, all-reduced",) * 2 + ("banks, sharded, int8 momentum",) + ("per matrix",) * 2,
+        "MUON_QUANT_MOMENTUM OPTIMIZER_ROUTING",
+        {
+            "": "equal shapes are stacked in the optimizer, which is the same arithmetic",
+            "pr334": "OPTIMIZER_ROUTING=by_ndim: Muon for every 2-D tensor but the embedding",
+        },
+    ),
+    (
+        "token rate / scalar rate",
+        (".035/.025", ".035/.025", ".0364/.026", ".05/.04", ".03/.02"),
+        "TIED_EMBED_LR SCALAR_LR",
+        SAME,
+    ),
+    (
+        "untied head: embedding and head rate",
+        ("0.6 / 0.008",) * 2 + ("0.624 / 0.00832",) + ("0.6 / 0.008",) * 2,
+        "EMBED_LR HEAD_LR",
+        "no effect: the embedding is tied",
+    ),
+    (
+        "Adam decay / betas",
+        (".04 / .9, .95",) * 3 + ("0 / .9, .95", ".01 / .9, .95"),
+        "ADAM_WD",
+        {"pr334": "its README says 0.04, which is Muon's"},
+    ),
+    (
+        "gradient clipping",
+        (".3", ".3", ".3, each rank's own", "none", ".3"),
+        "GRAD_CLIP_NORM CLIP_BEFORE_REDUCE",
+        SAME,
+    ),
+    (
+        "warmdown",
+        ("3200 linear", "3500 linear", "3500 linear", "3000 linear", "3000 linear"),
+        "WARMDOWN_ITERS WARMDOWN_TYPE",
+        {
+            "": "the step time is the median of recent steps here, not the mean since the start, which a "
+            "slow first step would upset",
+            "pr569": "its README says cosine, the script is linear",
+            "pr334": "its README says cosine, the script is linear",
+        },
+    ),
     ("priming steps, then reset", ("20",) * 5, "WARMUP_STEPS", SAME),
-    ("loss", ("cross entropy",) * 2 + ("MiLe, gamma 1.1 to 0",) + ("cross entropy",) * 2,
-     "MILE_GAMMA MILE_CLAMP_MIN",
-     {"pr703": "normalised over the global batch here, over each micro-batch there; gamma 1.1 "
-               "exactly, 1.1015625 there (bf16); it fades out, its README says in"}),
-    ("average that is exported", ("EMA .997",) * 3 + ("SWA each step below .4",
-                                                      "SWA each 50 below .4"),
-     "AVG_MODE EMA_DECAY SWA_START_FRAC SWA_EVERY", "float32 sums"),
-    ("average computed and never applied", ("SWA each 50 below .2",) * 3 + ("EMA .997", "none"), "",
-     "not computed here"),
-    ("quantisation-aware training",
-     ("late .15, int6 row maximum", "late .15, int6 0.9995 quantile", "late .15, not on the banks",
-      "none", "always, int5 MLP, int6 attention"),
-     "QAT_MODE LATE_QAT_THRESHOLD QAT_CLIP QAT_TARGETS",
-     {"pr1361": "most likely never acted in the published run (no recompilation in its log); here "
-                "it acts, QAT_MODE=off gives that run",
-      "pr569": "most likely never acted in the published run; here it acts",
-      "pr703": "acts on the bigram and value projections only, as there"}),
-    ("quantiser", ("simplified GPTQ int6", "GPTQ int6", "GPTQ int6", "row maximum int5",
-                   "row maximum int5 / int6"),
-     "GPTQ_VARIANT GPTQ_ACTORDER GPTQ_BLOCK_SIZE CLIP_SEARCH GPTQ_SELECT",
-     {"pr1361": "errors go through an inverse that is never updated; kept to reproduce it"}),
-    ("calibration", ("64 rows of rank 0", "256 batches a rank", "256 batches a rank", "none",
-     "none"),
-     "GPTQ_CALIB GPTQ_CALIB_BATCHES",
-     {"pr1361": "after the cap there, which was ruled out since; here inside the budget, Hessians "
-                "averaged over all ranks, batches of 8 rows",
-      "pr569": "after the cap there, 25 M tokens a rank; inside the budget here, 4.2 M in all",
-      "pr703": "after the cap there, 25 M tokens a rank; inside the budget here, 4.2 M in all",
-      "pr334": "without effect: GPTQ is off", "pr295": "without effect: GPTQ is off"}),
+    (
+        "loss",
+        ("cross entropy",) * 2 + ("MiLe, gamma 1.1 to 0",) + ("cross entropy",) * 2,
+        "MILE_GAMMA MILE_CLAMP_MIN",
+        {
+            "pr703": "normalised over the global batch here, over each micro-batch there; gamma 1.1 "
+            "exactly, 1.1015625 there (bf16); it fades out, its README says in"
+        },
+    ),
+    (
+        "average that is exported",
+        ("EMA .997",) * 3 + ("SWA each step below .4", "SWA each 50 below .4"),
+        "AVG_MODE EMA_DECAY SWA_START_FRAC SWA_EVERY",
+        "float32 sums",
+    ),
+    (
+        "average computed and never applied",
+        ("SWA each 50 below .2",) * 3 + ("EMA .997", "none"),
+        "",
+        "not computed here",
+    ),
+    (
+        "quantisation-aware training",
+        (
+            "late .15, int6 row maximum",
+            "late .15, int6 0.9995 quantile",
+            "late .15, not on the banks",
+            "none",
+            "always, int5 MLP, int6 attention",
+        ),
+        "QAT_MODE LATE_QAT_THRESHOLD QAT_CLIP QAT_TARGETS",
+        {
+            "pr1361": "most likely never acted in the published run (no recompilation in its log); here "
+            "it acts, QAT_MODE=off gives that run",
+            "pr569": "most likely never acted in the published run; here it acts",
+            "pr703": "acts on the bigram and value projections only, as there",
+        },
+    ),
+    (
+        "quantiser",
+        (
+            "simplified GPTQ int6",
+            "GPTQ int6",
+            "GPTQ int6",
+            "row maximum int5",
+            "row maximum int5 / int6",
+        ),
+        "GPTQ_VARIANT GPTQ_ACTORDER GPTQ_BLOCK_SIZE CLIP_SEARCH GPTQ_SELECT",
+        {"pr1361": "errors go through an inverse that is never updated; kept to reproduce it"},
+    ),
+    (
+        "calibration",
+        ("64 rows of rank 0", "256 batches a rank", "256 batches a rank", "none", "none"),
+        "GPTQ_CALIB GPTQ_CALIB_BATCHES",
+        {
+            "pr1361": "after the cap there, which was ruled out since; here inside the budget, Hessians "
+            "averaged over all ranks, batches of 8 rows",
+            "pr569": "after the cap there, 25 M tokens a rank; inside the budget here, 4.2 M in all",
+            "pr703": "after the cap there, 25 M tokens a rank; inside the budget here, 4.2 M in all",
+            "pr334": "without effect: GPTQ is off",
+            "pr295": "without effect: GPTQ is off",
+        },
+    ),
     ("least step of a row", ("1/31 (int8: 1/127)",) * 3 + ("2^-14",) * 2, "Q_SCALE_FLOOR", SAME),
-    ("storage by role", ("int6, tables int8", "int6, bigram and value tables int6, embedding int8",
-                         "int6, tables int8", "int5, tables int8",
-                         "int5 MLP, int6 attention, embedding and last two keys fp16, bigram int6"),
-     "BITS INT8_KEEP_FLOAT_MAX_NUMEL",
-     {"": "control tensors fp16, as the scripts stored all but #334's, which are float32 there",
-      "pr295": "its script kept up to 8,192 elements as floats and the bigram projection besides: "
-               "the same tensors"}),
-    ("pruning", ("none", "2 % after quantisation", "none", "none", "8 % before quantisation"),
-     "PRUNE_FRAC PRUNE_PCT",
-     {"pr569": "its threshold was 0, so nothing was pruned; here 2 % of the integers are"}),
-    ("container / codec", ("torch.save / zstd-22", "raw / zstd-22", "torch.save / lzma-6",
-                           "torch.save / zstd-22", "torch.save / zstd-22"), "CODEC",
-     {"": "one container for all, without pickle",
-      "pr334": "the published size is that of its fall-back, zlib (benchmarks/README.md)"}),
-    ("stride of evaluation", ("32 (and 64)", "64", "64", "64", "64"), "EVAL_STRIDE",
-     {"pr1361": "32 is the headline; EVAL_STRIDE=64 gives the other"}),
-    ("sliding windows", ("S1", "S2", "S1", "S3", "S2"), "SLIDING",
-     {"": "the headline is the exact cover", **dict.fromkeys(
-         ("pr1361", "pr703", "pr334"), "the published form is printed on a second line"),
-      **dict.fromkeys(("pr569", "pr295"), "which is what S2 is for these lengths")}),
+    (
+        "storage by role",
+        (
+            "int6, tables int8",
+            "int6, bigram and value tables int6, embedding int8",
+            "int6, tables int8",
+            "int5, tables int8",
+            "int5 MLP, int6 attention, embedding and last two keys fp16, bigram int6",
+        ),
+        "BITS INT8_KEEP_FLOAT_MAX_NUMEL",
+        {
+            "": "control tensors fp16, as the scripts stored all but #334's, which are float32 there",
+            "pr295": "its script kept up to 8,192 elements as floats and the bigram projection besides: "
+            "the same tensors",
+        },
+    ),
+    (
+        "pruning",
+        ("none", "2 % after quantisation", "none", "none", "8 % before quantisation"),
+        "PRUNE_FRAC PRUNE_PCT",
+        {"pr569": "its threshold was 0, so nothing was pruned; here 2 % of the integers are"},
+    ),
+    (
+        "container / codec",
+        (
+            "torch.save / zstd-22",
+            "raw / zstd-22",
+            "torch.save / lzma-6",
+            "torch.save / zstd-22",
+            "torch.save / zstd-22",
+        ),
+        "CODEC",
+        {
+            "": "one container for all, without pickle",
+            "pr334": "the published size is that of its fall-back, zlib (benchmarks/README.md)",
+        },
+    ),
+    (
+        "stride of evaluation",
+        ("32 (and 64)", "64", "64", "64", "64"),
+        "EVAL_STRIDE",
+        {"pr1361": "32 is the headline; EVAL_STRIDE=64 gives the other"},
+    ),
+    (
+        "sliding windows",
+        ("S1", "S2", "S1", "S3", "S2"),
+        "SLIDING",
+        {
+            "": "the headline is the exact cover",
+            **dict.fromkeys(
+                ("pr1361", "pr703", "pr334"), "the published form is printed on a second line"
+            ),
+            **dict.fromkeys(("pr569", "pr295"), "which is what S2 is for these lengths"),
+        },
+    ),
     ("targets left out", ("after the last full row",) * 5, "EVAL_TRUNCATE", SAME),
-    ("test-time training", ("none", "none", "there, switched off", "3 epochs before scoring",
-     "none"),
-     "TTT_MODE TTT_LR TTT_MOMENTUM TTT_EPOCHS TTT_BATCH_SEQS TTT_GRAD_CLIP TTT_FREEZE_BLOCKS",
-     {"pr334": "trains on text before scoring it, no legal score: the headline comes before it, "
-               "and it is trimmed to the budget (the published run never finished it)"}),
-    ("seeds published", ("1337", "42, 1337, 2024", "2025, 1337, 2024", "1337", "42"), "SEED",
-     "any seed"),
-    ("steps at most / seconds", ("20000/600",) * 5, "ITERATIONS MAX_WALLCLOCK_SECONDS",
-     {"pr703": "9000 steps in its README's command",
-     "pr334": "published after 6,400 s on one GPU"}),
-    ("compilation / data parallel", ("yes / DDP", "yes / DDP", "yes / none", "no / DDP",
-     "yes / DDP"),
-     "COMPILE", "no DDP: gradients are added up in one exchange"),
-    ("attention kernel", ("SDPA flash", "FlashAttention-3", "FlashAttention-3", "SDPA",
-     "SDPA flash"),
-     "ATTENTION", {"": "auto takes FlashAttention-3 where it works",
-     "pr703": "its script required it"}),
-    ("off in every script", ("MTP, DTG, gated attention, LAWA",) * 5, "",
-     "their names are accepted at the value that is off, refused otherwise"),
+    (
+        "test-time training",
+        ("none", "none", "there, switched off", "3 epochs before scoring", "none"),
+        "TTT_MODE TTT_LR TTT_MOMENTUM TTT_EPOCHS TTT_BATCH_SEQS TTT_GRAD_CLIP TTT_FREEZE_BLOCKS",
+        {
+            "pr334": "trains on text before scoring it, no legal score: the headline comes before it, "
+            "and it is trimmed to the budget (the published run never finished it)"
+        },
+    ),
+    (
+        "seeds published",
+        ("1337", "42, 1337, 2024", "2025, 1337, 2024", "1337", "42"),
+        "SEED",
+        "any seed",
+    ),
+    (
+        "steps at most / seconds",
+        ("20000/600",) * 5,
+        "ITERATIONS MAX_WALLCLOCK_SECONDS",
+        {
+            "pr703": "9000 steps in its README's command",
+            "pr334": "published after 6,400 s on one GPU",
+        },
+    ),
+    (
+        "compilation / data parallel",
+        ("yes / DDP", "yes / DDP", "yes / none", "no / DDP", "yes / DDP"),
+        "COMPILE",
+        "no DDP: gradients are added up in one exchange",
+    ),
+    (
+        "attention kernel",
+        ("SDPA flash", "FlashAttention-3", "FlashAttention-3", "SDPA", "SDPA flash"),
+        "ATTENTION",
+        {"": "auto takes FlashAttention-3 where it works", "pr703": "its script required it"},
+    ),
+    (
+        "off in every script",
+        ("MTP, DTG, gated attention, LAWA",) * 5,
+        "",
+        "their names are accepted at the value that is off, refused otherwise",
+    ),
 )
 
 
@@ -210,21 +418,26 @@ def results() -> list[str]:
         facts = json.loads(path.read_text(encoding="utf-8"))
         entries[facts["settings"].get("PRESET")] = path.parent.name, facts
     lines = [
-        "## Results", "",
+        "## Results",
+        "",
         "Published: on 8 H100, 600 s, FineWeb, unless said otherwise. Here: the same preset with "
         "`mini`, 300 s on two CPU cores, the built-in corpus; the mean of three seeds, their "
         "standard deviation in brackets. **The two are not comparable**: text, tokenizer, size of "
         "the network and machine are others, so a score here says nothing about the published one, "
-        "and the order of the systems here nothing about their order at full size.", "",
+        "and the order of the systems here nothing about their order at full size.",
+        "",
         "| system | published bpb | steps | bytes | bpb here | steps | bytes | entry |",
-        "|---|---|---|---|---|---|---|---|"]
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for system, (steps, bpb, num_bytes) in PUBLISHED.items():
         here = "- | - | - | none yet"
         if f"{system},mini" in entries:
             name, facts = entries[f"{system},mini"]
             taken = statistics.fmean(seed["steps"] for seed in facts["seed_results"].values())
-            here = (f"{facts['val_bpb']:.5f} ({facts['val_bpb_std']:.5f}) | {taken:,.0f} | "
-                    f"{facts['bytes_total']:,} | [{name}]({ENTRIES.name}/{name})")
+            here = (
+                f"{facts['val_bpb']:.5f} ({facts['val_bpb_std']:.5f}) | {taken:,.0f} | "
+                f"{facts['bytes_total']:,} | [{name}]({ENTRIES.name}/{name})"
+            )
         lines.append(f"| {system} | {bpb} | {steps} | {num_bytes} | {here} |")
     return [*lines, ""]
 
@@ -232,8 +445,10 @@ def results() -> list[str]:
 def page() -> str:
     """The text of SYSTEMS.md."""
     lines = [
-        "# The five published systems", "",
-        "Generated by `python records/systems.py`; change that file, not this one.", "",
+        "# The five published systems",
+        "",
+        "Generated by `python records/systems.py`; change that file, not this one.",
+        "",
         "Each preset reproduces what a pull request's *script did* at openai/parameter-golf, where "
         "script, README and metadata disagree. A row is one line of its published description: "
         "what was published, the settings that give it here with the values of the preset, and "
@@ -241,27 +456,38 @@ def page() -> str:
         "`PRESET=pr569,mini ./run.sh` trains it on two CPU cores. Of the forms of sliding windows, "
         "S1 starts one at every stride and cuts the last ones short, S3 has full windows only, the "
         "last one anchored at the end of the text; both score the last `stride` targets of each "
-        "window, so that some targets count twice. S2 is what the exact cover is here.", "",
-        *results()]
+        "window, so that some targets count twice. S2 is what the exact cover is here.",
+        "",
+        *results(),
+    ]
     for index, system in enumerate(SYSTEMS):
         cfg, _ = Config.from_env({"PRESET": system})
-        lines += [f"## {system}", "", f"{parameters(cfg):,} parameters at full size; "
-                  f"the preset sets {len(PRESETS[system])} settings, all others keep their "
-                  "defaults.", "",
-                  "| line | published | here | difference |", "|---|---|---|---|"]
+        lines += [
+            f"## {system}",
+            "",
+            f"{parameters(cfg):,} parameters at full size; "
+            f"the preset sets {len(PRESETS[system])} settings, all others keep their "
+            "defaults.",
+            "",
+            "| line | published | here | difference |",
+            "|---|---|---|---|",
+        ]
         for item, published, names, note in ROWS:
-            ours = ", ".join(f"`{name}={show_setting(getattr(cfg, name.lower()))}`"
-                             for name in names.split())
-            lines.append(f"| {item} | {published[index]} | {ours or '-'} | "
-                         f"{note_for(system, note)} |")
+            ours = ", ".join(
+                f"`{name}={show_setting(getattr(cfg, name.lower()))}`" for name in names.split()
+            )
+            lines.append(
+                f"| {item} | {published[index]} | {ours or '-'} | {note_for(system, note)} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
     """Write the page, or compare it; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     if parser.parse_args(arguments).check:
         same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()

@@ -28,9 +28,24 @@ from train_gpt import GPT, PRESETS, Config, qat_grids, training_nats
 
 LOGITS_WITHIN, LOSSES_WITHIN, GRADIENTS_WITHIN = 2e-4, 2e-4, 1e-3
 # Constructor arguments that change shapes or scales, which a folder may choose freely.
-SIZES = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
-         "logit_softcap", "rope_base", "bigram_vocab_size", "bigram_dim", "ve_dim", "ve_layers",
-         "rope_dims", "rope_ntk_ref", "xsa_last_n", "cache_layer")
+SIZES = (
+    "vocab_size",
+    "num_layers",
+    "model_dim",
+    "num_heads",
+    "num_kv_heads",
+    "mlp_mult",
+    "logit_softcap",
+    "rope_base",
+    "bigram_vocab_size",
+    "bigram_dim",
+    "ve_dim",
+    "ve_layers",
+    "rope_dims",
+    "rope_ntk_ref",
+    "xsa_last_n",
+    "cache_layer",
+)
 
 
 class Unusable(ValueError):
@@ -41,8 +56,11 @@ def read_numbers(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The script's arguments and the arrays of a model_<PR>.npz; raises Unusable."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            numbers = {name: torch.from_numpy(arrays[name]) for name in arrays.files
-                       if arrays[name].dtype.kind in "iuf"}
+            numbers = {
+                name: torch.from_numpy(arrays[name])
+                for name in arrays.files
+                if arrays[name].dtype.kind in "iuf"
+            }
             config = json.loads(str(arrays["config_json"]))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise Unusable(f"{path}: {error}") from None
@@ -51,21 +69,33 @@ def read_numbers(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def build(system: str, arguments: dict, numbers: dict[str, torch.Tensor]) -> GPT:
     """The system's preset at the folder's sizes, with its weights; raises Unusable."""
-    sizes = {name: type(getattr(Config(), name))(arguments[name]) for name in SIZES
-             if isinstance(arguments.get(name), int | float | str)}
-    rows = {"train_seq_len": 2, "train_batch_tokens": 2, "eval_seq_len": 2, "eval_stride": 0,
-            "ttt_mode": "off"}
+    sizes = {
+        name: type(getattr(Config(), name))(arguments[name])
+        for name in SIZES
+        if isinstance(arguments.get(name), int | float | str)
+    }
+    rows = {
+        "train_seq_len": 2,
+        "train_batch_tokens": 2,
+        "eval_seq_len": 2,
+        "eval_stride": 0,
+        "ttt_mode": "off",
+    }
     model = GPT(Config(**{**PRESETS[system], **rows, **sizes}))
-    given = {re.sub(r"^param(_unbanked)?/", "", name): value for name, value in numbers.items()
-             if name.startswith("param")}
+    given = {
+        re.sub(r"^param(_unbanked)?/", "", name): value
+        for name, value in numbers.items()
+        if name.startswith("param")
+    }
     expected = dict(model.named_parameters())
     if given.keys() != expected.keys():
         odd = sorted(given.keys() ^ expected.keys())
         raise Unusable(f"{system}: parameters differ, {', '.join(odd[:5])} on one side only")
     for name, p in expected.items():
         if p.numel() != given[name].numel() or (p.numel() > 1 and p.shape != given[name].shape):
-            raise Unusable(f"{system}: {name} has shape {tuple(given[name].shape)}, expected "
-                           f"{tuple(p.shape)}")
+            raise Unusable(
+                f"{system}: {name} has shape {tuple(given[name].shape)}, expected {tuple(p.shape)}"
+            )
         p.data.copy_(given[name].view_as(p))
     return model
 
@@ -73,8 +103,13 @@ def build(system: str, arguments: dict, numbers: dict[str, torch.Tensor]) -> GPT
 def loss_of(model: GPT, numbers: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     """The mean loss of the batch, of kind ce, ce_qat or mile_<gamma>."""
     gamma = torch.tensor(float(kind.removeprefix("mile_"))) if kind.startswith("mile_") else None
-    nats, weights = training_nats(model, numbers["input_ids"].long(), numbers["target_ids"].long(),
-                                  qat_grids(model) if kind == "ce_qat" else None, gamma)
+    nats, weights = training_nats(
+        model,
+        numbers["input_ids"].long(),
+        numbers["target_ids"].long(),
+        qat_grids(model) if kind == "ce_qat" else None,
+        gamma,
+    )
     return (weights * nats).sum() / weights.sum()
 
 
@@ -95,20 +130,28 @@ def compare(system: str, model: GPT, numbers: dict[str, torch.Tensor]) -> list[t
             if match := re.fullmatch(rf"grad(_unbanked)?/{re.escape(kind)}/(.+)", key):
                 ours = model.get_parameter(match[2]).grad.view_as(published)
                 largest = max(float(published.abs().max()), 1e-30)
-                rows.append((f"{system} {key}", float((ours - published).abs().max()) / largest,
-                             GRADIENTS_WITHIN))
+                rows.append(
+                    (
+                        f"{system} {key}",
+                        float((ours - published).abs().max()) / largest,
+                        GRADIENTS_WITHIN,
+                    )
+                )
     return rows
 
 
 def main(arguments: list[str]) -> int:
     """Compare every system of the folder; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
     try:
-        found = {f"pr{path.stem.removeprefix('model_')}": path
-                 for path in sorted(folder.glob("model_*.npz"))}
+        found = {
+            f"pr{path.stem.removeprefix('model_')}": path
+            for path in sorted(folder.glob("model_*.npz"))
+        }
         known = {system: path for system, path in found.items() if system in PRESETS}
         if not known:
             raise Unusable(f"{folder}: no model_<PR>.npz of {', '.join(PRESETS)[:-6]}")

@@ -39,18 +39,97 @@ from train_gpt import ARTIFACT_MAGIC, CODECS, GPT, PRELUDE, Config, Refusal, Run
 
 INPUT_BYTES, LINE = 4095, 1000  # most bytes of an input, most characters of a refusal
 SECONDS, MEMORY = 5.0, 1536 << 20
-TINY = {"vocab_size": 8, "num_layers": 1, "xsa_last_n": 1, "ve_layers": "0", "model_dim": 8,
-        "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "bigram_vocab_size": 4, "bigram_dim": 2,
-        "ve_dim": 2, "mlp_mult": 1.0, "int8_keep_float_max_numel": 32}
-VARIANTS = ({}, {"num_layers": 2, "tie_embeddings": False, "vrl_mode": "mix", "ve_enabled": False,
-                 "bigram_vocab_size": 0}, {"quant_clip": "std", "smear_enabled": False})
-NUMBERS = (0, -1, 1, 2, 3, 7, 8, 255, 65536, 1 << 20, 1 << 28, 1 << 30, 1 << 31, 1 << 62, 1 << 64,
-           10**30, 10**400, True, None, 0.5, 1e300, float("nan"), float("inf"), "1", "", [],
-           {}, [1])
-TEXTS = ("", "0", "1", "-1", "7", "8", "64", "128", "8192", "65536", "1e9", "1e400", "nan", "inf",
-         "False", " 8 ", "8\n", "\ud800", "\u0661", "0x8", "1_0", "9" * 5000, "mix", "cache", "std",
-         "fp16", "0,1", "0,0", ",", "mlp:2,attn:8,emb:fp16,aux:3", f"blocks.{'9' * 5000}.mlp.fc:8",
-         "x" * 3000, f"mlp:6,attn:6,emb:8,aux:8,blocks.{'9' * 5000}.mlp.fc:8")
+TINY = {
+    "vocab_size": 8,
+    "num_layers": 1,
+    "xsa_last_n": 1,
+    "ve_layers": "0",
+    "model_dim": 8,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "rope_dims": 4,
+    "bigram_vocab_size": 4,
+    "bigram_dim": 2,
+    "ve_dim": 2,
+    "mlp_mult": 1.0,
+    "int8_keep_float_max_numel": 32,
+}
+VARIANTS = (
+    {},
+    {
+        "num_layers": 2,
+        "tie_embeddings": False,
+        "vrl_mode": "mix",
+        "ve_enabled": False,
+        "bigram_vocab_size": 0,
+    },
+    {"quant_clip": "std", "smear_enabled": False},
+)
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    8,
+    255,
+    65536,
+    1 << 20,
+    1 << 28,
+    1 << 30,
+    1 << 31,
+    1 << 62,
+    1 << 64,
+    10**30,
+    10**400,
+    True,
+    None,
+    0.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "1",
+    "",
+    [],
+    {},
+    [1],
+)
+TEXTS = (
+    "",
+    "0",
+    "1",
+    "-1",
+    "7",
+    "8",
+    "64",
+    "128",
+    "8192",
+    "65536",
+    "1e9",
+    "1e400",
+    "nan",
+    "inf",
+    "False",
+    " 8 ",
+    "8\n",
+    "\ud800",
+    "\u0661",
+    "0x8",
+    "1_0",
+    "9" * 5000,
+    "mix",
+    "cache",
+    "std",
+    "fp16",
+    "0,1",
+    "0,0",
+    ",",
+    "mlp:2,attn:8,emb:fp16,aux:3",
+    f"blocks.{'9' * 5000}.mlp.fc:8",
+    "x" * 3000,
+    f"mlp:6,attn:6,emb:8,aux:8,blocks.{'9' * 5000}.mlp.fc:8",
+)
 JSON_BYTES = b'0123456789-.eE[]{}",:\\ \n\x00\xff\x7ftfnulIN'
 PLACE = struct.Struct("<I")
 
@@ -79,8 +158,14 @@ def bodies() -> list[bytes]:
         cfg = Config(**{**TINY, **changes})
         torch.manual_seed(seed)
         run = Run(cfg, 0, 1, torch.device("cpu"))
-        split = train_gpt.Validation(np.zeros(2, np.uint16), np.zeros(1, np.int16), "f" * 64,
-                                     "a" * 64, documents=1, recorded_bytes=0)
+        split = train_gpt.Validation(
+            np.zeros(2, np.uint16),
+            np.zeros(1, np.int16),
+            "f" * 64,
+            "a" * 64,
+            documents=1,
+            recorded_bytes=0,
+        )
         run.log = run.progress = lambda *a, iterable=None, **k: iterable
         stored = train_gpt.quantize(GPT(cfg), {}, run)
         blob = train_gpt.encode_artifact(train_gpt.artifact_header(cfg, split), stored)
@@ -116,8 +201,9 @@ def lying_header(rng: random.Random, header: dict) -> object:
             settings[rng.choice(sorted(settings))] = rng.choice(TEXTS)
         elif kind == 3:
             name = rng.choice(sorted(settings))
-            settings[rng.choice(("MODEL_DIMS", "PRESET", "RUN_ID", "", name + "S"))] = \
-                settings.pop(name)
+            settings[rng.choice(("MODEL_DIMS", "PRESET", "RUN_ID", "", name + "S"))] = settings.pop(
+                name
+            )
         elif kind == 4:
             tensors[rng.randrange(len(tensors))] = rng.choice(tensors)
         elif kind <= 6:
@@ -140,8 +226,12 @@ def mutated_body(rng: random.Random, body: bytes) -> bytes:
     if kind == 0:
         return damaged(rng, body)
     if kind == 1:
-        return PLACE.pack(rng.choice((0, 1, length - 1, length + 1, 1 << 20, (1 << 20) + 1,
-                                      (1 << 32) - 1))) + body[4:]
+        return (
+            PLACE.pack(
+                rng.choice((0, 1, length - 1, length + 1, 1 << 20, (1 << 20) + 1, (1 << 32) - 1))
+            )
+            + body[4:]
+        )
     if kind == 2:
         text = rng.choice((b"[", b'{"a":', b'"', b"[1,")) * rng.choice((1, 900, 100_000))
     elif kind <= 4:
@@ -152,8 +242,9 @@ def mutated_body(rng: random.Random, body: bytes) -> bytes:
         halves = bytearray(payload)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(halves) // 2)
-            halves[2 * at : 2 * at + 2] = rng.choice((b"\x00\x7c", b"\x00\xfc", b"\xff\x7f",
-                                                      b"\x01\xfe", b"\xff\x7b", b"\x00\x80"))
+            halves[2 * at : 2 * at + 2] = rng.choice(
+                (b"\x00\x7c", b"\x00\xfc", b"\xff\x7f", b"\x01\xfe", b"\xff\x7b", b"\x00\x80")
+            )
         payload = bytes(halves)
     else:
         payload = damaged(rng, payload)
@@ -172,8 +263,15 @@ def bombs(body: bytes, largest: int) -> list[bytes]:
         cfg = Config.from_env(settings)[0]
         with torch.device("meta"):
             shapes = {name: list(p.shape) for name, p in GPT(cfg).named_parameters()}
-        text = json.dumps({**header, "settings": settings, "tensors": [
-            [name, int(name == "tok_emb.weight"), *shape] for name, shape in shapes.items()]})
+        text = json.dumps(
+            {
+                **header,
+                "settings": settings,
+                "tensors": [
+                    [name, int(name == "tok_emb.weight"), *shape] for name, shape in shapes.items()
+                ],
+            }
+        )
         floats = sum(math.prod(shape) for shape in shapes.values()) - rows * 4063
         whole = PLACE.pack(len(text)) + text.encode() + bytes(rows * 4064 + 2 * floats)
         blanks = PLACE.pack(1 << 20) + b" " * (1 << 20)
@@ -269,15 +367,18 @@ def fuzz(count: int, seed: int) -> int:
     seconds = time.perf_counter() - begin
     for kind, number in kinds.most_common():
         print(f"{number:9,}  {kind}")
-    print(f"{count:,} inputs of up to {INPUT_BYTES:,} bytes in {seconds:.0f} s: {kinds['read']:,} "
-          f"read, the others refused in {len(kinds) - 1} ways; slowest {slowest:.2f} s of "
-          f"{SECONDS:g}; address space never {MEMORY >> 20:,} MiB above the start")
+    print(
+        f"{count:,} inputs of up to {INPUT_BYTES:,} bytes in {seconds:.0f} s: {kinds['read']:,} "
+        f"read, the others refused in {len(kinds) - 1} ways; slowest {slowest:.2f} s of "
+        f"{SECONDS:g}; address space never {MEMORY >> 20:,} MiB above the start"
+    )
     return 0
 
 
 def guided(seconds: int) -> int:
     """The same reader under libFuzzer for so long: an input is a byte and a body or a stream."""
     import atheris
+
     run, seeds = run_in_empty_folder(), bodies()
     instrument(atheris.patch_code)
     corpus = Path(tempfile.mkdtemp(prefix="fuzz_corpus"))
@@ -285,14 +386,18 @@ def guided(seconds: int) -> int:
         (corpus / f"body{i}").write_bytes(b"\0" + body)
         for codec, number in CODECS.items():
             (corpus / f"pack{i}{codec}").write_bytes(
-                bytes([number]) + PLACE.pack(len(body)) + fast(body, codec))
+                bytes([number]) + PLACE.pack(len(body)) + fast(body, codec)
+            )
 
     def one(data: bytes) -> None:
         if len(data) < 5:
             return
         codec = data[0] % 4
-        blob = sealed(data[5:], codec, PLACE.unpack_from(data, 1)[0]) if codec else \
-            sealed(fast(data[1:], "zstd"), CODECS["zstd"], len(data) - 1)
+        blob = (
+            sealed(data[5:], codec, PLACE.unpack_from(data, 1)[0])
+            if codec
+            else sealed(fast(data[1:], "zstd"), CODECS["zstd"], len(data) - 1)
+        )
         before = time.thread_time()
         read(blob, run)
         if time.thread_time() - before > SECONDS:
@@ -309,10 +414,21 @@ def guided(seconds: int) -> int:
 
     limit = address_space() + MEMORY + (1 << 30)  # libFuzzer's own corpus and counters
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=16384",
-                   "-len_control=0", "-print_final_stats=1", "-rss_limit_mb=0", "-timeout=60",
-                   f"-artifact_prefix={tempfile.gettempdir()}/fuzz_artifact_"], one,
-                  custom_mutator=mutate)
+    atheris.Setup(
+        [
+            sys.argv[0],
+            str(corpus),
+            f"-max_total_time={seconds}",
+            "-max_len=16384",
+            "-len_control=0",
+            "-print_final_stats=1",
+            "-rss_limit_mb=0",
+            "-timeout=60",
+            f"-artifact_prefix={tempfile.gettempdir()}/fuzz_artifact_",
+        ],
+        one,
+        custom_mutator=mutate,
+    )
     atheris.Fuzz()
     return 0
 
@@ -321,12 +437,25 @@ def instrument(patch_code: Callable) -> None:
     """Have the reader's functions report their branches, those of JSON too, which so is Python."""
     decoder = json.decoder.JSONDecoder()
     decoder.parse_string = json.decoder.py_scanstring
-    readers = [train_gpt.decode_artifact, train_gpt.cut_payload, train_gpt.decompress,
-               train_gpt.settings_within, train_gpt.rebuild_model, train_gpt.locate_validation,
-               train_gpt.parse_setting, train_gpt.translate_names, Config.__post_init__,
-               Config.value_layers.fget, Config.by_role.__wrapped__, Config.bits_by_role.fget,
-               Config.from_env.__func__, json.scanner.py_make_scanner, json.decoder.JSONObject,
-               json.decoder.JSONArray, json.decoder.py_scanstring]
+    readers = [
+        train_gpt.decode_artifact,
+        train_gpt.cut_payload,
+        train_gpt.decompress,
+        train_gpt.settings_within,
+        train_gpt.rebuild_model,
+        train_gpt.locate_validation,
+        train_gpt.parse_setting,
+        train_gpt.translate_names,
+        Config.__post_init__,
+        Config.value_layers.fget,
+        Config.by_role.__wrapped__,
+        Config.bits_by_role.fget,
+        Config.from_env.__func__,
+        json.scanner.py_make_scanner,
+        json.decoder.JSONObject,
+        json.decoder.JSONArray,
+        json.decoder.py_scanstring,
+    ]
     for function in readers:
         function.__code__ = patch_code(function.__code__, True, True)
     decoder.scan_once = json.scanner.py_make_scanner(decoder)
@@ -334,8 +463,9 @@ def instrument(patch_code: Callable) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("count", type=int, nargs="?", default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guided", type=int, metavar="SECONDS")

@@ -20,7 +20,8 @@ from conftest import ROOT, TinyData
 TRAINER = ROOT / "train_gpt.py"
 # Nothing of the developer's own settings reaches a job, and every job computes on one CPU thread.
 BARE_ENVIRONMENT = {
-    name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")
+    name: os.environ[name]
+    for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")
     if name in os.environ
 } | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -43,22 +44,47 @@ except RuntimeError:
 # A model of 45,000 parameters with every technique on. Three rows a step are uneven for two
 # processes and leave one of four without a row.
 TINY = {
-    "PRESET": "mini", "NUM_LAYERS": "3", "XSA_LAST_N": "3", "VE_LAYERS": "1,2", "MODEL_DIM": "32",
-    "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "4", "VE_DIM": "16", "BIGRAM_DIM": "16",
-    "BIGRAM_VOCAB_SIZE": "64", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "192",
-    "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": "20",
-    "WARMDOWN_FRAC": "0.5", "LATE_QAT_THRESHOLD": "0.35", "MUON_MOMENTUM_WARMUP_STEPS": "10",
-    "GPTQ_CALIB_BATCHES": "2", "INT8_KEEP_FLOAT_MAX_NUMEL": "512", "TRAIN_LOG_EVERY": "1",
+    "PRESET": "mini",
+    "NUM_LAYERS": "3",
+    "XSA_LAST_N": "3",
+    "VE_LAYERS": "1,2",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "4",
+    "VE_DIM": "16",
+    "BIGRAM_DIM": "16",
+    "BIGRAM_VOCAB_SIZE": "64",
+    "TRAIN_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "192",
+    "EVAL_SEQ_LEN": "64",
+    "EVAL_STRIDE": "32",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "ITERATIONS": "20",
+    "WARMDOWN_FRAC": "0.5",
+    "LATE_QAT_THRESHOLD": "0.35",
+    "MUON_MOMENTUM_WARMUP_STEPS": "10",
+    "GPTQ_CALIB_BATCHES": "2",
+    "INT8_KEEP_FLOAT_MAX_NUMEL": "512",
+    "TRAIN_LOG_EVERY": "1",
 }
 
 
-def launch(*arguments: str, cwd: Path | None = None, processes: int = 0,
-           **settings: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    *arguments: str, cwd: Path | None = None, processes: int = 0, **settings: str
+) -> subprocess.CompletedProcess[str]:
     """Run train_gpt.py with plain python, or under torchrun with that many processes."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     command = [sys.executable, *(torchrun if processes else ()), str(TRAINER), *arguments]
-    return subprocess.run(command, cwd=cwd, env={**BARE_ENVIRONMENT, **settings}, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**BARE_ENVIRONMENT, **settings},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def rank_of_job(rank: int, settings: dict[str, str], out: Path) -> None:
@@ -70,6 +96,7 @@ def rank_of_job(rank: int, settings: dict[str, str], out: Path) -> None:
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     import train_gpt
+
     code = train_gpt.main([])
     sys.stdout.flush()
     os._exit(code)
@@ -84,10 +111,17 @@ def start_ranks(processes: int, out: Path, **settings: str) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    job = {**BARE_ENVIRONMENT, **settings, "WORLD_SIZE": str(processes),
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [FORKS.Process(target=rank_of_job, args=(rank, job, out.with_suffix(f".{rank}")))
-               for rank in range(processes)]
+    job = {
+        **BARE_ENVIRONMENT,
+        **settings,
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    started = [
+        FORKS.Process(target=rank_of_job, args=(rank, job, out.with_suffix(f".{rank}")))
+        for rank in range(processes)
+    ]
     for process in started:
         process.start()
     return started
@@ -99,7 +133,8 @@ def run_ranks(processes: int, out: Path, **settings: str) -> None:
     for process in started:
         process.join(300)
     assert [process.exitcode for process in started] == [0] * processes, out.with_suffix(
-        ".0").read_text()
+        ".0"
+    ).read_text()
 
 
 @contextlib.contextmanager
@@ -127,12 +162,19 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder: the bytes of each file, None for a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
 
 
-def write_tokens(path: Path, tokens: Iterable[int], count: int | None = None,
-                 magic: int = 20240520, version: int = 1) -> Path:
+def write_tokens(
+    path: Path,
+    tokens: Iterable[int],
+    count: int | None = None,
+    magic: int = 20240520,
+    version: int = 1,
+) -> Path:
     """Write a shard by the book: 256 int32, of which three are used, then uint16 tokens."""
     ids = np.fromiter(tokens, dtype="<u2")
     header = np.zeros(256, dtype="<i4")

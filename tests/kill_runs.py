@@ -24,30 +24,53 @@ from jobs import BARE_ENVIRONMENT, TRAINER, events, tiny_job
 
 PROCESSES, SEED = 2, 20
 STEPS = 40
-LONG = {"ITERATIONS": str(STEPS), "TRAIN_BATCH_TOKENS": "768", "MICRO_BATCH_SEQS": "2",
-        "CHECKPOINT_SECONDS": "0.5", "RESUME": "1"}
+LONG = {
+    "ITERATIONS": str(STEPS),
+    "TRAIN_BATCH_TOKENS": "768",
+    "MICRO_BATCH_SEQS": "2",
+    "CHECKPOINT_SECONDS": "0.5",
+    "RESUME": "1",
+}
 # Phase, and what tells that it has begun: a line of the log, or a file.
 MOMENTS = {
-    "priming": "seed:1337", "training": "step:{step}/", "checkpointing": ".checkpoint_*.partial",
-    "calibration": f"checkpoint step:{STEPS} ", "quantization": "gptq:calibrated",
-    "export": "gptq:quantized", "scoring": "Total submission size",
+    "priming": "seed:1337",
+    "training": "step:{step}/",
+    "checkpointing": ".checkpoint_*.partial",
+    "calibration": f"checkpoint step:{STEPS} ",
+    "quantization": "gptq:calibrated",
+    "export": "gptq:quantized",
+    "scoring": "Total submission size",
 }
 
 
 def started(out: Path, settings: dict[str, str]) -> subprocess.Popen:
     """A run under torchrun that may be restarted three times."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3",
-               f"--nproc_per_node={PROCESSES}", "--monitor-interval=0.1", str(TRAINER)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--max-restarts=3",
+        f"--nproc_per_node={PROCESSES}",
+        "--monitor-interval=0.1",
+        str(TRAINER),
+    ]
     with open(out, "w") as log:
-        return subprocess.Popen(command, env={**BARE_ENVIRONMENT, **settings}, stdout=log,
-                                stderr=log, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command,
+            env={**BARE_ENVIRONMENT, **settings},
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+        )
 
 
 def ranks_of(agent: subprocess.Popen) -> dict[int, int]:
     """Process numbers of a torchrun's workers by rank (Linux)."""
     found = {}
-    for line in subprocess.run(["pgrep", "-P", str(agent.pid)], text=True,
-                               capture_output=True).stdout.split():
+    for line in subprocess.run(
+        ["pgrep", "-P", str(agent.pid)], text=True, capture_output=True
+    ).stdout.split():
         try:
             variables = Path(f"/proc/{line}/environ").read_bytes().split(b"\0")
         except OSError:
@@ -97,10 +120,21 @@ def main(count: int) -> int:
             text = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
             same = code == 0 and artifact_of(folder) == expected
             wrong += not same or victim is None
-            print(json.dumps({"kill": kill, "phase": phase, "rank": rank, "step": step,
-                              "killed": victim is not None, "exit": code,
-                              "resumed": text.count("resumed from step:"), "same": same}),
-                  flush=True)
+            print(
+                json.dumps(
+                    {
+                        "kill": kill,
+                        "phase": phase,
+                        "rank": rank,
+                        "step": step,
+                        "killed": victim is not None,
+                        "exit": code,
+                        "resumed": text.count("resumed from step:"),
+                        "same": same,
+                    }
+                ),
+                flush=True,
+            )
             if not same:
                 print(out.read_text()[-3000:], file=sys.stderr)
     print(f"{count} kills, {count - wrong} ended with the artifact of the undisturbed run")

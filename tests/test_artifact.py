@@ -45,10 +45,27 @@ from train_gpt import (
 
 MEBIBYTE, FUZZ = 1 << 20, ROOT / "tests/fuzz_artifact.py"
 RECORD = ROOT / "records/track_cpu_5min/2026-11-25_Defaults-mini/artifact.bin"
-SPLIT = Validation(np.zeros(2, np.uint16), np.zeros(1, np.int16), fingerprint="the split",
-                   tokenizer_sha256="the tokenizer", documents=1, recorded_bytes=0)
-SMALL = Config(vocab_size=16, num_layers=1, xsa_last_n=1, ve_layers="0", model_dim=8, num_heads=2,
-               num_kv_heads=1, rope_dims=4, bigram_vocab_size=8, bigram_dim=4, ve_dim=4)
+SPLIT = Validation(
+    np.zeros(2, np.uint16),
+    np.zeros(1, np.int16),
+    fingerprint="the split",
+    tokenizer_sha256="the tokenizer",
+    documents=1,
+    recorded_bytes=0,
+)
+SMALL = Config(
+    vocab_size=16,
+    num_layers=1,
+    xsa_last_n=1,
+    ve_layers="0",
+    model_dim=8,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=4,
+    bigram_vocab_size=8,
+    bigram_dim=4,
+    ve_dim=4,
+)
 
 
 def stored_tensor(shape: list[int], quantized: bool, rng: np.random.Generator) -> Stored:
@@ -64,16 +81,25 @@ def stored_tensor(shape: list[int], quantized: bool, rng: np.random.Generator) -
 
 TENSORS = st.dictionaries(
     st.from_regex(r"[a-z]{1,3}(\.[0-9]{1,2}\.[a-z]{1,3})?", fullmatch=True),
-    st.one_of(st.tuples(st.lists(st.integers(0, 9), min_size=2, max_size=2), st.just(True)),
-              st.tuples(st.lists(st.integers(0, 9), max_size=2), st.just(False))),
-    max_size=6)
+    st.one_of(
+        st.tuples(st.lists(st.integers(0, 9), min_size=2, max_size=2), st.just(True)),
+        st.tuples(st.lists(st.integers(0, 9), max_size=2), st.just(False)),
+    ),
+    max_size=6,
+)
 
 
 def bits_of_tensors(stored: dict[str, Stored]) -> dict[str, tuple]:
     """Shapes and bytes of every tensor."""
-    return {name: (s.values.shape, s.values.dtype, s.values.numpy().tobytes(),
-                   None if s.scale is None else s.scale.numpy().tobytes())
-            for name, s in stored.items()}
+    return {
+        name: (
+            s.values.shape,
+            s.values.dtype,
+            s.values.numpy().tobytes(),
+            None if s.scale is None else s.scale.numpy().tobytes(),
+        )
+        for name, s in stored.items()
+    }
 
 
 # What is written
@@ -93,18 +119,32 @@ def test_every_bit_comes_back(shapes: dict, seed: int) -> None:
 
 
 def test_rows_are_restored_with_their_own_scale() -> None:
-    stored = Stored(torch.tensor([[1, -2], [127, 0]], dtype=torch.int8),
-                    torch.tensor([0.5, 2.0]).half())
+    stored = Stored(
+        torch.tensor([[1, -2], [127, 0]], dtype=torch.int8), torch.tensor([0.5, 2.0]).half()
+    )
     assert stored.restore().tolist() == [[0.5, -1.0], [254.0, 0.0]]
     assert Stored(torch.tensor(0.5).half()).restore().tolist() == 0.5
 
 
-@pytest.mark.parametrize("cfg", [
-    Config(), SMALL,
-    Config(logit_softcap=0.1 + 17, rope_base=1e9, tie_embeddings=False, mlp_mult=1 / 3,
-           bits="mlp:fp16,attn:2,emb:8,aux:4", eval_stride=0, eval_truncate=True, ve_layers="10,9"),
-    Config(ve_layers="", bits="mlp:6,\tattn:6, emb:8,aux:8"),
-], ids=["defaults", "small", "odd", "texts that are not printed as they are"])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        Config(),
+        SMALL,
+        Config(
+            logit_softcap=0.1 + 17,
+            rope_base=1e9,
+            tie_embeddings=False,
+            mlp_mult=1 / 3,
+            bits="mlp:fp16,attn:2,emb:8,aux:4",
+            eval_stride=0,
+            eval_truncate=True,
+            ve_layers="10,9",
+        ),
+        Config(ve_layers="", bits="mlp:6,\tattn:6, emb:8,aux:8"),
+    ],
+    ids=["defaults", "small", "odd", "texts that are not printed as they are"],
+)
 def test_the_header_rebuilds_model_and_evaluation_settings(cfg: Config) -> None:
     header, _ = decode_artifact(encode_artifact(artifact_header(cfg, SPLIT), {}))
     read, notes = Config.from_env(header["settings"])
@@ -119,15 +159,18 @@ def small_tensors() -> dict[str, Stored]:
     """The tensors of a small model, the larger matrices in integers."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    return {name: stored_tensor(list(p.shape), p.ndim == 2 and p.numel() > 64, rng)
-            for name, p in GPT(SMALL).named_parameters()}
+    return {
+        name: stored_tensor(list(p.shape), p.ndim == 2 and p.numel() > 64, rng)
+        for name, p in GPT(SMALL).named_parameters()
+    }
 
 
 def test_the_rebuilt_model_holds_the_stored_values() -> None:
     stored = small_tensors()
     run = Run(SMALL, 0, 1, torch.device("cpu"))
-    model = rebuild_model(SMALL, decode_artifact(encode_artifact({
-        **artifact_header(SMALL, SPLIT)}, stored))[1], run)
+    model = rebuild_model(
+        SMALL, decode_artifact(encode_artifact({**artifact_header(SMALL, SPLIT)}, stored))[1], run
+    )
     for name, p in model.named_parameters():
         assert torch.equal(p.data, stored[name].restore())
     ids = torch.zeros(1, 4, dtype=torch.int64)
@@ -178,43 +221,69 @@ ONE = struct.pack("<e", 1.0)
 NAN, INF = struct.pack("<e", np.nan), struct.pack("<e", np.inf)
 
 
-@pytest.mark.parametrize(("header", "payload"), [
-    (with_tensors(["w", 0, 2]), ONE),
-    (with_tensors(["w", 0, 1]), ONE * 2),
-    (with_tensors(["w", 1, 1, 1]), ONE),
-    (with_tensors(["w", 1, 2]), b"\1\1" + ONE * 2),
-    (with_tensors(["w", 1]), b"\1" + ONE),
-    (with_tensors(["w", 1, 1, 1, 1]), b"\1" + ONE),
-    (with_tensors(["w", 0, 1, 1, 1]), ONE), (with_tensors(["w", 0, True]), ONE),
-    (with_tensors([5, 0, 1]), ONE), (with_tensors(["w", 0, 1 << 40]), ONE),
-    (with_tensors(["w", 0, 1 << 40, 1 << 40]), ONE),
-    (with_tensors(["w", 0, -1]), ONE),
-    (with_tensors(["w", 0, -1, -1]), ONE),
-    (with_tensors(["w", 0, -1], ["v", 0, 2]), ONE),
-    (with_tensors(["w", 1, -1, 0], ["v", 0, 1]), b""),
-    (with_tensors(["w", 0, 0, 10**30]), b""),
-    (with_tensors(["w", 0, 0, 1 << 62]), b""),
-    (with_tensors(["w", 1, 0, 10**30]), b""),
-    (with_tensors(*([f"w{n}", 1, 1 << 28, 1 << 28] for n in range(128))), b""),
-    (with_tensors(["w", 0, 1], ["w", 0, 1]), ONE * 2),
-    (with_tensors(["w", 0, 1]), NAN), (with_tensors(["w", 0, 1]), INF),
-    (with_tensors(["w", 1, 1, 1]), b"\1" + NAN), (with_tensors(["w", 1, 1, 1]), b"\1" + INF),
-    (with_tensors(["w", 0, float("inf")]), ONE), (with_tensors(["w", 0, float("nan")]), ONE),
-    (with_tensors(["w", 0, None]), ONE), (with_tensors(["w", 0, [1]]), ONE),
-    (with_tensors(["w", 0, 1e300]), ONE), (with_tensors(["w", 0, "one"]), ONE),
-    (with_tensors(["w"]), b""), (with_tensors([]), b""), (with_tensors(5), b""),
-    (with_tensors(None), b""), ({**with_tensors(), "tensors": 5}, b""),
-    ({**with_tensors(), "tensors": "w"}, b""), ({**with_tensors(), "settings": []}, b""),
-    ({**with_tensors(), "settings": {"SEED": 1}}, b""), ({**with_tensors(), "tokenizer": 5}, b""),
-    ({**with_tensors(), "settings": None}, b""), ({"tensors": []}, b""), ([], b""), (5, b""),
-    (with_tensors(["w", 2, 1, 1]), b"\0\0\0"), (with_tensors(["w", True, 1, 1]), b"\0\0\0"),
-    (with_tensors(["w", "1", 1, 1]), b"\0\0\0"), (with_tensors(["w", 0, 1, 1, 1]), b"\0\0"),
-    (json.dumps(with_tensors()).encode("utf-16"), b""),
-    (json.dumps(with_tensors()).encode("utf-8-sig"), b""),
-    (b"", b""), (b"{", b""), (b"\xff", b""), (b"[" * 100_000, b""), (b'{"a":' * 50_000, b""),
-    *(({name: fact for name, fact in with_tensors().items() if name != left_out}, b"")
-      for left_out in with_tensors()),
-])
+@pytest.mark.parametrize(
+    ("header", "payload"),
+    [
+        (with_tensors(["w", 0, 2]), ONE),
+        (with_tensors(["w", 0, 1]), ONE * 2),
+        (with_tensors(["w", 1, 1, 1]), ONE),
+        (with_tensors(["w", 1, 2]), b"\1\1" + ONE * 2),
+        (with_tensors(["w", 1]), b"\1" + ONE),
+        (with_tensors(["w", 1, 1, 1, 1]), b"\1" + ONE),
+        (with_tensors(["w", 0, 1, 1, 1]), ONE),
+        (with_tensors(["w", 0, True]), ONE),
+        (with_tensors([5, 0, 1]), ONE),
+        (with_tensors(["w", 0, 1 << 40]), ONE),
+        (with_tensors(["w", 0, 1 << 40, 1 << 40]), ONE),
+        (with_tensors(["w", 0, -1]), ONE),
+        (with_tensors(["w", 0, -1, -1]), ONE),
+        (with_tensors(["w", 0, -1], ["v", 0, 2]), ONE),
+        (with_tensors(["w", 1, -1, 0], ["v", 0, 1]), b""),
+        (with_tensors(["w", 0, 0, 10**30]), b""),
+        (with_tensors(["w", 0, 0, 1 << 62]), b""),
+        (with_tensors(["w", 1, 0, 10**30]), b""),
+        (with_tensors(*([f"w{n}", 1, 1 << 28, 1 << 28] for n in range(128))), b""),
+        (with_tensors(["w", 0, 1], ["w", 0, 1]), ONE * 2),
+        (with_tensors(["w", 0, 1]), NAN),
+        (with_tensors(["w", 0, 1]), INF),
+        (with_tensors(["w", 1, 1, 1]), b"\1" + NAN),
+        (with_tensors(["w", 1, 1, 1]), b"\1" + INF),
+        (with_tensors(["w", 0, float("inf")]), ONE),
+        (with_tensors(["w", 0, float("nan")]), ONE),
+        (with_tensors(["w", 0, None]), ONE),
+        (with_tensors(["w", 0, [1]]), ONE),
+        (with_tensors(["w", 0, 1e300]), ONE),
+        (with_tensors(["w", 0, "one"]), ONE),
+        (with_tensors(["w"]), b""),
+        (with_tensors([]), b""),
+        (with_tensors(5), b""),
+        (with_tensors(None), b""),
+        ({**with_tensors(), "tensors": 5}, b""),
+        ({**with_tensors(), "tensors": "w"}, b""),
+        ({**with_tensors(), "settings": []}, b""),
+        ({**with_tensors(), "settings": {"SEED": 1}}, b""),
+        ({**with_tensors(), "tokenizer": 5}, b""),
+        ({**with_tensors(), "settings": None}, b""),
+        ({"tensors": []}, b""),
+        ([], b""),
+        (5, b""),
+        (with_tensors(["w", 2, 1, 1]), b"\0\0\0"),
+        (with_tensors(["w", True, 1, 1]), b"\0\0\0"),
+        (with_tensors(["w", "1", 1, 1]), b"\0\0\0"),
+        (with_tensors(["w", 0, 1, 1, 1]), b"\0\0"),
+        (json.dumps(with_tensors()).encode("utf-16"), b""),
+        (json.dumps(with_tensors()).encode("utf-8-sig"), b""),
+        (b"", b""),
+        (b"{", b""),
+        (b"\xff", b""),
+        (b"[" * 100_000, b""),
+        (b'{"a":' * 50_000, b""),
+        *(
+            ({name: fact for name, fact in with_tensors().items() if name != left_out}, b"")
+            for left_out in with_tensors()
+        ),
+    ],
+)
 def test_a_header_that_lies_is_refused(header: object, payload: bytes) -> None:
     refused(lambda: decode_artifact(forged(header, payload)))
 
@@ -232,8 +301,14 @@ def test_every_codec_gives_back_what_it_was_given(codec: str) -> None:
         packed = compress(body, codec)
         assert compress(body, codec) == packed
         assert decompress(packed, codec, size) == body
-        for damaged, claimed in ((packed, size + 1), (packed, size - 1), (packed[:-1], size),
-                                 (packed + b"\0", size), (b"", size), (packed[::-1], size)):
+        for damaged, claimed in (
+            (packed, size + 1),
+            (packed, size - 1),
+            (packed[:-1], size),
+            (packed + b"\0", size),
+            (b"", size),
+            (packed[::-1], size),
+        ):
             with pytest.raises(ValueError, match="."):
                 decompress(damaged, codec, claimed)
     assert decompress(compress(b"", codec), codec, 0) == b""
@@ -249,12 +324,21 @@ def test_zstd_packs_no_worse_than_its_level_as_it_comes(kind: str) -> None:
     text = json.dumps(artifact_header(Config(), SPLIT)).encode()
     header, stored = train_gpt.read_artifact(RECORD)
     header.pop("tensors")
-    coarser = {name: s if s.scale is None else Stored((s.values / 2).round().to(s.values), s.scale)
-               for name, s in stored.items()}
-    record, coarser = (zstandard.ZstdDecompressor().decompress(
-        encode_artifact(header, tensors)[PRELUDE.size :]) for tensors in (stored, coarser))
-    body = {"noise": text + noise, "repeated": noise[:999] * 99, "text": text * 3,
-            "record": record, "coarser record": coarser}[kind]
+    coarser = {
+        name: s if s.scale is None else Stored((s.values / 2).round().to(s.values), s.scale)
+        for name, s in stored.items()
+    }
+    record, coarser = (
+        zstandard.ZstdDecompressor().decompress(encode_artifact(header, tensors)[PRELUDE.size :])
+        for tensors in (stored, coarser)
+    )
+    body = {
+        "noise": text + noise,
+        "repeated": noise[:999] * 99,
+        "text": text * 3,
+        "record": record,
+        "coarser record": coarser,
+    }[kind]
     plain, packed = zstandard.ZstdCompressor(level=22).compress(body), compress(body, "zstd")
     assert len(packed) <= len(plain)
     assert kind != "record" or len(packed) < len(plain)
@@ -265,8 +349,11 @@ def test_zstd_packs_no_worse_than_its_level_as_it_comes(kind: str) -> None:
 def test_best_is_the_smaller_of_the_runtime_codecs() -> None:
     header, rng, won = artifact_header(SMALL, SPLIT), np.random.default_rng(0), set()
     for values in (rng.normal(0, 2.4, (512, 512)), np.tile(rng.normal(0, 9, 512), (9, 1))):
-        stored = {"w": Stored(torch.from_numpy(np.rint(values).astype(np.int8)),
-                              torch.ones(len(values)).half())}
+        stored = {
+            "w": Stored(
+                torch.from_numpy(np.rint(values).astype(np.int8)), torch.ones(len(values)).half()
+            )
+        }
         zstd, xz = (encode_artifact(header, stored, codec) for codec in ("zstd", "lzma"))
         best = encode_artifact(header, stored, "best")
         assert best == (zstd if len(zstd) <= len(xz) else xz)
@@ -278,8 +365,10 @@ def test_best_is_the_smaller_of_the_runtime_codecs() -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_bomb_of_any_codec_allocates_little(codec: str) -> None:
     packed = compress(bytes(1 << 26), codec)
-    blob = PRELUDE.pack(ARTIFACT_MAGIC, 1, CODECS[codec], 1 << 16,
-                        hashlib.sha256(packed).digest()) + packed
+    blob = (
+        PRELUDE.pack(ARTIFACT_MAGIC, 1, CODECS[codec], 1 << 16, hashlib.sha256(packed).digest())
+        + packed
+    )
     tracemalloc.start()
     try:
         refused(lambda: decode_artifact(blob))
@@ -300,17 +389,44 @@ FRAME = zstandard.compress(BODY)
 FRAME_OF_500 = FRAME.replace(struct.pack("<H", 1000 - 256), struct.pack("<H", 500 - 256), 1)
 
 
-@pytest.mark.parametrize(("packed", "body_bytes"), [
-    (b"", 0), (b"no frame at all", 15), (zstandard.compress(b""), 0),
-    (zstandard.compress(b"abc"), 3), (FRAME, 999), (FRAME, 1001), (FRAME, (1 << 30) + 1),
-    (FRAME, (1 << 64) - 1), (FRAME, 0), (FRAME_OF_500, 500),
-    (FRAME[:-1], 1000), (FRAME + b"\0", 1000), (FRAME + FRAME, 1000),
-    (zstandard.ZstdCompressor(write_content_size=False).compress(BODY), 1000),
-    (b"\x50\x2a\x4d\x18" + struct.pack("<I", 4) + b"skip", 0),
-], ids=["nothing", "no frame", "empty body", "short body", "one less", "one more", "above bound",
-        "huge", "zero", "frame lies", "cut", "trailing byte", "two frames", "no size", "skippable"])
-def test_a_body_that_is_not_what_its_length_says_is_refused(packed: bytes,
-                                                            body_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("packed", "body_bytes"),
+    [
+        (b"", 0),
+        (b"no frame at all", 15),
+        (zstandard.compress(b""), 0),
+        (zstandard.compress(b"abc"), 3),
+        (FRAME, 999),
+        (FRAME, 1001),
+        (FRAME, (1 << 30) + 1),
+        (FRAME, (1 << 64) - 1),
+        (FRAME, 0),
+        (FRAME_OF_500, 500),
+        (FRAME[:-1], 1000),
+        (FRAME + b"\0", 1000),
+        (FRAME + FRAME, 1000),
+        (zstandard.ZstdCompressor(write_content_size=False).compress(BODY), 1000),
+        (b"\x50\x2a\x4d\x18" + struct.pack("<I", 4) + b"skip", 0),
+    ],
+    ids=[
+        "nothing",
+        "no frame",
+        "empty body",
+        "short body",
+        "one less",
+        "one more",
+        "above bound",
+        "huge",
+        "zero",
+        "frame lies",
+        "cut",
+        "trailing byte",
+        "two frames",
+        "no size",
+        "skippable",
+    ],
+)
+def test_a_body_that_is_not_what_its_length_says_is_refused(packed: bytes, body_bytes: int) -> None:
     assert FRAME_OF_500 != FRAME
     refused(lambda: decode_artifact(sealed(packed, body_bytes)))
 
@@ -320,7 +436,10 @@ def test_random_damage_under_a_right_checksum_is_read_or_refused() -> None:
     text = json.dumps(header).encode()
     body = struct.pack("<I", len(text)) + text + bytes(range(1, 7)) + ONE * 5
     assert set(decode_artifact(sealed(zstandard.compress(body), len(body)))[1]) == {
-        "a.0.w", "b", "c"}
+        "a.0.w",
+        "b",
+        "c",
+    }
     rng, read = random.Random(0), 0
     for _ in range(2000):
         damaged = bytearray(body)
@@ -336,34 +455,56 @@ def test_random_damage_under_a_right_checksum_is_read_or_refused() -> None:
 
 
 def test_hostile_artifacts_are_read_or_refused_within_bounds() -> None:
-    done = subprocess.run([sys.executable, FUZZ, "3000", "--seed", "7"], text=True,
-                          capture_output=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, FUZZ, "3000", "--seed", "7"],
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3,000 inputs of up to 4,095 bytes" in done.stdout
 
 
-@pytest.mark.parametrize(("fault", "said"), [
-    ("train_gpt.cut_payload = lambda body, start, tensors: 1 / 0", "ZeroDivisionError"),
-    ("fuzz_artifact.SECONDS = 0", "TimeoutError"),
-    ("decode = train_gpt.decode_artifact; train_gpt.decode_artifact = "
-     "lambda blob: [bytearray(2 << 30), decode(blob)][1]", "MemoryError"),
-    ("train_gpt.Refusal.__str__ = lambda self: 'x' * 2000", "no short line"),
-], ids=["another exception", "slow", "large", "long"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("train_gpt.cut_payload = lambda body, start, tensors: 1 / 0", "ZeroDivisionError"),
+        ("fuzz_artifact.SECONDS = 0", "TimeoutError"),
+        (
+            "decode = train_gpt.decode_artifact; train_gpt.decode_artifact = "
+            "lambda blob: [bytearray(2 << 30), decode(blob)][1]",
+            "MemoryError",
+        ),
+        ("train_gpt.Refusal.__str__ = lambda self: 'x' * 2000", "no short line"),
+    ],
+    ids=["another exception", "slow", "large", "long"],
+)
 def test_the_fuzzer_finds_planted_faults(fault: str, said: str) -> None:
     script = f"import fuzz_artifact, train_gpt; {fault}; print(fuzz_artifact.fuzz(2000, 0))"
-    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True,
-                          check=True, timeout=300, cwd=FUZZ.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=300,
+        cwd=FUZZ.parent,
+    )
     assert said in done.stdout
     assert done.stdout.endswith("\n1\n")
 
 
-@pytest.mark.parametrize("blob", [
-    lambda: sealed(FRAME, 1 << 29),
-    lambda: sealed(FRAME, (1 << 30) + 1),
-    lambda: forged(with_tensors(["w", 1, 1 << 15, 1 << 14]), ONE),
-    lambda: forged(with_tensors(["w", 0, 1 << 28], ["v", 0, 1 << 28])),
-    lambda: sealed(zstandard.compress(bytes(1 << 28)), 1 << 20),
-], ids=["length", "bound", "integers", "floats", "bomb"])
+@pytest.mark.parametrize(
+    "blob",
+    [
+        lambda: sealed(FRAME, 1 << 29),
+        lambda: sealed(FRAME, (1 << 30) + 1),
+        lambda: forged(with_tensors(["w", 1, 1 << 15, 1 << 14]), ONE),
+        lambda: forged(with_tensors(["w", 0, 1 << 28], ["v", 0, 1 << 28])),
+        lambda: sealed(zstandard.compress(bytes(1 << 28)), 1 << 20),
+    ],
+    ids=["length", "bound", "integers", "floats", "bomb"],
+)
 def test_a_lie_about_size_allocates_nothing(blob: Callable[[], bytes]) -> None:
     content = blob()
     tracemalloc.start()
@@ -391,14 +532,18 @@ def changed(edit: Callable[[dict], object]) -> dict[str, Stored]:
     return stored
 
 
-@pytest.mark.parametrize("edit", [
-    lambda stored: stored.pop("tok_emb.weight"),
-    lambda stored: stored.update(more=Stored(torch.ones(1).half())),
-    lambda stored: stored.update({"lm_head.weight": stored["tok_emb.weight"]}),
-    lambda stored: stored.update({"smear.gate": Stored(torch.ones(8, 1).half())}),
-    lambda stored: stored.update({"smear.gate": Stored(torch.ones(9).half())}),
-    lambda stored: stored.update({"bigram.scale": Stored(torch.ones(1).half())}),
-], ids=["missing", "more", "untied", "dimensions", "length", "scalar"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda stored: stored.pop("tok_emb.weight"),
+        lambda stored: stored.update(more=Stored(torch.ones(1).half())),
+        lambda stored: stored.update({"lm_head.weight": stored["tok_emb.weight"]}),
+        lambda stored: stored.update({"smear.gate": Stored(torch.ones(8, 1).half())}),
+        lambda stored: stored.update({"smear.gate": Stored(torch.ones(9).half())}),
+        lambda stored: stored.update({"bigram.scale": Stored(torch.ones(1).half())}),
+    ],
+    ids=["missing", "more", "untied", "dimensions", "length", "scalar"],
+)
 def test_tensors_of_another_model_are_refused(edit: Callable[[dict], object]) -> None:
     run = Run(SMALL, 0, 1, torch.device("cpu"))
     assert "tensors" in refused(lambda: rebuild_model(SMALL, changed(edit), run))
@@ -407,17 +552,28 @@ def test_tensors_of_another_model_are_refused(edit: Callable[[dict], object]) ->
 # --eval
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"NUM_LAYERS": "65"}, "NUM_LAYERS=65"), ({"NUM_LAYERS": "nine"}, "NUM_LAYERS=nine"),
-    ({"NUM_LAYERS": "99\n"}, "NUM_LAYERS="), ({"MODEL_DIM": "9"}, "MODEL_DIM=9"),
-    ({"LOGIT_SOFTCAP": "nan"}, "LOGIT_SOFTCAP=nan"), ({"TWO\nLINES": "1"}, "TWO"),
-    ({"EVAL_STRIDE": "9999"}, "EVAL_STRIDE=9999"), ({"NEW_TECHNIQUE": "1"}, "NEW_TECHNIQUE"),
-    ({"MATRIX_LR": "0.1"}, "MATRIX_LR"), ({"DATA_PATH": "/"}, "DATA_PATH"),
-    ({"PRESET": "mini"}, "PRESET"), ({"LATE_QAT": "0"}, "LATE_QAT"),
-    ({"LOGIT_SOFTCAP": None}, "LOGIT_SOFTCAP"), ({"EVAL_STRIDE": None}, "EVAL_STRIDE"),
-])
-def test_an_artifact_with_wrong_settings_exits_2(wrong: dict, said: str, tmp_path: Path,
-                                                 capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"NUM_LAYERS": "65"}, "NUM_LAYERS=65"),
+        ({"NUM_LAYERS": "nine"}, "NUM_LAYERS=nine"),
+        ({"NUM_LAYERS": "99\n"}, "NUM_LAYERS="),
+        ({"MODEL_DIM": "9"}, "MODEL_DIM=9"),
+        ({"LOGIT_SOFTCAP": "nan"}, "LOGIT_SOFTCAP=nan"),
+        ({"TWO\nLINES": "1"}, "TWO"),
+        ({"EVAL_STRIDE": "9999"}, "EVAL_STRIDE=9999"),
+        ({"NEW_TECHNIQUE": "1"}, "NEW_TECHNIQUE"),
+        ({"MATRIX_LR": "0.1"}, "MATRIX_LR"),
+        ({"DATA_PATH": "/"}, "DATA_PATH"),
+        ({"PRESET": "mini"}, "PRESET"),
+        ({"LATE_QAT": "0"}, "LATE_QAT"),
+        ({"LOGIT_SOFTCAP": None}, "LOGIT_SOFTCAP"),
+        ({"EVAL_STRIDE": None}, "EVAL_STRIDE"),
+    ],
+)
+def test_an_artifact_with_wrong_settings_exits_2(
+    wrong: dict, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     header = artifact_header(SMALL, SPLIT)
     changed = {**header["settings"], **wrong}
     header["settings"] = {name: text for name, text in changed.items() if text is not None}
@@ -429,8 +585,9 @@ def test_an_artifact_with_wrong_settings_exits_2(wrong: dict, said: str, tmp_pat
     assert said in err.replace("'", "")
 
 
-def test_a_name_of_two_lines_is_refused_as_another_model(tiny_data: TinyData, tmp_path: Path,
-                                                         capfd) -> None:
+def test_a_name_of_two_lines_is_refused_as_another_model(
+    tiny_data: TinyData, tmp_path: Path, capfd
+) -> None:
     val = train_gpt.load_validation(train_gpt.Config.from_env(tiny_data.env)[0])
     cfg = Config(**{**vars(SMALL), "vocab_size": int(tiny_data.env["VOCAB_SIZE"])})
     stored = {**small_tensors(), "blocks\n0": Stored(torch.ones(3).half())}
@@ -441,12 +598,18 @@ def test_a_name_of_two_lines_is_refused_as_another_model(tiny_data: TinyData, tm
     assert "not those of the model" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ({"TTT_ENABLED": "0"}, "no validation split"), ({"TTT_MODE": "off"}, "no validation split"),
-    ({"VRL": "0"}, "VRL_MODE is set, but the artifact says"),
-    ({"NUM_LAYERS": "3"}, "NUM_LAYERS is set, but the artifact says")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"TTT_ENABLED": "0"}, "no validation split"),
+        ({"TTT_MODE": "off"}, "no validation split"),
+        ({"VRL": "0"}, "VRL_MODE is set, but the artifact says"),
+        ({"NUM_LAYERS": "3"}, "NUM_LAYERS is set, but the artifact says"),
+    ],
+)
 def test_what_is_given_is_seen_apart_from_what_the_header_says(
-        given: dict, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given: dict, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """An old name of an evaluation setting overrides it; one of a model setting cannot."""
     cfg = replace(SMALL, ttt_mode="score_first", ttt_freeze_blocks=0)
     (tmp_path / "a.bin").write_bytes(encode_artifact(artifact_header(cfg, SPLIT), small_tensors()))
@@ -457,28 +620,43 @@ def test_what_is_given_is_seen_apart_from_what_the_header_says(
 
 @pytest.mark.parametrize("wrong", [b"", b"text"])
 def test_a_brotli_artifact_without_brotli_says_what_is_missing(
-        wrong: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "brotli", None)
     assert "needs the Python package brotli" in refused(lambda: decompress(wrong, "brotli", 4))
 
 
-@pytest.mark.parametrize(("known", "said"), [
-    ((), "no validation split with fingerprint"), (("validation",), "no tokenizer with sha256"),
-    (("validation", "tokenizer"), "not those of the model"),
-])
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ((), "no validation split with fingerprint"),
+        (("validation",), "no tokenizer with sha256"),
+        (("validation", "tokenizer"), "not those of the model"),
+    ],
+)
 def test_an_artifact_of_other_data_or_another_model_exits_2(
-        known: tuple[str, ...], said: str, tiny_data: TinyData, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    known: tuple[str, ...],
+    said: str,
+    tiny_data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     cfg = Config(**{**vars(SMALL), "vocab_size": int(tiny_data.env["VOCAB_SIZE"])})
-    val = train_gpt.load_validation(Config(
-        data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
-        vocab_size=cfg.vocab_size))
+    val = train_gpt.load_validation(
+        Config(
+            data_path=str(tiny_data.data_path),
+            tokenizer_path=str(tiny_data.tokenizer_path),
+            vocab_size=cfg.vocab_size,
+        )
+    )
     facts = artifact_header(cfg, val)
     header = {**artifact_header(cfg, SPLIT), **{name: facts[name] for name in known}}
     Path("artifact.bin").write_bytes(encode_artifact(header, small_tensors()))
-    with environment(DATA_PATH=str(tiny_data.data_path),
-                     TOKENIZER_PATH=str(tiny_data.tokenizer_path)):
+    with environment(
+        DATA_PATH=str(tiny_data.data_path), TOKENIZER_PATH=str(tiny_data.tokenizer_path)
+    ):
         assert main(["--eval", "artifact.bin"]) == 2
     err = capfd.readouterr().err
     assert (err.count("\n"), err[:7]) == (1, "error: ")
@@ -486,16 +664,23 @@ def test_an_artifact_of_other_data_or_another_model_exits_2(
 
 
 def test_a_damaged_side_file_elsewhere_does_not_hide_the_data(
-        tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for i, content in enumerate(("{", '{"tokenizer": {"sha256": "x"}, "val_shards": {"a": 5}}')):
         (tmp_path / f"data/datasets/{i}").mkdir(parents=True)
         (tmp_path / f"data/datasets/{i}/fineweb_val.json").write_text(content)
     (tmp_path / "data/datasets/tiny").symlink_to(tiny_data.data_path)
     (tmp_path / "data/tokenizers").symlink_to(tiny_data.tokenizer_path.parent)
-    val = train_gpt.load_validation(Config(
-        data_path=str(tiny_data.data_path), tokenizer_path=str(tiny_data.tokenizer_path),
-        vocab_size=int(tiny_data.env["VOCAB_SIZE"])))
+    val = train_gpt.load_validation(
+        Config(
+            data_path=str(tiny_data.data_path),
+            tokenizer_path=str(tiny_data.tokenizer_path),
+            vocab_size=int(tiny_data.env["VOCAB_SIZE"]),
+        )
+    )
     found = train_gpt.locate_validation(Config(), artifact_header(SMALL, val))
     assert (found.data_path, found.tokenizer_path) == (
-        "data/datasets/tiny", f"data/tokenizers/{tiny_data.tokenizer_path.name}")
+        "data/datasets/tiny",
+        f"data/tokenizers/{tiny_data.tokenizer_path.name}",
+    )

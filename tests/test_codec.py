@@ -45,29 +45,46 @@ def body_of(stored: dict[str, Stored]) -> bytes:
 # What comes back
 
 
-NAMES = st.sampled_from(["tok_emb.weight", "a", *(
-    f"blocks.{layer}.{name}.weight" for layer in (0, 1, 10) for name in
-    ("attn.c_q", "mlp.fc", "mlp.proj"))])
+NAMES = st.sampled_from(
+    [
+        "tok_emb.weight",
+        "a",
+        *(
+            f"blocks.{layer}.{name}.weight"
+            for layer in (0, 1, 10)
+            for name in ("attn.c_q", "mlp.fc", "mlp.proj")
+        ),
+    ]
+)
 KINDS = st.sampled_from(["any", "zero", "extremes", "gaussian", "alike", "rows"])
 
 
 def drawn(shape: tuple[int, int], kind: str, rng: np.random.Generator) -> np.ndarray:
     """Integers of one kind of degeneracy."""
     r, c = shape
-    return {"any": rng.integers(-128, 128, shape), "zero": np.zeros(shape),
-            "extremes": rng.choice([-128, -127, 127], shape),
-            "gaussian": np.clip(np.rint(rng.normal(0, 9, shape)), -31, 31),
-            "alike": rng.integers(-100, 100, c) + rng.integers(-1, 2, shape),
-            "rows": np.rint(rng.normal(0, 1, shape) * 2.0 ** rng.integers(-3, 5, (r, 1)))}[kind]
+    return {
+        "any": rng.integers(-128, 128, shape),
+        "zero": np.zeros(shape),
+        "extremes": rng.choice([-128, -127, 127], shape),
+        "gaussian": np.clip(np.rint(rng.normal(0, 9, shape)), -31, 31),
+        "alike": rng.integers(-100, 100, c) + rng.integers(-1, 2, shape),
+        "rows": np.rint(rng.normal(0, 1, shape) * 2.0 ** rng.integers(-3, 5, (r, 1))),
+    }[kind]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.dictionaries(NAMES, st.tuples(st.integers(0, 40), st.integers(0, 40), KINDS), max_size=6),
-       st.integers(0, 99))
+@given(
+    st.dictionaries(NAMES, st.tuples(st.integers(0, 40), st.integers(0, 40), KINDS), max_size=6),
+    st.integers(0, 99),
+)
 def test_integers_of_any_shape_and_kind_come_back(shapes: dict, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    body = body_of({name: integers(drawn((r, c), kind, rng), rng.lognormal(-3, 1, r))
-                    for name, (r, c, kind) in shapes.items()})
+    body = body_of(
+        {
+            name: integers(drawn((r, c), kind, rng), rng.lognormal(-3, 1, r))
+            for name, (r, c, kind) in shapes.items()
+        }
+    )
     packed = compress(body)
     assert decompress(packed, len(body)) == body
     assert compress(body) == packed
@@ -106,9 +123,11 @@ def model_like(width: int, seed: int, layers: int = 2) -> dict[str, Stored]:
         block = f"blocks.{layer}"
         stored[f"{block}.attn.c_q.weight"] = integers(np.rint(rng.normal(0, 2.4, (width, width))))
         stored[f"{block}.mlp.fc.weight"] = integers(
-            np.rint(rng.normal(0, 2.4, (3 * width, width))), units)
-        stored[f"{block}.mlp.proj.weight"] = integers(np.clip(np.rint(
-            rng.normal(0, 2.4, (width, 3 * width)) * units), -127, 127))
+            np.rint(rng.normal(0, 2.4, (3 * width, width))), units
+        )
+        stored[f"{block}.mlp.proj.weight"] = integers(
+            np.clip(np.rint(rng.normal(0, 2.4, (width, 3 * width)) * units), -127, 127)
+        )
     table = np.rint(rng.normal(0, 6, (8 * width, width)))
     table[::4] = table[0] + rng.integers(-1, 2, (2 * width, width))
     stored["tok_emb.weight"] = integers(table)
@@ -118,12 +137,21 @@ def model_like(width: int, seed: int, layers: int = 2) -> dict[str, Stored]:
 def test_the_bytes_do_not_depend_on_threads(tmp_path: object) -> None:
     body = body_of(model_like(48, 0))
     (tmp_path / "body").write_bytes(body)
-    script = ("import hashlib, sys, range_coder, pathlib; body = pathlib.Path(sys.argv[1])"
-              ".read_bytes(); print(hashlib.sha256(range_coder.compress(body)).hexdigest())")
-    digests = {subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "body"], cwd=ROOT / "benchmarks", check=True,
-        text=True, capture_output=True,
-        env={"OMP_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n}).stdout.strip() for n in "12"}
+    script = (
+        "import hashlib, sys, range_coder, pathlib; body = pathlib.Path(sys.argv[1])"
+        ".read_bytes(); print(hashlib.sha256(range_coder.compress(body)).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script, tmp_path / "body"],
+            cwd=ROOT / "benchmarks",
+            check=True,
+            text=True,
+            capture_output=True,
+            env={"OMP_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n},
+        ).stdout.strip()
+        for n in "12"
+    }
     assert digests == {hashlib.sha256(compress(body)).hexdigest()}
 
 
@@ -133,8 +161,11 @@ def test_the_bytes_do_not_depend_on_threads(tmp_path: object) -> None:
 def scalar_encode(steps: list, lanes: int) -> list[int]:
     """rANS by its equation, one symbol at a time, in Python's integers: words as they are read."""
     states, words = [1 << 32] * lanes, []
-    symbols = [(k % lanes, int(start), int(f)) for starts, frequencies in steps
-               for k, (start, f) in enumerate(zip(starts, frequencies, strict=True))]
+    symbols = [
+        (k % lanes, int(start), int(f))
+        for starts, frequencies in steps
+        for k, (start, f) in enumerate(zip(starts, frequencies, strict=True))
+    ]
     # A lane's state is renewed before its symbol; within lanes read together, the last first.
     for lane, start, f in reversed(symbols):
         if states[lane] >= f << 32:
@@ -163,8 +194,10 @@ def scalar_decode(words: list[int], steps: list, lanes: int) -> list[int]:
 def random_tables(rng: np.random.Generator) -> np.ndarray:
     """Running sums of 1 to 5 tables of the same 1 to 9 symbols, no frequency 0."""
     n = int(rng.integers(1, 10))
-    cuts = [np.sort(rng.choice(np.arange(1, 1 << 16), n - 1, replace=False))
-            for _ in range(rng.integers(1, 6))]
+    cuts = [
+        np.sort(rng.choice(np.arange(1, 1 << 16), n - 1, replace=False))
+        for _ in range(rng.integers(1, 6))
+    ]
     return np.array([[0, *cut, 1 << 16] for cut in cuts])
 
 
@@ -218,12 +251,18 @@ def naive_bins(Q: np.ndarray, columns: np.ndarray, told: bytes) -> list[list[int
                     j = (done + k - i) % c
                     row = [h for h in history if h[:2] == (layer, i)]
                     column = [h for h in history if (h[0], h[2]) == (layer, j)]
-                    a = (256 * weight_i + sum(round(256 * q / max(b * m[layer], 2**-7))
-                                              for *_, b, q in row)) / (256 * (weight_i + done))
+                    a = (
+                        256 * weight_i
+                        + sum(round(256 * q / max(b * m[layer], 2**-7)) for *_, b, q in row)
+                    ) / (256 * (weight_i + done))
                     # All columns of a stack were met as often.
-                    b = (round(256 * weight_j * columns[layer, j]) + sum(
-                        round(256 * q / max(a_then * m[layer], 2**-7))
-                        for *_, a_then, _, q in column)) / (256 * (weight_j + len(column)))
+                    b = (
+                        round(256 * weight_j * columns[layer, j])
+                        + sum(
+                            round(256 * q / max(a_then * m[layer], 2**-7))
+                            for *_, a_then, _, q in column
+                        )
+                    ) / (256 * (weight_j + len(column)))
                     expected = min(max(a * b * m[layer], 2.0**-6), 127.0)
                     octave = math.floor(math.log2(expected))
                     step.append(4 * (octave + 6) + int(4 * (expected / 2.0**octave - 1)))
@@ -234,10 +273,13 @@ def naive_bins(Q: np.ndarray, columns: np.ndarray, told: bytes) -> list[list[int
     return steps
 
 
-@pytest.mark.parametrize(("shape", "seed"), [((1, 9, 20), 0), ((3, 4, 18), 1), ((2, 25, 11), 2),
-                                            ((1, 1, 30), 3), ((1, 30, 1), 4)])
+@pytest.mark.parametrize(
+    ("shape", "seed"),
+    [((1, 9, 20), 0), ((3, 4, 18), 1), ((2, 25, 11), 2), ((1, 1, 30), 3), ((1, 30, 1), 4)],
+)
 def test_an_integer_is_coded_by_the_mean_that_its_row_and_column_suggest(
-        shape: tuple[int, int, int], seed: int) -> None:
+    shape: tuple[int, int, int], seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     Q = np.rint(rng.normal(0, 3, shape) * rng.lognormal(0, 0.7, shape[2])).clip(-31, 31)
     columns, spy = rng.choice([0.25, 0.5, 1.0], (shape[0], shape[2])), Spy()
@@ -337,12 +379,17 @@ def test_flipped_bits_are_refused_or_read_and_nothing_else() -> None:
 def forged(tensors: list, hints: bytes, stream: bytes) -> tuple[bytes, int]:
     """A stream of the coder whose parts are all as given, and the size it claims."""
     text = json.dumps({**EMPTY, "tensors": tensors}).encode()
-    floats = b"\0\x3c" * sum(shape[0] if is_integer else math.prod(shape)
-                             for _, is_integer, *shape in tensors)
+    floats = b"\0\x3c" * sum(
+        shape[0] if is_integer else math.prod(shape) for _, is_integer, *shape in tensors
+    )
     told = struct.pack("<I", len(text)) + text + floats[1::2] + floats[::2] + hints
     packed = lzma.compress(told, lzma.FORMAT_RAW, filters=range_coder.RAW_LZMA)
-    size = 4 + len(text) + len(floats) + sum(math.prod(shape) for _, is_integer, *shape in tensors
-                                             if is_integer)
+    size = (
+        4
+        + len(text)
+        + len(floats)
+        + sum(math.prod(shape) for _, is_integer, *shape in tensors if is_integer)
+    )
     return struct.pack("<I", len(packed) + range_coder.PLANES) + packed + stream, size
 
 
@@ -357,26 +404,36 @@ def test_hints_of_any_bytes_are_survived(hints: bytes, shape: tuple[int, int]) -
             decompress(packed, size)
 
 
-@pytest.mark.parametrize(("tensors", "said"), [
-    ([["w", 1, 1 << 14, 1 << 14]], "268,435,456 integers"),
-    ([["w", 1, 1 << 25, 2]], "rows"), ([["w", 1, (1 << 20) + 1, 1]], "rows"),
-    ([[f"w{k}", 1, 1, 1] for k in range(1025)], "1,025 matrices"),
-    ([[f"blocks.{k}.w", 1, 1 << 19, 1] for k in range(3)], "rows"),
-], ids=["integers", "rows", "a row too many", "matrices", "stack"])
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ([["w", 1, 1 << 14, 1 << 14]], "268,435,456 integers"),
+        ([["w", 1, 1 << 25, 2]], "rows"),
+        ([["w", 1, (1 << 20) + 1, 1]], "rows"),
+        ([[f"w{k}", 1, 1, 1] for k in range(1025)], "1,025 matrices"),
+        ([[f"blocks.{k}.w", 1, 1 << 19, 1] for k in range(3)], "rows"),
+    ],
+    ids=["integers", "rows", "a row too many", "matrices", "stack"],
+)
 def test_more_than_the_bounds_is_refused(tensors: list, said: str) -> None:
     text = json.dumps({**EMPTY, "tensors": tensors}).encode()
     size = 4 + len(text) + sum(math.prod(shape) + 2 * shape[0] for _, _, *shape in tensors)
-    told = struct.pack("<I", len(text)) + text + bytes(sum(2 * shape[0] for _, _, *shape in tensors)
-                                                       + 100)
+    told = (
+        struct.pack("<I", len(text))
+        + text
+        + bytes(sum(2 * shape[0] for _, _, *shape in tensors) + 100)
+    )
     packed = lzma.compress(told, lzma.FORMAT_RAW, filters=range_coder.RAW_LZMA)
     with pytest.raises(Refusal, match=said):
-        decompress(struct.pack("<I", len(packed) + range_coder.PLANES) + packed + bytes(1 << 16),
-                   size)
+        decompress(
+            struct.pack("<I", len(packed) + range_coder.PLANES) + packed + bytes(1 << 16), size
+        )
 
 
 def test_a_tall_table_is_decoded_in_bounded_steps() -> None:
-    packed, size = forged([["w", 1, 1 << 20, 16]], bytes([1]) + bytes(1 << 17) + bytes(3),
-                          bytes(6 * 256))
+    packed, size = forged(
+        [["w", 1, 1 << 20, 16]], bytes([1]) + bytes(1 << 17) + bytes(3), bytes(6 * 256)
+    )
     tracemalloc.start()
     try:
         with pytest.raises(Refusal):

@@ -43,12 +43,25 @@ from train_gpt import (
 )
 
 COUNTERS = torch._dynamo.utils.counters
-TINY = {**SIZES, "num_layers": 5, "xsa_last_n": 2, "ve_layers": "3,4", "cache_layer": 1,
-        "bigram_vocab_size": 48, "int8_keep_float_max_numel": 300, "rope_dims": 4,
-        "eval_stride": 4, "late_qat_threshold": 0.5}
+TINY = {
+    **SIZES,
+    "num_layers": 5,
+    "xsa_last_n": 2,
+    "ve_layers": "3,4",
+    "cache_layer": 1,
+    "bigram_vocab_size": 48,
+    "int8_keep_float_max_numel": 300,
+    "rope_dims": 4,
+    "eval_stride": 4,
+    "late_qat_threshold": 0.5,
+}
 SYSTEMS = {name: {**PRESETS[name], **TINY} for name in ("pr1361", "pr569", "pr703", "pr334")} | {
-    "pr295": {**PRESETS["pr295"], **TINY,
-              "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.3.attn.c_k:fp16"}}
+    "pr295": {
+        **PRESETS["pr295"],
+        **TINY,
+        "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.3.attn.c_k:fp16",
+    }
+}
 
 
 @pytest.fixture(autouse=True)
@@ -100,15 +113,30 @@ def test_any_composition_is_one_graph(number: int) -> None:
     check_traces(Config(**{**SIZES, **at_random(1, seed=number)[0]}))
 
 
-@pytest.mark.parametrize(("preset", "changed"), [
-    ("pr703", {}), ("pr295", {"swa_every": 1}), ("pr1361", {"ttt_mode": "score_first"})])
+@pytest.mark.parametrize(
+    ("preset", "changed"),
+    [("pr703", {}), ("pr295", {"swa_every": 1}), ("pr1361", {"ttt_mode": "score_first"})],
+)
 def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: TinyData) -> None:
     """Through warmdown, QAT start, MiLe, averages, uneven micro-batches, export, all scores."""
-    cfg = Config(**{**SYSTEMS[preset], "iterations": 12, "warmdown_iters": 8, "swa_start_frac": 0.8,
-                    "warmup_steps": 2, "train_batch_tokens": 80, "micro_batch_seqs": 2,
-                    "eval_seq_len": 24, "eval_stride": 8, "ttt_chunk_tokens": 100,
-                    "data_path": str(tiny_data.data_path), "vocab_size": VOCAB_SIZE,
-                    "tokenizer_path": str(tiny_data.tokenizer_path), **changed})
+    cfg = Config(
+        **{
+            **SYSTEMS[preset],
+            "iterations": 12,
+            "warmdown_iters": 8,
+            "swa_start_frac": 0.8,
+            "warmup_steps": 2,
+            "train_batch_tokens": 80,
+            "micro_batch_seqs": 2,
+            "eval_seq_len": 24,
+            "eval_stride": 8,
+            "ttt_chunk_tokens": 100,
+            "data_path": str(tiny_data.data_path),
+            "vocab_size": VOCAB_SIZE,
+            "tokenizer_path": str(tiny_data.tokenizer_path),
+            **changed,
+        }
+    )
     run, model = compiled_run(cfg), GPT(cfg)
     initialize(model, cfg)
     rows, val, forward = TrainingRows(cfg), load_validation(cfg), make_forward(run)
@@ -134,19 +162,35 @@ def test_more_shapes_than_a_compiler_expects_are_compiled() -> None:
 
 
 def test_scoring_an_artifact_again_compiles_before_its_clock(
-        tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adaptation divides the budget by what the first windows took: compiling is not in it."""
-    cfg = Config(**{**SYSTEMS["pr1361"], "eval_seq_len": 24, "eval_stride": 8, "eval_batch_seqs": 4,
-                    "ttt_mode": "score_first", "ttt_freeze_blocks": 0, "ttt_chunk_tokens": 100,
-                    "data_path": str(tiny_data.data_path), "vocab_size": VOCAB_SIZE,
-                    "tokenizer_path": str(tiny_data.tokenizer_path)})
+    cfg = Config(
+        **{
+            **SYSTEMS["pr1361"],
+            "eval_seq_len": 24,
+            "eval_stride": 8,
+            "eval_batch_seqs": 4,
+            "ttt_mode": "score_first",
+            "ttt_freeze_blocks": 0,
+            "ttt_chunk_tokens": 100,
+            "data_path": str(tiny_data.data_path),
+            "vocab_size": VOCAB_SIZE,
+            "tokenizer_path": str(tiny_data.tokenizer_path),
+        }
+    )
     val, model, seen = load_validation(cfg), GPT(cfg), []
     initialize(model, cfg)
     stored = quantize(model, {}, compiled_run(cfg))
     (tmp_path / "a.bin").write_bytes(encode_artifact(artifact_header(cfg, val), stored))
     score = train_gpt.score_artifact
-    monkeypatch.setattr(train_gpt, "score_artifact", lambda *given, **how: (
-        seen.append(graphs()), score(*given, **how), seen.append(graphs()))[1])
+    monkeypatch.setattr(
+        train_gpt,
+        "score_artifact",
+        lambda *given, **how: (seen.append(graphs()), score(*given, **how), seen.append(graphs()))[
+            1
+        ],
+    )
     with environment(COMPILE="1", DATA_PATH=cfg.data_path, TOKENIZER_PATH=cfg.tokenizer_path):
         assert train_gpt.main(["--eval", str(tmp_path / "a.bin")]) == 0
     assert seen[0] == seen[1] > 0
@@ -187,8 +231,11 @@ def check_one_block(cfg: Config, compiled: Callable, most_graphs: int) -> None:
 @pytest.mark.parametrize("preset", [None, *SYSTEMS])
 def test_one_compiled_block_serves_eleven_layers(preset: str | None) -> None:
     sizes = {**TINY, "num_layers": 11, "xsa_last_n": 11, "ve_layers": "9,10"}
-    check_one_block(Config(**{**PRESETS.get(preset, {}), **sizes}),
-                    torch.compile(Block.forward, dynamic=False), 8)
+    check_one_block(
+        Config(**{**PRESETS.get(preset, {}), **sizes}),
+        torch.compile(Block.forward, dynamic=False),
+        8,
+    )
 
 
 @pytest.mark.slow
@@ -210,31 +257,51 @@ def failing(block: Block, x: torch.Tensor, *given) -> torch.Tensor:
 EARNED = 1.01 * REGION_SECONDS / REGION_GAIN
 
 
-@pytest.mark.parametrize(("compiled", "changed", "tried", "kept"), [
-    (lambda block, x, *given: x, {"max_wallclock_seconds": EARNED}, True, True),
-    (slowly, {"max_wallclock_seconds": EARNED}, True, False),
-    (failing, {"max_wallclock_seconds": EARNED}, True, False),
-    (failing, {"max_wallclock_seconds": EARNED / 1.05}, False, False),
-    (failing, {"max_wallclock_seconds": 0.0}, False, False),
-    (failing, {"max_wallclock_seconds": EARNED, "compile": "0"}, False, False)],
-    ids=["faster", "slower", "no compiler", "short run", "step-driven", "switched off"])
+@pytest.mark.parametrize(
+    ("compiled", "changed", "tried", "kept"),
+    [
+        (lambda block, x, *given: x, {"max_wallclock_seconds": EARNED}, True, True),
+        (slowly, {"max_wallclock_seconds": EARNED}, True, False),
+        (failing, {"max_wallclock_seconds": EARNED}, True, False),
+        (failing, {"max_wallclock_seconds": EARNED / 1.05}, False, False),
+        (failing, {"max_wallclock_seconds": 0.0}, False, False),
+        (failing, {"max_wallclock_seconds": EARNED, "compile": "0"}, False, False),
+    ],
+    ids=["faster", "slower", "no compiler", "short run", "step-driven", "switched off"],
+)
 def test_blocks_are_compiled_where_it_pays(
-        compiled: Callable, changed: dict, tried: bool, kept: bool, tiny_data: TinyData,
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    compiled: Callable,
+    changed: dict,
+    tried: bool,
+    kept: bool,
+    tiny_data: TinyData,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     asked = []
     monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(f) or compiled)
-    cfg = Config(**{**TINY, "train_batch_tokens": 80, "micro_batch_seqs": 2,
-                    "vocab_size": VOCAB_SIZE, "data_path": str(tiny_data.data_path),
-                    "tokenizer_path": str(tiny_data.tokenizer_path), **changed})
+    cfg = Config(
+        **{
+            **TINY,
+            "train_batch_tokens": 80,
+            "micro_batch_seqs": 2,
+            "vocab_size": VOCAB_SIZE,
+            "data_path": str(tiny_data.data_path),
+            "tokenizer_path": str(tiny_data.tokenizer_path),
+            **changed,
+        }
+    )
     initialize(model := GPT(cfg), cfg)
     moments = [Moment(1.0, 0.9, qat, False, cfg.mile_gamma) for qat in (False, True)]
-    compile_blocks(training_nats, model, TrainingRows(cfg), moments,
-                   Run(cfg, 0, 1, torch.device("cpu")))
+    compile_blocks(
+        training_nats, model, TrainingRows(cfg), moments, Run(cfg, 0, 1, torch.device("cpu"))
+    )
     assert asked == [Block.forward] * tried
     assert (model.compiled_block is compiled) == kept
     assert all(p.grad is None for p in model.parameters())
     said = capsys.readouterr().out
     assert ("blocks compiled:yes" in said) == kept
-    assert ("blocks compiled:no" in said) == (not kept and "compile" not in changed
-                                              and changed["max_wallclock_seconds"] > 0)
+    assert ("blocks compiled:no" in said) == (
+        not kept and "compile" not in changed and changed["max_wallclock_seconds"] > 0
+    )
     assert ("no C++ compiler" in said) == (compiled is failing and tried)

@@ -31,30 +31,67 @@ from train_gpt import (
     training_nats,
 )
 
-SIZES = {"model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "bigram_dim": 12, "ve_dim": 8,
-         "ve_layers": "1,0", "train_seq_len": 16, "train_batch_tokens": 64, "iterations": 4,
-         "max_wallclock_seconds": 0.0, "eval_seq_len": 16, "eval_stride": 0, "cache_layer": 0,
-         "gptq_block_size": 8, "vocab_size": VOCAB_SIZE}
+SIZES = {
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "bigram_dim": 12,
+    "ve_dim": 8,
+    "ve_layers": "1,0",
+    "train_seq_len": 16,
+    "train_batch_tokens": 64,
+    "iterations": 4,
+    "max_wallclock_seconds": 0.0,
+    "eval_seq_len": 16,
+    "eval_stride": 0,
+    "cache_layer": 0,
+    "gptq_block_size": 8,
+    "vocab_size": VOCAB_SIZE,
+}
 CHOICES = {
-    "num_layers": (3, 4, 5), "mlp_act": ("leaky2", "relu2"), "vrl_mode": ("off", "add", "mix"),
-    "backout_mode": ("none", "mid", "cache"), "skip_per_dim": ("1", "0", "off"),
-    "ln_scale": ("1", "0", "learned"), "bigram_vocab_size": (48, 0), "bigram_hash": ("xor", "sum"),
-    "bigram_init": ("zero_embed", "zero_proj"), "smear_enabled": (True, False),
-    "smear_bos_mask": (True, False), "bigram_bos_mask": (True, False), "ve_enabled": (True, False),
-    "xsa_last_n": (2, 1, 0), "rope_dims": (4, 0), "rope_ntk_ref": (8, 0),
-    "tie_embeddings": (True, False), "proj_init": ("zero", "ortho_mup"),
-    "emb_svd_init": (False, True), "resid_mix_init": ("identity", "phase"),
-    "qat_mode": ("late", "always", "off"), "qat_clip": ("absmax", "quantile"),
+    "num_layers": (3, 4, 5),
+    "mlp_act": ("leaky2", "relu2"),
+    "vrl_mode": ("off", "add", "mix"),
+    "backout_mode": ("none", "mid", "cache"),
+    "skip_per_dim": ("1", "0", "off"),
+    "ln_scale": ("1", "0", "learned"),
+    "bigram_vocab_size": (48, 0),
+    "bigram_hash": ("xor", "sum"),
+    "bigram_init": ("zero_embed", "zero_proj"),
+    "smear_enabled": (True, False),
+    "smear_bos_mask": (True, False),
+    "bigram_bos_mask": (True, False),
+    "ve_enabled": (True, False),
+    "xsa_last_n": (2, 1, 0),
+    "rope_dims": (4, 0),
+    "rope_ntk_ref": (8, 0),
+    "tie_embeddings": (True, False),
+    "proj_init": ("zero", "ortho_mup"),
+    "emb_svd_init": (False, True),
+    "resid_mix_init": ("identity", "phase"),
+    "qat_mode": ("late", "always", "off"),
+    "qat_clip": ("absmax", "quantile"),
     "qat_targets": ("stored", "linears", "aux"),
-    "bits": ("mlp:6,attn:6,emb:8,aux:8", "mlp:5,attn:6,emb:fp16,aux:6,blocks.1.attn.c_k:fp16",
-             "mlp:fp16,attn:4,emb:7,aux:fp16"),
-    "int8_keep_float_max_numel": (300, 0), "q_scale_floor": ("inv_clip", "tiny"),
-    "clip_search": ("matrix", "row", "absmax"), "gptq_variant": ("full", "simple", "off"),
-    "gptq_actorder": (True, False), "gptq_select": ("mse", "hessian"), "prune_frac": (0.0, 0.3),
-    "prune_pct": (0.0, 0.2), "codec": ("zstd", "lzma", "best"),
-    "optimizer_routing": ("standard", "banks", "by_ndim"), "muon_quant_momentum": (False, True),
-    "muon_wd_order": ("before", "after"), "mile_gamma": (0.0, 1.1),
-    "clip_before_reduce": (False, True), "loader": ("shuffled", "sequential"),
+    "bits": (
+        "mlp:6,attn:6,emb:8,aux:8",
+        "mlp:5,attn:6,emb:fp16,aux:6,blocks.1.attn.c_k:fp16",
+        "mlp:fp16,attn:4,emb:7,aux:fp16",
+    ),
+    "int8_keep_float_max_numel": (300, 0),
+    "q_scale_floor": ("inv_clip", "tiny"),
+    "clip_search": ("matrix", "row", "absmax"),
+    "gptq_variant": ("full", "simple", "off"),
+    "gptq_actorder": (True, False),
+    "gptq_select": ("mse", "hessian"),
+    "prune_frac": (0.0, 0.3),
+    "prune_pct": (0.0, 0.2),
+    "codec": ("zstd", "lzma", "best"),
+    "optimizer_routing": ("standard", "banks", "by_ndim"),
+    "muon_quant_momentum": (False, True),
+    "muon_wd_order": ("before", "after"),
+    "mile_gamma": (0.0, 1.1),
+    "clip_before_reduce": (False, True),
+    "loader": ("shuffled", "sequential"),
 }
 
 
@@ -69,8 +106,14 @@ def pairwise_cover(seed: int = 0) -> list[dict]:
     Each is grown greedily from a pair that is still missing.
     """
     rng = random.Random(seed)
-    missing = set().union(*(pairs_of({a: x, b: y}) for a, b in itertools.combinations(CHOICES, 2)
-                            for x in CHOICES[a] for y in CHOICES[b]))
+    missing = set().union(
+        *(
+            pairs_of({a: x, b: y})
+            for a, b in itertools.combinations(CHOICES, 2)
+            for x in CHOICES[a]
+            for y in CHOICES[b]
+        )
+    )
     values = {(name, str(value)): value for name in CHOICES for value in CHOICES[name]}
     cover = []
     while missing:
@@ -78,9 +121,17 @@ def pairwise_cover(seed: int = 0) -> list[dict]:
         names = [name for name in CHOICES if name not in combination]
         rng.shuffle(names)
         for name in names:
-            gains = [len(missing & {tuple(sorted(((name, str(value)), (n, str(v)))))
-                                    for n, v in combination.items()}) + rng.random()
-                     for value in CHOICES[name]]
+            gains = [
+                len(
+                    missing
+                    & {
+                        tuple(sorted(((name, str(value)), (n, str(v)))))
+                        for n, v in combination.items()
+                    }
+                )
+                + rng.random()
+                for value in CHOICES[name]
+            ]
             combination[name] = CHOICES[name][gains.index(max(gains))]
         missing -= pairs_of(combination)
         cover.append(combination)
@@ -107,8 +158,12 @@ def test_the_cover_holds_every_pair() -> None:
 def check(combination: dict, data: TinyData) -> None:
     """Initialise, train, look at loss, gradients and causality, export and read back."""
     torch.manual_seed(0)
-    cfg = Config(**SIZES, **combination, data_path=str(data.data_path),
-                 tokenizer_path=str(data.tokenizer_path))
+    cfg = Config(
+        **SIZES,
+        **combination,
+        data_path=str(data.data_path),
+        tokenizer_path=str(data.tokenizer_path),
+    )
     rows, run = TrainingRows(cfg), Run(cfg, 0, 1, torch.device("cpu"))
     model = GPT(cfg)
     initialize(model, cfg)
@@ -123,11 +178,15 @@ def check(combination: dict, data: TinyData) -> None:
             p.add_(torch.randn_like(p), alpha=0.1)
     ids = random_ids(cfg, 3, 17)
     gamma = torch.tensor(cfg.mile_gamma) if cfg.mile_gamma else None
-    nats, weights = training_nats(model, ids[:, :-1], ids[:, 1:],
-                                  qat_grids(model) if moment.qat else None, gamma)
+    nats, weights = training_nats(
+        model, ids[:, :-1], ids[:, 1:], qat_grids(model) if moment.qat else None, gamma
+    )
     (nats * weights).mean().backward()
-    silent = [name for name, p in model.named_parameters()
-              if p.numel() and (p.grad is None or not p.grad.any())]
+    silent = [
+        name
+        for name, p in model.named_parameters()
+        if p.numel() and (p.grad is None or not p.grad.any())
+    ]
     assert not silent
     with torch.no_grad():
         changed = ids.clone()
@@ -135,8 +194,11 @@ def check(combination: dict, data: TinyData) -> None:
         before, after = (model.logits(model.hidden(x)) for x in (ids, changed))
     assert torch.equal(before[:, :12], after[:, :12])
     assert not torch.equal(before[:, 12:], after[:, 12:])
-    hessians = {} if cfg.gptq_variant == "off" else collect_hessians(
-        model, lambda n: rows.batch(8 * n, 8)[0], 2, float("inf"), run)
+    hessians = (
+        {}
+        if cfg.gptq_variant == "off"
+        else collect_hessians(model, lambda n: rows.batch(8 * n, 8)[0], 2, float("inf"), run)
+    )
     stored = quantize(model, hessians, run)
     header = artifact_header(cfg, load_validation(cfg))
     settings, read = decode_artifact(encode_artifact(header, stored, cfg.codec))
@@ -154,7 +216,8 @@ def test_choices_compose_in_pairs(number: int, tiny_data: TinyData) -> None:
     check(COVER[number], tiny_data)
 
 
-@pytest.mark.parametrize("number", [
-    *range(75), *(pytest.param(n, marks=pytest.mark.slow) for n in range(75, 600))])
+@pytest.mark.parametrize(
+    "number", [*range(75), *(pytest.param(n, marks=pytest.mark.slow) for n in range(75, 600))]
+)
 def test_choices_compose_at_random(number: int, tiny_data: TinyData) -> None:
     check(at_random(1, seed=number)[0], tiny_data)

@@ -59,8 +59,9 @@ SYSTEMS = {"defaults": {}, **{name: PRESETS[name] for name in PRESETS if name !=
 SMALL = {"num_layers": 2, "xsa_last_n": 2, "ve_layers": "1", "train_batch_tokens": 4096 * 8}
 GPUS, TOKENS_ON_A_REAL_GPU = 8, 8192
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device"))
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+)
 clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
 
 
@@ -102,8 +103,9 @@ def at(where: str) -> Iterator[torch.device]:
         if where != "cuda":  # it reads a bound that is a tensor, and there is nothing to read
             stack.enter_context(mock.patch("torch.nn.utils.clip_grad_norm_"))
         if where == "fake cuda":
-            stack.enter_context(Indexing() if torch.version.cuda is None else
-                                contextlib.nullcontext())
+            stack.enter_context(
+                Indexing() if torch.version.cuda is None else contextlib.nullcontext()
+            )
             for owner, name in ((torch.Tensor, "pin_memory"), (torch.cuda, "synchronize")):
                 stack.enter_context(mock.patch.object(owner, name, lambda x=None: x))
         if where == "meta":  # the fused update has a form for it that its check does not know
@@ -118,8 +120,9 @@ def share_of(system: str, where: str, **changed) -> Config:
     return replace(cfg, train_batch_tokens=tokens, micro_batch_seqs=tokens // cfg.train_seq_len)
 
 
-def build(cfg: Config, device: torch.device, kernel: Callable = sdpa_attention,
-          trainable: bool = True) -> GPT:
+def build(
+    cfg: Config, device: torch.device, kernel: Callable = sdpa_attention, trainable: bool = True
+) -> GPT:
     """The model as a GPU has it: float32 weights, bfloat16 activations."""
     model = GPT(cfg, kernel, BF16)
     for module in model.modules():  # Module.to() does not move fake tensors
@@ -146,8 +149,9 @@ def make_validation(num_tokens: int, vocab_size: int) -> Validation:
     return Validation(tokens, np.ones(num_tokens - 1, np.int16), "", "", 1, num_tokens)
 
 
-def step(model: GPT, optimizers: list, rows: Rows, run: Run, qat: bool,
-         forward: Callable = training_nats) -> Tensor:
+def step(
+    model: GPT, optimizers: list, rows: Rows, run: Run, qat: bool, forward: Callable = training_nats
+) -> Tensor:
     moment = Moment(1.0, run.cfg.muon_momentum, qat, False, run.cfg.mile_gamma)
     return train_step(forward, model, optimizers, rows, 0, moment, run)
 
@@ -191,15 +195,18 @@ class Notes(defaultdict):
 
     def of(self, stage: str, function: Callable) -> Callable:
         """The function, its results noted under `stage`."""
+
         def noted(*args, **named):
             result = function(*args, **named)
             self[stage] |= {kind(x) for x in tree_leaves(result)}
             return result
+
         return noted
 
 
 def note_blocks(model: GPT, notes: Notes, types: Types) -> None:
     """Watch what enters, leaves and comes back to each block, and each weight's gradient."""
+
     def before(block: nn.Module, inputs: tuple) -> None:
         x, x0, read, _, extra_v, first_v, _ = inputs
         notes["into blocks"] |= {y.dtype for y in (x, x0, read, extra_v, first_v) if y is not None}
@@ -215,23 +222,32 @@ def note_blocks(model: GPT, notes: Notes, types: Types) -> None:
         block.register_forward_hook(after)
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(
-            lambda p, name=name: notes["gradients"].add((name, *kind(p.grad))))
+            lambda p, name=name: notes["gradients"].add((name, *kind(p.grad)))
+        )
 
 
 def noting_kernel(notes: Notes) -> Callable:
     """torch's attention, its arguments noted; a head's numbers must be neighbours."""
+
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         notes["queries"].add(kind(q))
         notes["keys, values"] |= {kind(k), kind(v)}
         notes["last strides"] |= {x.stride(-1) for x in (q, k, v)}
         return sdpa_attention(q, k, v)
+
     return kernel
 
 
 def state_types(optimizers: list) -> set[torch.dtype]:
     """Types of what the optimizers keep, but for counts of steps."""
-    return {x.dtype for optimizer in optimizers for state in optimizer.state.values()
-            for name, kept in state.items() if name != "step" for x in tree_leaves(kept)}
+    return {
+        x.dtype
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for name, kept in state.items()
+        if name != "step"
+        for x in tree_leaves(kept)
+    }
 
 
 def check_types(cfg: Config, device: torch.device, qat: bool) -> None:
@@ -258,17 +274,25 @@ def check_types(cfg: Config, device: torch.device, qat: bool) -> None:
     assert notes["gradients"] == weights
     assert {dtype for dtype, _ in notes["orthogonalize"]} == {BF16}
     assert weights == {(name, *kind(p)) for name, p in model.named_parameters()}
-    assert state_types(optimizers) == \
-        {FP32, *([torch.int8, BF16] if cfg.muon_quant_momentum else [])}
+    assert state_types(optimizers) == {
+        FP32,
+        *([torch.int8, BF16] if cfg.muon_quant_momentum else []),
+    }
     groups = sum(len(optimizer.param_groups) for optimizer in optimizers)
     assert (kind(stats), stats.device.type) == ((FP32, (1 + groups,)), device.type)
 
 
 @pytest.mark.parametrize("where", ["fake cpu", CUDA])
-@pytest.mark.parametrize(("system", "qat"), [
-    pytest.param(system, qat, id=f"{system}-{'QAT' if qat else 'plain'}") for system in SYSTEMS
-    for qat in {"late": [False, True], "always": [True], "off": [False]}[
-        Config(**SYSTEMS[system]).qat_mode]])
+@pytest.mark.parametrize(
+    ("system", "qat"),
+    [
+        pytest.param(system, qat, id=f"{system}-{'QAT' if qat else 'plain'}")
+        for system in SYSTEMS
+        for qat in {"late": [False, True], "always": [True], "off": [False]}[
+            Config(**SYSTEMS[system]).qat_mode
+        ]
+    ],
+)
 def test_types_and_shapes_of_the_training_step(system: str, qat: bool, where: str) -> None:
     with at(where) as device:
         check_types(share_of(system, where), device, qat)
@@ -280,34 +304,58 @@ def patch_of(owner: object, name: str, change: Callable) -> Callable:
 
 
 TYPE_MISTAKES = {
-    "float32 leaves the MLP": patch_of(MLP, "forward", lambda old: lambda self, x: self.proj(
-        F.leaky_relu(self.fc(x), self.slope).float().square())),
+    "float32 leaves the MLP": patch_of(
+        MLP,
+        "forward",
+        lambda old: (
+            lambda self, x: self.proj(F.leaky_relu(self.fc(x), self.slope).float().square())
+        ),
+    ),
     "float32 inside XSA": patch_of(
-        train_gpt, "exclude_own_value",
-        lambda old: lambda y, v: old(y.float(), v.float()).to(y.dtype)),
-    "the mix of streams is not cast": patch_of(train_gpt, "like", lambda old: lambda p, x: (
-        p if p.shape == (2, 512) else old(p, x))),
-    "float32 from the embedding on": patch_of(GPT, "hidden", lambda old: lambda self, ids: (
-        self.__setattr__("dtype", FP32), old(self, ids))[1]),
+        train_gpt,
+        "exclude_own_value",
+        lambda old: lambda y, v: old(y.float(), v.float()).to(y.dtype),
+    ),
+    "the mix of streams is not cast": patch_of(
+        train_gpt, "like", lambda old: lambda p, x: p if p.shape == (2, 512) else old(p, x)
+    ),
+    "float32 from the embedding on": patch_of(
+        GPT,
+        "hidden",
+        lambda old: lambda self, ids: (self.__setattr__("dtype", FP32), old(self, ids))[1],
+    ),
     "bfloat16 logits": patch_of(GPT, "logits", lambda old: lambda self, h: old(self, h).to(BF16)),
     "float32 in Muon": patch_of(train_gpt, "pack_momentum", lambda old: lambda m: old(m.float())),
-    "bfloat16 weights": patch_of(train_gpt.Muon, "step", lambda old: lambda self: (
-        [p.__setattr__("data", p.data.to(BF16)) for p in self.param_groups[0]["params"]],
-        old(self))),
+    "bfloat16 weights": patch_of(
+        train_gpt.Muon,
+        "step",
+        lambda old: (
+            lambda self: (
+                [p.__setattr__("data", p.data.to(BF16)) for p in self.param_groups[0]["params"]],
+                old(self),
+            )
+        ),
+    ),
     "a weight without a gradient": patch_of(
-        train_gpt.SmearGate, "forward", lambda old: lambda self, x, ids: x),
+        train_gpt.SmearGate, "forward", lambda old: lambda self, x, ids: x
+    ),
     "values of too many heads": patch_of(
-        train_gpt.Attention, "values", lambda old: lambda self, x, *_: self.c_q(x)),
-    "strided queries": patch_of(train_gpt, "rotate", lambda old: lambda x, r: (
-        old(x, r).transpose(2, 3).contiguous().transpose(2, 3))),
+        train_gpt.Attention, "values", lambda old: lambda self, x, *_: self.c_q(x)
+    ),
+    "strided queries": patch_of(
+        train_gpt,
+        "rotate",
+        lambda old: lambda x, r: old(x, r).transpose(2, 3).contiguous().transpose(2, 3),
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", TYPE_MISTAKES)
 def test_a_wrong_type_is_noticed(mistake: str) -> None:
     with at("fake cpu") as device, pytest.raises(AssertionError), TYPE_MISTAKES[mistake]():
-        check_types(share_of("defaults", "fake cpu", **SMALL, muon_quant_momentum=True), device,
-                    qat=False)
+        check_types(
+            share_of("defaults", "fake cpu", **SMALL, muon_quant_momentum=True), device, qat=False
+        )
 
 
 # Devices
@@ -356,19 +404,33 @@ def test_the_step_makes_every_tensor_on_its_device(system: str, where: str) -> N
 
 
 DEVICE_MISTAKES = {
-    "rotary tables on the host": patch_of(train_gpt, "rotary_tables", lambda old: (
-        lambda cfg, length, device: old(cfg, length, torch.device("cpu")))),
-    "a number on the host": patch_of(GPT, "logits", lambda old: (  # mixes with any device
-        lambda self, hidden: old(self, hidden) + torch.tensor(0.0))),
-    "a matrix on the host in Muon": patch_of(train_gpt, "orthogonalize", lambda old: (
-        lambda m, steps: old(m, steps) @ torch.eye(m.size(-1), dtype=m.dtype))),
+    "rotary tables on the host": patch_of(
+        train_gpt,
+        "rotary_tables",
+        lambda old: lambda cfg, length, device: old(cfg, length, torch.device("cpu")),
+    ),
+    "a number on the host": patch_of(
+        GPT,
+        "logits",
+        lambda old: (  # mixes with any device
+            lambda self, hidden: old(self, hidden) + torch.tensor(0.0)
+        ),
+    ),
+    "a matrix on the host in Muon": patch_of(
+        train_gpt,
+        "orthogonalize",
+        lambda old: lambda m, steps: old(m, steps) @ torch.eye(m.size(-1), dtype=m.dtype),
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", DEVICE_MISTAKES)
 def test_a_tensor_made_elsewhere_is_noticed(mistake: str) -> None:
-    with at("meta") as device, DEVICE_MISTAKES[mistake](), \
-            pytest.raises((AssertionError, RuntimeError), match=r"cpu|aten\.(lift_fresh|eye)"):
+    with (
+        at("meta") as device,
+        DEVICE_MISTAKES[mistake](),
+        pytest.raises((AssertionError, RuntimeError), match=r"cpu|aten\.(lift_fresh|eye)"),
+    ):
         assert watched_step(share_of("defaults", "meta", **SMALL), device).elsewhere == []
 
 
@@ -398,7 +460,8 @@ def test_averages_stay_in_float32_on_the_device(mode: str, where: str) -> None:
         averaged = averages.result(run)
     assert averaged is not model
     assert [(kind(p), p.device) for p in averaged.parameters()] == [
-        (kind(p), p.device) for p in model.parameters()]
+        (kind(p), p.device) for p in model.parameters()
+    ]
 
 
 @pytest.mark.parametrize("where", ["meta", CUDA])
@@ -412,8 +475,9 @@ def test_adaptation_makes_every_tensor_on_its_device(system: str, where: str) ->
         with Devices(device) as watch:
             assert adapter.learn(0, len(val.target_bytes), cfg.ttt_lr, math.inf) == 1
     assert watch.elsewhere == ["aten.lift_fresh.default"] * 5  # the batch, as it leaves numpy
-    assert {kind(p) for p in model.parameters()} == {(FP32, tuple(p.shape))
-                                                     for p in GPT(cfg).parameters()}
+    assert {kind(p) for p in model.parameters()} == {
+        (FP32, tuple(p.shape)) for p in GPT(cfg).parameters()
+    }
 
 
 # Forward, update, calibration and scoring on CUDA
@@ -426,8 +490,14 @@ def test_forward_and_update_on_cuda(system: str, where: str) -> None:
     with at(where) as device, torch.no_grad(), mock.patch("torch.Tensor.backward"):
         cfg, notes = share_of(system, where), Notes()
         model = build(cfg, device, trainable=False)
-        stats = step(model, optimizers_of(model), Rows(cfg), Run(cfg, 0, 1, device), True,
-                     notes.of("nats", training_nats))
+        stats = step(
+            model,
+            optimizers_of(model),
+            Rows(cfg),
+            Run(cfg, 0, 1, device),
+            True,
+            notes.of("nats", training_nats),
+        )
     assert stats.device.type == "cuda"
     assert notes["nats"] == {(FP32, (cfg.micro_batch_seqs, cfg.train_seq_len))}
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(FP32, "cuda")}
@@ -441,11 +511,18 @@ def test_scoring_on_cuda(system: str, where: str) -> None:
     cfg = replace(cfg, eval_batch_seqs=4 if where == "cuda" else cfg.eval_batch_seqs)
     val = make_validation(3 * cfg.eval_seq_len + 1, cfg.vocab_size)
     spans = windows(2 * cfg.eval_seq_len, cfg.eval_seq_len, cfg.eval_stride)
-    spans, notes = spans[:cfg.eval_batch_seqs - 1], Notes()
+    spans, notes = spans[: cfg.eval_batch_seqs - 1], Notes()
     with at(where) as device, torch.no_grad():
         model, run = build(cfg, device, trainable=False), Run(cfg, 0, 1, device)
-        sums = score_windows(notes.of("nats", training_nats), model, val, spans, cfg.eval_stride,
-                             run, run.progress("scoring"))
+        sums = score_windows(
+            notes.of("nats", training_nats),
+            model,
+            val,
+            spans,
+            cfg.eval_stride,
+            run,
+            run.progress("scoring"),
+        )
     assert notes["nats"] == {(FP32, (cfg.eval_batch_seqs, cfg.eval_stride))}
     assert (kind(sums), sums.device.type) == ((torch.float64, (3,)), "cpu")
     if where == "cuda":
@@ -460,15 +537,19 @@ def blank(device: torch.device) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("where", ["fake cuda", CUDA])
 @pytest.mark.parametrize("system", ["defaults", "pr1361"])
 def test_calibration_on_cuda(system: str, where: str) -> None:
-    item = mock.patch("torch.Tensor.item", lambda x: 1.0) if where != "cuda" else \
-        contextlib.nullcontext()  # a count of tokens, of which a fake tensor has none
+    item = (
+        mock.patch("torch.Tensor.item", lambda x: 1.0)
+        if where != "cuda"
+        else contextlib.nullcontext()
+    )  # a count of tokens, of which a fake tensor has none
     with at(where) as device, torch.no_grad(), item:
         cfg = share_of(system, where)
         model, run = build(cfg, device, trainable=False), Run(cfg, 0, 1, device)
         ids = torch.full((8, cfg.train_seq_len), BOS)
         hessians = collect_hessians(model, lambda n: ids, 1, math.inf, run)
     assert {(H.dtype, H.device.type, H.size(0)) for H in hessians.values()} == {
-        (FP32, "cuda", width) for width in (cfg.model_dim, cfg.mlp_dim)}  # others stay fp16
+        (FP32, "cuda", width) for width in (cfg.model_dim, cfg.mlp_dim)
+    }  # others stay fp16
 
 
 def test_rows_are_pinned_whole() -> None:
@@ -498,16 +579,25 @@ def test_what_is_fetched_waits_for_no_later_work(where: str) -> None:
 def test_rows_that_the_model_draws_are_the_hosts() -> None:
     """So that they can be pinned, as rows of the data are."""
     cfg, drawn = share_of("defaults", "fake cuda", **SMALL), []
-    with at("fake cuda") as device, torch.no_grad(), \
-            mock.patch("torch.multinomial", lambda p, n, generator: (
-                drawn.append(p.device.type), torch.full((len(p), n), BOS))[1]):
+    with (
+        at("fake cuda") as device,
+        torch.no_grad(),
+        mock.patch(
+            "torch.multinomial",
+            lambda p, n, generator: (drawn.append(p.device.type), torch.full((len(p), n), BOS))[1],
+        ),
+    ):
         ids = sample_rows(build(cfg, device, trainable=False), 3, 0, device)
     assert (ids.device.type, tuple(ids.shape), drawn) == ("cpu", (8, 3), ["cpu", "cpu"])
 
 
 def test_a_host_tensor_in_scoring_is_noticed() -> None:
-    with at("fake cuda") as device, torch.no_grad(), pytest.raises(RuntimeError, match="cpu"), \
-            DEVICE_MISTAKES["rotary tables on the host"]():
+    with (
+        at("fake cuda") as device,
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="cpu"),
+        DEVICE_MISTAKES["rotary tables on the host"](),
+    ):
         cfg = share_of("defaults", "fake cuda", **SMALL)
         training_nats(build(cfg, device, trainable=False), *blank(device))
 
@@ -515,9 +605,25 @@ def test_a_host_tensor_in_scoring_is_noticed() -> None:
 # FlashAttention-3, which comes as flash_attn_interface or through the kernels package
 
 
-def documented(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
-               v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1,
-               pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):
+def documented(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+):
     """flash_attn_func by its documentation: q (B, T, H, K), k and v (B, T, G, K), half precision.
 
     Consecutive heads of q share one of k and v; the scale is 1 / sqrt(K) unless given.
@@ -545,11 +651,16 @@ def documented_pair(q, k, v, **options):
 def failing(error: Exception) -> Callable:
     def fail(*args, **options):
         raise error
+
     return fail
 
 
-def install(monkeypatch: pytest.MonkeyPatch, interface: Callable | None = None,
-            hub: Callable | None = None, get_kernel: Callable | None = None) -> list[str]:
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    interface: Callable | None = None,
+    hub: Callable | None = None,
+    get_kernel: Callable | None = None,
+) -> list[str]:
     """Put stand-ins where the packages would be, None for one that is missing; lists hub calls."""
     asked = []
 
@@ -559,8 +670,9 @@ def install(monkeypatch: pytest.MonkeyPatch, interface: Callable | None = None,
         return SimpleNamespace(flash_attn_func=hub)
 
     for name, content in (
-            ("flash_attn_interface", interface and {"flash_attn_func": interface}),
-            ("kernels", (hub or get_kernel) and {"get_kernel": get_kernel or get})):
+        ("flash_attn_interface", interface and {"flash_attn_func": interface}),
+        ("kernels", (hub or get_kernel) and {"get_kernel": get_kernel or get}),
+    ):
         module = ModuleType(name)
         vars(module).update(content or {})
         monkeypatch.setitem(sys.modules, name, module if content else None)
@@ -575,14 +687,17 @@ def picked(attention: str = "auto", where: str = "fake cuda") -> tuple[str, Call
 
 def queries_keys_values(cfg: Config) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(2, 37, heads, cfg.head_dim).to(BF16).requires_grad_()
-            for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    return [
+        torch.randn(2, 37, heads, cfg.head_dim).to(BF16).requires_grad_()
+        for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+    ]
 
 
 @pytest.mark.parametrize("source", ["flash_attn_interface", "kernels"])
 @pytest.mark.parametrize("function", [documented, documented_pair])
-def test_flash_attention_is_torchs_attention(function: Callable, source: str,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_torchs_attention(
+    function: Callable, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and gradients, for either source and either form of the result."""
     asked = install(monkeypatch, **{"hub" if source == "kernels" else "interface": function})
     name, kernel = picked()
@@ -618,8 +733,10 @@ def test_the_interface_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAILURES = {
     "both missing": ({}, ["flash_attn_interface", "kernels"]),
-    "the trial fails": ({"interface": failing(RuntimeError("no kernel image\nis available"))},
-                        ["flash_attn_interface: no kernel image,"]),
+    "the trial fails": (
+        {"interface": failing(RuntimeError("no kernel image\nis available"))},
+        ["flash_attn_interface: no kernel image,"],
+    ),
     "another signature": ({"interface": lambda q, k, v: q}, ["causal"]),
     "no build": ({"get_kernel": failing(FileNotFoundError("no build variant"))}, ["no build"]),
     "no network": ({"get_kernel": failing(OSError("cannot reach the hub"))}, ["cannot reach"]),
@@ -629,8 +746,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_without_flash_attention_torchs_is_taken(failure: str,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flash_attention_torchs_is_taken(
+    failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed, reasons = FAILURES[failure]
     install(monkeypatch, **installed)
     assert picked() == ("sdpa", sdpa_attention)
@@ -651,8 +769,9 @@ def test_fa3_without_a_device_is_refused() -> None:
         picked("fa3", "fake cpu")
 
 
-def test_the_model_calls_it_as_documented(monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_calls_it_as_documented(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A full-size batch on CUDA; the log names the kernel."""
     install(monkeypatch, interface=documented)
     cfg, notes = share_of("defaults", "fake cuda"), Notes()

@@ -54,8 +54,15 @@ def rows_of(folder: Path, shards: list, seq_len: int, **changed: object) -> Trai
     """Training rows over these shards, written into a folder."""
     for i, tokens in enumerate(shards):
         write_tokens(folder / f"fineweb_train_{i:06d}.bin", tokens)
-    return TrainingRows(Config(data_path=str(folder), vocab_size=65536, train_seq_len=seq_len,
-                               train_batch_tokens=seq_len, **changed))
+    return TrainingRows(
+        Config(
+            data_path=str(folder),
+            vocab_size=65536,
+            train_seq_len=seq_len,
+            train_batch_tokens=seq_len,
+            **changed,
+        )
+    )
 
 
 # Shards
@@ -67,21 +74,39 @@ def test_a_shard_reads_back_as_it_was_written(count: int, tmp_path: Path) -> Non
     assert tokens.tolist() == list(range(count))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: write_tokens(path, [1, 2, 3], magic=20240519),
-    lambda path: write_tokens(path, [1, 2, 3], version=2),
-    lambda path: write_tokens(path, [1, 2, 3], count=4),
-    lambda path: write_tokens(path, [1, 2, 3], count=2),
-    lambda path: write_tokens(path, [], count=0),
-    lambda path: write_tokens(path, [], count=-1),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes()[:1023]),
-    lambda path: path.write_bytes(path.read_bytes()[:1024]),
-    lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    lambda path: path.write_bytes(np.frombuffer(path.read_bytes(), "<i4").astype(">i4").tobytes()),
-], ids=["magic", "version", "short", "long", "empty", "negative", "no bytes", "half a header",
-        "header only", "half a token less", "half a token more", "big-endian"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: write_tokens(path, [1, 2, 3], magic=20240519),
+        lambda path: write_tokens(path, [1, 2, 3], version=2),
+        lambda path: write_tokens(path, [1, 2, 3], count=4),
+        lambda path: write_tokens(path, [1, 2, 3], count=2),
+        lambda path: write_tokens(path, [], count=0),
+        lambda path: write_tokens(path, [], count=-1),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:1023]),
+        lambda path: path.write_bytes(path.read_bytes()[:1024]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+        lambda path: path.write_bytes(
+            np.frombuffer(path.read_bytes(), "<i4").astype(">i4").tobytes()
+        ),
+    ],
+    ids=[
+        "magic",
+        "version",
+        "short",
+        "long",
+        "empty",
+        "negative",
+        "no bytes",
+        "half a header",
+        "header only",
+        "half a token less",
+        "half a token more",
+        "big-endian",
+    ],
+)
 def test_a_damaged_shard_is_refused_by_name(damage: Callable, tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "shard.bin", [1, 2, 3, 4])
     damage(path)
@@ -95,7 +120,8 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_bad_token_in_a_shard_too_large_to_search_is_found_in_its_batch(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train_gpt, "FULL_SCAN_TOKENS", 0)
     monkeypatch.setattr(train_gpt, "SCAN_TOKENS", 8)
     rows = rows_of(tmp_path, [range(17)], 4, loader="sequential")
@@ -119,8 +145,9 @@ def test_sequential_rows_are_the_joined_stream_in_order(lengths: list[int], seq_
     lengths.append(seq_len + 1)
     stream = np.arange(sum(lengths))
     with tempfile.TemporaryDirectory() as folder:
-        rows = rows_of(Path(folder), np.split(stream, np.cumsum(lengths)[:-1]), seq_len,
-                       loader="sequential")
+        rows = rows_of(
+            Path(folder), np.split(stream, np.cumsum(lengths)[:-1]), seq_len, loader="sequential"
+        )
         for n in range(3 * len(stream) // seq_len):  # so the stream is wrapped around twice
             at = np.arange(n * seq_len, n * seq_len + seq_len + 1)
             assert rows.row(n).tolist() == (at % len(stream)).tolist()
@@ -140,14 +167,24 @@ def test_targets_are_the_inputs_one_token_on(loader: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("micro_batch_seqs", [0, 1, 2, 5])
 def test_ranks_share_out_each_row_of_a_step_once(micro_batch_seqs: int) -> None:
     for num_rows in (1, 2, 3, 7, 8, 12, 40):
-        cfg = Config(train_seq_len=512, train_batch_tokens=512 * num_rows,
-                     micro_batch_seqs=micro_batch_seqs)
+        cfg = Config(
+            train_seq_len=512, train_batch_tokens=512 * num_rows, micro_batch_seqs=micro_batch_seqs
+        )
         for world_size in range(1, 9):
-            ranks = [SimpleNamespace(rank=rank, world_size=world_size,
-                                     micro_batch_rows=micro_batch_seqs or 16)
-                     for rank in range(world_size)]
-            dealt = [[row for first, count in micro_batches(cfg, rank)
-                      for row in range(first, first + count)] for rank in ranks]
+            ranks = [
+                SimpleNamespace(
+                    rank=rank, world_size=world_size, micro_batch_rows=micro_batch_seqs or 16
+                )
+                for rank in range(world_size)
+            ]
+            dealt = [
+                [
+                    row
+                    for first, count in micro_batches(cfg, rank)
+                    for row in range(first, first + count)
+                ]
+                for rank in ranks
+            ]
             counts = [count for rank in ranks for _, count in micro_batches(cfg, rank)]
             assert sum(dealt, []) == list(range(num_rows))
             assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
@@ -228,16 +265,34 @@ class SpelledPieces:
 
 
 def test_pieces_count_as_by_hand() -> None:
-    by_hand = {"<pad>": 0, "<s>": 0, "</s>": 0, "<unk>": 0, "<unused>": 0, "<0x0A>": 1, "<0xE2>": 1,
-               "a": 1, "\u2581": 1, "\u2581b": 2, "\u2581\u2581": 2, "a\u2581b": 3, "\u00e9": 2,
-               "\u2581\u65e5\u672c": 7, "\U0001f600": 4}
+    by_hand = {
+        "<pad>": 0,
+        "<s>": 0,
+        "</s>": 0,
+        "<unk>": 0,
+        "<unused>": 0,
+        "<0x0A>": 1,
+        "<0xE2>": 1,
+        "a": 1,
+        "\u2581": 1,
+        "\u2581b": 2,
+        "\u2581\u2581": 2,
+        "a\u2581b": 3,
+        "\u00e9": 2,
+        "\u2581\u65e5\u672c": 7,
+        "\U0001f600": 4,
+    }
     counts, opening = piece_bytes(SpelledPieces(list(by_hand)))
     assert dict(zip(by_hand, counts.tolist(), strict=True)) == by_hand
     assert not opening.any()
     counts, opening = piece_bytes(SpelledPieces(list(by_hand), first_of_a="\u2581a"))
     assert dict(zip(by_hand, counts.tolist(), strict=True)) == by_hand
     assert [p for p, one_less in zip(by_hand, opening, strict=True) if one_less] == [
-        "\u2581", "\u2581b", "\u2581\u2581", "\u2581\u65e5\u672c"]
+        "\u2581",
+        "\u2581b",
+        "\u2581\u2581",
+        "\u2581\u65e5\u672c",
+    ]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["no prefix", "dummy prefix"])
@@ -245,10 +300,20 @@ def tokenizer(request: pytest.FixtureRequest) -> sentencepiece.SentencePieceProc
     """A tokenizer of the tiny data's kind, with and without a space put before each document."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(4_000, seed=0)), model_writer=model, model_type="bpe",
-        vocab_size=400, byte_fallback=True, normalization_rule_name="identity", bos_id=1, eos_id=2,
-        unk_id=3, pad_id=0, remove_extra_whitespaces=False, add_dummy_prefix=request.param,
-        minloglevel=2)
+        sentence_iterator=iter(make_documents(4_000, seed=0)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_id=0,
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=request.param,
+        minloglevel=2,
+    )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -264,14 +329,16 @@ def counted(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
-def test_pieces_add_up_to_the_text(tokenizer: sentencepiece.SentencePieceProcessor,
-                                   text: str) -> None:
+def test_pieces_add_up_to_the_text(
+    tokenizer: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
     assert counted(tokenizer, text) == len(text.encode())
 
 
 @pytest.mark.parametrize("text", ["a b", " a", "  a  ", "\na", "\t", " ", "\u65e5 a\u0301", "0 12"])
-def test_white_space_and_rare_characters_count(tokenizer: sentencepiece.SentencePieceProcessor,
-                                               text: str) -> None:
+def test_white_space_and_rare_characters_count(
+    tokenizer: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
     assert counted(tokenizer, text) == len(text.encode())
 
 
@@ -305,8 +372,11 @@ def test_published_tokenizers_count_their_normalised_text(text: str) -> None:
 
 def tiny_config(data: TinyData, **changed: object) -> Config:
     """Settings that load the tiny data."""
-    return Config(data_path=str(data.data_path), tokenizer_path=str(data.tokenizer_path),
-                  **{"vocab_size": int(data.env["VOCAB_SIZE"]), **changed})
+    return Config(
+        data_path=str(data.data_path),
+        tokenizer_path=str(data.tokenizer_path),
+        **{"vocab_size": int(data.env["VOCAB_SIZE"]), **changed},
+    )
 
 
 def test_validation_agrees_with_its_side_file(tiny_data: TinyData) -> None:
@@ -331,8 +401,12 @@ def copied(tiny_data: TinyData, tmp_path: Path) -> TinyData:
     """A copy of the tiny data that a test may damage."""
     root = tiny_data.data_path.parents[1]
     shutil.copytree(root, tmp_path / "data")
-    return TinyData(*(tmp_path / "data" / path.relative_to(root)
-                      for path in (tiny_data.data_path, tiny_data.tokenizer_path)))
+    return TinyData(
+        *(
+            tmp_path / "data" / path.relative_to(root)
+            for path in (tiny_data.data_path, tiny_data.tokenizer_path)
+        )
+    )
 
 
 def edit_sidecar(data: TinyData, edit: Callable[[dict], object]) -> None:
@@ -346,8 +420,10 @@ def edit_sidecar(data: TinyData, edit: Callable[[dict], object]) -> None:
 def other_tokenizer(data: TinyData, model: bytes) -> None:
     """Put another file in the tokenizer's place, and its hash in the side file."""
     data.tokenizer_path.write_bytes(model)
-    edit_sidecar(data, lambda facts: facts["tokenizer"].update(
-        sha256=train_gpt.sha256_of(data.tokenizer_path)))
+    edit_sidecar(
+        data,
+        lambda facts: facts["tokenizer"].update(sha256=train_gpt.sha256_of(data.tokenizer_path)),
+    )
 
 
 def flip_last_token(data: TinyData) -> None:
@@ -360,20 +436,37 @@ def flip_last_token(data: TinyData) -> None:
 
 DISAGREEMENTS = {
     "another shard": (flip_last_token, "not those its fineweb_val.json records"),
-    "another hash": (lambda data: edit_sidecar(data, lambda facts: facts["val_shards"].update(
-        {"fineweb_val_000000.bin": "0" * 64})), "not those its fineweb_val.json records"),
-    "one shard more": (lambda data: shutil.copy(data.data_path / "fineweb_val_000000.bin",
-                                                data.data_path / "fineweb_val_000001.bin"),
-                       "not those its fineweb_val.json records"),
+    "another hash": (
+        lambda data: edit_sidecar(
+            data, lambda facts: facts["val_shards"].update({"fineweb_val_000000.bin": "0" * 64})
+        ),
+        "not those its fineweb_val.json records",
+    ),
+    "one shard more": (
+        lambda data: shutil.copy(
+            data.data_path / "fineweb_val_000000.bin", data.data_path / "fineweb_val_000001.bin"
+        ),
+        "not those its fineweb_val.json records",
+    ),
     "no shard": (lambda data: (data.data_path / "fineweb_val_000000.bin").unlink(), "DATA_PATH"),
-    "a byte more": (lambda data: edit_sidecar(data, lambda facts: facts.update(
-        encoded_bytes=facts["encoded_bytes"] + 1)), "bytes"),
+    "a byte more": (
+        lambda data: edit_sidecar(
+            data, lambda facts: facts.update(encoded_bytes=facts["encoded_bytes"] + 1)
+        ),
+        "bytes",
+    ),
     # Field 1000 means nothing to SentencePiece: the same tokenizer in another file.
-    "another tokenizer": (lambda data: data.tokenizer_path.write_bytes(
-        data.tokenizer_path.read_bytes() + b"\xc0\x3e\x01"), "sha256"),
+    "another tokenizer": (
+        lambda data: data.tokenizer_path.write_bytes(
+            data.tokenizer_path.read_bytes() + b"\xc0\x3e\x01"
+        ),
+        "sha256",
+    ),
     "no tokenizer": (lambda data: data.tokenizer_path.unlink(), "no such file"),
-    "not a tokenizer": (lambda data: other_tokenizer(data, b"This is no model."),
-                        "not a SentencePiece model"),
+    "not a tokenizer": (
+        lambda data: other_tokenizer(data, b"This is no model."),
+        "not a SentencePiece model",
+    ),
     "no side file": (lambda data: (data.data_path / "fineweb_val.json").unlink(), "is missing"),
 }
 
@@ -387,29 +480,53 @@ def test_validation_data_that_disagrees_is_refused(case: str, copied: TinyData) 
     assert said in message
 
 
-def test_a_tokenizer_of_another_size_or_bos_is_refused(tiny_data: TinyData,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "VOCAB_SIZE=321" in refusal(lambda: load_validation(
-        tiny_config(tiny_data, vocab_size=321)))
+def test_a_tokenizer_of_another_size_or_bos_is_refused(
+    tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "VOCAB_SIZE=321" in refusal(
+        lambda: load_validation(tiny_config(tiny_data, vocab_size=321))
+    )
     monkeypatch.setattr(train_gpt, "BOS", 2)
     assert "BOS id 1" in refusal(lambda: load_validation(tiny_config(tiny_data)))
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"\xff\xfe", b"[]", b"null", b"{}", b'"text"', b"[" * 100_000,
-], ids=["empty", "cut", "binary", "list", "null", "object", "text", "deep"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b"{}",
+        b'"text"',
+        b"[" * 100_000,
+    ],
+    ids=["empty", "cut", "binary", "list", "null", "object", "text", "deep"],
+)
 def test_a_damaged_side_file_is_refused(content: bytes, copied: TinyData) -> None:
     (copied.data_path / "fineweb_val.json").write_bytes(content)
     assert "fineweb_val.json" in refusal(lambda: load_validation(tiny_config(copied)))
 
 
-@pytest.mark.parametrize(("fact", "wrong"), [
-    ("tokenizer", None), ("tokenizer", {}), ("tokenizer", {"sha256": 5}), ("tokenizer", "x"),
-    ("val_shards", None), ("val_shards", ["x"]), ("val_shards", {"fineweb_val_000000.bin": None}),
-    ("encoded_bytes", None), ("encoded_bytes", "many"), ("encoded_bytes", [1]),
-])
-def test_a_side_file_with_a_fact_of_another_type_is_refused(fact: str, wrong: object,
-                                                            copied: TinyData) -> None:
+@pytest.mark.parametrize(
+    ("fact", "wrong"),
+    [
+        ("tokenizer", None),
+        ("tokenizer", {}),
+        ("tokenizer", {"sha256": 5}),
+        ("tokenizer", "x"),
+        ("val_shards", None),
+        ("val_shards", ["x"]),
+        ("val_shards", {"fineweb_val_000000.bin": None}),
+        ("encoded_bytes", None),
+        ("encoded_bytes", "many"),
+        ("encoded_bytes", [1]),
+    ],
+)
+def test_a_side_file_with_a_fact_of_another_type_is_refused(
+    fact: str, wrong: object, copied: TinyData
+) -> None:
     edit_sidecar(copied, lambda facts: facts.update({fact: wrong}))
     assert "fineweb_val.json" in refusal(lambda: load_validation(tiny_config(copied)))
     edit_sidecar(copied, lambda facts: facts.pop(fact))
@@ -417,13 +534,18 @@ def test_a_side_file_with_a_fact_of_another_type_is_refused(fact: str, wrong: ob
 
 
 def test_the_first_piece_after_bos_saves_the_dummy_prefix(
-        copied: TinyData, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+    copied: TinyData, tokenizer: sentencepiece.SentencePieceProcessor
+) -> None:
     texts = ["be cor de", " an", "", "1 2\nbe"]
     ids = [i for text in texts for i in (1, *tokenizer.encode(text))]
     shard = write_tokens(copied.data_path / "fineweb_val_000000.bin", ids)
     other_tokenizer(copied, tokenizer.serialized_model_proto())
-    edit_sidecar(copied, lambda facts: facts.update(
-        encoded_bytes=sum(len(text.encode()) for text in texts),
-        val_shards={shard.name: train_gpt.sha256_of(shard)}))
+    edit_sidecar(
+        copied,
+        lambda facts: facts.update(
+            encoded_bytes=sum(len(text.encode()) for text in texts),
+            val_shards={shard.name: train_gpt.sha256_of(shard)},
+        ),
+    )
     val = load_validation(tiny_config(copied, vocab_size=tokenizer.vocab_size()))
     assert val.target_bytes.sum() == sum(len(text.encode()) for text in texts)

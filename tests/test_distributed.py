@@ -30,8 +30,10 @@ import train_gpt
 from train_gpt import Config, Muon, Run
 
 # 13 rows a step: no number of processes but one shares them evenly.
-STEPS, ROWS = "30", {"TRAIN_BATCH_TOKENS": str(13 * 64), "ITERATIONS": "30",
-                     "MICRO_BATCH_SEQS": "2"}
+STEPS, ROWS = (
+    "30",
+    {"TRAIN_BATCH_TOKENS": str(13 * 64), "ITERATIONS": "30", "MICRO_BATCH_SEQS": "2"},
+)
 
 
 def curve(folder: Path) -> list[float]:
@@ -46,16 +48,20 @@ def alone(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "on-1"
 
 
-@pytest.mark.parametrize(("set_to", "processes", "threads"), [
-    ("1", "4", 4), ("1", "32", 1), ("1", "1", 3), ("3", "4", 3), (None, "4", 3)])
+@pytest.mark.parametrize(
+    ("set_to", "processes", "threads"),
+    [("1", "4", 4), ("1", "32", 1), ("1", "1", 3), ("3", "4", 3), (None, "4", 3)],
+)
 def test_torchruns_one_thread_becomes_a_share_of_the_cores(
-        set_to: str | None, processes: str, threads: int, monkeypatch) -> None:
+    set_to: str | None, processes: str, threads: int, monkeypatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    monkeypatch.setenv("OMP_NUM_THREADS", set_to) if set_to else \
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", set_to) if set_to else monkeypatch.delenv(
+        "OMP_NUM_THREADS", raising=False
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -66,16 +72,27 @@ def test_torchruns_one_thread_becomes_a_share_of_the_cores(
 
 
 MANY = pytest.mark.slow
-WORLDS = [(2, 1), (3, 1), (3, 0), (4, 1), (8, 1), pytest.param(6, 1, marks=MANY),
-          *(pytest.param(processes, 0, marks=MANY) for processes in (2, 4, 6, 8))]
+WORLDS = [
+    (2, 1),
+    (3, 1),
+    (3, 0),
+    (4, 1),
+    (8, 1),
+    pytest.param(6, 1, marks=MANY),
+    *(pytest.param(processes, 0, marks=MANY) for processes in (2, 4, 6, 8)),
+]
 
 
 @pytest.mark.parametrize(("processes", "parallel"), WORLDS)
-def test_any_number_of_processes_trains_the_same(processes: int, parallel: int, alone: Path,
-                                                 tiny_data: TinyData, tmp_path: Path) -> None:
+def test_any_number_of_processes_trains_the_same(
+    processes: int, parallel: int, alone: Path, tiny_data: TinyData, tmp_path: Path
+) -> None:
     """The loss curve is that of one process; the run itself compares the replicas' bits."""
-    run_ranks(processes, tmp_path / "out", **tiny_job(
-        tiny_data, tmp_path, "shared", MUON_PARALLEL=str(parallel), **ROWS))
+    run_ranks(
+        processes,
+        tmp_path / "out",
+        **tiny_job(tiny_data, tmp_path, "shared", MUON_PARALLEL=str(parallel), **ROWS),
+    )
     assert len(curve(alone)) == 30
     assert curve(tmp_path / "shared") == pytest.approx(curve(alone), abs=1e-4)
 
@@ -136,8 +153,10 @@ def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> No
         muon.load_momentum(saved)
         take(muon, mine, gradients[-1])
     update = torch.cat(updates)[:5]
-    expected = [(b * (1 - 0.1 * 0.1) - w) / (0.1 * (40 / 24) ** 0.5)
-                for b, w in zip(before, weights, strict=True)]
+    expected = [
+        (b * (1 - 0.1 * 0.1) - w) / (0.1 * (40 / 24) ** 0.5)
+        for b, w in zip(before, weights, strict=True)
+    ]
     torch.testing.assert_close(update, torch.stack(expected), rtol=0, atol=2e-5)
 
 
@@ -192,8 +211,14 @@ def wait_for(path: Path, pattern: str, seconds: float = 120.0) -> None:
 
 
 # int8 momentum, MiLe, both kinds of averages; a SWA that has begun when the checkpoint is made.
-QUAINT = {"PRESET": "pr703,mini", "CACHE_LAYER": "1", "AVG_MODE": "swa_of_ema", "SWA_EVERY": "2",
-          "SWA_START_FRAC": "1", "WARMDOWN_FRAC": "0.9"}
+QUAINT = {
+    "PRESET": "pr703,mini",
+    "CACHE_LAYER": "1",
+    "AVG_MODE": "swa_of_ema",
+    "SWA_EVERY": "2",
+    "SWA_START_FRAC": "1",
+    "WARMDOWN_FRAC": "0.9",
+}
 
 
 @pytest.fixture(scope="module", params=[{}, QUAINT], ids=["defaults", "quaint"])
@@ -204,8 +229,9 @@ def undisturbed(request, tiny_data: TinyData, tmp_path_factory) -> tuple[str, di
     return sha(folder / "whole"), changed
 
 
-def test_sigterm_then_resume_gives_the_same_artifact(undisturbed, tiny_data: TinyData,
-                                                     tmp_path: Path) -> None:
+def test_sigterm_then_resume_gives_the_same_artifact(
+    undisturbed, tiny_data: TinyData, tmp_path: Path
+) -> None:
     expected, changed = undisturbed
     job = tiny_job(tiny_data, tmp_path, "cut", **changed)
     ranks = start_ranks(2, tmp_path / "first", **job)
@@ -227,7 +253,8 @@ def test_sigterm_then_resume_gives_the_same_artifact(undisturbed, tiny_data: Tin
 
 
 def test_export_resumes_without_training_and_two_checkpoints_are_kept(
-        undisturbed, tiny_data: TinyData, tmp_path: Path) -> None:
+    undisturbed, tiny_data: TinyData, tmp_path: Path
+) -> None:
     """CHECKPOINT_SECONDS may change on the way; a broken checkpoint is passed over."""
     expected, changed = undisturbed
     job = tiny_job(tiny_data, tmp_path, "kept", **changed)
@@ -251,8 +278,9 @@ def test_export_resumes_without_training_and_two_checkpoints_are_kept(
     assert all(path.exists() for path in copies)
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_processes(alone: Path, tiny_data: TinyData,
-                                                               tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on_with_another_number_of_processes(
+    alone: Path, tiny_data: TinyData, tmp_path: Path
+) -> None:
     job = tiny_job(tiny_data, tmp_path, "moved", **ROWS)
     ranks = start_ranks(3, tmp_path / "first", **job)
     wait_for(tmp_path / "moved" / "log.txt", r"^step:5/")
@@ -265,8 +293,9 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(alone: Path, tiny
     assert [by_step[n + 1] for n in range(30)] == pytest.approx(curve(alone), abs=1e-4)
 
 
-def test_resume_refuses_what_is_not_the_same_run(alone: Path, tiny_data: TinyData, tmp_path: Path,
-                                                 capsys, monkeypatch) -> None:
+def test_resume_refuses_what_is_not_the_same_run(
+    alone: Path, tiny_data: TinyData, tmp_path: Path, capsys, monkeypatch
+) -> None:
     job = tiny_job(tiny_data, alone.parent, alone.name, **ROWS)
 
     def refused(words: str, **changed: str) -> None:
@@ -287,8 +316,9 @@ def test_resume_refuses_what_is_not_the_same_run(alone: Path, tiny_data: TinyDat
     assert before == {path: path.stat().st_mtime_ns for path in alone.iterdir()}
 
 
-def test_two_processes_cannot_work_in_one_folder(tiny_data: TinyData, tmp_path: Path,
-                                                 capsys) -> None:
+def test_two_processes_cannot_work_in_one_folder(
+    tiny_data: TinyData, tmp_path: Path, capsys
+) -> None:
     job = tiny_job(tiny_data, tmp_path, "one", **{**LONG, "ITERATIONS": "2000"})
     (rank,) = start_ranks(1, tmp_path / "first", **job)
     wait_for(tmp_path / "one" / "log.txt", r"^step:2/")
@@ -316,8 +346,9 @@ def test_resume_without_a_checkpoint_begins_anew(tiny_data: TinyData, tmp_path: 
 
 
 def test_the_watchdog_names_phase_and_rank(tiny_data: TinyData, tmp_path: Path) -> None:
-    job = tiny_job(tiny_data, tmp_path, "hung", WATCHDOG_SECONDS="3",
-                   **{**LONG, "ITERATIONS": "2000"})
+    job = tiny_job(
+        tiny_data, tmp_path, "hung", WATCHDOG_SECONDS="3", **{**LONG, "ITERATIONS": "2000"}
+    )
     ranks = start_ranks(3, tmp_path / "out", **job)
     wait_for(tmp_path / "hung" / "log.txt", r"^step:3/")
     os.kill(ranks[1].pid, signal.SIGSTOP)
@@ -326,15 +357,20 @@ def test_the_watchdog_names_phase_and_rank(tiny_data: TinyData, tmp_path: Path) 
             ranks[rank].join(60)
             assert ranks[rank].exitcode == 1
             said = (tmp_path / f"out.{rank}").read_text()
-            assert re.search(rf"^error: rank {rank}, during training: waited 3 s; "
-                             r"not there: rank 1$", said, re.M), said
+            assert re.search(
+                rf"^error: rank {rank}, during training: waited 3 s; "
+                r"not there: rank 1$",
+                said,
+                re.M,
+            ), said
     finally:
         for rank in ranks:
             rank.kill()
 
 
-def test_micro_batches_shrink_until_memory_holds_them(tiny_data: TinyData, tmp_path: Path,
-                                                      capsys, monkeypatch) -> None:
+def test_micro_batches_shrink_until_memory_holds_them(
+    tiny_data: TinyData, tmp_path: Path, capsys, monkeypatch
+) -> None:
     """A forward of more than two rows runs out of memory; what is asked for by name is kept."""
     forward = train_gpt.training_nats
 
@@ -344,18 +380,23 @@ def test_micro_batches_shrink_until_memory_holds_them(tiny_data: TinyData, tmp_p
         return forward(model, input_ids, *rest, **named)
 
     monkeypatch.setattr(train_gpt, "training_nats", small_memory)
-    job = tiny_job(tiny_data, tmp_path, "small", ITERATIONS="3", TRAIN_BATCH_TOKENS="768",
-                   EVAL_BATCH_SEQS="2")
+    job = tiny_job(
+        tiny_data, tmp_path, "small", ITERATIONS="3", TRAIN_BATCH_TOKENS="768", EVAL_BATCH_SEQS="2"
+    )
     with environment(**job):
         assert train_gpt.main([]) == 0
     out = capsys.readouterr().out
     assert re.findall(r"^out of memory: trying (\d+) rows", out, re.M)[-1] == "2"
-    with environment(**{**job, "RUN_ID": "asked", "MICRO_BATCH_SEQS": "4"}), \
-            pytest.raises(SystemExit) as ended:
+    with (
+        environment(**{**job, "RUN_ID": "asked", "MICRO_BATCH_SEQS": "4"}),
+        pytest.raises(SystemExit) as ended,
+    ):
         train_gpt.main([])
     assert ended.value.code == 1
-    assert "during priming: OutOfMemoryError: 4 rows a forward are too many: lower " \
-           "MICRO_BATCH_SEQS" in capsys.readouterr().err
+    assert (
+        "during priming: OutOfMemoryError: 4 rows a forward are too many: lower "
+        "MICRO_BATCH_SEQS" in capsys.readouterr().err
+    )
 
 
 # Two machines
@@ -374,15 +415,35 @@ def hosts() -> Iterator[list[tuple[list[str], str, str]]]:
     """Two hosts, (command prefix, address, interface): network namespaces, or else loopback."""
     names = [f"tiny-{os.getpid()}-{n}" for n in range(2)]
     made = all(netns("netns", "add", name) for name in names) and netns(
-        "link", "add", "tiny0", "netns", names[0], "type", "veth", "peer", "name", "tiny1",
-        "netns", names[1])
+        "link",
+        "add",
+        "tiny0",
+        "netns",
+        names[0],
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "tiny1",
+        "netns",
+        names[1],
+    )
     for n, name in enumerate(names if made else ()):
-        for words in (["addr", "add", f"10.99.0.{n + 1}/24", "dev", f"tiny{n}"],
-                      ["link", "set", f"tiny{n}", "up"], ["link", "set", "lo", "up"]):
+        for words in (
+            ["addr", "add", f"10.99.0.{n + 1}/24", "dev", f"tiny{n}"],
+            ["link", "set", f"tiny{n}", "up"],
+            ["link", "set", "lo", "up"],
+        ):
             made = made and netns("-n", name, *words)
     try:
-        yield [(["ip", "netns", "exec", name], f"10.99.0.{n + 1}", f"tiny{n}")
-               for n, name in enumerate(names)] if made else [([], "127.0.0.1", "lo")] * 2
+        yield (
+            [
+                (["ip", "netns", "exec", name], f"10.99.0.{n + 1}", f"tiny{n}")
+                for n, name in enumerate(names)
+            ]
+            if made
+            else [([], "127.0.0.1", "lo")] * 2
+        )
     finally:
         for name in names:
             netns("netns", "del", name)
@@ -395,13 +456,28 @@ def test_two_nodes_end_like_one(hosts: list, tiny_data: TinyData, tmp_path: Path
     nodes = []
     for node, (prefix, _, interface) in enumerate(hosts):
         settings = tiny_job(tiny_data, tmp_path / f"host{node}", "two", **job)
-        command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                   f"--node_rank={node}", "--nproc_per_node=1", f"--master_addr={hosts[0][1]}",
-                   "--master_port=29617", str(TRAINER)]
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node_rank={node}",
+            "--nproc_per_node=1",
+            f"--master_addr={hosts[0][1]}",
+            "--master_port=29617",
+            str(TRAINER),
+        ]
         with open(tmp_path / f"node{node}", "w") as out:
-            nodes.append(subprocess.Popen(
-                command, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                env={**BARE_ENVIRONMENT, **settings, "GLOO_SOCKET_IFNAME": interface}))
+            nodes.append(
+                subprocess.Popen(
+                    command,
+                    stdout=out,
+                    stderr=out,
+                    stdin=subprocess.DEVNULL,
+                    env={**BARE_ENVIRONMENT, **settings, "GLOO_SOCKET_IFNAME": interface},
+                )
+            )
     codes = [node.wait(300) for node in nodes]
     assert codes == [0, 0], (tmp_path / "node0").read_text() + (tmp_path / "node1").read_text()
     assert sha(tmp_path / "host0" / "two") == sha(tmp_path / "one")

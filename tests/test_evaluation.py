@@ -29,7 +29,8 @@ from train_gpt import (
 
 CPU = torch.device("cpu")
 SHAPES = st.tuples(st.integers(1, 300), st.integers(2, 40)).flatmap(
-    lambda shape: st.tuples(st.just(shape[0]), st.just(shape[1]), st.integers(0, shape[1])))
+    lambda shape: st.tuples(st.just(shape[0]), st.just(shape[1]), st.integers(0, shape[1]))
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,7 +59,8 @@ def test_every_target_is_scored_exactly_once(shape: tuple[int, int, int]) -> Non
 @settings(max_examples=400, deadline=None)
 @given(SHAPES)
 def test_sliding_windows_start_a_stride_apart_and_the_last_ends_the_split(
-        shape: tuple[int, int, int]) -> None:
+    shape: tuple[int, int, int],
+) -> None:
     num_targets, seq_len, stride = shape
     assume(stride > 0 and num_targets > seq_len)
     *starts, last = windows(*shape)[:, 0].tolist()
@@ -80,8 +82,12 @@ def test_a_stride_of_one_row_gives_chunks(num_rows: int, seq_len: int) -> None:
 # The loop over windows
 
 
-def toy_nats(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
-             places: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+def toy_nats(
+    model: None,
+    input_ids: torch.Tensor,
+    target_ids: torch.Tensor,
+    places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
     """Nats that depend on the target and on all that its window shows up to it."""
     seen = torch.cumsum(input_ids * torch.arange(1, 1 + input_ids.size(1)), dim=1)
     seen = seen if places is None else seen.gather(1, places)
@@ -91,12 +97,19 @@ def toy_nats(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
 def random_split(num_tokens: int, seed: int = 0, vocab_size: int = 1000) -> Validation:
     """A validation split of random tokens and byte counts."""
     rng = np.random.default_rng(seed)
-    return Validation(rng.integers(0, vocab_size, num_tokens).astype(np.uint16),
-                      rng.integers(0, 9, num_tokens - 1).astype(np.int16), "", "", 1, 0)
+    return Validation(
+        rng.integers(0, vocab_size, num_tokens).astype(np.uint16),
+        rng.integers(0, 9, num_tokens - 1).astype(np.int16),
+        "",
+        "",
+        1,
+        0,
+    )
 
 
-def score(val: Validation, cfg: Config, stride: int, forward=toy_nats,
-          model: GPT | None = None) -> EvalResult:
+def score(
+    val: Validation, cfg: Config, stride: int, forward=toy_nats, model: GPT | None = None
+) -> EvalResult:
     """What one process scores."""
     return evaluate("test", forward, model, val, Run(cfg, 0, 1, CPU), stride)
 
@@ -106,8 +119,9 @@ def evaluation(seq_len: int, **changed: object) -> Config:
     return Config(eval_seq_len=seq_len, eval_stride=0, **changed)
 
 
-def one_by_one(val: Validation, num_targets: int, seq_len: int, stride: int,
-               nats_of) -> tuple[float, int]:
+def one_by_one(
+    val: Validation, num_targets: int, seq_len: int, stride: int, nats_of
+) -> tuple[float, int]:
     """Nats and bytes, each target looked up in the first window that shows it."""
     nats, num_bytes = 0.0, 0
     for target in range(num_targets):
@@ -130,8 +144,9 @@ def toy_nats_of(shown: list[int], target: int) -> float:
 
 @settings(max_examples=150, deadline=None)
 @given(SHAPES, st.integers(1, 5), st.booleans(), st.integers(0, 9))
-def test_the_loop_scores_as_target_by_target(shape: tuple[int, int, int], batch: int,
-                                             truncate: bool, seed: int) -> None:
+def test_the_loop_scores_as_target_by_target(
+    shape: tuple[int, int, int], batch: int, truncate: bool, seed: int
+) -> None:
     num_targets, seq_len, stride = shape
     assume(num_targets >= seq_len or not truncate)
     val = random_split(num_targets + 1, seed)
@@ -144,8 +159,9 @@ def test_the_loop_scores_as_target_by_target(shape: tuple[int, int, int], batch:
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.integers(1, 9), st.integers(1, 5))
-def test_neither_batches_nor_ranks_change_the_score(shape: tuple[int, int, int], batch: int,
-                                                    world_size: int) -> None:
+def test_neither_batches_nor_ranks_change_the_score(
+    shape: tuple[int, int, int], batch: int, world_size: int
+) -> None:
     num_targets, seq_len, stride = shape
     val, cfg = random_split(num_targets + 1), evaluation(seq_len, eval_batch_seqs=batch)
     whole = score(val, evaluation(seq_len, eval_batch_seqs=1), stride)
@@ -165,8 +181,12 @@ def test_bits_per_byte_of_three_tokens_by_hand() -> None:
     val = Validation(np.array([1, 5, 6], np.uint16), np.array([1, 2], np.int16), "", "", 1, 3)
     nats = {5: math.log(4), 6: math.log(16)}
 
-    def forward(model: None, input_ids: torch.Tensor, target_ids: torch.Tensor,
-                places: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+    def forward(
+        model: None,
+        input_ids: torch.Tensor,
+        target_ids: torch.Tensor,
+        places: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
         return torch.tensor([[nats[int(t)] for t in row] for row in target_ids]), None
 
     for stride in (0, 1, 2):
@@ -183,9 +203,21 @@ def test_bits_per_byte_of_three_tokens_by_hand() -> None:
 def model() -> GPT:
     """A small model whose every parameter is random."""
     torch.manual_seed(0)
-    net = GPT(Config(vocab_size=32, num_layers=3, xsa_last_n=2, ve_layers="1,2", model_dim=16,
-                     num_heads=4, num_kv_heads=2, rope_dims=4, bigram_vocab_size=32, bigram_dim=8,
-                     ve_dim=8))
+    net = GPT(
+        Config(
+            vocab_size=32,
+            num_layers=3,
+            xsa_last_n=2,
+            ve_layers="1,2",
+            model_dim=16,
+            num_heads=4,
+            num_kv_heads=2,
+            rope_dims=4,
+            bigram_vocab_size=32,
+            bigram_dim=8,
+            ve_dim=8,
+        )
+    )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return net
@@ -208,16 +240,19 @@ def test_the_model_is_scored_as_target_by_target(model: GPT, stride: int) -> Non
 
 def test_the_batch_size_does_not_change_the_models_score(model: GPT) -> None:
     val = random_split(200, vocab_size=32)
-    scores = [score(val, evaluation(16, eval_batch_seqs=batch), 4, training_nats, model).nats
-              for batch in (1, 7, 64)]
+    scores = [
+        score(val, evaluation(16, eval_batch_seqs=batch), 4, training_nats, model).nats
+        for batch in (1, 7, 64)
+    ]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
 
 
 @torch.inference_mode()
 def test_the_probabilities_of_all_tokens_add_up_to_one(model: GPT) -> None:
     ids = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0))
-    for_each_token = torch.stack([model(ids, torch.full_like(ids, token))[0]
-                                  for token in range(32)])
+    for_each_token = torch.stack(
+        [model(ids, torch.full_like(ids, token))[0] for token in range(32)]
+    )
     assert torch.exp(-for_each_token.double()).sum(0).numpy() == pytest.approx(1.0, abs=1e-6)
     assert (for_each_token > 0).all()
 
@@ -247,9 +282,13 @@ def test_the_head_sees_no_more_than_a_stride_of_each_window(model: GPT, stride: 
 def test_a_strip_holds_what_its_window_scores(shape: tuple[int, int, int], form: str) -> None:
     num_targets, seq_len, stride = shape
     val, cfg = random_split(num_targets + 1), evaluation(seq_len)
-    rows = np.array([(start, at, min(at + stride, end))
-                     for start, first, end in windows(*shape, form) for at in range(first, end,
-                                                                                    stride)])
+    rows = np.array(
+        [
+            (start, at, min(at + stride, end))
+            for start, first, end in windows(*shape, form)
+            for at in range(first, end, stride)
+        ]
+    )
     ids, places, targets, num_bytes, scored = window_batch(val, rows, len(rows) + 1, stride, cfg)
     assert not scored[-1].any()  # padding
     assert ((places >= 0) & (places < seq_len)).all()
@@ -278,14 +317,14 @@ def test_published_windows_are_those_of_the_scripts(shape: tuple[int, int, int])
     if num_targets > seq_len:
         starts = list(range(0, num_targets - seq_len + 1, stride))
         starts += [num_targets - seq_len] * (starts[-1] != num_targets - seq_len)
-        expected = [[start, start + seq_len - stride if start else 0, start + seq_len]
-                    for start in starts]
+        expected = [
+            [start, start + seq_len - stride if start else 0, start + seq_len] for start in starts
+        ]
         assert windows(*shape, "published_s3").tolist() == expected
 
 
 @given(st.integers(2, 20), st.integers(1, 6), st.integers(1, 8))
-def test_the_forms_agree_where_windows_cover_exactly(stride: int, per_row: int,
-                                                     rows: int) -> None:
+def test_the_forms_agree_where_windows_cover_exactly(stride: int, per_row: int, rows: int) -> None:
     """But for S1's cut windows, which score the last targets once more each."""
     seq_len, num_targets = stride * per_row, stride * (per_row + rows)
     cover = windows(num_targets, seq_len, stride).tolist()
@@ -298,14 +337,26 @@ def test_the_forms_agree_where_windows_cover_exactly(stride: int, per_row: int,
 
 # Test-time training
 
-TTT = {"eval_stride": 8, "eval_batch_seqs": 3, "ttt_mode": "score_first", "ttt_chunk_tokens": 20,
-       "ttt_lr": 0.05, "ttt_epochs": 2, "ttt_batch_seqs": 2, "ttt_freeze_blocks": 1,
-       "ttt_grad_clip": 0.5, "eval_wallclock_seconds": 1e6, "num_layers": 3, "ve_layers": "1,2",
-       "xsa_last_n": 2}
+TTT = {
+    "eval_stride": 8,
+    "eval_batch_seqs": 3,
+    "ttt_mode": "score_first",
+    "ttt_chunk_tokens": 20,
+    "ttt_lr": 0.05,
+    "ttt_epochs": 2,
+    "ttt_batch_seqs": 2,
+    "ttt_freeze_blocks": 1,
+    "ttt_grad_clip": 0.5,
+    "eval_wallclock_seconds": 1e6,
+    "num_layers": 3,
+    "ve_layers": "1,2",
+    "xsa_last_n": 2,
+}
 
 
-def adapted(model: GPT, val: Validation, ranks: int = 1, rank: int = 0,
-            **changed: object) -> tuple[GPT, EvalResult, Run]:
+def adapted(
+    model: GPT, val: Validation, ranks: int = 1, rank: int = 0, **changed: object
+) -> tuple[GPT, EvalResult, Run]:
     """A copy of the model after scoring with adaptation, its score, and the run."""
     cfg, copy_of = Config(eval_seq_len=16, **{**TTT, **changed}), copy.deepcopy(model)
     run = Run(cfg, rank, ranks, CPU)
@@ -319,8 +370,9 @@ def naive_score_first(model: GPT, val: Validation, cfg: Config) -> tuple[GPT, fl
     """Chunk after chunk: add up its windows' nats, then SGD on its rows, by hand."""
     model, nats, num_targets = copy.deepcopy(model), 0.0, len(val.tokens) - 1
     spans, chunk = windows(num_targets, 16, 8), cfg.ttt_chunk_tokens
-    parameters = {name: p for name, p in model.named_parameters()
-                  if not name.startswith("blocks.0.")}
+    parameters = {
+        name: p for name, p in model.named_parameters() if not name.startswith("blocks.0.")
+    }
     momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
     chunks = int(spans[-1, 1]) // chunk + 1
     for number in range(chunks):
@@ -342,8 +394,9 @@ def naive_score_first(model: GPT, val: Validation, cfg: Config) -> tuple[GPT, fl
                     ids = torch.from_numpy(val.tokens[start : end + 1].astype(int))[None]
                     model(ids[:, :-1], ids[:, 1:])[0].sum().backward()
                     total += end - start
-                norm = math.sqrt(sum(float((p.grad / total).square().sum())
-                                     for p in parameters.values()))
+                norm = math.sqrt(
+                    sum(float((p.grad / total).square().sum()) for p in parameters.values())
+                )
                 for name, p in parameters.items():
                     g = p.grad / total * min(1.0, cfg.ttt_grad_clip / (norm + 1e-6))
                     momentum[name] = cfg.ttt_momentum * momentum[name] + g
@@ -367,6 +420,7 @@ def test_score_first_is_scoring_then_sgd_chunk_by_chunk(model: GPT) -> None:
 
 def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
     """Nats of each window as they are summed; a chunk's text changes no window before it ends."""
+
     def window_nats(val: Validation) -> list[tuple[int, float]]:
         seen = []
 
@@ -425,17 +479,28 @@ def test_adaptation_stops_for_the_budget_and_scoring_does_not(model: GPT) -> Non
 
 
 def test_a_single_chunk_leaves_adaptation_nothing_and_the_log_says_so(
-        model: GPT, capsys: pytest.CaptureFixture[str]) -> None:
+    model: GPT, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = adapted(model, random_split(72, vocab_size=32), ttt_chunk_tokens=71)[2]
     train_gpt.log_activity(run)
     assert "warning: ttt was configured and never acted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("budget", "least", "most"), [
-    (1e6, 9, 9), (40.0, 9, 9), (20.0, 3, 5), (14.0, 0, 2), (13.0, 0, 1), (12.5, 0, 1),
-    (9.0, 0, 0)])
+@pytest.mark.parametrize(
+    ("budget", "least", "most"),
+    [
+        (1e6, 9, 9),
+        (40.0, 9, 9),
+        (20.0, 3, 5),
+        (14.0, 0, 2),
+        (13.0, 0, 1),
+        (12.5, 0, 1),
+        (9.0, 0, 0),
+    ],
+)
 def test_adaptation_leaves_the_rest_of_the_scoring_its_time(
-        budget: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a clock of our own: ten chunks take about a second to score and two to learn from.
 
     Nine chunks can be learnt from. A budget of 20 s has room for four or five of them, of which
@@ -443,8 +508,16 @@ def test_adaptation_leaves_the_rest_of_the_scoring_its_time(
     """
     now = [0.0]
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
-    cfg = Config(eval_seq_len=16, **{**TTT, "eval_wallclock_seconds": budget, "ttt_epochs": 1,
-                                     "ttt_chunk_tokens": 16, "eval_batch_seqs": 1})
+    cfg = Config(
+        eval_seq_len=16,
+        **{
+            **TTT,
+            "eval_wallclock_seconds": budget,
+            "ttt_epochs": 1,
+            "ttt_chunk_tokens": 16,
+            "eval_batch_seqs": 1,
+        },
+    )
     run, val = Run(cfg, 0, 1, CPU), random_split(161, vocab_size=32)
 
     def forward(model, ids, targets, **where):

@@ -64,8 +64,9 @@ def test_a_correction_is_the_best_of_its_rank() -> None:
 
 
 def test_synthetic_rows_have_the_fitted_statistics() -> None:
-    cfg = Config.from_env({"PRESET": "pr1361,mini", "NUM_LAYERS": "3", "XSA_LAST_N": "0",
-                           "VE_LAYERS": "1,2"})[0]
+    cfg = Config.from_env(
+        {"PRESET": "pr1361,mini", "NUM_LAYERS": "3", "XSA_LAST_N": "0", "VE_LAYERS": "1,2"}
+    )[0]
     torch.manual_seed(0)
     trained, drawn = full_size.GPT(cfg), full_size.GPT(cfg)
     with torch.no_grad():

@@ -96,19 +96,36 @@ def same(stored: dict[str, Stored], found: dict) -> bool:
         and s.values.numpy().tobytes() == found[name][0].tobytes()
         and (s.scale is None) == (found[name][1] is None)
         and (s.scale is None or s.scale.numpy().tobytes() == found[name][1].tobytes())
-        for name, s in stored.items())
+        for name, s in stored.items()
+    )
 
 
 def quantized(seed: int, **settings: object) -> tuple[dict, dict[str, Stored]]:
     """A header and the tensors of a small model with random weights."""
-    cfg = Config(vocab_size=64, num_layers=12, model_dim=16, num_heads=2, num_kv_heads=1,
-                 rope_dims=4, bigram_vocab_size=32, bigram_dim=4, ve_dim=4,
-                 int8_keep_float_max_numel=100, **settings)
+    cfg = Config(
+        vocab_size=64,
+        num_layers=12,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        rope_dims=4,
+        bigram_vocab_size=32,
+        bigram_dim=4,
+        ve_dim=4,
+        int8_keep_float_max_numel=100,
+        **settings,
+    )
     torch.manual_seed(seed)
     run = Run(cfg, 0, 1, torch.device("cpu"))
     run.log = run.progress = lambda *rest, iterable=None, **more: iterable
-    split = train_gpt.Validation(np.zeros(2, np.uint16), np.zeros(1, np.int16), "split", "pieces",
-                                 documents=1, recorded_bytes=0)
+    split = train_gpt.Validation(
+        np.zeros(2, np.uint16),
+        np.zeros(1, np.int16),
+        "split",
+        "pieces",
+        documents=1,
+        recorded_bytes=0,
+    )
     model = GPT(cfg)
     for p in model.parameters():
         torch.nn.init.normal_(p)
@@ -116,8 +133,11 @@ def quantized(seed: int, **settings: object) -> tuple[dict, dict[str, Stored]]:
 
 
 @pytest.mark.parametrize("codec", [*CODECS, "best"])
-@pytest.mark.parametrize("settings", [{}, {"quant_clip": "std"}, {"tie_embeddings": False}],
-                         ids=["percentile", "std", "untied"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"quant_clip": "std"}, {"tie_embeddings": False}],
+    ids=["percentile", "std", "untied"],
+)
 def test_a_reader_made_from_the_page_reads_the_same_tensors(codec: str, settings: dict) -> None:
     header, stored = quantized(0, **settings)
     found_header, found = tensors_of(train_gpt.encode_artifact(header, stored, codec))
@@ -148,8 +168,11 @@ def test_both_readers_refuse_the_same_files() -> None:
         damaged[at] = rng.choice(np.frombuffer(b'09[]{},":\x00\x7c\xfe', np.uint8))
         packed = zstandard.compress(bytes(damaged[: len(body) - int(rng.integers(2))]))
         size = zstandard.frame_content_size(packed)
-        blob = struct.pack("<8sHHQ", b"TINYGPT\n", 1, 1, size) \
-            + hashlib.sha256(packed).digest() + packed
+        blob = (
+            struct.pack("<8sHHQ", b"TINYGPT\n", 1, 1, size)
+            + hashlib.sha256(packed).digest()
+            + packed
+        )
         outcomes = []
         for reader in (tensors_of, train_gpt.decode_artifact):
             try:
@@ -163,8 +186,11 @@ def test_both_readers_refuse_the_same_files() -> None:
 
 def test_the_page_states_the_bounds_and_numbers_of_the_file() -> None:
     page = (ROOT / "records/ARTIFACT.md").read_text()
-    for number in (train_gpt.MAX_ARTIFACT_BYTES, train_gpt.MAX_BODY_BYTES,
-                   train_gpt.MAX_HEADER_BYTES):
+    for number in (
+        train_gpt.MAX_ARTIFACT_BYTES,
+        train_gpt.MAX_BODY_BYTES,
+        train_gpt.MAX_HEADER_BYTES,
+    ):
         assert f"{number:,}" in page
     assert train_gpt.PRELUDE.size == 52
     assert "unsigned: 1 zstd, 2 xz (LZMA), 3 brotli" in page
@@ -190,9 +216,17 @@ def test_the_same_tensors_are_the_same_bytes_with_any_number_of_threads() -> Non
     found = []
     for threads in "124":
         env = BARE_ENVIRONMENT | dict.fromkeys(
-            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-        done = subprocess.run([sys.executable, "-c", ENCODE, RECORD, threads], text=True, env=env,
-                              cwd=ROOT, capture_output=True, check=True, timeout=300)
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", ENCODE, RECORD, threads],
+            text=True,
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+            timeout=300,
+        )
         found.append(done.stdout.split())
     assert len(found[0]) == 4
     assert len(set(found[0])) == 3  # best is one of the others
@@ -201,17 +235,33 @@ def test_the_same_tensors_are_the_same_bytes_with_any_number_of_threads() -> Non
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_exporting_the_same_weights_twice_gives_the_same_bytes(
-        threads: str, tiny_data: TinyData, tmp_path: Path) -> None:
-    env = {**BARE_ENVIRONMENT, **tiny_job(tiny_data, tmp_path, "run", ITERATIONS="3"),
-           "OMP_NUM_THREADS": threads}
-    trained = subprocess.run([sys.executable, TRAINER], env=env, text=True, capture_output=True,
-                             timeout=300)
+    threads: str, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    env = {
+        **BARE_ENVIRONMENT,
+        **tiny_job(tiny_data, tmp_path, "run", ITERATIONS="3"),
+        "OMP_NUM_THREADS": threads,
+    }
+    trained = subprocess.run(
+        [sys.executable, TRAINER], env=env, text=True, capture_output=True, timeout=300
+    )
     assert trained.returncode == 0, trained.stderr
     run, written = tmp_path / "run", []
     for _ in range(2):
-        subprocess.run([sys.executable, ROOT / "benchmarks/export.py", run, "CODEC=zstd",
-                        "QUANT_CLIP=std CODEC=best"], env=env, cwd=ROOT, check=True,
-                       capture_output=True, timeout=300)
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "benchmarks/export.py",
+                run,
+                "CODEC=zstd",
+                "QUANT_CLIP=std CODEC=best",
+            ],
+            env=env,
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
         written.append([(run / f"artifact_{n}.bin").read_bytes() for n in (1, 2)])
     assert written[0] == written[1]
     assert written[0][0] == (run / "artifact.bin").read_bytes()  # as the run itself exported it

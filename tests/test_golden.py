@@ -42,16 +42,27 @@ GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden numbers in {GOLDEN}")
 
 SYSTEMS = ("1361", "703")
-TINY = {"vocab_size": 128, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8,
-        "bigram_vocab_size": 96, "bigram_dim": 24, "ve_dim": 16}
+TINY = {
+    "vocab_size": 128,
+    "model_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "rope_dims": 8,
+    "bigram_vocab_size": 96,
+    "bigram_dim": 24,
+    "ve_dim": 16,
+}
 
 
 @functools.cache
 def numbers(name: str) -> dict[str, torch.Tensor]:
     """The arrays of an .npz file as tensors."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files
-                if arrays[key].dtype.kind != "U"}
+        return {
+            key: torch.from_numpy(arrays[key])
+            for key in arrays.files
+            if arrays[key].dtype.kind != "U"
+        }
 
 
 @functools.cache
@@ -63,9 +74,13 @@ def facts(name: str) -> dict:
 def published_model(system: str, **changes: object) -> GPT:
     """The small model of the golden numbers, with their weights."""
     model = GPT(Config(**{**PRESETS[f"pr{system}"], **TINY, **changes}))
-    model.load_state_dict({re.sub("^param(_unbanked)?/", "", key): value
-                           for key, value in numbers(f"model_{system}").items()
-                           if key.startswith("param")})
+    model.load_state_dict(
+        {
+            re.sub("^param(_unbanked)?/", "", key): value
+            for key, value in numbers(f"model_{system}").items()
+            if key.startswith("param")
+        }
+    )
     return model
 
 
@@ -98,8 +113,10 @@ def test_every_activation(system: str) -> None:
     golden, model = numbers(f"model_{system}"), published_model(system)
     seen = {}
     for layer, block in enumerate(model.blocks):
+
         def keep(block, inputs, output, layer=layer):
             seen[f"block_{layer}"], seen["x0"] = output, inputs[1]
+
         block.register_forward_hook(keep)
     seen["final_norm"] = model.hidden(golden["input_ids"])
     published = {key.removeprefix("act/"): value for key, value in golden.items() if "act/" in key}
@@ -108,27 +125,41 @@ def test_every_activation(system: str) -> None:
         assert_near(seen[name] / value.abs().max(), value / value.abs().max(), 2e-5)
 
 
-@pytest.mark.parametrize(("system", "loss", "qat", "gamma"), [
-    ("1361", "ce", False, None), ("1361", "ce_qat", True, None), ("703", "ce", False, None),
-    ("703", "ce_qat", True, None), ("703", "mile_1.1", False, 1.1),
-    ("703", "mile_0.55", False, 0.55), ("703", "mile_1.10156", False, 1.1015625),
-    ("703", "mile_0.550781", False, 0.55078125)])
+@pytest.mark.parametrize(
+    ("system", "loss", "qat", "gamma"),
+    [
+        ("1361", "ce", False, None),
+        ("1361", "ce_qat", True, None),
+        ("703", "ce", False, None),
+        ("703", "ce_qat", True, None),
+        ("703", "mile_1.1", False, 1.1),
+        ("703", "mile_0.55", False, 0.55),
+        ("703", "mile_1.10156", False, 1.1015625),
+        ("703", "mile_0.550781", False, 0.55078125),
+    ],
+)
 def test_loss_and_every_gradient(system: str, loss: str, qat: bool, gamma: float | None) -> None:
     golden, model = numbers(f"model_{system}"), published_model(system)
-    nats, weights = training_nats(model, golden["input_ids"], golden["target_ids"],
-                                  qat_grids(model) if qat else None,
-                                  None if gamma is None else torch.tensor(gamma))
+    nats, weights = training_nats(
+        model,
+        golden["input_ids"],
+        golden["target_ids"],
+        qat_grids(model) if qat else None,
+        None if gamma is None else torch.tensor(gamma),
+    )
     mean = (weights * nats).sum() / weights.sum()
     mean.backward()
     assert_near(mean, golden[f"loss/{loss}"], 2e-5)
-    gradients = {key.split("/", 2)[2]: value for key, value in golden.items()
-                 if re.match(rf"grad(_unbanked)?/{re.escape(loss)}/", key)}
+    gradients = {
+        key.split("/", 2)[2]: value
+        for key, value in golden.items()
+        if re.match(rf"grad(_unbanked)?/{re.escape(loss)}/", key)
+    }
     rounded = loss in ("mile_1.10156", "mile_0.550781")  # given without gradients
     assert len(gradients) == (121 if system == "1361" else 0 if rounded else 66)
     for name, published in gradients.items():
         assert published.any(), name
-        assert_near(model.get_parameter(name).grad, published,
-                    1e-3 * float(published.abs().max()))
+        assert_near(model.get_parameter(name).grad, published, 1e-3 * float(published.abs().max()))
 
 
 def test_mile_weights() -> None:
@@ -194,9 +225,15 @@ def test_the_checking_script_on_the_other_systems(system: str, tmp_path: Path) -
             q_gain[at] += sign * 1e-4
             slopes[at] += sign * loss()[1] / 2e-4
             q_gain[at] -= sign * 1e-4
-    np.savez(tmp_path / f"model_{system[2:]}.npz", config_json=json.dumps({"constructor": sizes}),
-             input_ids=ids[:, :-1].numpy(), target_ids=ids[:, 1:].numpy(), logits=logits[None],
-             **kept, **{"loss/ce": mean, "grad/ce/blocks.6.attn.q_gain": slopes})
+    np.savez(
+        tmp_path / f"model_{system[2:]}.npz",
+        config_json=json.dumps({"constructor": sizes}),
+        input_ids=ids[:, :-1].numpy(),
+        target_ids=ids[:, 1:].numpy(),
+        logits=logits[None],
+        **kept,
+        **{"loss/ce": mean, "grad/ce/blocks.6.attn.q_gain": slopes},
+    )
     assert check_golden.main([str(tmp_path)]) == 0
 
 
@@ -238,10 +275,19 @@ def test_rotation() -> None:
 
 def unbanked(name: str, fact: dict) -> list[tuple[str, dict]]:
     """The matrices that a bank of #703 stacks, with what is known of each slice."""
-    first, second = {"qo_bank": ("attn.c_q", "attn.proj"), "kv_bank": ("attn.c_k", "attn.c_v"),
-                     "mlp_up_bank": ("mlp.fc", ""), "mlp_down_bank": ("mlp.proj", "")}[name]
-    return [(f"blocks.{piece['i'] % 11}.{first if piece['i'] < 11 else second}.weight",
-             {**piece, "shape": fact["shape"][1:]}) for piece in fact["slices"]]
+    first, second = {
+        "qo_bank": ("attn.c_q", "attn.proj"),
+        "kv_bank": ("attn.c_k", "attn.c_v"),
+        "mlp_up_bank": ("mlp.fc", ""),
+        "mlp_down_bank": ("mlp.proj", ""),
+    }[name]
+    return [
+        (
+            f"blocks.{piece['i'] % 11}.{first if piece['i'] < 11 else second}.weight",
+            {**piece, "shape": fact["shape"][1:]},
+        )
+        for piece in fact["slices"]
+    ]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -260,8 +306,13 @@ def test_initial_statistics(system: str) -> None:
             if fact.get("std") == 0.0 or "resid_mix" in name:
                 got = [float(f(p)) for f in (torch.min, torch.max, torch.mean)]
                 assert got == pytest.approx([fact["min"], fact["max"], fact["mean"]], abs=1e-7)
-            if name in ("tok_emb.weight", "bigram.proj.weight", "ve_shared.proj.weight",
-                        "blocks.3.attn.c_k.weight", "blocks.10.mlp.fc.weight"):
+            if name in (
+                "tok_emb.weight",
+                "bigram.proj.weight",
+                "ve_shared.proj.weight",
+                "blocks.3.attn.c_k.weight",
+                "blocks.10.mlp.fc.weight",
+            ):
                 largest, *_, smallest = torch.linalg.svdvals(p).tolist()
                 within = 0.02 if name == "tok_emb.weight" else 1e-4
                 assert largest == pytest.approx(fact["smax"], rel=within), name
@@ -272,8 +323,9 @@ def test_initial_statistics(system: str) -> None:
 # Optimizers and schedules
 
 
-@pytest.mark.parametrize(("precision", "step_within", "end_within"),
-                         [("fp32", 1e-6, 1e-6), ("bf16", 2e-3, 2e-3)])
+@pytest.mark.parametrize(
+    ("precision", "step_within", "end_within"), [("fp32", 1e-6, 1e-6), ("bf16", 2e-3, 2e-3)]
+)
 def test_five_steps_of_muon(precision: str, step_within: float, end_within: float) -> None:
     """All shapes at once; A's five steps are at the momenta of a ramp."""
     golden = numbers("muon_1361")
@@ -333,8 +385,9 @@ def test_warmdown_by_steps(system: str) -> None:
 
 def test_mile_gamma_follows_the_rate() -> None:
     """A step-driven run that decays from its first step on passes every published scale."""
-    cfg = Config(**PRESETS["pr703"] | {"iterations": 1000, "warmdown_iters": 1000},
-                 max_wallclock_seconds=0.0)
+    cfg = Config(
+        **PRESETS["pr703"] | {"iterations": 1000, "warmdown_iters": 1000}, max_wallclock_seconds=0.0
+    )
     for scale, gamma, _ in facts("sched_703")["mile_gamma_of_scale"]:
         moment = Schedule(cfg).at(round(1000 * (1 - scale)), 0.0)
         assert moment.lr_scale == pytest.approx(scale, abs=1e-12)
@@ -347,24 +400,35 @@ def test_optimizer_of_every_parameter(system: str) -> None:
         model = GPT(Config(**PRESETS[f"pr{system}"]))
     published = facts(f"optgroups_{system}")
     assert not published["in_no_optimizer"]
-    expected = {name: (group["opt"].lower().removesuffix("w"), group["lr"], group["weight_decay"])
-                for group in published["groups"] for name in group["params"]}
+    expected = {
+        name: (group["opt"].lower().removesuffix("w"), group["lr"], group["weight_decay"])
+        for group in published["groups"]
+        for name in group["params"]
+    }
     banks = {name: expected.pop(name) for name in list(expected) if name.endswith("_bank")}
-    matrices = [name for name, p in model.named_parameters() if name.startswith("blocks")
-                and p.ndim == 2 and "resid_mix" not in name]
+    matrices = [
+        name
+        for name, p in model.named_parameters()
+        if name.startswith("blocks") and p.ndim == 2 and "resid_mix" not in name
+    ]
     if banks:
         assert len(set(banks.values())) == 1
         expected |= dict.fromkeys(matrices, banks["qo_bank"])
-    ours = {name: (group["optimizer"], group["base_lr"], group["weight_decay"])
-            for group in route_parameters(model.cfg, model) for name in group["names"]}
+    ours = {
+        name: (group["optimizer"], group["base_lr"], group["weight_decay"])
+        for group in route_parameters(model.cfg, model)
+        for name in group["names"]
+    }
     assert ours == expected
 
 
 # Quantization
 
 
-@pytest.mark.parametrize(("scheme", "quantizer"), [
-    ("int6_percentile", lambda W: round_to_nearest(W, 6, Config())), ("int8", int8_rows)])
+@pytest.mark.parametrize(
+    ("scheme", "quantizer"),
+    [("int6_percentile", lambda W: round_to_nearest(W, 6, Config())), ("int8", int8_rows)],
+)
 @pytest.mark.parametrize("system", ["1361", "703"])
 def test_nearest_integers_and_scales(system: str, scheme: str, quantizer: Callable) -> None:
     golden = numbers(f"quant_{system}")
@@ -389,9 +453,10 @@ def test_gptq_integers_and_scales(problem: str, system: str, solver: Callable) -
 def test_storage_of_every_parameter(system: str) -> None:
     with torch.device("meta"):
         model = GPT(Config(**PRESETS[f"pr{system}"]))
-    published = {name: 0 if str(kept["meta"]).startswith("passthrough")
-                 else int(kept["meta"]["type"][3:])
-                 for name, kept in facts(f"init_{system}")["export_category"].items()}
+    published = {
+        name: 0 if str(kept["meta"]).startswith("passthrough") else int(kept["meta"]["type"][3:])
+        for name, kept in facts(f"init_{system}")["export_category"].items()
+    }
     assert set(published.values()) == {0, 6, 8}
     ours = {name: bits_of(model.cfg, name, p) for name, p in model.named_parameters()}
     assert ours == published

@@ -26,8 +26,10 @@ def test_the_page_holds_what_the_script_prints() -> None:
 
 
 def test_flops_are_those_of_a_traced_step() -> None:
-    counted = {kind: sum(p.flops for p in h100.parts(CFG) if p.kind == kind)
-               for kind in ("products", "attention")}
+    counted = {
+        kind: sum(p.flops for p in h100.parts(CFG) if p.kind == kind)
+        for kind in ("products", "attention")
+    }
     traced = plan.traced_step(CFG)[1]
     tokens = CFG.train_batch_tokens / h100.GPUS
     assert counted["products"] == pytest.approx(traced["products"] * tokens, rel=1e-9)

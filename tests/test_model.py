@@ -25,35 +25,63 @@ from train_gpt import (
 )
 
 SIZES = {
-    "vocab_size": 64, "num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
-    "rope_dims": 4, "xsa_last_n": 3, "bigram_vocab_size": 48, "bigram_dim": 12, "ve_dim": 8,
+    "vocab_size": 64,
+    "num_layers": 5,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "rope_dims": 4,
+    "xsa_last_n": 3,
+    "bigram_vocab_size": 48,
+    "bigram_dim": 12,
+    "ve_dim": 8,
     "ve_layers": "4,1",
 }
 VARIANTS = {
-    "all": {}, "unmasked": {"smear_bos_mask": False, "bigram_bos_mask": False},
-    "smear off": {"smear_enabled": False}, "bigram off": {"bigram_vocab_size": 0},
-    "values off": {"ve_enabled": False}, "XSA off": {"xsa_last_n": 0},
-    "XSA everywhere": {"xsa_last_n": 5}, "LN scale off": {"ln_scale": "0"},
-    "untied": {"tie_embeddings": False}, "NTK": {"rope_ntk_ref": 4}, "no NTK": {"rope_ntk_ref": 0},
-    "all rotated": {"rope_dims": 0}, "one kv head": {"num_kv_heads": 1},
+    "all": {},
+    "unmasked": {"smear_bos_mask": False, "bigram_bos_mask": False},
+    "smear off": {"smear_enabled": False},
+    "bigram off": {"bigram_vocab_size": 0},
+    "values off": {"ve_enabled": False},
+    "XSA off": {"xsa_last_n": 0},
+    "XSA everywhere": {"xsa_last_n": 5},
+    "LN scale off": {"ln_scale": "0"},
+    "untied": {"tie_embeddings": False},
+    "NTK": {"rope_ntk_ref": 4},
+    "no NTK": {"rope_ntk_ref": 0},
+    "all rotated": {"rope_dims": 0},
+    "one kv head": {"num_kv_heads": 1},
     "no grouping": {"num_kv_heads": 4},
-    "relu": {"leaky_slope": 0.0, "mlp_mult": 1.5}, "low softcap": {"logit_softcap": 2.0},
+    "relu": {"leaky_slope": 0.0, "mlp_mult": 1.5},
+    "low softcap": {"logit_softcap": 2.0},
     "1 layer": {"num_layers": 1, "xsa_last_n": 1, "ve_layers": "0"},
     "2 layers": {"num_layers": 2, "xsa_last_n": 1, "ve_layers": "1"},
-    "3 layers": {"num_layers": 3, "ve_layers": "0,2"}, "6 layers": {"num_layers": 6},
-    "relu2": {"mlp_act": "relu2"}, "LN scale learned": {"ln_scale": "learned"},
-    "sum hash": {"bigram_hash": "sum"}, "scalar skips": {"skip_per_dim": "0"},
+    "3 layers": {"num_layers": 3, "ve_layers": "0,2"},
+    "6 layers": {"num_layers": 6},
+    "relu2": {"mlp_act": "relu2"},
+    "LN scale learned": {"ln_scale": "learned"},
+    "sum hash": {"bigram_hash": "sum"},
+    "scalar skips": {"skip_per_dim": "0"},
     "no skips": {"skip_per_dim": "off"},
     "sum hash unmasked": {"bigram_hash": "sum", "bigram_bos_mask": False},
     "VRL add": {"vrl_mode": "add", "ve_layers": "0,4"},
     "VRL mix": {"vrl_mode": "mix", "ve_layers": "0,4"},
-    "backout": {"backout_mode": "mid"}, "cache late": {"backout_mode": "cache", "cache_layer": 3},
+    "backout": {"backout_mode": "mid"},
+    "cache late": {"backout_mode": "cache", "cache_layer": 3},
     "cache early": {"backout_mode": "cache", "cache_layer": 0, "vrl_mode": "add"},
     # The published systems, their layers and techniques kept.
-    **{system: {**preset, **SIZES, "num_layers": preset.get("num_layers", 11),
-                "xsa_last_n": preset.get("xsa_last_n", 11), "ve_layers": "9,8",
-                "rope_dims": 0 if preset.get("rope_dims") == 64 else 4}
-       for system, preset in PRESETS.items() if system != "mini"},
+    **{
+        system: {
+            **preset,
+            **SIZES,
+            "num_layers": preset.get("num_layers", 11),
+            "xsa_last_n": preset.get("xsa_last_n", 11),
+            "ve_layers": "9,8",
+            "rope_dims": 0 if preset.get("rope_dims") == 64 else 4,
+        }
+        for system, preset in PRESETS.items()
+        if system != "mini"
+    },
 }
 
 
@@ -116,8 +144,9 @@ def naive_rotate(x: np.ndarray, position: int, seq_len: int, cfg: Config) -> np.
     return y
 
 
-def naive_attention(p: dict, h: np.ndarray, v_flat: np.ndarray, exclusive: bool,
-                    cfg: Config) -> np.ndarray:
+def naive_attention(
+    p: dict, h: np.ndarray, v_flat: np.ndarray, exclusive: bool, cfg: Config
+) -> np.ndarray:
     """(T, D) -> (T, D), with values v_flat (T, G*K)."""
     length, width = len(h), cfg.model_dim // cfg.num_heads
     out = np.zeros_like(h)
@@ -126,8 +155,10 @@ def naive_attention(p: dict, h: np.ndarray, v_flat: np.ndarray, exclusive: bool,
         mine = slice(head * width, (head + 1) * width)
         theirs = slice(group * width, (group + 1) * width)
         turn = functools.partial(naive_rotate, seq_len=length, cfg=cfg)
-        q = [turn(naive_rms(p["c_q.weight"][mine] @ h[i]), i) * p["q_gain"][head]
-             for i in range(length)]
+        q = [
+            turn(naive_rms(p["c_q.weight"][mine] @ h[i]), i) * p["q_gain"][head]
+            for i in range(length)
+        ]
         k = [turn(naive_rms(p["c_k.weight"][theirs] @ h[i]), i) for i in range(length)]
         v = v_flat[:, theirs]
         for i in range(length):
@@ -170,15 +201,21 @@ def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
     x0 = x = naive_smear(p["smear.gate"], x, ids, cfg) if cfg.smear_enabled else x
     value_layers = [int(n) for n in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
     if value_layers:
-        values = p["ve_shared.scale"] * (p["ve_shared.embed.weight"][ids]
-                                         @ p["ve_shared.proj.weight"].T)
+        values = p["ve_shared.scale"] * (
+            p["ve_shared.embed.weight"][ids] @ p["ve_shared.proj.weight"].T
+        )
     v0, kept = None, None
     middle = {"mid": cfg.num_layers // 2, "cache": cfg.cache_layer, "none": None}[cfg.backout_mode]
     for layer in range(cfg.num_layers):
-        of = {name.removeprefix(f"blocks.{layer}."): value for name, value in p.items()
-              if name.startswith(f"blocks.{layer}.")}
-        attn, mlp = ({name.removeprefix(part): value for name, value in of.items()}
-                     for part in ("attn.", "mlp."))
+        of = {
+            name.removeprefix(f"blocks.{layer}."): value
+            for name, value in p.items()
+            if name.startswith(f"blocks.{layer}.")
+        }
+        attn, mlp = (
+            {name.removeprefix(part): value for name, value in of.items()}
+            for part in ("attn.", "mlp.")
+        )
         if layer >= cfg.num_layers // 2 and stack and cfg.skip_per_dim != "off":
             x = x + p["skip_weights"][layer - cfg.num_layers // 2] * stack.pop()
         scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale == "1" else 1
@@ -238,8 +275,9 @@ def test_nats_are_the_negative_log_probability_of_each_target() -> None:
 @pytest.mark.parametrize("gamma", [None, 1.1])
 @pytest.mark.parametrize("rows", [1, 16, 33])
 @pytest.mark.parametrize("cap", [0.5, 30.0, 200.0])
-def test_the_loss_with_its_own_gradient_is_cross_entropy(rows: int, cap: float,
-                                                         gamma: float | None) -> None:
+def test_the_loss_with_its_own_gradient_is_cross_entropy(
+    rows: int, cap: float, gamma: float | None
+) -> None:
     """Nats, weights and both gradients, for every way that chunks of rows can end."""
     torch.manual_seed(0)
     hidden = 9 * torch.randn(rows, 16, 12, dtype=torch.float64)
@@ -320,8 +358,9 @@ def test_rotation_makes_scores_depend_on_distance_alone() -> None:
     tables = rotary_tables(cfg, 40, q.device)
     scores = (rotate(q, tables)[0, :, 0] @ rotate(k, tables)[0, :, 0].T).numpy()
     for distance in range(-39, 40):
-        np.testing.assert_allclose(np.diag(scores, distance), np.diag(scores, distance)[0],
-                                   atol=1e-5)
+        np.testing.assert_allclose(
+            np.diag(scores, distance), np.diag(scores, distance)[0], atol=1e-5
+        )
     assert np.ptp(scores[0]) > 0.1
     turned = rotate(q, tables)
     assert torch.equal(turned[..., 6:], q[..., 6:])
@@ -329,10 +368,20 @@ def test_rotation_makes_scores_depend_on_distance_alone() -> None:
 
 
 def test_rows_beyond_the_reference_stretch_the_rotary_base() -> None:
-    published = [1.0, 0.28641497, 0.08203354, 0.02349563, 0.0067295, 0.00192743, 0.00055204,
-                 0.00015811]
-    angles = {length: torch.atan2(*reversed(rotary_tables(Config(), length, torch.device("cpu"))))
-              for length in (1024, 2048)}
+    published = [
+        1.0,
+        0.28641497,
+        0.08203354,
+        0.02349563,
+        0.0067295,
+        0.00192743,
+        0.00055204,
+        0.00015811,
+    ]
+    angles = {
+        length: torch.atan2(*reversed(rotary_tables(Config(), length, torch.device("cpu"))))
+        for length in (1024, 2048)
+    }
     np.testing.assert_allclose(angles[2048][1, :8], published, rtol=1e-4)
     np.testing.assert_allclose(angles[1024][1, :8], 10000.0 ** -np.arange(0, 1, 1 / 8), rtol=1e-5)
 
@@ -350,16 +399,22 @@ def test_smear_gate_is_its_equation(masked: bool) -> None:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("buckets", [2, 7, 3072])
 def test_bigram_buckets_are_the_hash_in_plain_integers(buckets: int, masked: bool) -> None:
-    cfg = Config(**{**SIZES, "vocab_size": 65536, "bigram_vocab_size": buckets,
-                    "bigram_bos_mask": masked})
+    cfg = Config(
+        **{**SIZES, "vocab_size": 65536, "bigram_vocab_size": buckets, "bigram_bos_mask": masked}
+    )
     ids = random_ids(cfg, 4, 50)
     expected = [[naive_bucket(row, i, cfg) for i in range(50)] for row in ids.tolist()]
     assert train_gpt.BigramHash(cfg).buckets(ids).tolist() == expected
 
 
-@pytest.mark.parametrize(("buckets", "expected"), [
-    (3072, [0, 2467, 1470, 542, 301, 2736]), (2048, [None, 435, None, 638, 977, 1315]),
-    (10240, [None, 2446, None, 6551, 1817, 6776])])
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [
+        (3072, [0, 2467, 1470, 542, 301, 2736]),
+        (2048, [None, 435, None, 638, 977, 1315]),
+        (10240, [None, 2446, None, 6551, 1817, 6776]),
+    ],
+)
 def test_bigram_buckets_are_the_published_ones(buckets: int, expected: list[int | None]) -> None:
     hash_of = train_gpt.BigramHash(Config(bigram_vocab_size=buckets, bigram_bos_mask=False)).buckets
     pairs = torch.tensor([(0, 0), (1, 2), (2, 1), (1, 17), (1023, 1023), (500, 731)])
@@ -369,8 +424,9 @@ def test_bigram_buckets_are_the_published_ones(buckets: int, expected: list[int 
 
 
 def test_sum_buckets_are_the_published_ones() -> None:
-    hash_of = train_gpt.BigramHash(Config(bigram_vocab_size=2048, bigram_bos_mask=False,
-                                          bigram_hash="sum")).buckets
+    hash_of = train_gpt.BigramHash(
+        Config(bigram_vocab_size=2048, bigram_bos_mask=False, bigram_hash="sum")
+    ).buckets
     pairs = torch.tensor([(1, 2), (1, 17), (1023, 1023), (500, 731)])
     assert hash_of(pairs).tolist() == [[0, 1513], [0, 1440], [0, 2032], [0, 1551]]
 
@@ -385,8 +441,15 @@ def test_mile_weights_are_their_equation() -> None:
             p /= p.sum()
             expected = max((1 - math.exp((p * np.log(p + 1e-8)).sum())) ** gamma, least)
             assert ours[at] == pytest.approx(expected, abs=1e-5)
-    for nats, weight in ((0.05, 0.1), (0.1, 0.1), (0.5, 0.3584), (1, 0.6038), (2, 0.8522),
-                         (3, 0.9454), (5, 0.9926)):
+    for nats, weight in (
+        (0.05, 0.1),
+        (0.1, 0.1),
+        (0.5, 0.3584),
+        (1, 0.6038),
+        (2, 0.8522),
+        (3, 0.9454),
+        (5, 0.9926),
+    ):
         # Two-level distributions reach any entropy: find the one of this many nats.
         low, high = 0.0, 30.0
         for _ in range(60):
@@ -398,11 +461,19 @@ def test_mile_weights_are_their_equation() -> None:
         assert mile_weights(top, torch.tensor(1.1), 0.1).item() == pytest.approx(weight, abs=2e-4)
 
 
-@pytest.mark.parametrize(("layers", "skips"), [
-    (1, {}), (2, {1: 0}), (3, {1: 0}), (10, {5: 4, 6: 3, 7: 2, 8: 1, 9: 0}),
-    (11, {5: 4, 6: 3, 7: 2, 8: 1, 9: 0})])
+@pytest.mark.parametrize(
+    ("layers", "skips"),
+    [
+        (1, {}),
+        (2, {1: 0}),
+        (3, {1: 0}),
+        (10, {5: 4, 6: 3, 7: 2, 8: 1, 9: 0}),
+        (11, {5: 4, 6: 3, 7: 2, 8: 1, 9: 0}),
+    ],
+)
 def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int, int]) -> None:
     """Stand-in blocks put out a unit vector each, so that an input shows what went into it."""
+
     class Unit(nn.Module):
         def __init__(self, layer: int) -> None:
             super().__init__()
@@ -420,8 +491,9 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
     model.hidden(random_ids(cfg, 1, 3))
     for layer in range(1, layers):
         terms = {n: value for n, value in enumerate(received[layer]) if value}
-        assert terms == {layer - 1: 1.0} | ({skips[layer]: 7.0 + (skips[layer] == layer - 1)}
-                                            if layer in skips else {})
+        assert terms == {layer - 1: 1.0} | (
+            {skips[layer]: 7.0 + (skips[layer] == layer - 1)} if layer in skips else {}
+        )
 
 
 # Properties of the whole.
@@ -430,10 +502,15 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
 EVERYTHING = {**SIZES, "num_layers": 6, "xsa_last_n": 6, "rope_ntk_ref": 16}
 
 
-@pytest.mark.parametrize("techniques", [
-    {}, {"vrl_mode": "add", "backout_mode": "mid"},
-    {"vrl_mode": "mix", "backout_mode": "cache", "cache_layer": 3, "bigram_hash": "sum"},
-], ids=["defaults", "VRL and backout", "mixed and cached"])
+@pytest.mark.parametrize(
+    "techniques",
+    [
+        {},
+        {"vrl_mode": "add", "backout_mode": "mid"},
+        {"vrl_mode": "mix", "backout_mode": "cache", "cache_layer": 3, "bigram_hash": "sum"},
+    ],
+    ids=["defaults", "VRL and backout", "mixed and cached"],
+)
 @pytest.mark.parametrize("length", [2, 7, 33, 65])
 def test_no_later_token_changes_an_earlier_logit(length: int, techniques: dict) -> None:
     """Row i of a batch differs from the others at position i alone; compared bit for bit."""
@@ -451,8 +528,13 @@ def test_no_later_token_changes_an_earlier_logit(length: int, techniques: dict) 
 
 
 def test_the_published_systems_have_their_published_sizes() -> None:
-    for system, size in (("pr1361", 27_067_484), ("pr569", 26_993_766), ("pr703", 26_928_221),
-                         ("pr334", 26_666_073), ("pr295", 25_517_138)):
+    for system, size in (
+        ("pr1361", 27_067_484),
+        ("pr569", 26_993_766),
+        ("pr703", 26_928_221),
+        ("pr334", 26_666_073),
+        ("pr295", 25_517_138),
+    ):
         with torch.device("meta"):
             model = GPT(Config(**PRESETS[system]))
         assert sum(p.numel() for p in model.parameters()) == size, system
@@ -466,9 +548,25 @@ def test_before_training_every_token_is_about_equally_likely() -> None:
     assert abs(-log_odds.mean() - math.log(1024)) < 0.02
 
 
-@pytest.mark.parametrize("variant", ["all", "untied", "2 layers", "3 layers", "VRL add", "VRL mix",
-                                     "backout", "cache late", "cache early", "scalar skips",
-                                     "pr569", "pr703", "pr334", "pr295"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "all",
+        "untied",
+        "2 layers",
+        "3 layers",
+        "VRL add",
+        "VRL mix",
+        "backout",
+        "cache late",
+        "cache early",
+        "scalar skips",
+        "pr569",
+        "pr703",
+        "pr334",
+        "pr295",
+    ],
+)
 def test_a_gradient_reaches_every_parameter(variant: str) -> None:
     """At once where all is random, and from the third step on where blocks start as identity."""
     cfg = Config(**{**SIZES, **VARIANTS[variant]})
@@ -505,8 +603,9 @@ def initial(**changes: object) -> GPT:
 def test_the_shares_of_stream_and_embedding_start_by_depth() -> None:
     """The published values of eleven layers, to the digits given."""
     shares = (0.1824, 0.2315, 0.2891, 0.3543, 0.4256, 0.5, 0.5744, 0.6457, 0.7109, 0.7685, 0.8176)
-    for block, share in zip(initial(num_layers=11, resid_mix_init="phase").blocks, shares,
-                            strict=True):
+    for block, share in zip(
+        initial(num_layers=11, resid_mix_init="phase").blocks, shares, strict=True
+    ):
         np.testing.assert_allclose(block.resid_mix[0].detach(), share, atol=5e-5)
         np.testing.assert_allclose(block.resid_mix.detach().sum(0), 1.0, atol=1e-6)
     for block in initial().blocks:
@@ -514,11 +613,13 @@ def test_the_shares_of_stream_and_embedding_start_by_depth() -> None:
 
 
 def test_the_spectral_embedding_keeps_its_directions() -> None:
-    plain, ours = (initial(emb_svd_init=on).tok_emb.weight.detach().double().numpy()
-                   for on in (False, True))
+    plain, ours = (
+        initial(emb_svd_init=on).tok_emb.weight.detach().double().numpy() for on in (False, True)
+    )
     U, S, Vh = np.linalg.svd(plain, full_matrices=False)
-    np.testing.assert_allclose(np.linalg.svd(ours)[1], S[0] / np.sqrt(1 + np.arange(len(S))),
-                               rtol=1e-4)
+    np.testing.assert_allclose(
+        np.linalg.svd(ours)[1], S[0] / np.sqrt(1 + np.arange(len(S))), rtol=1e-4
+    )
     turned = U.T @ ours @ Vh.T
     np.testing.assert_allclose(turned, np.diag(np.diag(turned)), atol=1e-6)
 
@@ -527,18 +628,29 @@ def orthogonality(W: nn.Parameter) -> float:
     """The common length of the rows or columns of a matrix with orthogonal ones; else nan."""
     W = W.detach().double()
     gram = W @ W.T if W.size(0) <= W.size(1) else W.T @ W
-    even = torch.allclose(gram, gram[0, 0] * torch.eye(len(gram), dtype=gram.dtype),
-                          atol=1e-5)
+    even = torch.allclose(gram, gram[0, 0] * torch.eye(len(gram), dtype=gram.dtype), atol=1e-5)
     return float(gram[0, 0].sqrt()) if even else math.nan
 
 
-@pytest.mark.parametrize(("proj_init", "routing", "bigram_init"), [
-    ("zero", "standard", "zero_embed"), ("ortho_mup", "banks", "zero_embed"),
-    ("ortho_mup", "by_ndim", "zero_proj")])
-def test_matrices_start_orthogonal_some_scaled_some_zero(proj_init: str, routing: str,
-                                                         bigram_init: str) -> None:
-    model = initial(proj_init=proj_init, optimizer_routing=routing, bigram_init=bigram_init,
-                    backout_mode="mid", backout_init=0.3, tie_embeddings=False)
+@pytest.mark.parametrize(
+    ("proj_init", "routing", "bigram_init"),
+    [
+        ("zero", "standard", "zero_embed"),
+        ("ortho_mup", "banks", "zero_embed"),
+        ("ortho_mup", "by_ndim", "zero_proj"),
+    ],
+)
+def test_matrices_start_orthogonal_some_scaled_some_zero(
+    proj_init: str, routing: str, bigram_init: str
+) -> None:
+    model = initial(
+        proj_init=proj_init,
+        optimizer_routing=routing,
+        bigram_init=bigram_init,
+        backout_mode="mid",
+        backout_init=0.3,
+        tie_embeddings=False,
+    )
     scaled = 1 / math.sqrt(10)
     for name, p in model.named_parameters():
         if name.startswith("blocks") and p.ndim == 2 and "resid_mix" not in name:
@@ -546,12 +658,15 @@ def test_matrices_start_orthogonal_some_scaled_some_zero(proj_init: str, routing
             expected = 1.0 if not output else scaled if proj_init == "ortho_mup" else 0.0
             assert orthogonality(p) == pytest.approx(expected, abs=1e-5), name
     assert orthogonality(model.ve_shared.proj.weight) == pytest.approx(
-        1.0 if routing == "banks" else scaled, abs=1e-5)
+        1.0 if routing == "banks" else scaled, abs=1e-5
+    )
     zero, other = (model.bigram.embed.weight, model.bigram.proj.weight)[
-        :: 1 if bigram_init == "zero_embed" else -1]
+        :: 1 if bigram_init == "zero_embed" else -1
+    ]
     assert not zero.any()
     assert orthogonality(other) == pytest.approx(
-        1.0 if bigram_init == "zero_proj" or routing == "banks" else scaled, abs=1e-5)
+        1.0 if bigram_init == "zero_proj" or routing == "banks" else scaled, abs=1e-5
+    )
     assert model.backout_lambda.item() == pytest.approx(0.3)
     assert not model.lm_head.weight.any()
 

@@ -44,8 +44,9 @@ def naive_orthogonalize(G: np.ndarray, steps: int = 5) -> np.ndarray:
     return (U * s) @ Vt
 
 
-def naive_muon(W: np.ndarray, M: np.ndarray, g: np.ndarray, lr: float, mu: float,
-               wd: float) -> tuple[np.ndarray, np.ndarray]:
+def naive_muon(
+    W: np.ndarray, M: np.ndarray, g: np.ndarray, lr: float, mu: float, wd: float
+) -> tuple[np.ndarray, np.ndarray]:
     """One step of one matrix; returns the new weight and momentum."""
     M = mu * M + g
     aspect = math.sqrt(max(1.0, W.shape[0] / W.shape[1]))
@@ -87,8 +88,10 @@ def test_muon_is_its_equation_for_each_matrix() -> None:
     """Two groups, shapes that repeat, momentum and rate that change from step to step."""
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in SHAPES]
-    groups = [{"params": weights[:4], "weight_decay": 0.3}, {"params": weights[4:],
-                                                             "weight_decay": 0.0}]
+    groups = [
+        {"params": weights[:4], "weight_decay": 0.3},
+        {"params": weights[4:], "weight_decay": 0.0},
+    ]
     muon = Muon(groups, 5, torch.float64)
     expected = [(w.detach().numpy().copy(), np.zeros(w.shape)) for w in weights]
     for step in range(4):
@@ -112,9 +115,16 @@ def test_muon_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = [nn.Parameter(w.detach().clone()) for w in ours]
     muon = Muon([{"params": ours, "weight_decay": 0.2}], 5, torch.float32)
     muon.param_groups[0].update(lr=0.05, momentum=0.9)
-    torch_muon = torch.optim.Muon(theirs, lr=0.05, momentum=0.9, weight_decay=0.2, nesterov=True,
-                                  ns_coefficients=(3.4445, -4.7750, 2.0315), ns_steps=5,
-                                  adjust_lr_fn="original")
+    torch_muon = torch.optim.Muon(
+        theirs,
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=0.2,
+        nesterov=True,
+        ns_coefficients=(3.4445, -4.7750, 2.0315),
+        ns_steps=5,
+        adjust_lr_fn="original",
+    )
     for _ in range(5):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = other.grad = torch.randn_like(mine)
@@ -143,7 +153,8 @@ def test_adamw_is_its_equation() -> None:
             squares[n] = 0.95 * squares[n] + 0.05 * g * g
             unbiased = means[n] / (1 - 0.9**step), squares[n] / (1 - 0.95**step)
             expected[n] = (1 - lr * 0.3) * expected[n] - lr * unbiased[0] / (
-                unbiased[1].sqrt() + 1e-8)
+                unbiased[1].sqrt() + 1e-8
+            )
         for group in adam.param_groups:
             group["lr"] = lr
         adam.step()
@@ -182,13 +193,24 @@ def test_an_unrouted_parameter_is_an_error() -> None:
 
 
 def test_rates_and_decay_come_from_their_settings() -> None:
-    rates = {"matrix_lr": 2.0, "scalar_lr": 3.0, "tied_embed_lr": 5.0, "embed_lr": 7.0,
-             "head_lr": 11.0, "adam_wd": 0.1, "muon_wd": 0.2, "lr_mult": 0.5}
+    rates = {
+        "matrix_lr": 2.0,
+        "scalar_lr": 3.0,
+        "tied_embed_lr": 5.0,
+        "embed_lr": 7.0,
+        "head_lr": 11.0,
+        "adam_wd": 0.1,
+        "muon_wd": 0.2,
+        "lr_mult": 0.5,
+    }
     of = {}
     for tied in (True, False):
         cfg = Config(**SIZES, **rates, tie_embeddings=tied)
-        of[tied] = {name: (group["base_lr"], group["weight_decay"])
-                    for group in route_parameters(cfg, GPT(cfg)) for name in group["names"]}
+        of[tied] = {
+            name: (group["base_lr"], group["weight_decay"])
+            for group in route_parameters(cfg, GPT(cfg))
+            for name in group["names"]
+        }
     assert of[True]["tok_emb.weight"] == (2.5, 0.1)
     assert of[False]["tok_emb.weight"] == (3.5, 0.1)
     assert of[False]["lm_head.weight"] == (5.5, 0.1)
@@ -204,13 +226,23 @@ def test_rates_and_decay_come_from_their_settings() -> None:
 def grouped(**changes: object) -> dict[str, tuple[str, float, float]]:
     """Optimizer, rate and decay of each parameter of a small model."""
     cfg = Config(**{**SIZES, **changes})
-    return {name: (group["optimizer"], group["base_lr"], group["weight_decay"])
-            for group in route_parameters(cfg, GPT(cfg)) for name in group["names"]}
+    return {
+        name: (group["optimizer"], group["base_lr"], group["weight_decay"])
+        for group in route_parameters(cfg, GPT(cfg))
+        for name in group["names"]
+    }
 
 
 def test_routing_variants_move_what_they_say() -> None:
-    rates = {"matrix_lr": 2.0, "scalar_lr": 3.0, "tied_embed_lr": 5.0, "adam_wd": 0.1,
-             "muon_wd": 0.2, "vrl_mode": "mix", "backout_mode": "mid"}
+    rates = {
+        "matrix_lr": 2.0,
+        "scalar_lr": 3.0,
+        "tied_embed_lr": 5.0,
+        "adam_wd": 0.1,
+        "muon_wd": 0.2,
+        "vrl_mode": "mix",
+        "backout_mode": "mid",
+    }
     muon, scalar, table = ("muon", 2.0, 0.2), ("adam", 3.0, 0.1), ("adam", 5.0, 0.1)
     shapes = {name: p.ndim for name, p in GPT(Config(**SIZES)).named_parameters()}
     for routing in ROUTES_FIRST:
@@ -223,25 +255,34 @@ def test_routing_variants_move_what_they_say() -> None:
         assert routes["blocks.2.mlp.proj.weight"] == routes["blocks.0.attn.c_k.weight"] == blocks
         if routing == "by_ndim":
             assert {name for name, route in routes.items() if route[0] == "muon"} == {
-                name for name, dims in shapes.items() if dims == 2} - {"tok_emb.weight"}
+                name for name, dims in shapes.items() if dims == 2
+            } - {"tok_emb.weight"}
         else:
             assert routes["bigram.embed.weight"] == routes["ve_shared.embed.weight"] == table
             assert routes["skip_weights"] == routes["blocks.0.resid_mix"] == scalar
 
 
-@pytest.mark.parametrize(("system", "matrix", "token", "scalar", "adam_wd"), [
-    ("pr1361", 0.025, 0.035, 0.025, 0.04), ("pr569", 0.025, 0.035, 0.025, 0.04),
-    ("pr703", 0.026, 0.0364, 0.026, 0.04), ("pr334", 0.04, 0.05, 0.04, 0.0),
-    ("pr295", 0.02, 0.03, 0.02, 0.01)])
-def test_published_rates_and_decays(system: str, matrix: float, token: float, scalar: float,
-                                    adam_wd: float) -> None:
+@pytest.mark.parametrize(
+    ("system", "matrix", "token", "scalar", "adam_wd"),
+    [
+        ("pr1361", 0.025, 0.035, 0.025, 0.04),
+        ("pr569", 0.025, 0.035, 0.025, 0.04),
+        ("pr703", 0.026, 0.0364, 0.026, 0.04),
+        ("pr334", 0.04, 0.05, 0.04, 0.0),
+        ("pr295", 0.02, 0.03, 0.02, 0.01),
+    ],
+)
+def test_published_rates_and_decays(
+    system: str, matrix: float, token: float, scalar: float, adam_wd: float
+) -> None:
     with torch.device("meta"):
         model = GPT(Config(**PRESETS[system]))
     for group in route_parameters(model.cfg, model):
         decay = 0.04 if group["optimizer"] == "muon" else adam_wd
         assert group["weight_decay"] == decay
-        rate = matrix if group["optimizer"] == "muon" else token if "emb" in group["route"] \
-            else scalar
+        rate = (
+            matrix if group["optimizer"] == "muon" else token if "emb" in group["route"] else scalar
+        )
         assert group["base_lr"] == pytest.approx(rate)
 
 
@@ -307,8 +348,10 @@ def test_packed_momentum_acts_unrounded_and_is_kept_rounded() -> None:
         for weight, grad in zip(weights, grads, strict=True):
             weight.grad = grad.clone()
         M = 0.9 * kept + grads
-        expected = [0.99 * w.detach().numpy() - 0.1 * naive_orthogonalize((g + 0.9 * m).numpy())
-                    for w, g, m in zip(weights, grads, M, strict=True)]
+        expected = [
+            0.99 * w.detach().numpy() - 0.1 * naive_orthogonalize((g + 0.9 * m).numpy())
+            for w, g, m in zip(weights, grads, M, strict=True)
+        ]
         muon.step()
         for weight, W in zip(weights, expected, strict=True):
             np.testing.assert_allclose(weight.detach().numpy(), W, atol=2e-4)

@@ -51,10 +51,21 @@ def said(world_size: int = 8, **env: str) -> str:
         return "\n".join(plan.lines(settings(**env), 150_000))
 
 
-SMALL = {"NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
-         "VOCAB_SIZE": "320", "TRAIN_SEQ_LEN": "128", "TRAIN_BATCH_TOKENS": "4096",
-         "XSA_LAST_N": "2", "VE_LAYERS": "1", "VE_DIM": "24", "BIGRAM_DIM": "20", "ROPE_DIMS": "8",
-         "INT8_KEEP_FLOAT_MAX_NUMEL": "512"}
+SMALL = {
+    "NUM_LAYERS": "3",
+    "MODEL_DIM": "64",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "VOCAB_SIZE": "320",
+    "TRAIN_SEQ_LEN": "128",
+    "TRAIN_BATCH_TOKENS": "4096",
+    "XSA_LAST_N": "2",
+    "VE_LAYERS": "1",
+    "VE_DIM": "24",
+    "BIGRAM_DIM": "20",
+    "ROPE_DIMS": "8",
+    "INT8_KEEP_FLOAT_MAX_NUMEL": "512",
+}
 
 
 # FLOPs and speed
@@ -111,7 +122,8 @@ def saved_by_hand(cfg: Config) -> float:
 @pytest.mark.parametrize("preset", SYSTEMS)
 def test_saved_activations_are_those_of_the_equations(preset: str) -> None:
     assert traced(PRESET=preset)["saved activations"] == pytest.approx(
-        saved_by_hand(settings(PRESET=preset)), rel=0.15)
+        saved_by_hand(settings(PRESET=preset)), rel=0.15
+    )
 
 
 @pytest.mark.parametrize("preset", SYSTEMS)
@@ -123,8 +135,10 @@ def test_logits_are_kept_twice(preset: str) -> None:
 def memory(plan_said: str) -> dict[str, int]:
     """MiB by what takes them."""
     (line,) = re.findall(r"^memory a GPU, MiB: (.*?), in all", plan_said, re.M)
-    return {part.rsplit(" ", 1)[0]: int(part.rsplit(" ", 1)[1].replace(",", ""))
-            for part in re.split(r", (?=[a-z])", line)}
+    return {
+        part.rsplit(" ", 1)[0]: int(part.rsplit(" ", 1)[1].replace(",", ""))
+        for part in re.split(r", (?=[a-z])", line)
+    }
 
 
 def test_memory_of_weights_and_optimizers() -> None:
@@ -156,12 +170,15 @@ def test_traffic_is_that_of_padded_stacks() -> None:
     padded = 24 * (512 * 512 + 256 * 512) + 16 * 2 * (1536 * 512) + 8 * (512 * 112 + 256 * 128)
     others = 27_067_484 - 22 * (512 * 512 + 256 * 512) - 11 * 2 * 1536 * 512 - 512 * 112 - 256 * 128
     eight, one = said(PRESET="pr1361"), said(1, PRESET="pr1361")
-    assert (f"{4 * padded * 7 // 8:,} bytes reduce-scattered, {2 * padded * 7 // 8:,} gathered, "
-            f"{2 * 4 * others * 7 // 8:,} all-reduced") in eight
+    assert (
+        f"{4 * padded * 7 // 8:,} bytes reduce-scattered, {2 * padded * 7 // 8:,} gathered, "
+        f"{2 * 4 * others * 7 // 8:,} all-reduced"
+    ) in eight
     assert "0 bytes reduce-scattered, 0 gathered, 0 all-reduced" in one
     alone = said(PRESET="pr1361", MUON_PARALLEL="0")  # every rank has all of Muon's matrices
-    assert ("0 bytes reduce-scattered, 0 gathered, "
-            f"{2 * 4 * 27_067_484 * 7 // 8:,} all-reduced") in alone
+    assert (
+        f"0 bytes reduce-scattered, 0 gathered, {2 * 4 * 27_067_484 * 7 // 8:,} all-reduced"
+    ) in alone
     assert memory(alone)["optimizer"] == round((8 * others + 4 * (27_067_484 - others)) / 2**20)
 
 
@@ -191,8 +208,10 @@ def test_artifacts_of_mini_are_predicted() -> None:
 def test_constants_are_the_fitted_ones() -> None:
     constants = fit_plan.fitted([*fit_plan.PUBLISHED, *fit_plan.MINI])
     assert all(plan.FITTED[name] == pytest.approx(constants[name], rel=0.02) for name in constants)
-    errors = [abs(fit_plan.predicted(a, plan.FITTED) / a.model_bytes - 1)
-              for a in (*fit_plan.PUBLISHED, *fit_plan.MINI)]
+    errors = [
+        abs(fit_plan.predicted(a, plan.FITTED) / a.model_bytes - 1)
+        for a in (*fit_plan.PUBLISHED, *fit_plan.MINI)
+    ]
     assert max(errors) < plan.FITTED["error"]
 
 
@@ -208,8 +227,12 @@ def test_bytes_left_add_up_and_fewer_bits_are_fewer_bytes() -> None:
     assert abs(limit - code - size - left) <= 1
     assert error == pytest.approx(plan.FITTED["error"] * size, abs=1)
     parameters = dict(plan.traced_step(settings(**SMALL))[0].named_parameters())
-    sizes = [plan.artifact_bytes(settings(BITS=f"mlp:{bits},attn:{bits},emb:8,aux:8", **SMALL),
-                                 parameters) for bits in (8, 6, 5, 4, 3, 2)]
+    sizes = [
+        plan.artifact_bytes(
+            settings(BITS=f"mlp:{bits},attn:{bits},emb:8,aux:8", **SMALL), parameters
+        )
+        for bits in (8, 6, 5, 4, 3, 2)
+    ]
     assert sizes == sorted(set(sizes), reverse=True)
     assert sizes[1] == pytest.approx(size, abs=1)
 
@@ -218,16 +241,24 @@ STD = {"PRESET": "pr1361,mini", "QUANT_CLIP": "std"}
 
 
 def test_artifacts_with_clips_in_deviations_are_predicted() -> None:
-    assert {a.system for a in fit_plan.STD} > {a.system for a in fit_plan.PUBLISHED} - {"#414",
-                                                                                       "#1019"}
+    assert {a.system for a in fit_plan.STD} > {a.system for a in fit_plan.PUBLISHED} - {
+        "#414",
+        "#1019",
+    }
     for artifact in fit_plan.STD:
         size = fit_plan.predicted(artifact, plan.FITTED)
         assert abs(size / artifact.model_bytes - 1) < plan.FITTED["error"], artifact
 
 
-@pytest.mark.parametrize(("target", "over"), [
-    ("ARTIFACT_TARGET_BYTES", True), ("ARTIFACT_LIMIT_BYTES", True),
-    ("ARTIFACT_TARGET_BYTES", False), ("ARTIFACT_LIMIT_BYTES", False)])
+@pytest.mark.parametrize(
+    ("target", "over"),
+    [
+        ("ARTIFACT_TARGET_BYTES", True),
+        ("ARTIFACT_LIMIT_BYTES", True),
+        ("ARTIFACT_TARGET_BYTES", False),
+        ("ARTIFACT_LIMIT_BYTES", False),
+    ],
+)
 def test_a_target_below_the_coarsest_clips_is_warned_of(target: str, over: bool) -> None:
     """And only such a one: what the finest or the middle clips take is no matter."""
     (least,) = re.findall(r"^no clips leave less than ([\d,]+), of 16,000,000$", said(**STD), re.M)
@@ -256,8 +287,14 @@ def test_the_plan_of_a_full_size_system_takes_seconds(tmp_path: Path) -> None:
 def test_without_its_file_the_plan_is_refused(tmp_path: Path) -> None:
     alone = tmp_path / "train_gpt.py"
     shutil.copy(TRAINER, alone)
-    job = subprocess.run([sys.executable, str(alone), "--plan"], env=BARE_ENVIRONMENT, text=True,
-                         capture_output=True, timeout=60)
+    job = subprocess.run(
+        [sys.executable, str(alone), "--plan"],
+        env=BARE_ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     assert job.returncode == 2
-    assert job.stderr == ("error: --plan needs plan.py, which stands beside train_gpt.py in its "
-                          "repository\n")
+    assert job.stderr == (
+        "error: --plan needs plan.py, which stands beside train_gpt.py in its repository\n"
+    )

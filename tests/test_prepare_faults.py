@@ -142,8 +142,9 @@ runpy.run_path(program, run_name="__main__")
 def test_a_signal_is_one_line_and_the_next_run_goes_on(build, expected, number):
     program = str(ROOT / "data" / "prepare.py")
     argv = [str(number.value), program, *map(str, build.argv)]
-    done = subprocess.run([sys.executable, "-B", "-c", SIGNALLED, *argv], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", SIGNALLED, *argv], capture_output=True, text=True
+    )
     assert_one_error((done.returncode, "", done.stderr), 128 + number, "interrupted")
     assert len(list(build.data.glob("*.bin"))) > 0 and not list(build.out.rglob(".*.tmp"))
     assert build.run() == 0
@@ -441,7 +442,9 @@ def test_memory_is_bounded(build, name):
 
 # No network
 
-BLOCKED = NO_NETWORK + """
+BLOCKED = (
+    NO_NETWORK
+    + """
 sys.path.insert(0, sys.argv.pop(1))
 import prepare
 from pathlib import Path
@@ -449,6 +452,7 @@ prepare.DOCS_PACKAGES = ("mpmath",)
 if __name__ == "__main__":
     sys.exit(prepare.main(sys.argv[1:]))
 """
+)
 
 
 @pytest.mark.parametrize("command", ["docs", "text"])

@@ -73,8 +73,9 @@ def solved(W: Tensor, H: Tensor, bits: int, block: int = 128, **changed: object)
 
 def hessians_of(model: GPT, rows: TrainingRows, first: int, batches: int, run: Run) -> dict:
     """Hessians of batches of eight rows from row `first` on."""
-    return collect_hessians(model, lambda n: rows.batch(first + 8 * n, 8)[0], batches, math.inf,
-                            run)
+    return collect_hessians(
+        model, lambda n: rows.batch(first + 8 * n, 8)[0], batches, math.inf, run
+    )
 
 
 # Late QAT
@@ -85,8 +86,11 @@ def test_weights_in_late_qat_are_on_the_export_grid() -> None:
     cfg = Config(**SIZES, bits=BITS, int8_keep_float_max_numel=400)
     model = random_model(cfg, dtype=torch.float32)
     seen = fake_quantized(model, qat_grids(model))
-    assert seen.keys() == {f"blocks.{layer}.{part}.weight" for layer in range(5) for part in (
-        "attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
+    assert seen.keys() == {
+        f"blocks.{layer}.{part}.weight"
+        for layer in range(5)
+        for part in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    }
     for name, W in seen.items():
         levels = 15 if ".mlp." in name else 31
         original = model.get_parameter(name).detach()
@@ -112,8 +116,9 @@ def test_late_qat_trains_on_the_weights_it_shows(tied: bool) -> None:
     model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 2, 12)
     batch = ids[:, :-1], ids[:, 1:]
     with torch.no_grad():
-        plain, shown = (training_nats(model, *batch, grids)[0]
-                        for grids in (None, qat_grids(model)))
+        plain, shown = (
+            training_nats(model, *batch, grids)[0] for grids in (None, qat_grids(model))
+        )
         assert torch.equal(plain, model(*batch)[0])
         model.load_state_dict(fake_quantized(model, qat_grids(model)), strict=False)
         torch.testing.assert_close(shown, model(*batch)[0], rtol=0, atol=1e-5)
@@ -125,8 +130,9 @@ def test_late_qat_trains_on_the_weights_it_shows(tied: bool) -> None:
 
 @given(seed=seeds, rows=st.integers(1, 9), cols=st.integers(2, 60), bits=st.integers(2, 8))
 @settings(deadline=None, max_examples=40)
-def test_nearest_takes_the_best_clip_of_the_matrix(seed: int, rows: int, cols: int,
-                                                   bits: int) -> None:
+def test_nearest_takes_the_best_clip_of_the_matrix(
+    seed: int, rows: int, cols: int, bits: int
+) -> None:
     W, levels = some_matrix(rows, cols, seed), 2 ** (bits - 1) - 1
     stored = nearest_of(W, bits)
     W = W.numpy().astype(np.float64)
@@ -164,8 +170,10 @@ def test_int8_rows_cut_off_their_few_largest_weights() -> None:
     assert stored.values[0, :3].tolist() == [76, 76, -76]  # cut at the third largest weight
 
 
-@pytest.mark.parametrize("quantizer", [
-    int8_rows, lambda W: nearest_of(W, 6), lambda W: solved(W, some_hessian(24, 0), 6, 8)])
+@pytest.mark.parametrize(
+    "quantizer",
+    [int8_rows, lambda W: nearest_of(W, 6), lambda W: solved(W, some_hessian(24, 0), 6, 8)],
+)
 def test_a_row_of_zeros_stays_zero(quantizer) -> None:
     stored = quantizer(some_matrix(5, 24, seed=1))
     assert not stored.values[0].any()
@@ -175,13 +183,22 @@ def test_a_row_of_zeros_stays_zero(quantizer) -> None:
     assert stored.restore().isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "shape", "bits"), [
-    ("blocks.3.mlp.fc.weight", (11, 10), 4), ("blocks.10.attn.c_k.weight", (11, 10), 5),
-    ("tok_emb.weight", (11, 10), 7), ("lm_head.weight", (11, 10), 7),
-    ("bigram.embed.weight", (11, 10), 0), ("ve_shared.proj.weight", (11, 10), 0),
-    ("blocks.3.mlp.fc.weight", (10, 10), 0), ("blocks.3.attn_scale", (999,), 0)])
-def test_the_integers_of_a_tensor_follow_its_role_and_size(name: str, shape: tuple[int, ...],
-                                                          bits: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape", "bits"),
+    [
+        ("blocks.3.mlp.fc.weight", (11, 10), 4),
+        ("blocks.10.attn.c_k.weight", (11, 10), 5),
+        ("tok_emb.weight", (11, 10), 7),
+        ("lm_head.weight", (11, 10), 7),
+        ("bigram.embed.weight", (11, 10), 0),
+        ("ve_shared.proj.weight", (11, 10), 0),
+        ("blocks.3.mlp.fc.weight", (10, 10), 0),
+        ("blocks.3.attn_scale", (999,), 0),
+    ],
+)
+def test_the_integers_of_a_tensor_follow_its_role_and_size(
+    name: str, shape: tuple[int, ...], bits: int
+) -> None:
     cfg = Config(bits="mlp:4,attn:5,emb:7,aux:fp16", int8_keep_float_max_numel=100)
     assert bits_of(cfg, name, torch.empty(shape)) == bits
 
@@ -199,7 +216,8 @@ def naive_gptq(W: Tensor, H: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]
     H += np.eye(len(H)) * 0.01 * np.diag(H).mean()
     order = np.argsort(-np.diag(H), kind="stable")
     for scales in train_gpt.clip_candidates(
-            torch.tensor(W, dtype=torch.float32), bits, Config()).half():
+        torch.tensor(W, dtype=torch.float32), bits, Config()
+    ).half():
         s, rest, Q = scales.double().numpy(), W.copy(), np.zeros_like(W)
         for at, col in enumerate(order):
             left = order[at:]
@@ -236,8 +254,9 @@ def test_gptq_of_unrelated_inputs_is_nearest(seed: int, rows: int, cols: int) ->
 
 @given(seed=seeds, rows=st.integers(8, 24), cols=st.integers(24, 48), bits=st.integers(4, 8))
 @settings(deadline=None, max_examples=40, derandomize=True)
-def test_gptq_beats_nearest_at_its_own_objective(seed: int, rows: int, cols: int,
-                                                 bits: int) -> None:
+def test_gptq_beats_nearest_at_its_own_objective(
+    seed: int, rows: int, cols: int, bits: int
+) -> None:
     """Not a theorem, as clips are chosen by the error of the weights, but so on many of them."""
     W, H = some_matrix(rows, cols, seed), some_hessian(cols, seed)
     nearest = weighted_error(W, nearest_of(W, bits), H)
@@ -268,15 +287,17 @@ def test_columns_that_no_input_reaches_become_zero() -> None:
     assert weighted_error(W, stored, H) < weighted_error(W, nearest_of(W, 6), H)
 
 
-@pytest.mark.parametrize(("smallest", "damping"),
-                         [(0.05, 0.01), (-0.05, 0.1), (-0.5, 1.0), (-40.0, 100.0)])
+@pytest.mark.parametrize(
+    ("smallest", "damping"), [(0.05, 0.01), (-0.05, 0.1), (-0.5, 1.0), (-40.0, 100.0)]
+)
 def test_damping_grows_until_the_hessian_can_be_inverted(smallest: float, damping: float) -> None:
     """H has a diagonal of ones and `smallest` as its smallest eigenvalue."""
     H = torch.full((10, 10), (smallest - 1) / 9).fill_diagonal_(1.0)
     U = inverse_factor(H)
     assert torch.equal(U, U.triu())
-    torch.testing.assert_close(U.T @ U @ (H + damping * torch.eye(10)), torch.eye(10), rtol=0,
-                               atol=1e-4)
+    torch.testing.assert_close(
+        U.T @ U @ (H + damping * torch.eye(10)), torch.eye(10), rtol=0, atol=1e-4
+    )
 
 
 def test_a_hopeless_hessian_is_an_error_and_export_rounds_to_nearest(capsys) -> None:
@@ -304,11 +325,19 @@ def test_the_objective_is_the_error_of_the_outputs() -> None:
 @pytest.fixture
 def calibrated(tiny_data):
     """Settings, model, rows and run on the tiny data."""
+
     def make(**changes: object) -> tuple[Config, GPT, TrainingRows, Run]:
-        sizes = {**SIZES, "vocab_size": 320, "train_seq_len": 16, "train_batch_tokens": 64,
-                 "data_path": str(tiny_data.data_path), "int8_keep_float_max_numel": 0}
+        sizes = {
+            **SIZES,
+            "vocab_size": 320,
+            "train_seq_len": 16,
+            "train_batch_tokens": 64,
+            "data_path": str(tiny_data.data_path),
+            "int8_keep_float_max_numel": 0,
+        }
         cfg = Config(**{**sizes, **changes})
         return cfg, random_model(cfg, dtype=torch.float32), TrainingRows(cfg), cpu_run(cfg)
+
     return make
 
 
@@ -316,8 +345,11 @@ def test_hessians_are_those_of_the_inputs_of_each_linear(calibrated, monkeypatch
     cfg, model, rows, run = calibrated(int8_keep_float_max_numel=200)
     hessians = hessians_of(model, rows, 3, 2, run)
     inputs: dict[str, np.ndarray] = {}
-    names = {id(module.weight): name for name, module in model.named_modules()
-             if isinstance(module, train_gpt.Linear)}
+    names = {
+        id(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, train_gpt.Linear)
+    }
 
     def recording(module, x):
         inputs[names[id(module.weight)]] = x.detach().double().flatten(0, -2).numpy()
@@ -325,8 +357,9 @@ def test_hessians_are_those_of_the_inputs_of_each_linear(calibrated, monkeypatch
 
     monkeypatch.setattr(train_gpt.Linear, "forward", recording)
     model.hidden(rows.batch(3, 16)[0])
-    expected = {name for name in inputs if name != "ve_shared.proj"
-                and not name.endswith(("c_k", "c_v"))}
+    expected = {
+        name for name in inputs if name != "ve_shared.proj" and not name.endswith(("c_k", "c_v"))
+    }
     assert hessians.keys() == expected
     for name, x in inputs.items():
         source = name.replace("c_k", "c_q").replace("c_v", "c_q")
@@ -358,8 +391,10 @@ def test_gptq_at_export_is_worth_its_while(calibrated) -> None:
     stored, better = quantize(model, hessians, run), []
     for name, H in hessians.items():
         W, bits = model.get_parameter(f"{name}.weight").detach(), 8 if "blocks" not in name else 6
-        better.append(weighted_error(W, stored[f"{name}.weight"], H)
-                      / weighted_error(W, nearest_of(W, bits), H))
+        better.append(
+            weighted_error(W, stored[f"{name}.weight"], H)
+            / weighted_error(W, nearest_of(W, bits), H)
+        )
     assert max(better) <= 1
     assert np.median(better) < 0.8
 
@@ -372,18 +407,30 @@ def test_gptq_at_export_is_worth_its_while(calibrated) -> None:
 @pytest.mark.parametrize("targets", ["stored", "linears", "aux"])
 def test_qat_shows_the_grid_of_its_settings(clip: str, floor: str, targets: str) -> None:
     """Row by row; bigram.proj and ve_shared.proj are stored as fp16 here, so seen at 6 bits."""
-    cfg = Config(**SIZES, bits=BITS, int8_keep_float_max_numel=400, qat_clip=clip,
-                 q_scale_floor=floor, qat_targets=targets)
+    cfg = Config(
+        **SIZES,
+        bits=BITS,
+        int8_keep_float_max_numel=400,
+        qat_clip=clip,
+        q_scale_floor=floor,
+        qat_targets=targets,
+    )
     model = random_model(cfg, dtype=torch.float32)
     seen = fake_quantized(model, qat_grids(model))
     aux = {"bigram.proj.weight", "ve_shared.proj.weight"}
-    blocks = {name for name, p in model.named_parameters() if p.numel() > 400
-              and name.startswith("blocks")}
+    blocks = {
+        name
+        for name, p in model.named_parameters()
+        if p.numel() > 400 and name.startswith("blocks")
+    }
     assert seen.keys() == {"stored": blocks, "linears": blocks | aux, "aux": aux}[targets]
     for name, shown in seen.items():
         levels = 15 if ".mlp." in name else 31
-        for row, ours in zip(model.get_parameter(name).detach().double().numpy(),
-                             shown.detach().double().numpy(), strict=True):
+        for row, ours in zip(
+            model.get_parameter(name).detach().double().numpy(),
+            shown.detach().double().numpy(),
+            strict=True,
+        ):
             top = np.abs(row).max() if clip == "absmax" else np.quantile(np.abs(row), 0.9995)
             s = max(top / levels, 1 / levels if floor == "inv_clip" else 2.0**-14)
             expected = np.clip(np.round(row / s), -levels, levels) * s
@@ -394,8 +441,7 @@ def test_qat_shows_the_grid_of_its_settings(clip: str, floor: str, targets: str)
 
 @given(seed=seeds, rows=st.integers(1, 9), cols=st.integers(2, 60), bits=st.integers(3, 8))
 @settings(deadline=None, max_examples=30)
-def test_rows_that_choose_alone_are_never_worse(seed: int, rows: int, cols: int,
-                                                bits: int) -> None:
+def test_rows_that_choose_alone_are_never_worse(seed: int, rows: int, cols: int, bits: int) -> None:
     W = some_matrix(rows, cols, seed)
     errors = {}
     for search in ("absmax", "matrix", "row"):
@@ -404,8 +450,9 @@ def test_rows_that_choose_alone_are_never_worse(seed: int, rows: int, cols: int,
     assert (errors["row"] <= errors["matrix"] + 1e-12).all()
     assert errors["matrix"].sum() <= errors["absmax"].sum() * (1 + 1e-5) + 1e-12
     levels, top = 2 ** (bits - 1) - 1, W.abs().amax(1)
-    assert torch.equal(nearest_of(W, bits, clip_search="absmax").scale,
-                       (top / levels).clamp(min=1 / levels).half())
+    assert torch.equal(
+        nearest_of(W, bits, clip_search="absmax").scale, (top / levels).clamp(min=1 / levels).half()
+    )
 
 
 def test_tiny_steps_have_no_floor_but_fp16s() -> None:
@@ -419,13 +466,16 @@ def test_tiny_steps_have_no_floor_but_fp16s() -> None:
 
 @given(seed=seeds, rows=st.integers(1, 8), cols=st.integers(3, 30))
 @settings(deadline=None, max_examples=25)
-def test_the_hessian_chooses_what_costs_the_outputs_least(seed: int, rows: int,
-                                                          cols: int) -> None:
+def test_the_hessian_chooses_what_costs_the_outputs_least(seed: int, rows: int, cols: int) -> None:
     """Among the same candidates, so never above the choice by the error of the weights."""
     W, H = some_matrix(rows, cols, seed), some_hessian(cols, seed)
-    by = {(select, search): weighted_error(W, solved(W, H, 4, gptq_select=select,
-                                                     clip_search=search), H)
-          for select in ("mse", "hessian") for search in ("matrix", "row")}
+    by = {
+        (select, search): weighted_error(
+            W, solved(W, H, 4, gptq_select=select, clip_search=search), H
+        )
+        for select in ("mse", "hessian")
+        for search in ("matrix", "row")
+    }
     for search in ("matrix", "row"):
         assert by["hessian", search] <= by["mse", search] * (1 + 1e-4) + 1e-9
     assert by["hessian", "row"] <= by["hessian", "matrix"] * (1 + 1e-4) + 1e-9
@@ -447,8 +497,10 @@ def test_simple_gptq_is_its_equation(block: int) -> None:
     rest, damped = W.double().numpy().copy(), H.double().numpy()
     inverse = np.linalg.inv(damped + 0.01 * np.diag(damped).mean() * np.eye(18))
     candidates = train_gpt.clip_candidates(W, 6, Config()).double().numpy()
-    errors = [((W.numpy() - np.clip(np.round(W.numpy() / s[:, None]), -31, 31) * s[:, None]) ** 2
-               ).mean() for s in candidates]
+    errors = [
+        ((W.numpy() - np.clip(np.round(W.numpy() / s[:, None]), -31, 31) * s[:, None]) ** 2).mean()
+        for s in candidates
+    ]
     s = candidates[int(np.argmin(errors))]
     Q = np.zeros_like(rest)
     for col in range(18):
@@ -467,17 +519,22 @@ def test_bits_of_single_tensors_come_before_their_roles() -> None:
     bits = {name: bits_of(model.cfg, name, p) for name, p in model.named_parameters()}
     assert bits["tok_emb.weight"] == 0
     assert [bits[f"blocks.{n}.attn.c_k.weight"] for n in range(10)] == [6] * 8 + [0, 0]
-    assert {bits[f"blocks.{n}.mlp.{part}.weight"] for n in range(10)
-            for part in ("fc", "proj")} == {5}
+    assert {
+        bits[f"blocks.{n}.mlp.{part}.weight"] for n in range(10) for part in ("fc", "proj")
+    } == {5}
     assert bits["bigram.embed.weight"] == 6
     assert bits["bigram.proj.weight"] == 0
 
 
 def magnitude_pruned(W: Tensor, share: float) -> Tensor:
     """W, whose values are those of fp16, as an export with PRUNE_FRAC stores it."""
+
     class Holder(torch.nn.Module):
-        cfg = Config(prune_frac=share, bits="mlp:fp16,attn:fp16,emb:fp16,aux:fp16",
-                     int8_keep_float_max_numel=0)
+        cfg = Config(
+            prune_frac=share,
+            bits="mlp:fp16,attn:fp16,emb:fp16,aux:fp16",
+            int8_keep_float_max_numel=0,
+        )
 
     model = Holder()
     model.matrix = torch.nn.Parameter(W.clone())
@@ -507,9 +564,13 @@ def test_magnitude_pruning_takes_matrices_that_torch_quantile_refuses() -> None:
 def test_integer_pruning_zeroes_exactly_its_share(seed: int, share: float) -> None:
     """Of what is not zero yet, smallest weights first, over all tensors together."""
     rng = np.random.default_rng(seed)
-    stored = {name: Stored(torch.tensor(rng.integers(-9, 10, (5, size)), dtype=torch.int8),
-                           torch.tensor(rng.uniform(0.01, 1, 5)).half())
-              for name, size in (("a", 4), ("b", 17))}
+    stored = {
+        name: Stored(
+            torch.tensor(rng.integers(-9, 10, (5, size)), dtype=torch.int8),
+            torch.tensor(rng.uniform(0.01, 1, 5)).half(),
+        )
+        for name, size in (("a", 4), ("b", 17))
+    }
     before = {name: s.restore() for name, s in stored.items()}
     count = prune_integers(stored, share)
     weights = sorted(abs(float(w)) for W in before.values() for w in W.flatten() if w)
@@ -527,15 +588,18 @@ def test_export_prunes_before_and_after(calibrated, capsys) -> None:
     embedding = stored["tok_emb.weight"].restore()
     assert (embedding == 0).float().mean() == pytest.approx(0.3, abs=0.01)
     cfg, model, rows, run = calibrated(prune_pct=0.25)
-    pruned, plain = (quantize(model, hessians_of(model, rows, 0, 2, r), r)
-                     for r in (run, cpu_run(Config(**{**vars(cfg), "prune_pct": 0.0}))))
+    pruned, plain = (
+        quantize(model, hessians_of(model, rows, 0, 2, r), r)
+        for r in (run, cpu_run(Config(**{**vars(cfg), "prune_pct": 0.0})))
+    )
     model.cfg = Config(**{**vars(cfg), "prune_pct": 0.0})
     plain = quantize(model, hessians_of(model, rows, 0, 2, run), run)
     low = [name for name in plain if ".attn.c_" in name or ".proj.w" in name or ".fc." in name]
     low = [name for name in low if name.startswith("blocks")]
     total = sum(plain[name].values.numel() for name in low)
-    more = sum(int((pruned[name].values == 0).sum() - (plain[name].values == 0).sum())
-               for name in low)
+    more = sum(
+        int((pruned[name].values == 0).sum() - (plain[name].values == 0).sum()) for name in low
+    )
     assert more == int(0.25 * total)
     assert f"prune:zeroed {more} of {total}" in capsys.readouterr().out
     for name in plain.keys() - set(low):
@@ -545,13 +609,24 @@ def test_export_prunes_before_and_after(calibrated, capsys) -> None:
 def test_hessians_are_those_of_a_banked_computation(calibrated) -> None:
     """Weights of all layers stacked into banks and the blocks written with plain slices."""
     cfg, model, rows, run = calibrated(
-        num_layers=4, backout_mode="cache", cache_layer=2, ve_layers="2,3", xsa_last_n=2,
-        smear_bos_mask=False, bigram_bos_mask=False, optimizer_routing="banks")
+        num_layers=4,
+        backout_mode="cache",
+        cache_layer=2,
+        ve_layers="2,3",
+        xsa_last_n=2,
+        smear_bos_mask=False,
+        bigram_bos_mask=False,
+        optimizer_routing="banks",
+    )
     ours = hessians_of(model, rows, 0, 3, run)
-    parts = {name: torch.stack([b.get_parameter(f"{name}.weight") for b in model.blocks])
-             for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
-    qo, kv = (torch.cat([parts[f"attn.{a}"], parts[f"attn.{b}"]]).detach()
-              for a, b in (("c_q", "proj"), ("c_k", "c_v")))
+    parts = {
+        name: torch.stack([b.get_parameter(f"{name}.weight") for b in model.blocks])
+        for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    }
+    qo, kv = (
+        torch.cat([parts[f"attn.{a}"], parts[f"attn.{b}"]]).detach()
+        for a, b in (("c_q", "proj"), ("c_k", "c_v"))
+    )
     up, down = parts["mlp.fc"].detach(), parts["mlp.proj"].detach()
     inputs: dict[str, list[Tensor]] = {}
 
@@ -573,15 +648,15 @@ def test_hessians_are_those_of_a_banked_computation(calibrated) -> None:
             read = m0 * outputs[2] + m1 * x0 if n > 2 else u
             h = keep(f"blocks.{n}.attn.c_q", norm(read) * block.depth_scale)
             v = h @ kv[L + n].T + c.extra_v.get(n, 0.0)
-            q, k, v = (y.unflatten(-1, (-1, cfg.head_dim)) for y in
-                       (h @ qo[n].T, h @ kv[n].T, v))
+            q, k, v = (y.unflatten(-1, (-1, cfg.head_dim)) for y in (h @ qo[n].T, h @ kv[n].T, v))
             q = train_gpt.rotate(norm(q), c.rotation) * block.attn.q_gain[:, None]
             y = train_gpt.sdpa_attention(q, train_gpt.rotate(norm(k), c.rotation), v)
             y = keep(f"blocks.{n}.attn.proj", block.attn.xsa(y, v).flatten(2))
             x = u + block.attn_scale * (y @ qo[L + n].T)
             h = keep(f"blocks.{n}.mlp.fc", norm(x) * block.depth_scale)
-            h = keep(f"blocks.{n}.mlp.proj",
-                     torch.nn.functional.leaky_relu(h @ up[n].T, 0.5).square())
+            h = keep(
+                f"blocks.{n}.mlp.proj", torch.nn.functional.leaky_relu(h @ up[n].T, 0.5).square()
+            )
             x = x + block.mlp_scale * (h @ down[n].T)
             outputs.append(x)
     for name, parts_of in inputs.items():
@@ -626,8 +701,9 @@ def test_drawn_rows_are_rotated_as_whole_rows(monkeypatch) -> None:
 
 
 def test_self_generated_calibration_touches_no_data(calibrated) -> None:
-    cfg, model, _, run = calibrated(gptq_calib="selfgen", gptq_calib_batches=2, train_seq_len=8,
-                                    max_wallclock_seconds=0.0)
+    cfg, model, _, run = calibrated(
+        gptq_calib="selfgen", gptq_calib_batches=2, train_seq_len=8, max_wallclock_seconds=0.0
+    )
     hessians = train_gpt.calibrate(model, None, 5, run)
     ids = torch.cat([sample_rows(model, 8, cfg.seed + n, run.device) for n in range(2)])
     expected = collect_hessians(model, lambda n: ids, 1, math.inf, run)

@@ -54,8 +54,9 @@ def write_jobs(place: Path, *lines: str) -> Path:
 
 
 def test_jobs_run_once_each_and_unfinished_ones_again(place, data, capsys):
-    jobs = write_jobs(place, f"one {SETTINGS} {data} SEED=1  # the first",
-                      f"two {SETTINGS} {data} SEED=2")
+    jobs = write_jobs(
+        place, f"one {SETTINGS} {data} SEED=1  # the first", f"two {SETTINGS} {data} SEED=2"
+    )
     runs = place / "runs"
     assert run_queue.main([str(jobs), str(runs), "--at-once", "2"]) == 0
     scores = {name: (runs / name / "metrics.jsonl").read_text() for name in ("one", "two")}
@@ -77,8 +78,9 @@ def test_jobs_run_once_each_and_unfinished_ones_again(place, data, capsys):
 
 
 def test_a_job_that_fails_is_told_and_the_others_go_on(place, data, capsys):
-    jobs = write_jobs(place, f"lost {SETTINGS} DATA_PATH={place}/nowhere",
-                      f"good {SETTINGS} {data}")
+    jobs = write_jobs(
+        place, f"lost {SETTINGS} DATA_PATH={place}/nowhere", f"good {SETTINGS} {data}"
+    )
     assert run_queue.main([str(jobs), str(place / "runs")]) == 1
     said = capsys.readouterr()
     assert "lost: exit 2" in said.out + said.err
@@ -94,11 +96,20 @@ def test_a_run_over_its_limit_fails_once_and_is_told_again(place, data, capsys):
     assert re.search(r"big: finished, [\d,]{7,} bytes over its limit", said)
 
 
-@pytest.mark.parametrize(("lines", "said"), [
-    (["a MATIRX_LR=1"], "MATRIX_LR"), (["a SEED=1", "a SEED=2"], "second job"),
-    (["a SEED"], "NAME=value"), (["SEED=1"], "NAME=value"), (["a RUN_ID=b"], "the queue's to set"),
-    (["a/b SEED=1"], "RUN_ID"), (["a 'SEED=1"], "line 1: No closing quotation"),
-    (["# nothing"], "no job"), (["a FOO=1"], "FOO is not a setting")])
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["a MATIRX_LR=1"], "MATRIX_LR"),
+        (["a SEED=1", "a SEED=2"], "second job"),
+        (["a SEED"], "NAME=value"),
+        (["SEED=1"], "NAME=value"),
+        (["a RUN_ID=b"], "the queue's to set"),
+        (["a/b SEED=1"], "RUN_ID"),
+        (["a 'SEED=1"], "line 1: No closing quotation"),
+        (["# nothing"], "no job"),
+        (["a FOO=1"], "FOO is not a setting"),
+    ],
+)
 def test_a_wrong_list_is_refused_before_anything_runs(place, capsys, lines, said):
     assert run_queue.main([str(write_jobs(place, *lines)), str(place / "runs")]) == 2
     assert said in capsys.readouterr().err
@@ -121,16 +132,24 @@ def test_a_stopped_queue_ends_its_job_and_goes_on_later(place, data):
     long = SETTINGS.replace("ITERATIONS=4", "ITERATIONS=100000")
     jobs, runs = write_jobs(place, f"long {long} {data}"), place / "runs"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "benchmarks" / "run_queue.py", jobs, runs], env=BARE_ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [sys.executable, ROOT / "benchmarks" / "run_queue.py", jobs, runs],
+        env=BARE_ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     end = time.monotonic() + 60
     while "step:" not in (runs / "long.out").read_text() if (runs / "long.out").exists() else True:
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)
     second = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "run_queue.py", jobs, runs], env=BARE_ENVIRONMENT,
-        capture_output=True, text=True, timeout=60)
+        [sys.executable, ROOT / "benchmarks" / "run_queue.py", jobs, runs],
+        env=BARE_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert second.returncode == 2
     assert "another queue" in second.stderr
     process.send_signal(signal.SIGTERM)
@@ -142,8 +161,12 @@ def test_a_stopped_queue_ends_its_job_and_goes_on_later(place, data):
 
 def made_run(folder: Path, score: float, machine: str = "a") -> None:
     folder.mkdir(parents=True)
-    events = ({"event": "machine", "name": machine}, {"event": "source", "sha256": "5" * 64},
-              {"event": "summary", "steps": 600}, {"event": "final", "val_bpb": score})
+    events = (
+        {"event": "machine", "name": machine},
+        {"event": "source", "sha256": "5" * 64},
+        {"event": "summary", "steps": 600},
+        {"event": "final", "val_bpb": score},
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
@@ -160,13 +183,19 @@ def test_effects_are_paired_and_their_variance_is_pooled(tmp_path):
     for name, changed in (("base", {}), ("ema", {"source": "6"})):  # a base of another source
         results[f"{name}_seed5 on a"] = {**results["base_seed1 on a"], **changed}
     found = {effect.name: effect for effect in ablations.effects(results)}
-    gained = {name: [(-1 if name.startswith("with_") else 1) * (scores[name, s] - scores["base", s])
-                     for s in (1, 2, 3)] for name in names}
+    gained = {
+        name: [
+            (-1 if name.startswith("with_") else 1) * (scores[name, s] - scores["base", s])
+            for s in (1, 2, 3)
+        ]
+        for name in names
+    }
     deviation = np.sqrt(np.mean([statistics.variance(d) for d in gained.values()]))
     for name, values in gained.items():
         assert found[name].differences == pytest.approx(values)
         assert found[name].half_width == pytest.approx(
-            stats.t.ppf(0.975, 6) * deviation / np.sqrt(3))
+            stats.t.ppf(0.975, 6) * deviation / np.sqrt(3)
+        )
         tells = abs(np.mean(values)) > found[name].half_width
         assert (found[name].verdict != "cannot tell") == tells
     text = ablations.table(list(found.values()), {"base": 10.0, "xsa": 8.0})
@@ -177,8 +206,11 @@ def test_effects_are_paired_and_their_variance_is_pooled(tmp_path):
 
 def test_results_are_collected_from_several_machines(tmp_path):
     file = tmp_path / "results.json"
-    for machine, seed, base, changed in (("a", 1, 2.0, 2.125), ("b", 1, 1.0, 1.25),
-                                         ("b", 2, 1.5, 1.75)):
+    for machine, seed, base, changed in (
+        ("a", 1, 2.0, 2.125),
+        ("b", 1, 1.0, 1.25),
+        ("b", 2, 1.5, 1.75),
+    ):
         made_run(tmp_path / machine / f"base_seed{seed}", base, machine)
         made_run(tmp_path / machine / f"xsa_seed{seed}", changed, machine)
         ablations.collect(tmp_path / machine, file)
@@ -199,7 +231,8 @@ def test_ablations_change_what_they_say(place, capsys):
     base = settings.pop("base_seed1")
     assert len(settings) >= 20
     assert set(settings) == {f"{name}_seed1" for name in ablations.ABLATIONS}
-    assert set(list(settings)[-len(ablations.VARIANTS):]) == {
-        f"{name}_seed1" for name in ablations.VARIANTS}
+    assert set(list(settings)[-len(ablations.VARIANTS) :]) == {
+        f"{name}_seed1" for name in ablations.VARIANTS
+    }
     for name, changed in settings.items():
         assert {key for key in base if base[key] != changed[key]} - {"run_id"}, name

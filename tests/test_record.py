@@ -36,8 +36,18 @@ SEEDS = ("1", "2", "3")
 TRACK = "track_cpu_5min"
 RULES = record.TRACKS[TRACK]
 CLOCKED = {"MAX_WALLCLOCK_SECONDS": "2", "ITERATIONS": "20000", "TRAIN_LOG_EVERY": "1000"}
-ABOUT = ("--name", "Tiny", "--author", "Ann", "--github-id", "ann", "--blurb", "A trial.",
-         "--date", "2026-01-02")
+ABOUT = (
+    "--name",
+    "Tiny",
+    "--author",
+    "Ann",
+    "--github-id",
+    "ann",
+    "--blurb",
+    "A trial.",
+    "--date",
+    "2026-01-02",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,9 +55,16 @@ def tiny_track():
     """The CPU track for the tests' own text; a busy machine passes two seconds now and then."""
     rules = record.TRACKS[TRACK]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(record.TRACKS, TRACK, {
-            **rules, "dataset": "", "machine": "1 x .*", "reasons": (*rules["reasons"],
-                                                                     "training and calibration")})
+        patch.setitem(
+            record.TRACKS,
+            TRACK,
+            {
+                **rules,
+                "dataset": "",
+                "machine": "1 x .*",
+                "reasons": (*rules["reasons"], "training and calibration"),
+            },
+        )
         yield
 
 
@@ -105,22 +122,34 @@ def test_an_entry_checks_and_holds_what_the_contract_names(made: Path, capsys) -
     assert record.main(["check", str(made)]) == 0
     assert capsys.readouterr().out.endswith(f"\n{made}: ok (own format)\n")
     names = {path.name for path in made.iterdir()}
-    assert names == {"README.md", "submission.json", "train_gpt.py", "settings.json",
-                     "requirements.txt", "artifact.bin", "loss.png", "bytes.png", "bpb.png",
-                     *(f"train_seed{s}.log" for s in SEEDS),
-                     *(f"metrics_seed{s}.jsonl" for s in SEEDS)}
+    assert names == {
+        "README.md",
+        "submission.json",
+        "train_gpt.py",
+        "settings.json",
+        "requirements.txt",
+        "artifact.bin",
+        "loss.png",
+        "bytes.png",
+        "bpb.png",
+        *(f"train_seed{s}.log" for s in SEEDS),
+        *(f"metrics_seed{s}.jsonl" for s in SEEDS),
+    }
 
 
 def test_numbers_are_those_of_the_logs(made: Path, runs: list[Path]) -> None:
     claims = json.loads((made / "submission.json").read_text())
-    scores = [float(re.findall(r"^val_bpb:([0-9.]+)", (run / "log.txt").read_text(), re.M)[0])
-              for run in runs]
+    scores = [
+        float(re.findall(r"^val_bpb:([0-9.]+)", (run / "log.txt").read_text(), re.M)[0])
+        for run in runs
+    ]
     assert claims["val_bpb"] == pytest.approx(sum(scores) / 3, abs=1e-8)
     variance = sum((score - sum(scores) / 3) ** 2 for score in scores) / 2
     assert claims["val_bpb_std"] == pytest.approx(math.sqrt(variance), abs=1e-8)
     assert claims["bytes_code"] == (made / "train_gpt.py").stat().st_size
     assert claims["bytes_total"] == claims["bytes_code"] + max(
-        (run / "artifact.bin").stat().st_size for run in runs)
+        (run / "artifact.bin").stat().st_size for run in runs
+    )
     assert claims["seeds"] == [1, 2, 3]
     best = runs[scores.index(min(scores))]
     assert (made / "artifact.bin").read_bytes() == (best / "artifact.bin").read_bytes()
@@ -131,8 +160,9 @@ def test_numbers_are_those_of_the_logs(made: Path, runs: list[Path]) -> None:
 
 
 def test_the_folder_scores_again_with_its_own_script(made: Path, tiny_data: TinyData) -> None:
-    with environment(**{name: value for name, value in tiny_data.env.items()
-                        if name != "VOCAB_SIZE"}):
+    with environment(
+        **{name: value for name, value in tiny_data.env.items() if name != "VOCAB_SIZE"}
+    ):
         assert record.main(["check", str(made), "--rescore"]) == 0
     assert not list(made.glob("__pycache__"))
 
@@ -142,12 +172,14 @@ def test_the_folder_scores_again_with_its_own_script(made: Path, tiny_data: Tiny
 
 def change(path: Path, pattern: str, replacement: str | None = None) -> None:
     """Replace the first match; without a replacement, its one digit outside groups by the next."""
+
     def next_digit(match: re.Match) -> str:
         return match[1] + str((int(match[0][len(match[1])]) + 1) % 10)
 
     text = path.read_text()
-    changed = re.sub(pattern, next_digit if replacement is None else replacement, text, count=1,
-                     flags=re.M)
+    changed = re.sub(
+        pattern, next_digit if replacement is None else replacement, text, count=1, flags=re.M
+    )
     assert changed != text
     path.write_text(changed)
 
@@ -262,8 +294,9 @@ def test_code_beside_the_script_is_found(entry: Path, capsys) -> None:
     for name in ("helper.py", ".helper.py"):
         (entry / name).write_text("weights = b''\n")
     path = entry / "submission.json"
-    path.write_text(path.read_text().replace('"files": {', '"files": {"helper.py": "", '
-                                                           '".helper.py": "",'))
+    path.write_text(
+        path.read_text().replace('"files": {', '"files": {"helper.py": "", ".helper.py": "",')
+    )
     rehash(entry)
     assert record.main(["check", str(entry)]) == 1
     out = capsys.readouterr().out
@@ -286,33 +319,45 @@ def test_redraw_writes_what_is_generated_and_nothing_else(entry: Path, capsys) -
     (entry / "submission.json").write_text(json.dumps({**claims, "val_bpb": 1.0}))
     (entry / "NOTES.md").write_text("My notes.\n")
     assert record.main(["redraw", str(entry)]) == 0
-    assert before == {path.name: path.read_bytes() for path in entry.iterdir()
-                      if path.name != "NOTES.md"}
+    assert before == {
+        path.name: path.read_bytes() for path in entry.iterdir() if path.name != "NOTES.md"
+    }
     assert record.main(["check", str(entry)]) == 0
     change(entry / "metrics_seed1.jsonl", r'("train_loss": )\d')
     assert record.main(["redraw", str(entry)]) == 1
     assert "metrics_seed1.jsonl: not as submission.json lists it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("edits", "words"), [
-    ({"eval__num_bytes": lambda n: 2 * n, "eval__val_bpb": lambda x: x / 2,
-      "final__val_bpb": lambda x: x / 2}, "targets, the split has"),
-    ({"summary__seconds": lambda s: s / 2}, "train_seconds"),
-    ({"activity__steps": lambda n: max(1, n - 1)}, "the steps give"),
-    ({"step__ms": lambda ms: ms / 2}, "step_avg"),
-    ({"artifact__left": lambda n: n + 10}, "artifact left"),
-    ({"calibrated__tokens": lambda n: n + 1}, "calibrated on"),
-    ({"val_data__pattern": lambda p: "x" + p}, "but DATA_PATH is"),
-    ({"size__integers": lambda n: n + 1}, "artifact.bin: mlp has"),
-    ({"size__entropy": lambda n: n + 1}, "artifact.bin: the entropy of mlp"),
-    ({"summary__eval_seconds": lambda s: s / 1000}, "scoring took"),
-    ({"summary__rate": lambda r: 2 * r}, "tokens a second"),
-    ({"summary__params": lambda n: n - 1000}, "parameters in the summary"),
-    ({"machine__world_size": lambda n: 64}, "ran on 64 x"),
-    ({"activity__name": lambda name: None if name == "warmdown" else name},
-     "warmdown is configured and the activity ledger lacks it"),
-    ({"eval__name": lambda name: None if name == "float_chunked" else name}, "float_chunked"),
-])
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        (
+            {
+                "eval__num_bytes": lambda n: 2 * n,
+                "eval__val_bpb": lambda x: x / 2,
+                "final__val_bpb": lambda x: x / 2,
+            },
+            "targets, the split has",
+        ),
+        ({"summary__seconds": lambda s: s / 2}, "train_seconds"),
+        ({"activity__steps": lambda n: max(1, n - 1)}, "the steps give"),
+        ({"step__ms": lambda ms: ms / 2}, "step_avg"),
+        ({"artifact__left": lambda n: n + 10}, "artifact left"),
+        ({"calibrated__tokens": lambda n: n + 1}, "calibrated on"),
+        ({"val_data__pattern": lambda p: "x" + p}, "but DATA_PATH is"),
+        ({"size__integers": lambda n: n + 1}, "artifact.bin: mlp has"),
+        ({"size__entropy": lambda n: n + 1}, "artifact.bin: the entropy of mlp"),
+        ({"summary__eval_seconds": lambda s: s / 1000}, "scoring took"),
+        ({"summary__rate": lambda r: 2 * r}, "tokens a second"),
+        ({"summary__params": lambda n: n - 1000}, "parameters in the summary"),
+        ({"machine__world_size": lambda n: 64}, "ran on 64 x"),
+        (
+            {"activity__name": lambda name: None if name == "warmdown" else name},
+            "warmdown is configured and the activity ledger lacks it",
+        ),
+        ({"eval__name": lambda name: None if name == "float_chunked" else name}, "float_chunked"),
+    ],
+)
 def test_one_lie_told_everywhere_is_found(edits, words, entry: Path, capsys) -> None:
     """Log, metrics, claims and README changed alike, files listed anew."""
     try:
@@ -332,8 +377,12 @@ def test_what_is_no_plain_file_is_found(entry: Path, tmp_path: Path, capsys) -> 
     path.write_text(path.read_text().replace('"files": {', '"files": {"../tampered": "x",'))
     assert record.main(["check", str(entry)]) == 1
     out = capsys.readouterr().out
-    for words in ("loss.png: not a plain file", "folder: not a plain file", "line\\nbreak: not",
-                  "../tampered: belongs"):
+    for words in (
+        "loss.png: not a plain file",
+        "folder: not a plain file",
+        "line\\nbreak: not",
+        "../tampered: belongs",
+    ):
         assert words in out
 
 
@@ -343,21 +392,27 @@ def test_a_folder_in_the_wrong_track_is_found(made: Path, tmp_path: Path, capsys
     assert "the folder lies in track_10min_16mb" in capsys.readouterr().out
 
 
-def test_check_never_runs_the_script_and_is_not_fooled_by_its_exit(entry: Path, tmp_path: Path,
-                                                                   capsys) -> None:
+def test_check_never_runs_the_script_and_is_not_fooled_by_its_exit(
+    entry: Path, tmp_path: Path, capsys
+) -> None:
     script = entry / "train_gpt.py"
-    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nprint('val_bpb:1.0')\n"
-                      f"raise SystemExit(0)\n{script.read_text()}")
+    script.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\nprint('val_bpb:1.0')\n"
+        f"raise SystemExit(0)\n{script.read_text()}"
+    )
     assert record.main(["check", str(entry)]) == 1
     assert not (tmp_path / "ran").exists()
-    found = [*record.check_score_again(entry, record.read_entry(entry)),
-             *record.check_rules_again(entry, json.loads((entry / "submission.json").read_text()))]
+    found = [
+        *record.check_score_again(entry, record.read_entry(entry)),
+        *record.check_rules_again(entry, json.loads((entry / "submission.json").read_text())),
+    ]
     assert any("the log says" in finding for finding in found)
     assert any("the rules cannot be tried" in finding for finding in found)
 
 
-@pytest.mark.parametrize("text", ["x = " + "-" * 200_000 + "1", "\0",
-                                  "class Config:\n a: int = f()"])
+@pytest.mark.parametrize(
+    "text", ["x = " + "-" * 200_000 + "1", "\0", "class Config:\n a: int = f()"]
+)
 def test_a_broken_script_is_one_line(text: str, entry: Path, capsys) -> None:
     (entry / "train_gpt.py").write_text(text)
     assert record.main(["check", str(entry)]) == 1
@@ -385,9 +440,17 @@ def unshown(folder: Path, seed: str) -> tuple[Path, list[dict], int]:
     events = [json.loads(line) for line in path.read_text().splitlines()]
     log = (folder / f"train_seed{seed}.log").read_text()
     last = max(e["step"] for e in events if e["event"] == "step")
-    return path, events, next(n for n, e in enumerate(events) if e["event"] == "step"
-                              and 0.75 * last < e["step"] < last  # well inside the warmdown
-                              and f"\nstep:{e['step']}/" not in log)
+    return (
+        path,
+        events,
+        next(
+            n
+            for n, e in enumerate(events)
+            if e["event"] == "step"
+            and 0.75 * last < e["step"] < last  # well inside the warmdown
+            and f"\nstep:{e['step']}/" not in log
+        ),
+    )
 
 
 FORGERIES = {
@@ -396,8 +459,13 @@ FORGERIES = {
     "a mean time": ({"step_avg": lambda e: e["step_avg"] + 1}, "is not ms / step"),
     "a time": ({"ms": lambda e: e["ms"] + 0.01}, "is not ms / step"),
     "a time and what follows from it": (
-        {"ms": lambda e: e["ms"] + 0.5, "step_avg": lambda e: e["ms"] / e["step"],
-         "eta": lambda e: 2 - e["ms"] / 1e3}, "settings and step times give"),
+        {
+            "ms": lambda e: e["ms"] + 0.5,
+            "step_avg": lambda e: e["ms"] / e["step"],
+            "eta": lambda e: 2 - e["ms"] / 1e3,
+        },
+        "settings and step times give",
+    ),
     "a step left out": ({"step": lambda e: e["step"] + 1}, "the steps are not 1, 2"),
     "time that runs backwards": ({"ms": lambda e: e["ms"] - 1e3}, "run backwards"),
 }
@@ -439,26 +507,37 @@ def test_what_cannot_be_derived_is_said(entry: Path, capsys) -> None:
     rehash(entry)
     assert record.main(["check", str(entry)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"cannot be verified: train_loss of [1-9]\d* steps that train_seed2.log does "
-                     "not show", out)
+    assert re.search(
+        r"cannot be verified: train_loss of [1-9]\d* steps that train_seed2.log does "
+        "not show",
+        out,
+    )
     assert "digits that the log line rounds away, of step's train_loss, eval's ms" in out
 
 
-@pytest.mark.parametrize(("step_driven", "changed"), [
-    (False, {"warmdown_frac": 0.4}), (False, {"warmdown_iters": 60, "warmdown_frac": 0.0}),
-    (True, {"warmdown_iters": 30, "warmdown_frac": 0.0}), (False, {"warmdown_type": "cosine"}),
-    (True, {"warmdown_frac": 0.5, "warmdown_type": "cosine"}),
-    (False, {"iterations": 90, "warmdown_frac": 0.5})])
+@pytest.mark.parametrize(
+    ("step_driven", "changed"),
+    [
+        (False, {"warmdown_frac": 0.4}),
+        (False, {"warmdown_iters": 60, "warmdown_frac": 0.0}),
+        (True, {"warmdown_iters": 30, "warmdown_frac": 0.0}),
+        (False, {"warmdown_type": "cosine"}),
+        (True, {"warmdown_frac": 0.5, "warmdown_type": "cosine"}),
+        (False, {"iterations": 90, "warmdown_frac": 0.5}),
+    ],
+)
 def test_the_schedule_derived_is_the_trainers(step_driven: bool, changed: dict) -> None:
     """On times drawn at random, the trainer's schedule and the equations stated here agree."""
-    cfg = train_gpt.Config(**{"iterations": 120, "max_wallclock_seconds": 0.0 if step_driven
-                              else 20.0, **changed})
+    cfg = train_gpt.Config(
+        **{"iterations": 120, "max_wallclock_seconds": 0.0 if step_driven else 20.0, **changed}
+    )
     draw = random.Random(str(changed))
     schedule, now, steps = train_gpt.Schedule(cfg, 1.5), 0.0, []
     while not (moment := schedule.at(len(steps), now)).done:
         now += draw.uniform(0.1, 0.3)
-        steps.append({"event": "step", "step": len(steps) + 1, "ms": 1e3 * now,
-                      "lr_scale": moment.lr_scale})
+        steps.append(
+            {"event": "step", "step": len(steps) + 1, "ms": 1e3 * now, "lr_scale": moment.lr_scale}
+        )
     events = [*([] if step_driven else [{"event": "reserve", "seconds": 1.5}]), *steps]
     run = record.SeedRun(Path("log"), Path("metrics"), "", events, vars(cfg))
     derived = list(rederive.scales(run))
@@ -474,20 +553,30 @@ def allowed(name: str, before: str, after: str, unverified: str) -> bool:
     """Whether a line with one digit changed is among what `check` says it cannot verify."""
     if name.endswith(".log"):
         shape = re.sub(r"[0-9][0-9.,]*", "N", before.partition(" budget:")[0])
-        return f"log line {shape!r}" in unverified and \
-            before.partition(" budget:")[2] == after.partition(" budget:")[2]
+        return (
+            f"log line {shape!r}" in unverified
+            and before.partition(" budget:")[2] == after.partition(" budget:")[2]
+        )
     if not name.endswith(".jsonl"):
         return False
     one, two = json.loads(before), json.loads(after)
     facts = {fact for fact in one if one[fact] != two.get(fact)}
     trusted = (*rederive.TRUSTED.get(one["event"], ()), "sha256" * (one["event"] == "artifact"))
-    return all(fact in trusted or (isinstance(one[fact], float) and math.isclose(
-        one[fact], two[fact], rel_tol=1e-8, abs_tol=1e-8)) for fact in facts)
+    return all(
+        fact in trusted
+        or (
+            isinstance(one[fact], float)
+            and math.isclose(one[fact], two[fact], rel_tol=1e-8, abs_tol=1e-8)
+        )
+        for fact in facts
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_seed2.log", "metrics_seed2.jsonl", "settings.json",
-                                  "submission.json", "README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["train_seed2.log", "metrics_seed2.jsonl", "settings.json", "submission.json", "README.md"],
+)
 def test_any_digit_changed_is_found_or_listed_as_unverified(name: str, entry: Path) -> None:
     """Sampled; the files are listed anew, as a forger would. Every kind of line has its turn."""
     draw, path = random.Random(name), entry / name
@@ -503,8 +592,9 @@ def test_any_digit_changed_is_found_or_listed_as_unverified(name: str, entry: Pa
         lines = text.splitlines(keepends=True)
         at = draw.choice([m.start() for m in re.finditer("[0-9]", lines[number])])
         before = lines[number]
-        lines[number] = before[:at] + str((int(before[at]) + draw.randint(1, 9)) % 10) + \
-            before[at + 1 :]
+        lines[number] = (
+            before[:at] + str((int(before[at]) + draw.randint(1, 9)) % 10) + before[at + 1 :]
+        )
         path.write_text("".join(lines))
         if name != "submission.json":
             rehash(entry)
@@ -516,8 +606,9 @@ def test_any_digit_changed_is_found_or_listed_as_unverified(name: str, entry: Pa
             assert allowed(name, before, lines[number], unverified), (before, lines[number])
 
 
-def test_a_seed_of_another_run_is_found(entry: Path, tiny_data: TinyData, tmp_path: Path,
-                                        capsys) -> None:
+def test_a_seed_of_another_run_is_found(
+    entry: Path, tiny_data: TinyData, tmp_path: Path, capsys
+) -> None:
     other = job(tiny_data, tmp_path, "other", SEED="3", MATRIX_LR="0.01")
     shutil.copy(other / "log.txt", entry / "train_seed3.log")
     shutil.copy(other / "metrics.jsonl", entry / "metrics_seed3.jsonl")
@@ -535,19 +626,39 @@ def test_one_run_cannot_stand_for_two(entry: Path, capsys) -> None:
     assert "same loss curve" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["artifact.bin", "train_seed1.log", "metrics_seed3.jsonl",
-                                  "settings.json", "README.md", "loss.png", "train_gpt.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "artifact.bin",
+        "train_seed1.log",
+        "metrics_seed3.jsonl",
+        "settings.json",
+        "README.md",
+        "loss.png",
+        "train_gpt.py",
+    ],
+)
 def test_a_missing_file_is_found(name: str, entry: Path, capsys) -> None:
     (entry / name).unlink()
     assert record.main(["check", str(entry)]) == 1
     assert name in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "{}", '{"track": "moon"}', "\0",
-                                     '{"a":' * 100_000, '{"track": ["x"]}',
-                                     '{"track": "track_cpu_5min", "files": [1]}'])
-def test_a_broken_submission_is_one_line_not_a_traceback(content: str, entry: Path,
-                                                         capsys) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        "{}",
+        '{"track": "moon"}',
+        "\0",
+        '{"a":' * 100_000,
+        '{"track": ["x"]}',
+        '{"track": "track_cpu_5min", "files": [1]}',
+    ],
+)
+def test_a_broken_submission_is_one_line_not_a_traceback(content: str, entry: Path, capsys) -> None:
     (entry / "submission.json").write_text(content)
     assert record.main(["check", str(entry)]) == 1
     out, err = capsys.readouterr()
@@ -574,8 +685,9 @@ def events_edited(folder: Path, kind: str, **facts: object) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_refused(copies: list[Path], tmp_path: Path, tiny_data: TinyData, capsys,
-                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused(
+    copies: list[Path], tmp_path: Path, tiny_data: TinyData, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each alone; nothing is left behind, and the untouched runs still pass afterwards."""
     root, (first, second, third) = tmp_path / "records", copies
 
@@ -613,8 +725,9 @@ def test_refused(copies: list[Path], tmp_path: Path, tiny_data: TinyData, capsys
     (third / "metrics.jsonl").write_text(metrics + '{"event": "resumed"}\n')
     refused(copies, "resumed")
     (third / "metrics.jsonl").write_text(metrics)
-    driven = job(tiny_data, tmp_path, "driven", SEED="3", MAX_WALLCLOCK_SECONDS="0",
-                 ITERATIONS="20")
+    driven = job(
+        tiny_data, tmp_path, "driven", SEED="3", MAX_WALLCLOCK_SECONDS="0", ITERATIONS="20"
+    )
     refused([first, second, driven], "ITERATIONS=20, but 20000 in")
     run = record.read_run(driven / "log.txt", driven / "metrics.jsonl", driven / "settings.json")
     assert any("MAX_WALLCLOCK_SECONDS=0" in finding for finding in record.check_track(run, TRACK))
@@ -626,8 +739,10 @@ def test_refused(copies: list[Path], tmp_path: Path, tiny_data: TinyData, capsys
 def test_an_illegal_score_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
     folder = job(tiny_data, tmp_path, "late", SEED="1", GPTQ_CALIB="train_after_cap")
     run = record.read_run(folder / "log.txt", folder / "metrics.jsonl", folder / "settings.json")
-    assert any("not eligible: GPTQ_CALIB=train_after_cap" in finding
-               for finding in record.check_track(run, TRACK))
+    assert any(
+        "not eligible: GPTQ_CALIB=train_after_cap" in finding
+        for finding in record.check_track(run, TRACK)
+    )
 
 
 # The compliance suite finds what it looks for
@@ -643,11 +758,26 @@ def flawed(tmp_path: Path, old: str, replacement: str):
 
 
 def small(script, **changed):
-    cfg = script.Config(**{**train_gpt.PRESETS["mini"], "rope_dims": 8, "bigram_vocab_size": 64,
-                           "bigram_dim": 8, "ve_dim": 8, "num_layers": 3, "xsa_last_n": 1,
-                           "ve_layers": "1", "model_dim": 32, "eval_seq_len": 32,
-                           "eval_stride": 8, "vocab_size": 64, "swa_every": 5,
-                           "ttt_batch_seqs": 2, **changed, "ttt_chunk_tokens": 64})
+    cfg = script.Config(
+        **{
+            **train_gpt.PRESETS["mini"],
+            "rope_dims": 8,
+            "bigram_vocab_size": 64,
+            "bigram_dim": 8,
+            "ve_dim": 8,
+            "num_layers": 3,
+            "xsa_last_n": 1,
+            "ve_layers": "1",
+            "model_dim": 32,
+            "eval_seq_len": 32,
+            "eval_stride": 8,
+            "vocab_size": 64,
+            "swa_every": 5,
+            "ttt_batch_seqs": 2,
+            **changed,
+            "ttt_chunk_tokens": 64,
+        }
+    )
     model = script.GPT(cfg)
     script.initialize(model, cfg)
     with torch.no_grad():
@@ -656,27 +786,38 @@ def small(script, **changed):
     return cfg, model
 
 
-@pytest.mark.parametrize(("old", "replacement"), [
-    ("is_causal=True", "is_causal=False"),
-    ("F.pad(x[:, :-1], (0, 0, 1, 0))", "F.pad(x[:, 1:], (0, 0, 0, 1))"),
-    ("x = rms_norm((self.tok_emb(input_ids)",
-     "x = rms_norm((self.tok_emb(input_ids) + self.tok_emb(input_ids).mean(1, keepdim=True)"),
-])
+@pytest.mark.parametrize(
+    ("old", "replacement"),
+    [
+        ("is_causal=True", "is_causal=False"),
+        ("F.pad(x[:, :-1], (0, 0, 1, 0))", "F.pad(x[:, 1:], (0, 0, 0, 1))"),
+        (
+            "x = rms_norm((self.tok_emb(input_ids)",
+            "x = rms_norm((self.tok_emb(input_ids) + self.tok_emb(input_ids).mean(1, keepdim=True)",
+        ),
+    ],
+)
 def test_a_leak_from_the_future_is_seen(old: str, replacement: str, tmp_path: Path) -> None:
     assert not compliance.is_causal(small(flawed(tmp_path, old, replacement))[1], 64, 32)
     assert compliance.is_causal(small(train_gpt)[1], 64, 32)
 
 
 def test_a_score_that_is_no_distribution_is_seen(tmp_path: Path) -> None:
-    script = flawed(tmp_path, "return nats.view_as(target_ids), mile",
-                    "return 0.9 * nats.view_as(target_ids), mile")
+    script = flawed(
+        tmp_path,
+        "return nats.view_as(target_ids), mile",
+        "return 0.9 * nats.view_as(target_ids), mile",
+    )
     assert not compliance.is_a_distribution(small(script)[1], 64, 32)
     assert compliance.is_a_distribution(small(train_gpt)[1], 64, 32)
 
 
 def test_a_target_scored_twice_is_seen(tmp_path: Path) -> None:
-    script = flawed(tmp_path, 'if form == "cover" else np.maximum(ends - stride',
-                    'if form == "never" else np.maximum(ends - stride')
+    script = flawed(
+        tmp_path,
+        'if form == "cover" else np.maximum(ends - stride',
+        'if form == "never" else np.maximum(ends - stride',
+    )
     assert not compliance.scores_once(script, small(script)[0], 100)
     assert compliance.scores_once(train_gpt, small(train_gpt)[0], 100)
 
@@ -706,16 +847,24 @@ def official(folder: Path, seeds: dict[int, dict], **claims: object) -> Path:
     (folder / "train_gpt.py").write_text("x = 1\n")
     (folder / "README.md").write_text("# Ours\n")
     for seed, facts in seeds.items():
-        lines = ["step:20000/20000 train_loss:2.1 train_time:599000ms step_avg:85ms",
-                 f"stopping_early: wallclock_cap train_time:{facts.get('ms', 599_900)}ms "
-                 "step:7000/20000", "Code size: 6 bytes",
-                 f"Total submission size int6+zstd: {facts.get('total', 15_900_000)} bytes"]
+        lines = [
+            "step:20000/20000 train_loss:2.1 train_time:599000ms step_avg:85ms",
+            f"stopping_early: wallclock_cap train_time:{facts.get('ms', 599_900)}ms "
+            "step:7000/20000",
+            "Code size: 6 bytes",
+            f"Total submission size int6+zstd: {facts.get('total', 15_900_000)} bytes",
+        ]
         if "bpb" in facts:
-            lines.append(f"final_int6_sliding_window_exact val_loss:1.9 val_bpb:{facts['bpb']} "
-                         "eval_time:75000ms")
+            lines.append(
+                f"final_int6_sliding_window_exact val_loss:1.9 val_bpb:{facts['bpb']} "
+                "eval_time:75000ms"
+            )
         (folder / f"train_seed{seed}.log").write_text("\n".join(lines) + "\n")
-    (folder / "submission.json").write_text(json.dumps(
-        {"author": "B", "name": "Theirs", "val_bpb": 1.12, "bytes_total": 15_900_000, **claims}))
+    (folder / "submission.json").write_text(
+        json.dumps(
+            {"author": "B", "name": "Theirs", "val_bpb": 1.12, "bytes_total": 15_900_000, **claims}
+        )
+    )
     return folder
 
 
@@ -728,8 +877,11 @@ def test_a_sound_folder_in_the_official_format(tmp_path: Path, capsys) -> None:
 
 
 def test_three_planted_faults_are_named(tmp_path: Path, capsys) -> None:
-    folder = official(tmp_path / "theirs", {
-        1: {"bpb": 1.11}, 2: {"bpb": 1.12, "total": 16_024_793}, 3: {}}, val_bpb=1.10)
+    folder = official(
+        tmp_path / "theirs",
+        {1: {"bpb": 1.11}, 2: {"bpb": 1.12, "total": 16_024_793}, 3: {}},
+        val_bpb=1.10,
+    )
     assert record.main(["check", str(folder)]) == 1
     out = capsys.readouterr().out
     assert "train_seed2.log: 16,024,793 bytes are over the cap" in out
@@ -737,16 +889,28 @@ def test_three_planted_faults_are_named(tmp_path: Path, capsys) -> None:
     assert "val_bpb is 1.1, the logs' mean is 1.115" in out
 
 
-@pytest.mark.parametrize(("seeds", "claims", "words"), [
-    ({1: {"bpb": 1.12}, 2: {"bpb": 1.12}}, {}, "2 logs"),
-    ({1: {"bpb": 1.12, "ms": 602_000}, 2: {"bpb": 1.12}, 3: {"bpb": 1.12}}, {},
-     "train_seed1.log: training took 602,000 ms"),
-    ({n: {"bpb": 1.12} for n in (1, 2, 3)}, {"bytes_total": 15_000_000}, "bytes_total is 15000000"),
-    ({n: {"bpb": 1.12} for n in (1, 2, 3)}, {"seed_results": {"1": {"val_bpb": 1.05}}},
-     "1.05 of a seed is in no log"),
-])
-def test_other_faults_in_the_official_format(seeds, claims, words, tmp_path: Path,
-                                             capsys) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "claims", "words"),
+    [
+        ({1: {"bpb": 1.12}, 2: {"bpb": 1.12}}, {}, "2 logs"),
+        (
+            {1: {"bpb": 1.12, "ms": 602_000}, 2: {"bpb": 1.12}, 3: {"bpb": 1.12}},
+            {},
+            "train_seed1.log: training took 602,000 ms",
+        ),
+        (
+            {n: {"bpb": 1.12} for n in (1, 2, 3)},
+            {"bytes_total": 15_000_000},
+            "bytes_total is 15000000",
+        ),
+        (
+            {n: {"bpb": 1.12} for n in (1, 2, 3)},
+            {"seed_results": {"1": {"val_bpb": 1.05}}},
+            "1.05 of a seed is in no log",
+        ),
+    ],
+)
+def test_other_faults_in_the_official_format(seeds, claims, words, tmp_path: Path, capsys) -> None:
     assert record.main(["check", str(official(tmp_path / "theirs", seeds, **claims))]) == 1
     assert words in capsys.readouterr().out
 
@@ -786,41 +950,52 @@ def published(folder: Path, log: str, second: dict | None = None, **claims: obje
     (folder / "README.md").write_text("# Theirs\n")
     bpb, results = "1.20967208" if log is EARLY else "1.08079352", {}
     for seed in (42, 314, 999):
-        facts = {"seed": seed, "lr": 0.022, "ms": 588_047, "total": 15_991_930 + seed, "bpb": bpb,
-                 "eval_ms": 366_525, **((second or {}) if seed == 314 else {})}
+        facts = {
+            "seed": seed,
+            "lr": 0.022,
+            "ms": 588_047,
+            "total": 15_991_930 + seed,
+            "bpb": bpb,
+            "eval_ms": 366_525,
+            **((second or {}) if seed == 314 else {}),
+        }
         (folder / f"train_seed{seed}.log").write_text(log.format(**facts))
         results[seed] = {"val_bpb": float(facts["bpb"]), "artifact_bytes": facts["total"]}
-    (folder / "submission.json").write_text(json.dumps(
-        {"val_bpb": float(bpb), "seed_results": results, **claims}))
+    (folder / "submission.json").write_text(
+        json.dumps({"val_bpb": float(bpb), "seed_results": results, **claims})
+    )
     return folder
 
 
 @pytest.mark.parametrize("log", [EARLY, LATE])
-@pytest.mark.parametrize(("second", "claims", "words"), [
-    ({}, {}, ""),
-    ({"total": 16_071_321}, {}, "train_seed314.log: 16,071,321 bytes are over the cap"),
-    ({"ms": 602_000}, {}, "train_seed314.log: training took 602,000 ms"),
-    ({"eval_ms": 688_000}, {}, "train_seed314.log: evaluation took 688,000 ms"),
-    ({"lr": 0.026}, {}, "train_seed314.log: matrix_lr is 0.026"),
-    ({"seed": 42}, {}, "seeds [42, 42, 999]: one stands twice"),
-    ({"bpb": "0.92379000"}, {}, "validation bytes, the text has 151,080,891"),
-    ({}, {"val_bpb_std": 0.02}, "val_bpb_std is 0.02"),
-    ({}, {"artifact_size_bytes": 15_000_000}, "artifact_size_bytes is 15000000"),
-    ({}, {"bytes_model_int6_zstd": 16_000_001}, "over the cap"),
-    ({}, {"seed_results": {"42": {"artifact_bytes": 15_000_000}}}, "15000000 of a seed"),
-    ({}, {"val_bpb": "1.08"}, "val_bpb is '1.08', not a number"),
-    ({}, {"val_bpb": None}, "val_bpb is None, not a number"),
-    ({}, {"seed_results": [1, 2], "bytes_total": 15_991_972}, ""),
-])
-def test_folders_as_published(log: str, second: dict, claims: dict, words: str, tmp_path: Path,
-                              capsys) -> None:
+@pytest.mark.parametrize(
+    ("second", "claims", "words"),
+    [
+        ({}, {}, ""),
+        ({"total": 16_071_321}, {}, "train_seed314.log: 16,071,321 bytes are over the cap"),
+        ({"ms": 602_000}, {}, "train_seed314.log: training took 602,000 ms"),
+        ({"eval_ms": 688_000}, {}, "train_seed314.log: evaluation took 688,000 ms"),
+        ({"lr": 0.026}, {}, "train_seed314.log: matrix_lr is 0.026"),
+        ({"seed": 42}, {}, "seeds [42, 42, 999]: one stands twice"),
+        ({"bpb": "0.92379000"}, {}, "validation bytes, the text has 151,080,891"),
+        ({}, {"val_bpb_std": 0.02}, "val_bpb_std is 0.02"),
+        ({}, {"artifact_size_bytes": 15_000_000}, "artifact_size_bytes is 15000000"),
+        ({}, {"bytes_model_int6_zstd": 16_000_001}, "over the cap"),
+        ({}, {"seed_results": {"42": {"artifact_bytes": 15_000_000}}}, "15000000 of a seed"),
+        ({}, {"val_bpb": "1.08"}, "val_bpb is '1.08', not a number"),
+        ({}, {"val_bpb": None}, "val_bpb is None, not a number"),
+        ({}, {"seed_results": [1, 2], "bytes_total": 15_991_972}, ""),
+    ],
+)
+def test_folders_as_published(
+    log: str, second: dict, claims: dict, words: str, tmp_path: Path, capsys
+) -> None:
     folder = published(tmp_path / "theirs", log, second, **claims)
     assert record.main(["check", str(folder)]) == int(bool(words))
     assert words in capsys.readouterr().out
 
 
-def test_an_entry_without_its_metrics_is_not_taken_for_an_official_one(entry: Path,
-                                                                       capsys) -> None:
+def test_an_entry_without_its_metrics_is_not_taken_for_an_official_one(entry: Path, capsys) -> None:
     for path in entry.glob("metrics_*"):
         path.unlink()
     assert record.main(["check", str(entry)]) == 1
@@ -848,8 +1023,9 @@ def test_paired_by_seed_as_scipy_and_by_hand() -> None:
 
 def test_unpaired_as_welch() -> None:
     x, y = [2.00, 2.10, 2.05, 2.03], [1.9, 1.95, 1.92]
-    found = record.compare_scores({f"a{n}": v for n, v in enumerate(x)},
-                                  {f"b{n}": v for n, v in enumerate(y)})
+    found = record.compare_scores(
+        {f"a{n}": v for n, v in enumerate(x)}, {f"b{n}": v for n, v in enumerate(y)}
+    )
     expected = stats.ttest_ind(y, x, equal_var=False)
     assert not found.paired
     assert found.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
@@ -860,10 +1036,16 @@ def test_unpaired_as_welch() -> None:
 
 def claims_of(name: str, scores: list[float], fingerprint: str = "f") -> dict:
     mean = sum(scores) / len(scores)
-    return {"name": name, "val_bpb": mean, "val_loss": 1.7 * mean,
-            "data": {"fingerprint": fingerprint}, "hardware": "1 x 2 threads (cpu)",
-            "seed_results": {str(n): {"val_bpb": s, "val_loss": 1.7 * s, "steps": 100}
-                             for n, s in enumerate(scores)}}
+    return {
+        "name": name,
+        "val_bpb": mean,
+        "val_loss": 1.7 * mean,
+        "data": {"fingerprint": fingerprint},
+        "hardware": "1 x 2 threads (cpu)",
+        "seed_results": {
+            str(n): {"val_bpb": s, "val_loss": 1.7 * s, "steps": 100} for n, s in enumerate(scores)
+        },
+    }
 
 
 def test_the_verdict_in_words() -> None:
@@ -885,7 +1067,8 @@ def test_the_verdict_in_words() -> None:
     assert "warning" not in text
     assert record.compare_text(a, a) == (
         "A and B are the same runs (Old, 3 seeds):\n"
-        "a thing compared with itself is neither better nor worse.")
+        "a thing compared with itself is neither better nor worse."
+    )
     shifted = claims_of("New", [score + 0.01 for score in (2.00, 2.10, 2.05)])
     with pytest.raises(record.Wrong, match="do not scatter"):
         record.compare_text(a, shifted)
@@ -917,22 +1100,33 @@ def test_a_run_does_not_stand_for_two_seeds(made: Path) -> None:
     found = list(record.check_together([first, first, second], TRACK))
     for what in ("loss curve", "step times", "artifact"):
         assert f"two seeds have the same {what}" in found
-    assert not any("two seeds have" in finding
-                   for finding in record.check_together(record.read_entry(made), TRACK))
+    assert not any(
+        "two seeds have" in finding
+        for finding in record.check_together(record.read_entry(made), TRACK)
+    )
 
 
 def test_all_targets_are_scored(made: Path) -> None:
     run, script = record.read_entry(made)[0], (made / "train_gpt.py").read_bytes()
     headline = run.one("final")["name"]
     (scored,) = [event for event in run.all("eval") if event["name"] == headline]
-    short = replace(run, events=[{**event, "targets": scored["targets"] - 1}
-                                 if event is scored else event for event in run.events])
+    short = replace(
+        run,
+        events=[
+            {**event, "targets": scored["targets"] - 1} if event is scored else event
+            for event in run.events
+        ],
+    )
     assert any("targets scored of" in finding for finding in record.check_numbers(short, script))
     whole = run.one("val_data")["tokens"] - 1
-    half = replace(run, settings={**run.settings, "eval_truncate": True,
-                                  "eval_seq_len": whole // 2 + 1},
-                   events=[{**event, "targets": whole // 2 + 1}
-                           if event is scored else event for event in run.events])
+    half = replace(
+        run,
+        settings={**run.settings, "eval_truncate": True, "eval_seq_len": whole // 2 + 1},
+        events=[
+            {**event, "targets": whole // 2 + 1} if event is scored else event
+            for event in run.events
+        ],
+    )
     assert any("targets scored of" in finding for finding in record.check_numbers(half, script))
     assert not list(record.check_numbers(run, script))
 
@@ -964,8 +1158,12 @@ def test_hostile_texts_take_no_time(made: Path) -> None:
     run, script = record.read_entry(made)[0], record.readable((made / "train_gpt.py").read_bytes())
     begin = time.monotonic()
     part = "/ train_loss: train_time:ms step_avg:ms lr_scale: eta:"
-    assert any("not what" in finding for finding in record.check_log(
-        replace(run, log=run.log + "step:" + part * 200 + "s\n"), script))
+    assert any(
+        "not what" in finding
+        for finding in record.check_log(
+            replace(run, log=run.log + "step:" + part * 200 + "s\n"), script
+        )
+    )
     assert re.findall(record.OFFICIAL_LINES["seed"], "\n" * 200_000 + "seed: 7", re.M) == ["7"]
     big = "PRESETS = {'a': {'num_layers': Fraction('1e9999999999')}}\n"
     assert record.given_by_hand(run.settings, script + big)
@@ -973,9 +1171,15 @@ def test_hostile_texts_take_no_time(made: Path) -> None:
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.parametrize("make", [
-    lambda path: path.symlink_to("/etc/hostname"), lambda path: path.mkdir(),
-    lambda path: path.write_bytes(bytes((1 << 20) + 1))], ids=["link", "folder", "large"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to("/etc/hostname"),
+        lambda path: path.mkdir(),
+        lambda path: path.write_bytes(bytes((1 << 20) + 1)),
+    ],
+    ids=["link", "folder", "large"],
+)
 def test_notes_are_a_small_plain_file(make, entry: Path, capsys) -> None:
     (entry / "NOTES.md").write_text("Notes.\n")
     assert record.main(["check", str(entry)]) == 0
@@ -992,8 +1196,9 @@ def test_code_from_elsewhere_is_told() -> None:
     assert record.foreign_imports(ours + more) == ["helper", "near", "other"]
 
 
-def test_a_base_is_of_the_same_track_and_text(made: Path, runs: list[Path], tmp_path: Path,
-                                              capsys) -> None:
+def test_a_base_is_of_the_same_track_and_text(
+    made: Path, runs: list[Path], tmp_path: Path, capsys
+) -> None:
     root = tmp_path / "records"
     elsewhere = Path(shutil.copytree(made, root / "track_non_record_16mb" / made.name))
     assert new(runs, root, "--base", str(elsewhere), "--name", "Other") == 1
@@ -1007,7 +1212,8 @@ def test_a_base_is_of_the_same_track_and_text(made: Path, runs: list[Path], tmp_
 
 
 def test_scoring_again_ignores_the_checkers_own_settings(
-        made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = {}
 
     def run(command: list[str], **how) -> SimpleNamespace:
@@ -1035,8 +1241,11 @@ def test_one_text_cut_by_two_tokenizers_is_compared_by_its_bytes() -> None:
 
 
 def test_prepared_data_are_shown_where_any_clone_has_them() -> None:
-    given = {"data_path": "/home/me/./clone/data/datasets/docs_sp4096", "seed": 1,
-             "tokenizer_path": "/elsewhere/t.model"}
+    given = {
+        "data_path": "/home/me/./clone/data/datasets/docs_sp4096",
+        "seed": 1,
+        "tokenizer_path": "/elsewhere/t.model",
+    }
     assert record.portable(given) == given | {"data_path": "./data/datasets/docs_sp4096"}
     own = {"data_path": "/mnt/data/datasets/mine_sp4096", "tokenizer_path": ["no text"]}
     assert record.portable(own) == own
@@ -1045,8 +1254,9 @@ def test_prepared_data_are_shown_where_any_clone_has_them() -> None:
 # The board
 
 
-def test_board_ranks_within_one_text_only(made: Path, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_board_ranks_within_one_text_only(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "records"
     for name, bpb, split in (("Good", 1.5, "aa"), ("Bad", 1.7, "aa"), ("Elsewhere", 0.9, "bb")):
         folder = root / TRACK / f"2026-01-02_{name}"
@@ -1083,8 +1293,9 @@ def test_board_ranks_nothing_that_does_not_check(made: Path, tmp_path: Path) -> 
     assert "Not ranked: [empty]" in page
 
 
-def test_an_entry_based_on_another_lists_what_changed(made: Path, runs: list[Path],
-                                                      tmp_path: Path, capsys) -> None:
+def test_an_entry_based_on_another_lists_what_changed(
+    made: Path, runs: list[Path], tmp_path: Path, capsys
+) -> None:
     root = tmp_path / "records"
     base = Path(shutil.copytree(made, root / TRACK / made.name))
     claims = json.loads((base / "submission.json").read_text())
@@ -1097,13 +1308,19 @@ def test_an_entry_based_on_another_lists_what_changed(made: Path, runs: list[Pat
     folder = root / TRACK / "2026-01-02_Other"
     assert record.main(["check", str(folder)]) == 0
     page, diff = ((folder / name).read_text() for name in ("README.md", "source.diff"))
-    assert re.search(r"with probability 0\.00\d+\.\n\n\| setting \| Tiny \| here \|\n.*\n"
-                     r"\| EMA_DECAY \| 0\.7 \| 0\.9 \|\n", page)
+    assert re.search(
+        r"with probability 0\.00\d+\.\n\n\| setting \| Tiny \| here \|\n.*\n"
+        r"\| EMA_DECAY \| 0\.7 \| 0\.9 \|\n",
+        page,
+    )
     assert "[line by line](source.diff): +0 -1 lines." in page
     assert "| head | +0 | -1 |" in page
     assert "\n-import this\n" in diff
-    for name, pattern in (("submission.json", r'("p": 0\.0)\d'), ("source.diff", "^-import t()"),
-                          ("submission.json", r'("head",\n +)\d')):
+    for name, pattern in (
+        ("submission.json", r'("p": 0\.0)\d'),
+        ("source.diff", "^-import t()"),
+        ("submission.json", r'("head",\n +)\d'),
+    ):
         text = (folder / name).read_text()
         change(folder / name, pattern, "-import T" if name == "source.diff" else None)
         rehash(folder)
@@ -1126,14 +1343,24 @@ def test_an_entry_based_on_another_lists_what_changed(made: Path, runs: list[Pat
 
 
 def test_the_source_diff_and_its_summary_by_function() -> None:
-    old = ("import a\n\n# =====\n# First part\n# =====\n\n\ndef f(x):\n    return x\n\n\nclass C:\n"
-           "    def m(self):\n        return 1\n\n    def gone(self):\n        pass\n")
-    new = old.replace("return x", "y = x\n    return y").replace("import a", "import b").replace(
-        "\n    def gone(self):\n        pass\n", "").replace("return 1", "return 2")
+    old = (
+        "import a\n\n# =====\n# First part\n# =====\n\n\ndef f(x):\n    return x\n\n\nclass C:\n"
+        "    def m(self):\n        return 1\n\n    def gone(self):\n        pass\n"
+    )
+    new = (
+        old.replace("return x", "y = x\n    return y")
+        .replace("import a", "import b")
+        .replace("\n    def gone(self):\n        pass\n", "")
+        .replace("return 1", "return 2")
+    )
     trees = record.parsed(old), record.parsed(new)
     assert changes.counted(old, new, *trees) == [
-        ["head", 1, 1], ["First part: f", 2, 1], ["First part: C", 0, 1],
-        ["First part: C.m", 1, 1], ["First part: C.gone", 0, 2]]
+        ["head", 1, 1],
+        ["First part: f", 2, 1],
+        ["First part: C", 0, 1],
+        ["First part: C.m", 1, 1],
+        ["First part: C.gone", 0, 2],
+    ]
     diff = changes.source_diff(old, new)
     assert diff.startswith("--- base/train_gpt.py\n+++ train_gpt.py\n@@ ")
     assert not list(changes.misfits(diff, new))
@@ -1180,8 +1407,17 @@ def test_a_last_step_that_ends_over_the_budget_has_no_time_left(runs: list[Path]
 def test_seeds_may_need_different_numbers_of_passes(tiny_data: TinyData, tmp_path: Path) -> None:
     """QUANT_CLIP=std with a target: the solver tries as often as it must, for each seed alone."""
     target = str((ROOT / "train_gpt.py").stat().st_size + 31_000)
-    found = [job(tiny_data, tmp_path, f"seed-{seed}", SEED=seed, QUANT_CLIP="std",
-                 **({"ARTIFACT_TARGET_BYTES": target})) for seed in SEEDS]
+    found = [
+        job(
+            tiny_data,
+            tmp_path,
+            f"seed-{seed}",
+            SEED=seed,
+            QUANT_CLIP="std",
+            **({"ARTIFACT_TARGET_BYTES": target}),
+        )
+        for seed in SEEDS
+    ]
     runs = [record.read_run(f / "log.txt", f / "metrics.jsonl", f / "settings.json") for f in found]
     passes = [len(run.all("size_pass")) for run in runs]
     assert min(passes) >= 1
@@ -1204,8 +1440,10 @@ def test_a_packed_script_makes_an_entry(tiny_data: TinyData, tmp_path: Path, cap
     assert new(found, tmp_path / "records") == 0
     entry = tmp_path / "records" / TRACK / "2026-01-02_Tiny"
     assert record.main(["check", str(entry)]) == 0
-    claims, page = json.loads((entry / "submission.json").read_text()), (
-        entry / "README.md").read_text()
+    claims, page = (
+        json.loads((entry / "submission.json").read_text()),
+        (entry / "README.md").read_text(),
+    )
     assert (entry / "train_gpt.py").read_bytes() == packed.read_bytes()
     assert claims["bytes_code"] == packed.stat().st_size
     assert claims["bytes_text"] == (ROOT / "train_gpt.py").stat().st_size
@@ -1236,7 +1474,8 @@ def test_show_adds_up_an_artifact(runs: list[Path], tmp_path: Path, capsys) -> N
         counts = [values.count(v) / len(values) for v in set(values)]
         coded = -len(values) * sum(p * math.log2(p) for p in counts) / 8
         assert float(entropy.replace(",", "")) == pytest.approx(
-            coded + 2 * len(tensor.scale), abs=0.51)
+            coded + 2 * len(tensor.scale), abs=0.51
+        )
     assert sum(float(row[-1].rstrip("%")) for row in rows.values()) == pytest.approx(100, abs=0.5)
 
     def total(words: str) -> int:
@@ -1246,7 +1485,8 @@ def test_show_adds_up_an_artifact(runs: list[Path], tmp_path: Path, capsys) -> N
     assert total("code") == (ROOT / "train_gpt.py").stat().st_size
     assert total("left of 16,000,000") == 16_000_000 - total("together")
     assert total("body before zstd") == total("integers, one byte each") + total(
-        "scales and floats, two bytes each") + total(r"header \(settings, names, shapes\)")
+        "scales and floats, two bytes each"
+    ) + total(r"header \(settings, names, shapes\)")
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert record.main(["show", str(runs[0] / "log.txt")]) == 1
     assert record.main(["show", str(tmp_path / "nothing")]) == 1
@@ -1255,8 +1495,7 @@ def test_show_adds_up_an_artifact(runs: list[Path], tmp_path: Path, capsys) -> N
 def test_show_of_hostile_artifacts_is_one_line(runs: list[Path], tmp_path: Path, capsys) -> None:
     sound, path = (runs[0] / "artifact.bin").read_bytes(), tmp_path / "artifact.bin"
     header, stored = train_gpt.decode_artifact(sound)
-    odd = {f"$x^\n\x1b[2J.{n}.{name}": tensor for n, (name, tensor) in
-           enumerate(stored.items())}
+    odd = {f"$x^\n\x1b[2J.{n}.{name}": tensor for n, (name, tensor) in enumerate(stored.items())}
     for blob in (b"", sound[:50], sound[:-1], b"x" + sound[1:]):
         path.write_bytes(blob)
         assert record.main(["show", str(path)]) == 1
@@ -1273,8 +1512,7 @@ def test_show_of_hostile_artifacts_is_one_line(runs: list[Path], tmp_path: Path,
     assert artifact.anatomy(path).total("raw") == 0
 
 
-def test_bytes_that_are_no_artifact_are_found_whichever_reader_the_script_has(
-        entry: Path) -> None:
+def test_bytes_that_are_no_artifact_are_found_whichever_reader_the_script_has(entry: Path) -> None:
     path, runs = entry / "artifact.bin", record.read_entry(entry)
     theirs = (entry / "train_gpt.py").read_text()
     other = theirs.replace("def cut_payload(body: bytes", "def cut_payload(whole: bytes")

@@ -25,17 +25,22 @@ def place(tiny_data: TinyData, tmp_path: Path) -> Path:
     (tmp_path / "runs").mkdir()
     header = {"settings": {}, "tokenizer": "", "validation": ""}
     (tmp_path / "artifact.bin").write_bytes(
-        encode_artifact(header, {"w": Stored(torch.ones(64).half())}))
+        encode_artifact(header, {"w": Stored(torch.ones(64).half())})
+    )
     return tmp_path
 
 
 def settings_of(place: Path, data: TinyData, **changed: str) -> dict[str, str]:
     """A tiny run's settings on a place's own data."""
     root = data.data_path.parents[1]
-    return {**TINY, "VOCAB_SIZE": data.env["VOCAB_SIZE"], "RUNS_DIR": str(place / "runs"),
-            "DATA_PATH": str(place / "data" / data.data_path.relative_to(root)),
-            "TOKENIZER_PATH": str(place / "data" / data.tokenizer_path.relative_to(root)),
-            **changed}
+    return {
+        **TINY,
+        "VOCAB_SIZE": data.env["VOCAB_SIZE"],
+        "RUNS_DIR": str(place / "runs"),
+        "DATA_PATH": str(place / "data" / data.data_path.relative_to(root)),
+        "TOKENIZER_PATH": str(place / "data" / data.tokenizer_path.relative_to(root)),
+        **changed,
+    }
 
 
 def shard(place: Path) -> Path:
@@ -68,18 +73,25 @@ REFUSED = {
     "nan": (nothing, {"EMA_DECAY": "nan"}, ["EMA_DECAY=", "nan", "0.999999"]),
     "False": (nothing, {"TIE_EMBEDDINGS": "False"}, ["TIE_EMBEDDINGS='False'", "0 or 1"]),
     "truncated shard": (cut_shard, {}, ["fineweb_train_000001.bin", "prepare.py"]),
-    "token beyond the vocabulary": (lambda place: write_tokens(shard(place), [1, 320] * 99), {},
-                                    ["fineweb_train_000001.bin", "320", "VOCAB_SIZE=320"]),
+    "token beyond the vocabulary": (
+        lambda place: write_tokens(shard(place), [1, 320] * 99),
+        {},
+        ["fineweb_train_000001.bin", "320", "VOCAB_SIZE=320"],
+    ),
     "tokenizer of another vocabulary": (nothing, {"VOCAB_SIZE": "512"}, ["320 pieces", "512"]),
-    "missing data folder": (lambda place: shutil.rmtree(shard(place).parent), {},
-                            ["DATA_PATH=", "prepare.py"]),
+    "missing data folder": (
+        lambda place: shutil.rmtree(shard(place).parent),
+        {},
+        ["DATA_PATH=", "prepare.py"],
+    ),
     "existing RUN_ID": (make_run, {"RUN_ID": "mine"}, ["RUN_ID=mine", "exists already"]),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_run_is_refused_in_one_line_before_anything_is_written(
-        case: str, place: Path, tiny_data: TinyData, capfd: pytest.CaptureFixture[str]) -> None:
+    case: str, place: Path, tiny_data: TinyData, capfd: pytest.CaptureFixture[str]
+) -> None:
     damage, changed, said = REFUSED[case]
     damage(place)
     before, settings = snapshot(place), settings_of(place, tiny_data, **changed)
@@ -97,8 +109,11 @@ def test_a_run_is_refused_in_one_line_before_anything_is_written(
 
 
 def test_check_accepts_a_run_to_resume_and_best_without_brotli(
-        place: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch,
-        capfd: pytest.CaptureFixture[str]) -> None:
+    place: Path,
+    tiny_data: TinyData,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     make_run(place)
     monkeypatch.setitem(sys.modules, "brotli", None)
     with environment(**settings_of(place, tiny_data, RUN_ID="mine", RESUME="1", CODEC="best")):
@@ -129,8 +144,13 @@ def test_run_sh_passes_a_refusal_through(case: str, checkout: Path, tiny_data: T
     damage(checkout)
     before = snapshot(checkout)
     ours = settings_of(checkout, tiny_data, **changed)
-    job = subprocess.run([str(checkout / "run.sh")], capture_output=True, text=True, timeout=300,
-                         env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **ours})
+    job = subprocess.run(
+        [str(checkout / "run.sh")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **ours},
+    )
     assert (job.returncode, job.stdout) == (2, "")
     assert job.stderr.startswith("error: ")
     assert len(job.stderr.splitlines()) == 1, job.stderr
@@ -138,9 +158,14 @@ def test_run_sh_passes_a_refusal_through(case: str, checkout: Path, tiny_data: T
     assert snapshot(checkout) == before
 
 
-@pytest.mark.parametrize("damage", [
-    cut_artifact, lambda place: (place / "artifact.bin").unlink(),
-], ids=["truncated", "missing"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_artifact,
+        lambda place: (place / "artifact.bin").unlink(),
+    ],
+    ids=["truncated", "missing"],
+)
 def test_a_damaged_artifact_is_refused_in_one_line(damage: Callable, place: Path) -> None:
     damage(place)
     before = snapshot(place)
@@ -155,18 +180,24 @@ def test_one_process_of_several_says_why(place: Path, tiny_data: TinyData) -> No
     job = launch(processes=2, cwd=place, **settings_of(place, tiny_data, DATA_PATH="not/here"))
     assert job.returncode != 0
     assert [line[:23] for line in job.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: DATA_PATH=not/he"]
+        "error: DATA_PATH=not/he"
+    ]
     assert list((place / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize("changed", [
-    {"EVAL_TRUNCATE": "1", "EVAL_SEQ_LEN": "8192"},
-    {"TRAIN_SEQ_LEN": "65536", "TRAIN_BATCH_TOKENS": "65536"},
-    {"RUN_ID": "x" * 300}, {"ATTENTION": "fa3"},
-], ids=["no target left", "no row", "long RUN_ID", "no kernel"])
-def test_check_finds_what_would_fail_later(changed: dict[str, str], place: Path,
-                                           tiny_data: TinyData,
-                                           capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"EVAL_TRUNCATE": "1", "EVAL_SEQ_LEN": "8192"},
+        {"TRAIN_SEQ_LEN": "65536", "TRAIN_BATCH_TOKENS": "65536"},
+        {"RUN_ID": "x" * 300},
+        {"ATTENTION": "fa3"},
+    ],
+    ids=["no target left", "no row", "long RUN_ID", "no kernel"],
+)
+def test_check_finds_what_would_fail_later(
+    changed: dict[str, str], place: Path, tiny_data: TinyData, capfd: pytest.CaptureFixture[str]
+) -> None:
     with environment(**settings_of(place, tiny_data, **changed)):
         assert main(["--check"]) == 2
     err = capfd.readouterr().err
@@ -174,8 +205,9 @@ def test_check_finds_what_would_fail_later(changed: dict[str, str], place: Path,
     assert any(name in err for name in changed), err
 
 
-def test_check_of_what_can_run_changes_nothing(place: Path, tiny_data: TinyData,
-                                               capfd: pytest.CaptureFixture[str]) -> None:
+def test_check_of_what_can_run_changes_nothing(
+    place: Path, tiny_data: TinyData, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = snapshot(place)
     with environment(**settings_of(place, tiny_data, RUN_ID="new", EMA_ENABLED="1")):
         assert main(["--check"]) == 0
@@ -186,10 +218,12 @@ def test_check_of_what_can_run_changes_nothing(place: Path, tiny_data: TinyData,
     assert snapshot(place) == before
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--chekc"], ["--check", "--plan"], ["--eval"], ["SEED=1"], ["--eval", "a", "b"]])
-def test_an_unknown_argument_is_refused(arguments: list[str], place: Path,
-                                        capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--chekc"], ["--check", "--plan"], ["--eval"], ["SEED=1"], ["--eval", "a", "b"]]
+)
+def test_an_unknown_argument_is_refused(
+    arguments: list[str], place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with environment():
         assert main(arguments) == 2
     err = capfd.readouterr().err

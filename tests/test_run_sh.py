@@ -56,15 +56,26 @@ class Checkout:
     folder: Path
     stub: Path
 
-    def run(self, *arguments: str, cwd: Path | None = None,
-            **settings: str) -> subprocess.CompletedProcess:
+    def run(
+        self, *arguments: str, cwd: Path | None = None, **settings: str
+    ) -> subprocess.CompletedProcess:
         """Run run.sh; `calls` then holds what this run asked of Python."""
         self.calls_file.unlink(missing_ok=True)
-        env = {"PATH": f"{self.stub.parent}:/usr/bin:/bin", "HOME": str(self.folder),
-               "STUB_CALLS": str(self.calls_file), **settings}
-        return subprocess.run([str(self.folder / "run.sh"), *arguments], cwd=cwd or self.folder,
-                              env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=60)
+        env = {
+            "PATH": f"{self.stub.parent}:/usr/bin:/bin",
+            "HOME": str(self.folder),
+            "STUB_CALLS": str(self.calls_file),
+            **settings,
+        }
+        return subprocess.run(
+            [str(self.folder / "run.sh"), *arguments],
+            cwd=cwd or self.folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     @property
     def calls_file(self) -> Path:
@@ -110,8 +121,12 @@ def test_first_run_sets_up_prepares_checks_and_trains(checkout: Checkout) -> Non
     assert venv == "-m venv --clear .venv"
     assert pip_probe_or_install.startswith("-m pip install")
     assert pip_probe_or_install.endswith("-r requirements.txt")
-    assert rest == ["train_gpt.py --help", "data/prepare.py docs", "train_gpt.py --check",
-                    "train_gpt.py"]
+    assert rest == [
+        "train_gpt.py --help",
+        "data/prepare.py docs",
+        "train_gpt.py --check",
+        "train_gpt.py",
+    ]
     assert all("PRESET=mini SEED=7 " in line for line in checkout.lines[-4:])
     assert all(line.startswith("run.sh: ") for line in result.stderr.splitlines())
 
@@ -128,8 +143,11 @@ def test_changed_requirements_are_installed(checkout: Checkout) -> None:
     with open(checkout.folder / "requirements.txt", "a") as requirements:
         requirements.write("one-more==1.0\n")
     checkout.run()
-    assert [call.split()[-1] for call in checkout.calls] == ["requirements.txt", "--check",
-                                                            "train_gpt.py"]
+    assert [call.split()[-1] for call in checkout.calls] == [
+        "requirements.txt",
+        "--check",
+        "train_gpt.py",
+    ]
 
 
 def test_failed_install_is_one_line_and_tried_again(checkout: Checkout) -> None:
@@ -184,13 +202,15 @@ def test_verbs_prepare_no_data(checkout: Checkout, verb: str) -> None:
     assert len(checkout.calls) == 3 and "PRESET=mini" in checkout.lines[-1]
 
 
-def test_eval_finds_the_artifact_where_the_caller_stands(checkout: Checkout,
-                                                         tmp_path: Path) -> None:
+def test_eval_finds_the_artifact_where_the_caller_stands(
+    checkout: Checkout, tmp_path: Path
+) -> None:
     artifact = tmp_path / "my artifact.bin"
     artifact.touch()
     assert checkout.run("--eval", artifact.name, cwd=tmp_path, DATA_PATH="data").returncode == 0
-    assert checkout.lines[-1] == (f"train_gpt.py --eval {artifact} | PRESET=unset SEED=unset "
-                                  "DATA_PATH=data")
+    assert checkout.lines[-1] == (
+        f"train_gpt.py --eval {artifact} | PRESET=unset SEED=unset DATA_PATH=data"
+    )
 
 
 def test_relative_data_path_is_the_callers(checkout: Checkout, tmp_path: Path) -> None:
@@ -206,8 +226,9 @@ def test_relative_data_path_stays_as_it_is_in_the_clone(checkout: Checkout) -> N
     assert "DATA_PATH=my data" in checkout.lines[-1]
 
 
-@pytest.mark.parametrize(("preset", "prepared"),
-                         [("mini", True), ("pr569,mini", True), ("pr1361", False), ("", False)])
+@pytest.mark.parametrize(
+    ("preset", "prepared"), [("mini", True), ("pr569,mini", True), ("pr1361", False), ("", False)]
+)
 def test_preset_on_a_cpu(checkout: Checkout, preset: str, prepared: bool) -> None:
     assert checkout.run(PRESET=preset).returncode == 0
     assert ("data/prepare.py docs" in checkout.calls) == prepared
@@ -219,15 +240,20 @@ def test_gpus_get_fineweb_and_torchrun(checkout: Checkout) -> None:
     result = checkout.run(STUB_GPUS="2")
     assert result.returncode == 0, result.stderr
     assert checkout.calls[-3:] == [
-        "data/prepare.py fineweb --variant sp1024", "train_gpt.py --check",
-        "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py"]
+        "data/prepare.py fineweb --variant sp1024",
+        "train_gpt.py --check",
+        "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py",
+    ]
     assert "PRESET=unset" in checkout.lines[-1]
 
 
 def test_one_gpu_needs_no_torchrun(checkout: Checkout) -> None:
     checkout.run(STUB_GPUS="1")
-    assert checkout.calls[-3:] == ["data/prepare.py fineweb --variant sp1024",
-                                   "train_gpt.py --check", "train_gpt.py"]
+    assert checkout.calls[-3:] == [
+        "data/prepare.py fineweb --variant sp1024",
+        "train_gpt.py --check",
+        "train_gpt.py",
+    ]
 
 
 def test_mini_on_gpus_takes_the_built_in_corpus(checkout: Checkout) -> None:
@@ -244,12 +270,23 @@ def test_gpus_that_torch_cannot_use_are_named(checkout: Checkout) -> None:
 
 def test_tests_are_lint_types_and_the_ci_set(checkout: Checkout) -> None:
     assert checkout.run("test", "tests/test_a.py", "-x").returncode == 0
-    assert [call.split()[-1] for call in checkout.calls[1:3]] == ["requirements.txt",
-                                                                 "requirements-dev.txt"]
-    assert checkout.calls[3:] == ["-m ruff check .", "-m mypy",
-                                  f"{PYTEST} -m not slow tests/test_a.py -x"]
+    assert [call.split()[-1] for call in checkout.calls[1:3]] == [
+        "requirements.txt",
+        "requirements-dev.txt",
+    ]
+    assert checkout.calls[3:] == [
+        "-m ruff check .",
+        "-m ruff format --check --quiet .",
+        "-m mypy",
+        f"{PYTEST} -m not slow tests/test_a.py -x",
+    ]
     assert checkout.run("test", "--all").returncode == 0
-    assert checkout.calls == ["-m ruff check .", "-m mypy", PYTEST]
+    assert checkout.calls == [
+        "-m ruff check .",
+        "-m ruff format --check --quiet .",
+        "-m mypy",
+        PYTEST,
+    ]
 
 
 def test_tests_fail_when_lint_types_or_pytest_fail(checkout: Checkout) -> None:

@@ -32,28 +32,47 @@ def clocked(**changes: object) -> Config:
 
 def stepped(**changes: object) -> Config:
     """A run of 100 steps without a clock."""
-    return Config(**{"max_wallclock_seconds": 0.0, "iterations": 100, "warmdown_iters": 40,
-                     **changes})
+    return Config(
+        **{"max_wallclock_seconds": 0.0, "iterations": 100, "warmdown_iters": 40, **changes}
+    )
 
 
-@pytest.mark.parametrize(("remaining", "warmdown", "linear"), [
-    (10, 5, 1), (5, 5, 1), (4, 5, 0.8), (2.5, 5, 0.5), (0, 5, 0), (-1, 5, 0), (3, 0, 1), (0, 0, 1),
-    (6, 1e9, 6e-9)])
+@pytest.mark.parametrize(
+    ("remaining", "warmdown", "linear"),
+    [
+        (10, 5, 1),
+        (5, 5, 1),
+        (4, 5, 0.8),
+        (2.5, 5, 0.5),
+        (0, 5, 0),
+        (-1, 5, 0),
+        (3, 0, 1),
+        (0, 0, 1),
+        (6, 1e9, 6e-9),
+    ],
+)
 def test_decay_is_linear_or_half_a_cosine(remaining: float, warmdown: float, linear: float) -> None:
     assert decay_scale(remaining, warmdown, "linear") == pytest.approx(linear)
     cosine = (1 - math.cos(math.pi * linear)) / 2
     assert decay_scale(remaining, warmdown, "cosine") == pytest.approx(cosine)
 
 
-@given(step_seconds=st.floats(0.01, 40), reserve=st.floats(0, 300),
-       warmdown_iters=st.integers(0, 10**5), warmdown_frac=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-       warmdown_type=st.sampled_from(["linear", "cosine"]), budget=st.sampled_from([0.0, 600.0]),
-       iterations=st.integers(1, 300))
+@given(
+    step_seconds=st.floats(0.01, 40),
+    reserve=st.floats(0, 300),
+    warmdown_iters=st.integers(0, 10**5),
+    warmdown_frac=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    warmdown_type=st.sampled_from(["linear", "cosine"]),
+    budget=st.sampled_from([0.0, 600.0]),
+    iterations=st.integers(1, 300),
+)
 @settings(deadline=None, max_examples=60)
-def test_the_rate_never_rises_at_a_steady_pace(step_seconds: float, reserve: float,
-                                               budget: float, **changes: object) -> None:
-    moments = imagine(Config(max_wallclock_seconds=budget, **changes), lambda n: step_seconds,
-                      reserve)
+def test_the_rate_never_rises_at_a_steady_pace(
+    step_seconds: float, reserve: float, budget: float, **changes: object
+) -> None:
+    moments = imagine(
+        Config(max_wallclock_seconds=budget, **changes), lambda n: step_seconds, reserve
+    )
     rates = [moment.lr_scale for moment in moments]
     assert all(0 <= rate <= 1 for rate in rates)
     assert all(after <= before + 1e-9 for before, after in zip(rates, rates[1:], strict=False))
@@ -112,8 +131,9 @@ def test_a_machine_too_slow_for_its_warmdown_decays_all_along(pace: float) -> No
     assert [m.qat for m in moments[5:]] == [scale < 0.15 for scale in expected[5:]]
 
 
-@pytest.mark.parametrize("warmdown", [{"warmdown_iters": 40}, {"warmdown_iters": 3500},
-                                      {"warmdown_frac": 0.4}])
+@pytest.mark.parametrize(
+    "warmdown", [{"warmdown_iters": 40}, {"warmdown_iters": 3500}, {"warmdown_frac": 0.4}]
+)
 def test_iterations_that_end_before_the_clock_decay_to_nothing(warmdown: dict) -> None:
     """A run of 100 s, whatever its budget: it decays at its own end, and over no more than it."""
     rates = scales(clocked(iterations=100, **warmdown))
@@ -158,10 +178,13 @@ def test_mile_fades_to_cross_entropy_at_its_rate_scale() -> None:
     assert all(moment.mile_gamma == 0.0 for moment in imagine(stepped(), lambda n: 1.0))
 
 
-@pytest.mark.parametrize(("every", "start", "count"), [
-    (1, 0.4, 16), (5, 0.4, 4), (7, 0.2, 1), (50, 0.01, 0), (1, 1.0, 39)])
-def test_snapshots_come_every_so_often_below_their_rate_scale(every: int, start: float,
-                                                              count: int) -> None:
+@pytest.mark.parametrize(
+    ("every", "start", "count"),
+    [(1, 0.4, 16), (5, 0.4, 4), (7, 0.2, 1), (50, 0.01, 0), (1, 1.0, 39)],
+)
+def test_snapshots_come_every_so_often_below_their_rate_scale(
+    every: int, start: float, count: int
+) -> None:
     """Counted in finished steps: step n has scale (100 - n) / 40 before it."""
     moments = imagine(stepped(swa_every=every, swa_start_frac=start), lambda n: 1.0)
     taken = [n + 1 for n, moment in enumerate(moments) if moment.snapshot]

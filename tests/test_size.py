@@ -34,11 +34,25 @@ from train_gpt import (
     setting_of,
 )
 
-SHAPE = {"num_layers": 3, "xsa_last_n": 1, "ve_layers": "1,2", "model_dim": 64, "num_heads": 2,
-         "num_kv_heads": 1, "rope_dims": 8, "bigram_vocab_size": 256, "bigram_dim": 16,
-         "ve_dim": 16, "vocab_size": VOCAB_SIZE, "train_seq_len": 32, "eval_seq_len": 32,
-         "train_batch_tokens": 256, "eval_stride": 16, "int8_keep_float_max_numel": 512,
-         "quant_clip": "std"}
+SHAPE = {
+    "num_layers": 3,
+    "xsa_last_n": 1,
+    "ve_layers": "1,2",
+    "model_dim": 64,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "rope_dims": 8,
+    "bigram_vocab_size": 256,
+    "bigram_dim": 16,
+    "ve_dim": 16,
+    "vocab_size": VOCAB_SIZE,
+    "train_seq_len": 32,
+    "eval_seq_len": 32,
+    "train_batch_tokens": 256,
+    "eval_stride": 16,
+    "int8_keep_float_max_numel": 512,
+    "quant_clip": "std",
+}
 SYSTEMS = ("pr1361", "pr569", "pr703", "pr334", "pr295")
 HEADER = {"settings": {}, "tokenizer": "", "validation": ""}
 
@@ -49,8 +63,11 @@ def noisy(model: GPT) -> GPT:
     initialize(model, model.cfg)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape) * torch.rand(p.shape[:1] + (1,) * (p.ndim - 1)) * 0.2
-                   if p.ndim else 0.1)
+            p.add_(
+                torch.randn(p.shape) * torch.rand(p.shape[:1] + (1,) * (p.ndim - 1)) * 0.2
+                if p.ndim
+                else 0.1
+            )
     return model
 
 
@@ -70,11 +87,21 @@ def run_of(model: GPT, **changed: object) -> Run:
 def system(preset: str, **settings: str) -> tuple[GPT, Run]:
     """A published system, small, GPTQ on, with noisy weights, and a run whose code has no bytes."""
     kind = PRESETS[preset].get("gptq_variant", "full").replace("off", "full")
-    cfg = Config.from_env({
-        "PRESET": f"{preset},mini", "GPTQ_VARIANT": kind, "NUM_LAYERS": "3", "XSA_LAST_N": "0",
-        "CLIP_SIGMAS": "mlp:12.85,attn:12.85,emb:20,aux:20", "VE_LAYERS": "1,2",
-        "CACHE_LAYER": "1", "BIGRAM_VOCAB_SIZE": "256", "VOCAB_SIZE": "128",
-        "BITS": re.sub(r",blocks.*", "", Config(**PRESETS[preset]).bits), **settings})[0]
+    cfg = Config.from_env(
+        {
+            "PRESET": f"{preset},mini",
+            "GPTQ_VARIANT": kind,
+            "NUM_LAYERS": "3",
+            "XSA_LAST_N": "0",
+            "CLIP_SIGMAS": "mlp:12.85,attn:12.85,emb:20,aux:20",
+            "VE_LAYERS": "1,2",
+            "CACHE_LAYER": "1",
+            "BIGRAM_VOCAB_SIZE": "256",
+            "VOCAB_SIZE": "128",
+            "BITS": re.sub(r",blocks.*", "", Config(**PRESETS[preset]).bits),
+            **settings,
+        }
+    )[0]
     run = Run(cfg, 0, 1, torch.device("cpu"))
     run.source = b""
     return noisy(GPT(cfg)), run
@@ -87,8 +114,9 @@ def test_a_clip_is_so_many_deviations_of_its_row(seed: int, bits: int, sigmas: f
     rng = np.random.default_rng(seed)
     W = rng.normal(size=(6, 40)) * 10.0 ** rng.uniform(-2, 1, (6, 1))
     W[0] = 0
-    (steps,) = clip_candidates(torch.tensor(W, dtype=torch.float32), bits, Config(quant_clip="std"),
-                               sigmas).tolist()
+    (steps,) = clip_candidates(
+        torch.tensor(W, dtype=torch.float32), bits, Config(quant_clip="std"), sigmas
+    ).tolist()
     assert steps[0] == 2.0**-14
     for step, row in zip(steps[1:], W[1:], strict=True):
         deviation = math.sqrt(sum(x * x for x in row - sum(row) / 40) / 40)
@@ -108,8 +136,9 @@ def test_the_matrix_of_the_logits_has_a_hessian_too(tied: bool) -> None:
     np.testing.assert_allclose(hessians[name], h.T @ h / len(h), rtol=1e-4, atol=1e-5)
     assert ("lm_head" in hessians) == (not tied)
     model.cfg = Config(**{**SHAPE, "quant_clip": "percentile", "tie_embeddings": tied})
-    assert hessians.keys() - collect_hessians(
-        model, lambda n: ids, 1, math.inf, run).keys() == {name}
+    assert hessians.keys() - collect_hessians(model, lambda n: ids, 1, math.inf, run).keys() == {
+        name
+    }
 
 
 def test_the_estimate_is_the_entropy_of_nearest_integers() -> None:
@@ -119,24 +148,30 @@ def test_the_estimate_is_the_entropy_of_nearest_integers() -> None:
             top, W = largest_integer(bits), p.detach()
             sigmas = 1.5 * setting_of(name, model.cfg.sigmas_by_role)
             steps = clip_candidates(W, bits, model.cfg, sigmas)[0]
-            counts = Counter(max(-top, min(top, round(float(x / step))))
-                             for row, step in zip(W, steps, strict=True) for x in row)
+            counts = Counter(
+                max(-top, min(top, round(float(x / step))))
+                for row, step in zip(W, steps, strict=True)
+                for x in row
+            )
             total -= sum(n * math.log2(n / W.numel()) for n in counts.values()) / 8
     assert estimated_bytes(model, 1.5) == pytest.approx(total, rel=1e-6)
     sizes = [estimated_bytes(model, factor) for factor in (0.5, 1.0, 2.0, 4.0)]
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize(("codec", "share"), [
-    ("zstd", 1.1), ("zstd", 0.85), ("zstd", 0.7), ("lzma", 1.0), ("lzma", 0.8)])
+@pytest.mark.parametrize(
+    ("codec", "share"), [("zstd", 1.1), ("zstd", 0.85), ("zstd", 0.7), ("lzma", 1.0), ("lzma", 0.8)]
+)
 def test_the_solver_ends_just_below_its_target(codec: str, share: float) -> None:
     model = random_model()
-    hessians = collect_hessians(model, lambda n: torch.randint(2, VOCAB_SIZE, (8, 32)), 2,
-                                math.inf, run_of(model))
+    hessians = collect_hessians(
+        model, lambda n: torch.randint(2, VOCAB_SIZE, (8, 32)), 2, math.inf, run_of(model)
+    )
     start = len(fit_artifact(model, hessians, HEADER, run_of(model, codec=codec))[1])
     target = int(share * start)
-    stored, blob = fit_artifact(model, hessians, HEADER, run_of(
-        model, codec=codec, artifact_target_bytes=target))
+    stored, blob = fit_artifact(
+        model, hessians, HEADER, run_of(model, codec=codec, artifact_target_bytes=target)
+    )
     assert 0.99 * target <= len(blob) <= target
     read = decode_artifact(blob)[1]
     assert all(torch.equal(read[name].values, s.values) for name, s in stored.items())
@@ -159,8 +194,9 @@ def test_without_a_target_only_the_limit_counts() -> None:
     """What fits is left as CLIP_SIGMAS says; what does not is made coarser, never larger."""
     model = random_model()
     plain = fit_artifact(model, {}, HEADER, run_of(model))[1]
-    assert plain == fit_artifact(model, {}, HEADER, run_of(
-        model, artifact_limit_bytes=len(plain)))[1]
+    assert (
+        plain == fit_artifact(model, {}, HEADER, run_of(model, artifact_limit_bytes=len(plain)))[1]
+    )
     limit = int(0.8 * len(plain))
     squeezed = fit_artifact(model, {}, HEADER, run_of(model, artifact_limit_bytes=limit))[1]
     assert 0.9 * limit < len(squeezed) <= limit
@@ -203,11 +239,16 @@ def test_a_run_meets_its_target(tiny_data: TinyData, tmp_path: Path) -> None:
 
 def foreseen(folder: Path) -> tuple[dict, list[str], int]:
     """A run's one early statement of its size, its warnings of it, and steps done by then."""
-    kinds = [json.loads(line)["event"]
-             for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kinds = [
+        json.loads(line)["event"]
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     (said,) = events(folder, "size_foreseen")
-    warnings = re.findall(r"^warning: code and artifact will be over.*$",
-                          (folder / "log.txt").read_text(encoding="utf-8"), re.M)
+    warnings = re.findall(
+        r"^warning: code and artifact will be over.*$",
+        (folder / "log.txt").read_text(encoding="utf-8"),
+        re.M,
+    )
     return said, warnings, kinds[: kinds.index("size_foreseen")].count("step")
 
 
@@ -221,8 +262,14 @@ def test_a_run_says_early_that_it_will_be_over(tiny_data: TinyData, tmp_path: Pa
     assert len(warnings) == 1 and "over 2000 bytes" in warnings[0]
     smallest = events(tmp_path / "over", "artifact")[-1]["total"]
     assert 0.8 * smallest < said["coarsest"] <= smallest
-    with environment(**{**job, "RUN_ID": "met", "ARTIFACT_LIMIT_BYTES": "16000000",
-                        "ARTIFACT_TARGET_BYTES": str(smallest)}):
+    with environment(
+        **{
+            **job,
+            "RUN_ID": "met",
+            "ARTIFACT_LIMIT_BYTES": "16000000",
+            "ARTIFACT_TARGET_BYTES": str(smallest),
+        }
+    ):
         assert train_gpt.main([]) == 0
     said, warnings, _ = foreseen(tmp_path / "met")
     assert warnings == [] and said["target"] == smallest
@@ -234,7 +281,8 @@ def test_what_is_foreseen_is_a_little_less_than_what_comes(preset: str, clip: st
     model, run = system(preset, QUANT_CLIP=clip)
     facts: dict = {}
     run.log = lambda template, event="", **known: facts.update(
-        known if event == "size_foreseen" else {})
+        known if event == "size_foreseen" else {}
+    )
     train_gpt.foresee_size(model, 1, run)
     total = len(run.source) + len(fit_artifact(model, {}, HEADER, run)[1])
     assert 0.7 * total < facts["total"] < total

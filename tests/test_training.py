@@ -54,15 +54,29 @@ class Recorder:
 @pytest.fixture
 def setting(tiny_data):
     """Makes settings, random model, rows and run: 6 rows of 16 tokens a step, no clock."""
+
     def make(**changes: object) -> tuple[Config, GPT, TrainingRows, Run]:
-        sizes = {**SIZES, "vocab_size": 320, "train_seq_len": 16, "train_batch_tokens": 96,
-                 "data_path": str(tiny_data.data_path), "max_wallclock_seconds": 0.0,
-                 "iterations": 5, "warmdown_iters": 3, "val_loss_every": 0, "seed": 3,
-                 "eval_seq_len": 16, "eval_stride": 4, "eval_batch_seqs": 2,
-                 "int8_keep_float_max_numel": 300, "muon_momentum_warmup_steps": 4}
+        sizes = {
+            **SIZES,
+            "vocab_size": 320,
+            "train_seq_len": 16,
+            "train_batch_tokens": 96,
+            "data_path": str(tiny_data.data_path),
+            "max_wallclock_seconds": 0.0,
+            "iterations": 5,
+            "warmdown_iters": 3,
+            "val_loss_every": 0,
+            "seed": 3,
+            "eval_seq_len": 16,
+            "eval_stride": 4,
+            "eval_batch_seqs": 2,
+            "int8_keep_float_max_numel": 300,
+            "muon_momentum_warmup_steps": 4,
+        }
         cfg = Config(**{**sizes, **changes})
         run = Run(cfg, rank=0, world_size=1, device=torch.device("cpu"))
         return cfg, random_model(cfg, dtype=torch.float32), TrainingRows(cfg), run
+
     return make
 
 
@@ -83,8 +97,9 @@ def plain_gradients(setting, qat: bool = False) -> tuple[dict[str, Tensor], Tens
 
 @pytest.mark.parametrize("rows_at_once", [0, 1, 4, 6, 100])
 @pytest.mark.parametrize("qat", [False, True])
-def test_micro_batches_share_the_gradient_of_the_batch_mean(setting, rows_at_once: int,
-                                                            qat: bool) -> None:
+def test_micro_batches_share_the_gradient_of_the_batch_mean(
+    setting, rows_at_once: int, qat: bool
+) -> None:
     moment = Moment(1.0, 0.9, qat, False)
     recorder, stats = gradients(setting, moment, micro_batch_seqs=rows_at_once, grad_clip_norm=0.0)
     expected, loss = plain_gradients(setting, qat)
@@ -112,11 +127,17 @@ def test_two_steps_are_those_written_by_hand(setting) -> None:
     cfg, model, rows, run = setting(grad_clip_norm=0.5, muon_wd=0.3, adam_wd=0.2, lr_mult=2.0)
     reference = copy.deepcopy(model)
     optimizers = build_optimizers(cfg, route_parameters(cfg, model), torch.float32)
-    muon = {name: np.zeros(p.shape) for name, p in reference.named_parameters()
-            if p.ndim == 2 and not name.endswith(("embed.weight", "emb.weight", "resid_mix",
-                                                  "skip_weights"))}
-    adam = {name: torch.optim.AdamW([p], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2)
-            for name, p in reference.named_parameters() if name not in muon}
+    muon = {
+        name: np.zeros(p.shape)
+        for name, p in reference.named_parameters()
+        if p.ndim == 2
+        and not name.endswith(("embed.weight", "emb.weight", "resid_mix", "skip_weights"))
+    }
+    adam = {
+        name: torch.optim.AdamW([p], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2)
+        for name, p in reference.named_parameters()
+        if name not in muon
+    }
     for step in range(2):
         train_step(training_nats, model, optimizers, rows, step, MOMENT, run)
         reference.zero_grad()
@@ -124,8 +145,9 @@ def test_two_steps_are_those_written_by_hand(setting) -> None:
         nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         for name, p in reference.named_parameters():
             if name in muon:
-                W, muon[name] = naive_muon(p.detach().numpy(), muon[name], p.grad.numpy(),
-                                           2.0 * 0.025 * 0.5, 0.8, 0.3)
+                W, muon[name] = naive_muon(
+                    p.detach().numpy(), muon[name], p.grad.numpy(), 2.0 * 0.025 * 0.5, 0.8, 0.3
+                )
                 p.data.copy_(torch.from_numpy(W))
             else:
                 rate = 0.035 if "emb" in name else 0.025
@@ -182,8 +204,12 @@ def test_priming_leaves_no_trace(setting) -> None:
     _, model, rows, run = setting()
     before = weights(model)
     seconds = prime(forward, model, rows, run)
-    assert set(variants) == {(False, True, False), (True, True, False), (False, False, False),
-                             (False, False, True)}
+    assert set(variants) == {
+        (False, True, False),
+        (True, True, False),
+        (False, False, False),
+        (False, False, True),
+    }
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert min(seconds) > 0
@@ -225,10 +251,14 @@ def test_ranks_share_the_rows_of_a_step(setting) -> None:
     for ranks in (1, 2, 4, 9):
         for at_once in (0, 1, 4):
             cfg = setting(micro_batch_seqs=at_once)[0]
-            parts = [part for rank in range(ranks) for part in train_gpt.micro_batches(
-                cfg, Run(cfg, rank, ranks, torch.device("cpu")))]
+            parts = [
+                part
+                for rank in range(ranks)
+                for part in train_gpt.micro_batches(cfg, Run(cfg, rank, ranks, torch.device("cpu")))
+            ]
             assert [row for first, count in parts for row in range(first, first + count)] == list(
-                range(6))
+                range(6)
+            )
             assert all(1 <= count <= (at_once or 6) for _, count in parts)
 
 
@@ -251,11 +281,18 @@ def naive_mile(setting, gamma: float, least: float) -> tuple[dict[str, Tensor], 
 
 @pytest.mark.parametrize("rows_at_once", [0, 1, 4])
 @pytest.mark.parametrize(("gamma", "least"), [(1.1, 0.1), (3.0, 0.6), (0.0, 0.1)])
-def test_mile_divides_by_the_weights_of_the_whole_batch(setting, gamma: float, least: float,
-                                                        rows_at_once: int) -> None:
+def test_mile_divides_by_the_weights_of_the_whole_batch(
+    setting, gamma: float, least: float, rows_at_once: int
+) -> None:
     moment = Moment(1.0, 0.9, False, False, mile_gamma=gamma)
-    recorder, stats = gradients(setting, moment, micro_batch_seqs=rows_at_once, mile_gamma=1.1,
-                                mile_clamp_min=least, grad_clip_norm=0.0)
+    recorder, stats = gradients(
+        setting,
+        moment,
+        micro_batch_seqs=rows_at_once,
+        mile_gamma=1.1,
+        mile_clamp_min=least,
+        grad_clip_norm=0.0,
+    )
     expected, loss = naive_mile(setting, gamma, least)
     assert float(stats[0]) == pytest.approx(loss, rel=1e-4)
     for name, gradient in recorder.gradients.items():
@@ -332,10 +369,16 @@ def test_without_a_snapshot_swa_falls_back(setting, capsys) -> None:
 
 def test_the_ledger_counts_what_acted(setting, capsys) -> None:
     """Five steps, the last three in the warmdown: scales 1, 1, 1, 2/3, 1/3."""
-    run = trained(setting, avg_mode="swa", swa_start_frac=0.7, swa_every=1, mile_gamma=1.1,
-                  qat_mode="always")[2]
-    assert dict(run.activity) == {"always_qat": 5, "warmdown": 2, "momentum_ramp": 4, "mile": 5,
-                                  "swa": 2}
+    run = trained(
+        setting, avg_mode="swa", swa_start_frac=0.7, swa_every=1, mile_gamma=1.1, qat_mode="always"
+    )[2]
+    assert dict(run.activity) == {
+        "always_qat": 5,
+        "warmdown": 2,
+        "momentum_ramp": 4,
+        "mile": 5,
+        "swa": 2,
+    }
     assert dict(run.occasions) == dict.fromkeys(run.activity, 5)
     out = capsys.readouterr().out
     assert "swa:start step:4" in out
@@ -346,20 +389,24 @@ def test_the_ledger_counts_what_acted(setting, capsys) -> None:
     assert "warning: swa was configured and never acted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("calib", "reason"), [("train_after_cap", True), ("train", False),
-                                               ("selfgen", False)])
+@pytest.mark.parametrize(
+    ("calib", "reason"), [("train_after_cap", True), ("train", False), ("selfgen", False)]
+)
 def test_training_data_after_the_budget_is_not_eligible(calib: str, reason: bool) -> None:
     reasons = train_gpt.static_ineligibility(Config(gptq_calib=calib))
     assert any("GPTQ_CALIB" in text for text in reasons) == reason
 
 
-@pytest.mark.parametrize(("calib", "inside"), [("train", True), ("train_after_cap", False),
-                                               ("selfgen", False)])
-def test_only_calibration_inside_the_budget_runs_on_its_clock(setting, calib: str,
-                                                              inside: bool) -> None:
+@pytest.mark.parametrize(
+    ("calib", "inside"), [("train", True), ("train_after_cap", False), ("selfgen", False)]
+)
+def test_only_calibration_inside_the_budget_runs_on_its_clock(
+    setting, calib: str, inside: bool
+) -> None:
     """What is outside reserves nothing, and no deadline of the budget cuts it short."""
-    cfg, model, rows, run = setting(gptq_calib=calib, gptq_calib_batches=3,
-                                    max_wallclock_seconds=1e-6)
+    cfg, model, rows, run = setting(
+        gptq_calib=calib, gptq_calib_batches=3, max_wallclock_seconds=1e-6
+    )
     train_gpt.calibrate(model, rows, 5, run)
     assert (run.training_clock.elapsed() > 0) == inside
     assert run.calibration_tokens == train_gpt.CALIBRATION_ROWS * 16 * (1 if inside else 3)
@@ -379,14 +426,18 @@ def test_a_run_beyond_its_budget_is_not_eligible(setting, seconds: float, late: 
 
 def test_the_last_checkpoint_is_off_the_clock_and_others_are_not(setting, monkeypatch) -> None:
     ticking: list[bool] = []
-    monkeypatch.setattr(Run, "save_checkpoint", lambda run, state: ticking.append(
-        run.training_clock.since is not None))
+    monkeypatch.setattr(
+        Run,
+        "save_checkpoint",
+        lambda run, state: ticking.append(run.training_clock.since is not None),
+    )
     trained(setting, checkpoint_seconds=1e-9)
     assert (len(ticking) > 2, all(ticking[:-1]), ticking[-1]) == (True, True, False)
 
 
 def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
     """The ledger of a run that was cut after three of five steps is that of a whole one."""
+
     def cut(run: Run) -> train_gpt.Training:
         return train_gpt.Training(random_model(run.cfg, dtype=torch.float32), 0.0, ["data"], run)
 
@@ -395,8 +446,9 @@ def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
         for number in range(first, end):
             train_gpt.count_activity(schedule.at(number, float(number)), 2, run)
 
-    whole, before, after = (setting(avg_mode="swa", swa_start_frac=0.7, swa_every=1)[3]
-                            for _ in range(3))
+    whole, before, after = (
+        setting(avg_mode="swa", swa_start_frac=0.7, swa_every=1)[3] for _ in range(3)
+    )
     step(whole, 0, 5)
     step(before, 0, 3)
     before.last_logged_share, saved = 30, []
@@ -412,11 +464,13 @@ def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
 
 def forward_with_room_for(rows: int, seen: list[int]):
     """A forward that has no memory for more rows than that; notes the rows it is asked for."""
+
     def forward(model, ids, *rest):
         seen.append(len(ids))
         if len(ids) > rows:
             raise torch.OutOfMemoryError("no room")
         return training_nats(model, ids, *rest)
+
     return forward
 
 
@@ -425,8 +479,9 @@ def test_rows_a_forward_are_halved_until_they_fit(setting, capsys) -> None:
     run.micro_batch_rows, seen = 20, []
     train_gpt.fit_micro_batch(forward_with_room_for(5, seen), model, rows, MOMENT, run)
     assert (seen, run.micro_batch_rows) == ([20, 10, 5], 5)
-    assert capsys.readouterr().out == ("out of memory: trying 10 rows a forward\n"
-                                       "out of memory: trying 5 rows a forward\n")
+    assert capsys.readouterr().out == (
+        "out of memory: trying 10 rows a forward\nout of memory: trying 5 rows a forward\n"
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -435,8 +490,9 @@ def test_a_forward_leaves_room_for_what_training_keeps(setting, monkeypatch) -> 
     _, model, rows, run = setting()
     sizes, alike = [], torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda p: (sizes.append(p.numel()), alike(p))[1])
-    train_gpt.fit_micro_batch(lambda *given: (sizes.append(0), training_nats(*given))[1], model,
-                              rows, MOMENT, run)
+    train_gpt.fit_micro_batch(
+        lambda *given: (sizes.append(0), training_nats(*given))[1], model, rows, MOMENT, run
+    )
     assert sum(sizes[: sizes.index(0)]) == 4 * sum(p.numel() for p in model.parameters())
 
 

@@ -49,12 +49,18 @@ SHORT = {"ITERATIONS": str(STEPS), "MICRO_BATCH_SEQS": "2", "CHECKPOINT_SECONDS"
 PYTHON = sys.executable
 # A phase begins with this line of the log; "{step}" is drawn.
 PHASES = {
-    "priming": r"^seed:1337", "training": r"^step:{step}/", "checkpoint": r"^checkpoint step:",
-    "calibration": rf"^step:{STEPS}/", "quantization": r"^gptq:calibrated",
-    "export": r"^gptq:quantized", "scoring": r"^Total submission size",
+    "priming": r"^seed:1337",
+    "training": r"^step:{step}/",
+    "checkpoint": r"^checkpoint step:",
+    "calibration": rf"^step:{STEPS}/",
+    "quantization": r"^gptq:calibrated",
+    "export": r"^gptq:quantized",
+    "scoring": r"^Total submission size",
 }
-FILES = re.compile(r"log\.txt|metrics\.jsonl|settings\.json|train_gpt\.py|artifact\.bin|"
-                   r"checkpoint_\d+\.pt|\..*\.partial")
+FILES = re.compile(
+    r"log\.txt|metrics\.jsonl|settings\.json|train_gpt\.py|artifact\.bin|"
+    r"checkpoint_\d+\.pt|\..*\.partial"
+)
 
 
 # What is planted in a forked process before its run begins
@@ -79,8 +85,10 @@ def die_at(name: str, number: int) -> None:
 
 def fail_at(name: str, number: int, code: int) -> None:
     """A system call of write_file fails."""
+
     def fail() -> None:
         raise OSError(code, os.strerror(code))
+
     at_call(os, name, number, fail)
 
 
@@ -89,18 +97,22 @@ def limit(what: str, size: int) -> None:
     if what == "RLIMIT_FSIZE":
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         return
+
     def squeeze() -> None:
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (held + size, held + size))
+
     at_call(train_gpt, "prime", 1, squeeze)
 
 
 def nobody() -> None:
     """Not root any more, to whom no folder is closed, once data and source are read."""
+
     def drop() -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
+
     at_call(train_gpt.Run, "open_folder", 1, drop)
 
 
@@ -171,8 +183,21 @@ def small_memory(rows: int) -> None:
     train_gpt.training_nats = planted
 
 
-PLANTS = {f.__name__: f for f in (die_at, fail_at, limit, nobody, plant_gradient, plant_weight,
-                                  shift_clock, slow, pause_before, small_memory)}
+PLANTS = {
+    f.__name__: f
+    for f in (
+        die_at,
+        fail_at,
+        limit,
+        nobody,
+        plant_gradient,
+        plant_weight,
+        shift_clock,
+        slow,
+        pause_before,
+        small_memory,
+    )
+}
 
 
 def child(rank: int, settings: dict[str, str], out: Path, plants: tuple[tuple, ...]) -> None:
@@ -216,8 +241,11 @@ class Job:
     @property
     def alive(self) -> bool:
         process = self.processes[0]
-        return process.poll() is None if isinstance(process, subprocess.Popen) \
+        return (
+            process.poll() is None
+            if isinstance(process, subprocess.Popen)
             else process.exitcode is None
+        )
 
     def wait(self) -> list[int]:
         """Exit codes; a hang is an error."""
@@ -231,8 +259,9 @@ class Job:
             else:
                 process.join(left)
                 codes.append(process.exitcode)
-        hung = [process for process, code in zip(self.processes, codes, strict=True)
-                if code is None]
+        hung = [
+            process for process, code in zip(self.processes, codes, strict=True) if code is None
+        ]
         for process in hung:
             with contextlib.suppress(OSError):
                 os.kill(process.pid, signal.SIGUSR1)
@@ -288,8 +317,10 @@ class Bench:
             if ranks == 1:
                 began["end"] = time.monotonic()
                 times = [began[phase] for phase in (*PHASES, "end")]
-                self.offsets = {phase: max(after - before, 0.01) for phase, before, after in
-                                zip(PHASES, times, times[1:], strict=False)}
+                self.offsets = {
+                    phase: max(after - before, 0.01)
+                    for phase, before, after in zip(PHASES, times, times[1:], strict=False)
+                }
         self.kept = self.precious()
 
     def precious(self) -> dict[str, str]:
@@ -300,21 +331,38 @@ class Bench:
                 found[f"{root.name}/{name}"] = hashlib.sha256(content or b"").hexdigest()
         return found
 
-    def start(self, name: str, *plants: tuple, ranks: int = 1, fresh: bool = False,
-              out: str = "", **changed: str) -> Job:
+    def start(
+        self,
+        name: str,
+        *plants: tuple,
+        ranks: int = 1,
+        fresh: bool = False,
+        out: str = "",
+        **changed: str,
+    ) -> Job:
         """Start a run: forked, or the real command in a new process."""
         settings = tiny_job(self.data, self.place, name, **{**SHORT, **changed})
         where, folder = self.place / (out or f"{name}.first"), Path(settings["RUNS_DIR"], name)
         if fresh:
             with open(f"{where}.0.out", "w") as stdout, open(f"{where}.0.err", "w") as stderr:
-                process = subprocess.Popen([PYTHON, str(TRAINER)], stdin=subprocess.DEVNULL,
-                                           stdout=stdout, stderr=stderr,
-                                           env={**BARE_ENVIRONMENT, **settings})
+                process = subprocess.Popen(
+                    [PYTHON, str(TRAINER)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env={**BARE_ENVIRONMENT, **settings},
+                )
             return Job([process], where, folder)
-        job = {**BARE_ENVIRONMENT, **settings, "WORLD_SIZE": str(ranks),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        started = [FORKS.Process(target=child, args=(rank, job, where, plants))
-                   for rank in range(ranks)]
+        job = {
+            **BARE_ENVIRONMENT,
+            **settings,
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        started = [
+            FORKS.Process(target=child, args=(rank, job, where, plants)) for rank in range(ranks)
+        ]
         for process in started:
             process.start()
         return Job(started, where, folder)
@@ -349,16 +397,19 @@ class Bench:
         """A run that has ended, to go on with: its artifact must survive."""
         shutil.copytree(self.place / "whole1", self.place / name)
         settings = self.place / name / "settings.json"
-        settings.write_text(json.dumps({**json.loads(settings.read_text()), "run_id": name},
-                                       indent=1))
+        settings.write_text(
+            json.dumps({**json.loads(settings.read_text()), "run_id": name}, indent=1)
+        )
         return self.place / name
 
     def own_data(self, name: str) -> dict[str, str]:
         """A copy of the data that a fault may damage: the settings that point there."""
         root, copy = self.place / "data", self.place / f"data-{name}"
         shutil.copytree(root, copy)
-        return {"DATA_PATH": str(copy / self.data.data_path.relative_to(root)),
-                "TOKENIZER_PATH": str(copy / self.data.tokenizer_path.relative_to(root))}
+        return {
+            "DATA_PATH": str(copy / self.data.data_path.relative_to(root)),
+            "TOKENIZER_PATH": str(copy / self.data.tokenizer_path.relative_to(root)),
+        }
 
 
 def sha_of(folder: Path) -> str:
@@ -374,6 +425,7 @@ PORTS, PORT_LOCK = iter(range(23_000 + os.getpid() % 4000, 32_000)), threading.L
 def free_port() -> int:
     """A port of this machine that no run of this harness was given before."""
     import socket
+
     with PORT_LOCK:
         for port in PORTS:
             with socket.socket() as test, contextlib.suppress(OSError):
@@ -401,8 +453,9 @@ def a_signal(bench: Bench, name: str, rng: random.Random, number: int, fresh: bo
         job.wait_for(mark, old)
         time.sleep(rng.uniform(0, bench.offsets[phase]) / 2**attempt)
         if job.alive:
-            job.processes[0].send_signal(number_of) if fresh else os.kill(job.processes[0].pid,
-                                                                        number_of)
+            job.processes[0].send_signal(number_of) if fresh else os.kill(
+                job.processes[0].pid, number_of
+            )
         told = job.log[old:].rstrip().rpartition("\n")[2]
         code = job.wait()[0]
         if code != 0 and (code != -number_of or number_of == signal.SIGKILL):
@@ -414,9 +467,12 @@ def a_signal(bench: Bench, name: str, rng: random.Random, number: int, fresh: bo
     if number_of == signal.SIGKILL:
         said = job.ends(-signal.SIGKILL, lines=0)
     else:
-        said = job.ends(128 + number_of, rf"^error: {number_of.name} (during [a-z ]+; what the run "
-                        rf"folder holds was kept|after step \d+; RESUME=1 RUN_ID={job.folder.name} "
-                        r"goes on from there)$")
+        said = job.ends(
+            128 + number_of,
+            rf"^error: {number_of.name} (during [a-z ]+; what the run "
+            rf"folder holds was kept|after step \d+; RESUME=1 RUN_ID={job.folder.name} "
+            r"goes on from there)$",
+        )
         if "after step" in said:
             step = int(re.search(r"after step (\d+)", said)[1])
             assert (job.folder / f"checkpoint_{step}.pt").is_file()
@@ -459,8 +515,9 @@ def a_small_disk(bench: Bench, name: str, rng: random.Random, number: int) -> st
     """The run folder is on a file system that fills up."""
     runs, size = bench.place / f"{name}-disk", int(10 ** rng.uniform(4.6, 6.3)) // 4096 * 4096
     runs.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(runs)],
-                             capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(runs)], capture_output=True
+    )
     if mounted.returncode:
         return "not injected: mount needs root"
     try:
@@ -490,7 +547,8 @@ def a_closed_folder(bench: Bench, name: str, rng: random.Random, number: int) ->
         bench.place.chmod(0o755)
         plants = [("nobody",)] if os.getuid() == 0 else []
         said = bench.start(name, *plants, RUNS_DIR=str(runs)).ends(
-            1, f"^error: .*Permission denied: .*{runs}")
+            1, f"^error: .*Permission denied: .*{runs}"
+        )
         assert not list(runs.iterdir())
         return said
     job = bench.start(name, ("pause_before", rng.randrange(2, STEPS), 0.2))
@@ -537,8 +595,11 @@ def a_nan(bench: Bench, name: str, rng: random.Random, number: int) -> str:
     step, value = rng.randrange(1, STEPS), (float("nan"), float("inf"))[number // 2 % 2]
     plant = ("plant_gradient", "plant_weight")[number % 2]
     job = bench.start(name, (plant, step, value), CHECKPOINT_SECONDS="0.0001")
-    said = job.ends(1, rf"^error: rank 0, during training: FloatingPointError: step {step + 1}"
-                    r"|^error: rank 0, during training: FloatingPointError: step \d+: ")
+    said = job.ends(
+        1,
+        rf"^error: rank 0, during training: FloatingPointError: step {step + 1}"
+        r"|^error: rank 0, during training: FloatingPointError: step \d+: ",
+    )
     for path in job.folder.glob("checkpoint_*.pt"):
         weights = torch.load(path, weights_only=True)["model"].values()
         assert all(weight.isfinite().all() for weight in weights), f"{path} is not finite"
@@ -559,8 +620,9 @@ def a_spike(bench: Bench, name: str, rng: random.Random, number: int) -> str:
         shard.write_bytes(content)
         job = bench.start(name, **mine)
     else:
-        job = bench.start(name, (("plant_weight", step, 300.0), ("plant_gradient", step, 1e6))
-                          [number % 3])
+        job = bench.start(
+            name, (("plant_weight", step, 300.0), ("plant_gradient", step, 1e6))[number % 3]
+        )
     assert job.wait() == [0], job.said()
     assert job.said() == ""
     losses = [event["train_loss"] for event in events(job.folder, "step")]
@@ -582,8 +644,13 @@ def a_clock_jump(bench: Bench, name: str, rng: random.Random, number: int) -> st
 
 def a_clock_jump_in_a_timed_run(bench: Bench, name: str, rng: random.Random, number: int) -> str:
     """A run on the clock whose machine slept: it ends, exports and scores."""
-    job = bench.start(name, ("shift_clock", "perf_counter", step := rng.randrange(2, 9), 3600.0),
-                      MAX_WALLCLOCK_SECONDS="2", ITERATIONS="100000", CHECKPOINT_SECONDS="0")
+    job = bench.start(
+        name,
+        ("shift_clock", "perf_counter", step := rng.randrange(2, 9), 3600.0),
+        MAX_WALLCLOCK_SECONDS="2",
+        ITERATIONS="100000",
+        CHECKPOINT_SECONDS="0",
+    )
     assert job.wait() == [0], job.said()
     assert "stopping_early: wallclock_cap" in job.log
     assert re.search("^eligible:0 .*training and calibration took", job.log, re.M)
@@ -609,8 +676,11 @@ def a_hung_rank(bench: Bench, name: str, rng: random.Random, number: int) -> str
     try:
         assert other.wait() == [1]
         said = job.said(1 - victim).strip()
-        assert re.fullmatch(rf"error: rank {1 - victim}, during training: waited 1.5 s; "
-                            rf"not there: rank ({victim}|unknown)", said), said
+        assert re.fullmatch(
+            rf"error: rank {1 - victim}, during training: waited 1.5 s; "
+            rf"not there: rank ({victim}|unknown)",
+            said,
+        ), said
     finally:
         process.kill()
         process.join()
@@ -639,7 +709,8 @@ def no_memory(bench: Bench, name: str, rng: random.Random, number: int) -> str:
         return "fewer rows a forward"
     if number % 3 == 1:
         said = bench.start(name, ("small_memory", 1)).ends(
-            1, "^error: rank 0, during priming: .*MICRO_BATCH_SEQS")
+            1, "^error: rank 0, during priming: .*MICRO_BATCH_SEQS"
+        )
         bench.resume(name)
         return said
     # Ten million parameters, and no room for a second copy of them.
@@ -658,6 +729,7 @@ def another_tokenizer(bench: Bench, name: str, rng: random.Random, number: int) 
         model[rng.randrange(len(model))] ^= 1
     else:
         from conftest import train_tokenizer
+
         model = train_tokenizer(make_documents(8000, seed=100 + number))
     path.write_bytes(bytes(model))
     job = bench.start(name, **mine)
@@ -666,8 +738,9 @@ def another_tokenizer(bench: Bench, name: str, rng: random.Random, number: int) 
     return said
 
 
-def two_at_once(bench: Bench, name: str, rng: random.Random, number: int,
-                fresh: bool = False) -> str:
+def two_at_once(
+    bench: Bench, name: str, rng: random.Random, number: int, fresh: bool = False
+) -> str:
     """Two runs with one RUN_ID: one does all the work, the other is refused."""
     resume = (("0", "0"), ("1", "1"), ("0", "1"))[number % 3]
     jobs = [bench.start(name, fresh=fresh, out=f"{name}.{n}", RESUME=resume[n]) for n in range(2)]
@@ -694,8 +767,14 @@ def a_bad_checkpoint(bench: Bench, name: str, rng: random.Random, number: int) -
     damage = ("cut", "empty", "noise", "bit")[number % 4]
     if damage == "bit":
         content[rng.randrange(len(content) // 4, len(content) // 2)] ^= 1 << rng.randrange(8)
-    newest.write_bytes({"cut": content[: rng.randrange(1, len(content))], "empty": b"",
-                        "noise": rng.randbytes(5000), "bit": content}[damage])
+    newest.write_bytes(
+        {
+            "cut": content[: rng.randrange(1, len(content))],
+            "empty": b"",
+            "noise": rng.randbytes(5000),
+            "bit": content,
+        }[damage]
+    )
     again = bench.start(name, out=f"{name}.again", RESUME="1")
     assert again.wait() == [0], again.said()
     assert sha_of(job.folder) == bench.expected[1], f"another artifact: {damage}"
@@ -709,8 +788,9 @@ def a_preparation_cut(bench: Bench, name: str, rng: random.Random, number: int) 
     text = bench.place / "documents.jsonl"
     with PORT_LOCK:
         if not (bench.place / "prepared").exists():
-            text.write_text("".join(json.dumps({"text": t}) + "\n"
-                                    for t in make_documents(30_000, seed=3)))
+            text.write_text(
+                "".join(json.dumps({"text": t}) + "\n" for t in make_documents(30_000, seed=3))
+            )
             began = time.monotonic()
             assert prepare(text, bench.place / "prepared").wait() == 0
             bench.offsets["preparation"] = time.monotonic() - began
@@ -738,21 +818,47 @@ def a_preparation_cut(bench: Bench, name: str, rng: random.Random, number: int) 
 def prepare(text: Path, out: Path) -> subprocess.Popen:
     """The preparation of a small corpus."""
     return subprocess.Popen(
-        [PYTHON, str(ROOT / "data" / "prepare.py"), "text", str(text), "--name", "small",
-         "--vocab-size", "320", "--val-fraction", "0.1", "--shard-tokens", "20000", "--workers",
-         "1", "--out", str(out)], env=BARE_ENVIRONMENT, stdin=subprocess.DEVNULL, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        [
+            PYTHON,
+            str(ROOT / "data" / "prepare.py"),
+            "text",
+            str(text),
+            "--name",
+            "small",
+            "--vocab-size",
+            "320",
+            "--val-fraction",
+            "0.1",
+            "--shard-tokens",
+            "20000",
+            "--workers",
+            "1",
+            "--out",
+            str(out),
+        ],
+        env=BARE_ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def an_evaluation_cut(bench: Bench, name: str, rng: random.Random, number: int) -> str:
     """--eval is ended while it scores; the artifact is as it was, and scores the same again."""
     number_of = (signal.SIGTERM, signal.SIGINT)[number % 2]
     artifact = bench.place / "whole1" / "artifact.bin"
-    ours = {"DATA_PATH": str(bench.data.data_path),
-            "TOKENIZER_PATH": str(bench.data.tokenizer_path)}
-    process = subprocess.Popen([PYTHON, str(TRAINER), "--eval", str(artifact)], text=True,
-                               env={**BARE_ENVIRONMENT, **ours, "EVAL_STRIDE": "1"},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ours = {
+        "DATA_PATH": str(bench.data.data_path),
+        "TOKENIZER_PATH": str(bench.data.tokenizer_path),
+    }
+    process = subprocess.Popen(
+        [PYTHON, str(TRAINER), "--eval", str(artifact)],
+        text=True,
+        env={**BARE_ENVIRONMENT, **ours, "EVAL_STRIDE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     for line in process.stdout:
         if line.startswith("source sha256"):
             break
@@ -765,15 +871,33 @@ def an_evaluation_cut(bench: Bench, name: str, rng: random.Random, number: int) 
 
 
 # How many of each: (a function, faults in all, faults of them in the quick set)
-KINDS = {kind.__name__: (kind, many, few) for kind, many, few in (
-    (a_fresh_signal, 21, 1), (two_fresh_at_once, 3, 0), (a_preparation_cut, 12, 0),
-    (an_evaluation_cut, 4, 0),
-    (a_signal, 63, 7), (a_kill_in_a_write, 12, 2), (a_full_disk, 18, 3), (a_small_disk, 6, 1),
-    (a_closed_folder, 6, 3), (a_shard_deleted, 6, 1), (a_shard_cut, 10, 2), (a_nan, 12, 2),
-    (a_spike, 6, 0), (a_clock_jump, 8, 1), (a_clock_jump_in_a_timed_run, 2, 0),
-    (a_slow_rank, 2, 0), (a_hung_rank, 4, 1), (a_dead_rank, 4, 1), (no_memory, 6, 2),
-    (another_tokenizer, 4, 1), (two_at_once, 6, 1), (a_bad_checkpoint, 8, 1),
-)}
+KINDS = {
+    kind.__name__: (kind, many, few)
+    for kind, many, few in (
+        (a_fresh_signal, 21, 1),
+        (two_fresh_at_once, 3, 0),
+        (a_preparation_cut, 12, 0),
+        (an_evaluation_cut, 4, 0),
+        (a_signal, 63, 7),
+        (a_kill_in_a_write, 12, 2),
+        (a_full_disk, 18, 3),
+        (a_small_disk, 6, 1),
+        (a_closed_folder, 6, 3),
+        (a_shard_deleted, 6, 1),
+        (a_shard_cut, 10, 2),
+        (a_nan, 12, 2),
+        (a_spike, 6, 0),
+        (a_clock_jump, 8, 1),
+        (a_clock_jump_in_a_timed_run, 2, 0),
+        (a_slow_rank, 2, 0),
+        (a_hung_rank, 4, 1),
+        (a_dead_rank, 4, 1),
+        (no_memory, 6, 2),
+        (another_tokenizer, 4, 1),
+        (two_at_once, 6, 1),
+        (a_bad_checkpoint, 8, 1),
+    )
+}
 FRESH = ("a_fresh_signal", "two_fresh_at_once", "a_preparation_cut", "an_evaluation_cut")
 
 
@@ -807,8 +931,9 @@ def inject_all(made: Bench, chosen: list[tuple[str, int]]) -> tuple[list[str], i
     """
     broken, counts = [], collections.Counter()
     with ThreadPoolExecutor(2) as pool:
-        results = [(kind, number, pool.submit(inject, made, kind, number))
-                   for kind, number in chosen]
+        results = [
+            (kind, number, pool.submit(inject, made, kind, number)) for kind, number in chosen
+        ]
         for kind, number, result in results:
             kept, said = result.result()
             counts["injected"] += not said.startswith(("not injected", "not reached"))
@@ -816,16 +941,20 @@ def inject_all(made: Bench, chosen: list[tuple[str, int]]) -> tuple[list[str], i
             print(f"{'kept' if kept else 'BROKEN'} {kind} {number}: {said}", flush=True)
             if not kept:
                 broken.append(f"{kind} {number}: {said}")
-    print(f"{counts['injected']} faults injected, {counts['fresh']} of them in processes of their "
-          f"own; {len(broken)} broke a promise", flush=True)
+    print(
+        f"{counts['injected']} faults injected, {counts['fresh']} of them in processes of their "
+        f"own; {len(broken)} broke a promise",
+        flush=True,
+    )
     return broken, counts["injected"]
 
 
 def main(kinds: list[str]) -> int:
     began = time.monotonic()
     with bench() as made:
-        broken, _ = inject_all(made, [(kind, number) for kind in kinds or KINDS
-                                      for number in range(KINDS[kind][1])])
+        broken, _ = inject_all(
+            made, [(kind, number) for kind in kinds or KINDS for number in range(KINDS[kind][1])]
+        )
     print(f"{time.monotonic() - began:.0f} s")
     return int(bool(broken))
 

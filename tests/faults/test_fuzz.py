@@ -33,21 +33,77 @@ SEED, MANY, FEW = 7, 5000, 400
 OURS = [f.name.upper() for f in fields(Config)]
 FIELDS = {f.name.upper(): f for f in fields(Config)}
 PATHS = {"RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH"}
-ODD = ["", " ", "\t", "nan", "NaN", "inf", "-inf", "-0", "-1", "0", "1", "2", "1e3", "0x10",
-       "1_000", "9" * 30, "9" * 5000, "-" + "9" * 400, "1e999", "True", "False", "yes", "None",
-       "null", "1.0",
-       "0.0", "1,2", "[1]", "\u0661\u0662", "\uff11", "\u00b2", "\U0001f600", "a\nb", "1\n", " 1 ",
-       "\x01", "{x}", "{", "%s", "../..", "/", "mlp:6", "off", "auto",
-       "\x1b[31m", "0,0", "1,,2", "-1,2", "blocks.0.attn.c_q:fp16", "mini", "mini,pr569", "pr569,"]
+ODD = [
+    "",
+    " ",
+    "\t",
+    "nan",
+    "NaN",
+    "inf",
+    "-inf",
+    "-0",
+    "-1",
+    "0",
+    "1",
+    "2",
+    "1e3",
+    "0x10",
+    "1_000",
+    "9" * 30,
+    "9" * 5000,
+    "-" + "9" * 400,
+    "1e999",
+    "True",
+    "False",
+    "yes",
+    "None",
+    "null",
+    "1.0",
+    "0.0",
+    "1,2",
+    "[1]",
+    "\u0661\u0662",
+    "\uff11",
+    "\u00b2",
+    "\U0001f600",
+    "a\nb",
+    "1\n",
+    " 1 ",
+    "\x01",
+    "{x}",
+    "{",
+    "%s",
+    "../..",
+    "/",
+    "mlp:6",
+    "off",
+    "auto",
+    "\x1b[31m",
+    "0,0",
+    "1,,2",
+    "-1,2",
+    "blocks.0.attn.c_q:fp16",
+    "mini",
+    "mini,pr569",
+    "pr569,",
+]
 
 
 def misspelled(name: str, rng: random.Random) -> str:
     """A name one edit away."""
     at = rng.randrange(len(name) - 1)
-    return rng.choice([name[:at] + name[at + 1 :], name[:at] + name[at] + name[at:],
-                       name[:at] + name[at + 1] + name[at] + name[at + 2 :],
-                       name[:at] + rng.choice("ABCXYZ_") + name[at + 1 :], name.lower(),
-                       name + "S", name.replace("_", "", 1), name.replace("_", "-", 1)])
+    return rng.choice(
+        [
+            name[:at] + name[at + 1 :],
+            name[:at] + name[at] + name[at:],
+            name[:at] + name[at + 1] + name[at] + name[at + 2 :],
+            name[:at] + rng.choice("ABCXYZ_") + name[at + 1 :],
+            name.lower(),
+            name + "S",
+            name.replace("_", "", 1),
+            name.replace("_", "-", 1),
+        ]
+    )
 
 
 def a_value(name: str, rng: random.Random) -> str:
@@ -65,8 +121,19 @@ def a_value(name: str, rng: random.Random) -> str:
     low, high = accepts
     high = min(high, 10**7)
     if isinstance(f.default, int):
-        return str(rng.choice([low, high, low - 1, high + 1, f.default, rng.randint(low, high),
-                               rng.randint(low, min(low + 20, high))]))
+        return str(
+            rng.choice(
+                [
+                    low,
+                    high,
+                    low - 1,
+                    high + 1,
+                    f.default,
+                    rng.randint(low, high),
+                    rng.randint(low, min(low + 20, high)),
+                ]
+            )
+        )
     return repr(rng.choice([low, high, low - 1e-9, f.default, rng.uniform(low, high)]))
 
 
@@ -118,8 +185,9 @@ def check_environment(env: dict[str, str]) -> Config | None:
         if name in FIELDS:  # what was given is what the run has
             value = getattr(cfg, name.lower())
             assert type(value) is type(FIELDS[name].default)
-            assert str(value) == text or value == type(value)(int(text) if isinstance(value, bool)
-                                                              else text), name
+            assert str(value) == text or value == type(value)(
+                int(text) if isinstance(value, bool) else text
+            ), name
         elif name in ALIASES or name in RETIRED:
             assert any(note.startswith(f"{name}=") for note in notes), name
         else:
@@ -130,6 +198,7 @@ def check_environment(env: dict[str, str]) -> Config | None:
 def would_start(cfg: Config) -> None:
     """Routes, schedules and the plan of settings that were accepted."""
     import torch
+
     with torch.device("meta"):
         model = GPT(cfg, sdpa_attention, torch.float32)
     routed = sum(len(group["params"]) for group in route_parameters(cfg, model))
@@ -169,8 +238,14 @@ def test_five_thousand_environments() -> None:
 def check_by_command(env: dict[str, str], data: TinyData, cwd: Path) -> int:
     """--check of an environment in a process of its own."""
     job = {**{name: value for name, value in TINY.items() if name != "PRESET"}, **data.env, **env}
-    done = subprocess.run([sys.executable, str(TRAINER), "--check"], capture_output=True,
-                          text=True, env={**BARE_ENVIRONMENT, **job}, cwd=cwd, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(TRAINER), "--check"],
+        capture_output=True,
+        text=True,
+        env={**BARE_ENVIRONMENT, **job},
+        cwd=cwd,
+        timeout=120,
+    )
     if done.returncode == 0:
         assert done.stderr == "" and "ok: " in done.stdout
     else:
