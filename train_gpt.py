@@ -14,7 +14,7 @@ run leaves its log, metrics, settings, source and artifact in runs/<RUN_ID>/.
 
 Sections, in the order of a run:
 
-  1  Settings                     what can be set, presets, refusals
+  1  Settings                     what a setting is, and what its readers may read
   2  Run                          ranks, device, clock, log, run folder
   3  Data                         shards, training rows, validation split, bytes per token
   4  Model                        the network, one forward for everything
@@ -23,11 +23,14 @@ Sections, in the order of a run:
   7  Quantization                 int6/int8 grids, Hessians, GPTQ
   8  Artifact                     bytes to model and back
   9  Evaluation                   windows, bits per byte
- 10  Main                         the story, and the verbs above
+ 10  Configuration                all settings together, presets, the environment
+ 11  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -35,6 +38,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import inspect
 import io
 import json
 import lzma
@@ -52,11 +56,11 @@ import traceback
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import sentencepiece
@@ -69,8 +73,8 @@ from tqdm import tqdm
 
 # =================================================================================================
 # Settings
-# A run is decided here, before any work: every name, value and contradiction that can be known
-# to be wrong is refused in one line. Environment names are the upper-case field names.
+# What a setting is. The settings themselves stand at the head of the sections that use them, in
+# small parts; the section Configuration puts the parts together and reads the environment.
 # =================================================================================================
 
 
@@ -78,15 +82,12 @@ class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
 
     def __str__(self) -> str:
-        """Up to 1,000 characters; a hostile file's texts may hold anything."""
-        return "".join(c if c.isprintable() else "?" for c in super().__str__()[:1000])
+        """At most 1,000 printable characters, since a hostile file's texts may hold anything."""
+        text = super().__str__()[:1000]
+        return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def knob(default, accepts: tuple, doc: str):
-    """A setting: default, (low, high) or choices, and one line of meaning for --help."""
-    return field(default=default, metadata={"accepts": accepts, "doc": doc})
-
-
+# What reading a stranger's JSON and lengths may raise.
 MALFORMED = (
     ValueError,
     LookupError,
@@ -95,646 +96,89 @@ MALFORMED = (
     OverflowError,
     RecursionError,
     struct.error,
-)  # what reading a stranger's JSON and lengths may raise
+)
+
+UNSAID = object()  # marks a setting that does not say what its absence in an artifact means
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """All settings of a run, checked; the defaults are the recommended combination."""
+@dataclass(frozen=True)
+class Knob:
+    """What is known of a setting beside its name and default.
 
-    preset: str = knob("", (), "Named settings, comma-separated, later ones win.")
-    run_id: str = knob("", (), "Folder under RUNS_DIR; empty picks UTC time and a suffix.")
-    runs_dir: str = knob("runs", (), "Where run folders are made.")
-    seed: int = knob(1337, (0, 2**31 - 1), "Seed of weights and data order.")
-    attention: str = knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
-    compile: str = knob("auto", ("auto", "0", "1"), "torch.compile; auto: on CUDA, long CPU runs.")
-    resume: bool = knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
-    checkpoint_seconds: float = knob(0.0, (0.0, 1e7), "Between checkpoints; 0: on signals, at end.")
-    watchdog_seconds: float = knob(600.0, (0.1, 1e7), "Longest that a rank waits for the others.")
-    train_log_every: int = knob(0, (0, math.inf), "Steps between log lines; 0: about 50 lines.")
-    val_loss_every: int = knob(4000, (0, math.inf), "Steps between validations; 0 only at the end.")
-    eval_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Budget of scoring the artifact.")
-    artifact_limit_bytes: int = knob(16_000_000, (1, 1 << 40), "Code plus artifact, decimal bytes.")
+    accepts: (lowest, highest) of a number, the choices of a text; empty for any text.
+    meaning: a sentence for --help, with the unit.
+    reach: who may read the setting.
+        "run": where and how the run works, never what comes out of it; may differ on resuming.
+        "training": decides what is learned or exported.
+        "model": decides the network that an artifact holds; travels in its header.
+        "scoring": decides how an artifact is scored; travels too, and may be set anew for --eval.
+    absent: the value that artifacts from before this setting mean; see VERSION_1_SETTINGS.
+    tries: values beside the choices that the tests compose with all other settings.
+    """
 
-    data_path: str = knob("./data/datasets/fineweb10B_sp1024", (), "Folder of the shards.")
-    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", (), "Of the shards.")
-    loader: str = knob("shuffled", ("shuffled", "sequential"), "Order of training rows.")
-
-    vocab_size: int = knob(1024, (4, 65536), "Pieces of the tokenizer.")
-    num_layers: int = knob(11, (1, 64), "Transformer blocks.")
-    model_dim: int = knob(512, (8, 8192), "Width of the residual stream.")
-    num_heads: int = knob(8, (1, 128), "Query heads; divides MODEL_DIM.")
-    num_kv_heads: int = knob(4, (1, 128), "Key/value heads; divides NUM_HEADS.")
-    mlp_mult: float = knob(3.0, (0.25, 16.0), "MLP width over model width.")
-    mlp_act: str = knob("leaky2", ("leaky2", "relu2"), "Squared (leaky) ReLU.")
-    leaky_slope: float = knob(0.5, (0.0, 1.0), "Negative slope of MLP_ACT=leaky2.")
-    tie_embeddings: bool = knob(True, (), "One matrix for token embedding and head.")
-    logit_softcap: float = knob(30.0, (1.0, 1e4), "Bound c of c tanh(logit / c).")
-    qk_gain_init: float = knob(1.5, (0.0, 100.0), "Initial gain of normalised queries.")
-    rope_base: float = knob(10000.0, (2.0, 1e9), "Base of the rotary frequencies.")
-    rope_dims: int = knob(16, (0, 1024), "Rotated dimensions a head; 0 is all.")
-    rope_ntk_ref: int = knob(1024, (0, 1 << 20), "Row length from which the base grows; 0: never.")
-    xsa_last_n: int = knob(11, (0, 64), "Last layers with exclusive self attention (XSA).")
-    vrl_mode: str = knob("off", ("off", "add", "mix"), "Layer 0's values in later layers (VRL).")
-    backout_mode: str = knob("none", ("none", "mid", "cache"), "Stream subtracted before the head.")
-    cache_layer: int = knob(7, (0, 63), "What BACKOUT_MODE=cache keeps, for later attention too.")
-    skip_per_dim: str = knob("1", ("0", "1", "off"), "U-Net skip weights a layer, a channel; none.")
-    ln_scale: str = knob("1", ("0", "1", "learned"), "Scale 1/sqrt(l+1) of the inputs of layer l.")
-    smear_enabled: bool = knob(True, (), "SmearGate: blend in the previous embedding.")
-    smear_bos_mask: bool = knob(True, (), "No SmearGate across a document start.")
-    bigram_vocab_size: int = knob(3072, (0, 1 << 20), "Buckets of BigramHash; 0: off.")
-    bigram_hash: str = knob("xor", ("xor", "sum"), "How a pair is hashed.")
-    bigram_dim: int = knob(112, (1, 8192), "Width of a BigramHash bucket.")
-    bigram_bos_mask: bool = knob(True, (), "No BigramHash across a document start.")
-    ve_enabled: bool = knob(True, (), "Value embeddings in VE_LAYERS.")
-    ve_dim: int = knob(128, (1, 8192), "Width of the value embedding table.")
-    ve_layers: str = knob("9,10", (), "Layers with value embeddings, counted from 0.")
-
-    tied_embed_init_std: float = knob(0.005, (0.0, 1.0), "Initial deviation of the embedding.")
-    emb_svd_init: bool = knob(False, (), "Embedding starts with spectrum k^(-1/2).")
-    proj_init: str = knob("zero", ("zero", "ortho_mup"), "Output projections at the start.")
-    bigram_init: str = knob("zero_embed", ("zero_embed", "zero_proj"), "BigramHash factor at zero.")
-    resid_mix_init: str = knob("identity", ("identity", "phase"), "Share of x0: 0, or by depth.")
-    backout_init: float = knob(0.2, (-1.0, 1.0), "Initial weight of the backout.")
-    iterations: int = knob(20000, (1, 10**8), "Steps at most.")
-    max_wallclock_seconds: float = knob(600.0, (0.0, 1e7), "Train and calibrate; 0: step-driven.")
-    warmup_steps: int = knob(20, (0, 1000), "Untimed priming steps, undone after.")
-    train_batch_tokens: int = knob(786432, (2, 1 << 30), "Tokens a step, over all ranks.")
-    train_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a training row.")
-    micro_batch_seqs: int = knob(0, (0, 1 << 20), "Rows a forward; 0: 98,304 tokens (CPU 8,192).")
-    warmdown_iters: int = knob(3500, (0, 10**8), "Last steps, while the rate decays to 0.")
-    warmdown_frac: float = knob(0.0, (0.0, 1.0), "Over 0: this share of the run instead.")
-    warmdown_type: str = knob("linear", ("linear", "cosine"), "Shape of the decay.")
-    mile_gamma: float = knob(0.0, (0.0, 10.0), "MiLe loss weight (1 - e^-entropy)^gamma; 0: off.")
-    mile_clamp_min: float = knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
-    avg_mode: str = knob("ema", ("ema", "swa", "swa_of_ema", "none"), "Weights to export.")
-    ema_decay: float = knob(0.997, (0.0, 0.999999), "Share of the EMA kept a step.")
-    swa_start_frac: float = knob(0.4, (0.0, 1.0), "SWA takes snapshots below this rate scale.")
-    swa_every: int = knob(50, (1, 10**6), "Steps between SWA snapshots.")
-
-    lr_mult: float = knob(1.0, (0.0, 100.0), "Multiplies every learning rate.")
-    matrix_lr: float = knob(0.025, (0.0, 10.0), "Muon: block matrices and projections.")
-    scalar_lr: float = knob(0.025, (0.0, 10.0), "AdamW: gains, gates, scales.")
-    tied_embed_lr: float = knob(0.035, (0.0, 10.0), "AdamW: embedding tables.")
-    embed_lr: float = knob(0.6, (0.0, 10.0), "AdamW: token embedding, if untied.")
-    head_lr: float = knob(0.008, (0.0, 10.0), "AdamW: output head, if untied.")
-    muon_momentum: float = knob(0.99, (0.0, 0.9999), "Muon's momentum after its ramp.")
-    muon_momentum_warmup_start: float = knob(0.92, (0.0, 0.9999), "Muon's momentum at step 0.")
-    muon_momentum_warmup_steps: int = knob(1500, (0, 10**8), "Steps of the momentum ramp.")
-    muon_backend_steps: int = knob(5, (1, 20), "Newton-Schulz iterations.")
-    muon_quant_momentum: bool = knob(False, (), "Muon's momentum as int8 blocks.")
-    muon_parallel: bool = knob(True, (), "Ranks share Muon's matrices out, not each doing all.")
-    muon_wd: float = knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
-    muon_wd_order: str = knob("before", ("before", "after"), "Decay before or after its step.")
-    optimizer_routing: str = knob(
-        "standard",
-        ("standard", "banks", "by_ndim", "adam"),
-        "Muon for matrices; of blocks (others start unscaled); 2-D but token, head; not of blocks.",
-    )
-    adam_wd: float = knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
-    grad_clip_norm: float = knob(0.3, (0.0, 1e6), "Largest gradient norm; 0: off.")
-    clip_before_reduce: bool = knob(False, (), "Clip each rank's share, before the sum.")
-
-    qat_mode: str = knob("late", ("late", "always", "off"), "Train through the integer grid.")
-    late_qat_threshold: float = knob(0.15, (0.0, 1.0), "Late QAT starts below this rate scale.")
-    qat_clip: str = knob("absmax", ("absmax", "quantile"), "End of a row's grid: max or quantile.")
-    qat_targets: str = knob(
-        "stored",
-        ("stored", "linears", "aux"),
-        "QAT of linears that become integers, of all, or of those outside the blocks.",
-    )
-    bits: str = knob("mlp:6,attn:6,emb:8,aux:8", (), "By role or tensor (tok_emb): 2 to 8 or fp16.")
-    quant_clip: str = knob("percentile", ("percentile", "std"), "By CLIP_SEARCH or CLIP_SIGMAS.")
-    clip_sigmas: str = knob("mlp:12.85,attn:12.85,emb:10,aux:30", (), "std clips at k deviations.")
-    q_scale_floor: str = knob("inv_clip", ("inv_clip", "tiny"), "Least step: 1 / top, or 2^-14.")
-    clip_search: str = knob("matrix", ("absmax", "matrix", "row"), "Max; quantile by matrix, row.")
-    gptq_variant: str = knob("full", ("full", "simple", "off"), "Form of GPTQ; off: to nearest.")
-    gptq_actorder: bool = knob(True, (), "Columns of large activations first.")
-    gptq_select: str = knob("mse", ("mse", "hessian"), "Error by which a clip is chosen.")
-    gptq_calib: str = knob(
-        "train",
-        ("train", "selfgen", "train_after_cap"),
-        "Training data in the budget; rows the model draws (slow); data after it (not eligible).",
-    )
-    int8_keep_float_max_numel: int = knob(65536, (0, 1 << 30), "Up to this size, fp16 is stored.")
-    gptq_calib_batches: int = knob(256, (1, 10**6), "Calibration batches of 8 rows each.")
-    gptq_block_size: int = knob(128, (1, 1 << 16), "Columns between lazy GPTQ updates.")
-    prune_frac: float = knob(0.0, (0.0, 0.99), "Share of each large matrix zeroed before export.")
-    prune_pct: float = knob(0.0, (0.0, 0.99), "Share of integers below 8 bits zeroed at export.")
-    artifact_target_bytes: int = knob(
-        0,
-        (0, 1 << 40),
-        "QUANT_CLIP=std: code and artifact to come close to; 0: only if over the limit.",
-    )
-    codec: str = knob(
-        "zstd",
-        ("zstd", "lzma", "brotli", "best"),
-        "Artifact compression; best is the smaller of zstd and lzma.",
-    )
-
-    eval_seq_len: int = knob(2048, (2, 1 << 20), "Tokens a validation window.")
-    eval_stride: int = knob(64, (0, 1 << 20), "Targets between windows; 0 scores chunks only.")
-    sliding: str = knob(
-        "cover",
-        ("cover", "published_s1", "published_s3"),
-        "Windows; cover scores every target once, the others print a second, labelled line.",
-    )
-    eval_batch_seqs: int = knob(32, (1, 1 << 16), "Windows a forward.")
-    eval_truncate: bool = knob(False, (), "Drop the targets after the last full row.")
-    ttt_mode: str = knob(
-        "off",
-        ("off", "score_first", "train_then_score"),
-        "Adapt to what was scored; the last form trains first and is no legal score.",
-    )
-    ttt_lr: float = knob(0.002, (0.0, 1.0), "SGD rate of the adaptation.")
-    ttt_momentum: float = knob(0.9, (0.0, 0.9999), "SGD momentum.")
-    ttt_epochs: int = knob(3, (1, 1000), "Passes over what is adapted to.")
-    ttt_chunk_tokens: int = knob(32768, (1, 1 << 30), "Targets scored before each adaptation.")
-    ttt_batch_seqs: int = knob(32, (1, 1 << 16), "Rows an adaptation step.")
-    ttt_grad_clip: float = knob(1.0, (0.0, 1e6), "Largest gradient norm; 0: off.")
-    ttt_freeze_blocks: int = knob(2, (0, 64), "First blocks that do not adapt.")
-
-    head_dim = property(lambda self: self.model_dim // self.num_heads)
-    rotary_dims = property(lambda self: self.rope_dims or self.head_dim)
-    mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
-    rows_per_step = property(lambda self: self.train_batch_tokens // self.train_seq_len)
-    step_driven = property(lambda self: self.max_wallclock_seconds == 0)  # ITERATIONS ends it
-    backout_layer = property(
-        lambda self: {  # its output is subtracted at the end; -1 for none
-            "none": -1,
-            "mid": self.num_layers // 2,
-            "cache": self.cache_layer,
-        }[self.backout_mode]
-    )
-
-    def __post_init__(self) -> None:
-        """Raise Refusal for settings that contradict each other, with the values of those named."""
-        layers, adapts = self.num_layers, self.ttt_mode != "off"
-        for holds, complaint in (
-            (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
-            (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
-            (
-                self.optimizer_routing != "adam" or self.bigram_vocab_size or self.value_layers,
-                "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED",
-            ),
-            (
-                self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim,
-                f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {self.head_dim}",
-            ),
-            (
-                self.rope_ntk_ref == 0 or self.rotary_dims > 2,
-                "ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS "
-                f"(0: all {self.head_dim}) is above 2",
-            ),
-            (self.xsa_last_n <= layers, "XSA_LAST_N must be at most NUM_LAYERS"),
-            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
-            (all(n < layers for n in self.value_layers), "VE_LAYERS must all be below NUM_LAYERS"),
-            (
-                self.backout_layer < layers - 1,
-                "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps",
-            ),
-            (
-                self.train_batch_tokens % self.train_seq_len == 0,
-                "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN",
-            ),
-            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
-            (
-                self.eval_seq_len * max(self.eval_batch_seqs, adapts and self.ttt_batch_seqs)
-                <= MAX_BATCH_TOKENS,
-                "EVAL_BATCH_SEQS (TTT_BATCH_SEQS) times EVAL_SEQ_LEN must be "
-                f"at most {MAX_BATCH_TOKENS:,} tokens",
-            ),
-            *(
-                (
-                    all(int(n) < layers for role in given for n in re.findall(r"\d+", role)),
-                    f"{name} names a layer beyond NUM_LAYERS",
-                )
-                for name, given in (
-                    ("BITS", self.bits_by_role),
-                    ("CLIP_SIGMAS", self.sigmas_by_role),
-                )
-            ),
-            (
-                self.artifact_target_bytes <= self.artifact_limit_bytes,
-                "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES",
-            ),
-            (not adapts or self.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"),
-            (
-                not adapts or self.ttt_freeze_blocks < layers,
-                "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt",
-            ),
-            (
-                re.fullmatch(r"[\w.-]{0,100}", self.run_id) and self.run_id not in (".", ".."),
-                "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'",
-            ),
-            (self.run_id or not self.resume, "RESUME needs the RUN_ID of the run to go on with"),
-        ):
-            if not holds:
-                raise Refusal(
-                    re.sub(
-                        r"\b[A-Z]+(_[A-Z]+)+\b|\bBITS\b",
-                        lambda name: f"{name[0]}={show_setting(getattr(self, name[0].lower()))}",
-                        complaint,
-                    )
-                )
+    accepts: tuple
+    meaning: str
+    reach: str
+    absent: object
+    tries: tuple
 
     @property
-    def value_layers(self) -> tuple[int, ...]:
-        """Layers with value embeddings, in the order of their scales."""
-        names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
-            raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
-        return tuple(map(int, names)) if self.ve_enabled else ()
+    def travels(self) -> bool:
+        """Whether an artifact's header holds the setting."""
+        return self.reach in ("model", "scoring")
+
+
+def knob_of_reach(reach: str) -> Callable[..., Any]:
+    """A function that declares settings of this reach; see Knob."""
+
+    def declare(
+        default: object,
+        accepts: tuple,
+        meaning: str,
+        *,
+        absent: object = UNSAID,
+        tries: tuple = (),
+    ) -> Any:
+        return field(
+            default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)}
+        )
+
+    return declare
+
+
+run_knob = knob_of_reach("run")
+training_knob = knob_of_reach("training")
+model_knob = knob_of_reach("model")
+scoring_knob = knob_of_reach("scoring")
+
+Checks = Iterator[tuple[object, str]]  # whether a condition holds, and the complaint if not
+
+
+class Part:
+    """The settings of one subject, as a frozen dataclass; Config inherits from all parts.
+
+    Names in the environment that begin with one of `prefixes` are ours: one that is no setting
+    is a mistake, not somebody else's variable.
+    """
+
+    title: ClassVar[str]  # heads the part in --help
+    prefixes: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
-    @functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
-    def by_role(name: str, text: str, kind: type, pattern: str, values: str) -> dict:
-        """A text like mlp:6,attn:6,emb:8,aux:8, of roles and tensors, fp16 as 0; or Refusal."""
-        found = {}
-        for part in text.split(","):
-            role, _, value = part.strip().partition(":")
-            named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
-            if role in found or not named or not re.fullmatch(pattern, value):
-                raise Refusal(
-                    f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
-                    f"and a colon and {values}"
-                )
-            found[role] = 0 if value == "fp16" else kind(value)
-        if not set(ROLES) <= set(found):
-            raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
-        return found
-
-    # Bits of each role's integers, or of a tensor's by its name.
-    bits_by_role = property(
-        lambda self: self.by_role("BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16")
-    )
-    # Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor.
-    sigmas_by_role = property(
-        lambda self: self.by_role(
-            "CLIP_SIGMAS",
-            self.clip_sigmas,
-            float,
-            r"[1-9]\d{0,2}(\.\d+)?",
-            "a number from 1 to 999",
-        )
-    )
-
-    @classmethod
-    def from_env(cls, env: dict[str, str]) -> "tuple[Config, list[str]]":
-        """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
-        known = {f.name.upper(): f for f in fields(cls)}
-        given, notes = translate_names(env, known)
-        values: dict = {f.name: f.default for f in fields(cls)}
-        names = [name.strip() for name in given.get("PRESET", "").split(",") if name.strip()]
-        if "mini" in names[:-1]:
-            raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
-        for name in names:
-            if name not in PRESETS:
-                raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
-            for setting, value in PRESETS[name].items():
-                if isinstance(value, Fraction):  # of what it would be without this preset
-                    value = values[setting] and max(1, round(values[setting] * value))
-                values[setting] = value
-        for name, text in given.items():
-            values[known[name].name] = parse_setting(name, text, known[name])
-        if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
-            values["warmdown_frac"] = 0.0  # a preset's share gives way to what was asked for
-        return cls(**values), notes
-
-    def listing(self) -> Iterator[str]:
-        """Lines of --help and of the log's head: settings, * where they differ from defaults."""
-        for f in fields(self):
-            if f.name in GROUPS:
-                yield f"{GROUPS[f.name]}:"
-            value, accepts, kind = getattr(self, f.name), f.metadata["accepts"], type(f.default)
-            accepted = (
-                "0 or 1"
-                if kind is bool
-                else "|".join(accepts) or "text"
-                if kind is str
-                else f"{accepts[0]:g} to {accepts[1]:g}"
-            )
-            mark, default = (
-                (" ", "") if value == f.default else ("*", f"; default {show_setting(f.default)}")
-            )
-            yield (
-                f"{mark} {f.name.upper():<27}{show_setting(value):<12} {f.metadata['doc']} "
-                f"[{accepted}{default}]"
-            )
+    def checks(cfg: Config) -> Checks:
+        """Conditions on the part's settings, each with its complaint, which names settings."""
+        return iter(())
 
 
-# Headings of --help, in order, by the setting each stands before.
-GROUPS = {
-    "preset": "Run",
-    "data_path": "Data",
-    "vocab_size": "Model",
-    "tied_embed_init_std": "Training",
-    "lr_mult": "Optimizer",
-    "qat_mode": "Quantization",
-    "eval_seq_len": "Evaluation",
-}
+def knob_of(setting: Field) -> Knob:
+    """What a field of Config says of its setting."""
+    return setting.metadata["knob"]
 
 
-def settings_of(group: str) -> list[str]:
-    """Names of the settings under a heading of GROUPS."""
-    names, which = [f.name for f in fields(Config)], list(GROUPS.values()).index(group)
-    bounds = [*map(names.index, GROUPS), len(names)]
-    return names[bounds[which] : bounds[which + 1]]
-
-
-ROLES = {
-    "mlp": r"blocks\.\d+\.mlp\..*",
-    "attn": r"blocks\.\d+\.attn\..*",
-    "emb": r"(tok_emb|lm_head)\..*",
-    "aux": r".*",
-}  # the first that a parameter's name fits
-TENSOR_NAME = (
-    r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|"
-    r"(bigram|ve_shared)\.(embed|proj)"
-)
-MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
-
-# What all five published systems share: no masks at document starts, text in stream order, the
-# last short validation row dropped.
-PUBLISHED = {
-    "loader": "sequential",
-    "smear_bos_mask": False,
-    "bigram_bos_mask": False,
-    "eval_truncate": True,
-}
-
-PRESETS: dict[str, dict] = {
-    # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
-    # Averages that were computed, never applied, are left out: #1361, #569, #703 SWA; #334 EMA.
-    "pr1361": PUBLISHED
-    | {
-        "warmdown_iters": 3200,
-        "qat_targets": "linears",
-        "gptq_variant": "simple",
-        "gptq_actorder": False,
-        "gptq_calib_batches": 64,
-        "eval_stride": 32,
-        "sliding": "published_s1",
-        "attention": "sdpa",
-    },
-    "pr569": PUBLISHED
-    | {
-        "bigram_vocab_size": 2048,
-        "bigram_dim": 128,
-        "vrl_mode": "add",
-        "resid_mix_init": "phase",
-        "qat_targets": "linears",
-        "qat_clip": "quantile",
-        "bits": "mlp:6,attn:6,emb:8,aux:6",
-        "prune_pct": 0.02,
-    },  # at a threshold of 0, so that nothing was pruned
-    "pr703": PUBLISHED
-    | {
-        "bigram_vocab_size": 1536,
-        "bigram_dim": 128,
-        "xsa_last_n": 4,
-        "backout_mode": "cache",
-        "backout_init": 0.1,
-        "matrix_lr": 0.026,
-        "scalar_lr": 0.026,
-        "tied_embed_lr": 0.0364,
-        "embed_lr": 0.624,
-        "head_lr": 0.00832,
-        "optimizer_routing": "banks",
-        "muon_quant_momentum": True,
-        "clip_before_reduce": True,
-        "mile_gamma": 1.1,
-        "codec": "lzma",
-        "sliding": "published_s1",
-        "qat_targets": "aux",
-    },  # its late QAT reached no other linear
-    "pr334": PUBLISHED
-    | {
-        "mlp_act": "relu2",
-        "rope_base": 50000.0,
-        "rope_ntk_ref": 0,
-        "xsa_last_n": 0,
-        "bigram_vocab_size": 2048,
-        "bigram_dim": 64,
-        "bigram_hash": "sum",
-        "ve_enabled": False,
-        "train_seq_len": 1024,
-        "eval_seq_len": 1024,
-        "train_batch_tokens": 524288,
-        "matrix_lr": 0.04,
-        "scalar_lr": 0.04,
-        "tied_embed_lr": 0.05,
-        "muon_momentum": 0.95,
-        "muon_momentum_warmup_start": 0.85,
-        "muon_momentum_warmup_steps": 500,
-        "adam_wd": 0.0,
-        "muon_wd_order": "after",
-        "optimizer_routing": "by_ndim",
-        "grad_clip_norm": 0.0,
-        "warmdown_iters": 3000,
-        "avg_mode": "swa",
-        "swa_every": 1,
-        "qat_mode": "off",
-        "bits": "mlp:5,attn:5,emb:8,aux:8",
-        "q_scale_floor": "tiny",
-        "gptq_variant": "off",
-        "clip_search": "absmax",
-        "sliding": "published_s3",
-        "ttt_mode": "train_then_score",
-        "ttt_grad_clip": 0.0,
-        "ttt_batch_seqs": 1,
-        "compile": "0",
-        "attention": "sdpa",
-    },
-    "pr295": PUBLISHED
-    | {
-        "num_layers": 10,
-        "mlp_act": "relu2",
-        "rope_dims": 64,
-        "rope_ntk_ref": 2048,
-        "xsa_last_n": 0,
-        "ln_scale": "0",
-        "bigram_vocab_size": 10240,
-        "bigram_dim": 128,
-        "bigram_init": "zero_proj",
-        "ve_enabled": False,
-        "resid_mix_init": "phase",
-        "backout_mode": "mid",
-        "emb_svd_init": True,
-        "matrix_lr": 0.02,
-        "scalar_lr": 0.02,
-        "tied_embed_lr": 0.03,
-        "adam_wd": 0.01,
-        "warmdown_iters": 3000,
-        "avg_mode": "swa",
-        "qat_mode": "always",
-        "q_scale_floor": "tiny",
-        "gptq_variant": "off",
-        "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
-        "clip_search": "absmax",
-        "prune_frac": 0.08,
-        "attention": "sdpa",
-    },
-    # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
-    # are of the system's own value.
-    "mini": {
-        "data_path": "./data/datasets/docs_sp1024",
-        "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
-        "loader": "shuffled",
-        "model_dim": 64,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "rope_dims": Fraction(1, 2),
-        "bigram_vocab_size": Fraction(1, 3),
-        "bigram_dim": Fraction(2, 7),
-        "ve_dim": Fraction(1, 4),
-        "train_seq_len": 256,
-        "eval_seq_len": 256,
-        "train_batch_tokens": 2048,
-        "max_wallclock_seconds": 300.0,
-        "warmdown_frac": 0.5,
-        "ema_decay": 0.9,
-        "swa_every": Fraction(1, 10),
-        "gptq_calib_batches": 32,
-        "int8_keep_float_max_numel": 1024,
-        "ttt_chunk_tokens": Fraction(1, 8),
-    },
-}
-
-# Published names of settings we call otherwise: (our name, {published value: ours}), where no
-# table of values means that the value carries over as it is.
-ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
-    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
-    "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
-    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
-    "SWA_INTERVAL": ("SWA_EVERY", None),
-    "SWA_PCT": ("SWA_START_FRAC", None),
-    **{
-        alias: (name, {"0": off, "1": on})
-        for alias, name, off, on in (
-            ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"),
-            ("VRL", "VRL_MODE", "off", "add"),
-            ("EMA_ENABLED", "AVG_MODE", "none", "ema"),
-            ("SWA_ENABLED", "AVG_MODE", None, "swa"),
-            ("LATE_QAT", "QAT_MODE", "off", "late"),
-            ("QAT_ENABLED", "QAT_MODE", "off", "always"),
-            ("NO_COMPILE", "COMPILE", "auto", "0"),
-            ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
-            ("NO_FA3", "ATTENTION", "auto", "sdpa"),
-            ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
-            ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
-            ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"),
-        )
-    },
-}
-
-# Published names of techniques that are not here: the values at which they are off. None marks
-# a name that has no effect on anything here, whatever its value.
-RETIRED: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys(
-        (
-            "DTG_ENABLED",
-            "GATED_ATTENTION",
-            "LATE_K_FP16",
-            "LAWA_ENABLED",
-            "MTP_NUM_HEADS",
-            "TARGET_MB",
-        ),
-        ("0",),
-    ),
-    **dict.fromkeys(
-        (
-            "GPTQ_CALIB_SAMPLES",
-            "GPTQ_RESERVE_MS",
-            "LAWA_FREQ",
-            "LAWA_K",
-            "MTP_LOSS_WEIGHT",
-            "MUON_BETA2",
-            "VAL_BATCH_SIZE",
-        )
-    ),
-    **dict.fromkeys(
-        (
-            "CONTROL_TENSOR_NAME_PATTERNS",
-            "FP16_KEEP_NAME_PATTERNS",
-            "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
-        ),
-        ("",),
-    ),
-    "ADAM_EPS": ("1e-8", "1e-08"),
-    "BETA1": ("0.9",),
-    "BETA2": ("0.95",),
-    "TARGET_BYTES": ("0",),
-    "MUON_QUANT_BLOCK_SIZE": ("256",),
-    "QAT_CLIP_PCT": ("0.9995",),
-    "Q_SYMMETRIC": ("1",),
-    "AUX_PROJ_MUP": ("1",),
-    "MLP_BITS": ("6",),
-    "ATTN_BITS": ("6",),
-    "EMB_BITS": ("8",),
-    "AUX_EMB_BITS": ("8",),  # BITS has them all
-}
-
-# Names that begin like this are ours: one that is no setting is a mistake, not somebody else's.
-OWNED_PREFIXES = (
-    "ADAM_",
-    "BACKOUT_",
-    "BIGRAM_",
-    "EMA_",
-    "GPTQ_",
-    "MILE_",
-    "MUON_",
-    "PRUNE_",
-    "QAT_",
-    "ROPE_",
-    "SMEAR_",
-    "SWA_",
-    "TTT_",
-    "VE_",
-    "VRL_",
-    "WARMDOWN_",
-    "XSA_",
-)
-
-
-def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
-    """The settings named in `env` under our names, and a note for each translation, or Refusal."""
-    given, notes, aliased = {name: env[name] for name in known if name in env}, [], set()
-    # Switches that are on come first: one that is off does not speak against them.
-    for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
-        name, values = ALIASES[alias]
-        if values is not None and env[alias] not in values:
-            raise Refusal(f"{alias}={env[alias]!r}: expected {', '.join(values)} (here {name})")
-        value = values[env[alias]] if values else env[alias]
-        if value is None or (env[alias] == "0" and name in aliased):
-            notes.append(f"{alias}={env[alias]} leaves {name} as it is")
-            continue
-        aliased.add(name)
-        stated = given.setdefault(name, value)
-        if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
-            raise Refusal(
-                f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
-                "is set too: keep one"
-            )
-        notes.append(f"{alias}={env[alias].strip()} read as {name}={value.strip()}")
-    for name in sorted(set(RETIRED) & set(env)):
-        off = RETIRED[name]
-        if off is not None and env[name] not in off:
-            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
-        notes.append(f"{name}={show_setting(env[name])} has no effect here")
-    for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
-        # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
-        cutoff = 0.88 if len(name) > 8 else 0.92
-        near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
-        if near or name.startswith(OWNED_PREFIXES):
-            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
-    return given, notes
-
-
-def parse_setting(name: str, text: str, f) -> object:
+def parse_setting(name: str, text: str, setting: Field) -> object:
     """The value of setting `name` from its text; raises Refusal naming what was expected."""
-    accepts, kind = f.metadata["accepts"], type(f.default)
+    accepts = knob_of(setting).accepts
+    kind: Any = type(setting.default)
     try:
         value = {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
@@ -753,15 +197,104 @@ def show_setting(value: object) -> str:
     return text if text and text.isprintable() else repr(text)
 
 
+class LimitedSettings:
+    """The settings that one kind of reader may read; any other one is refused.
+
+    It keeps the network from depending on a setting that does not travel in the artifact: such a
+    model would train and export, and then not be rebuilt.
+    """
+
+    def __init__(self, cfg: Config, reaches: tuple[str, ...], reader: str) -> None:
+        self._cfg = cfg
+        self._reaches = reaches
+        self._reader = reader
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of a setting, or of a property computed from settings within reach."""
+        found = inspect.getattr_static(type(self._cfg), name)
+        if isinstance(found, property):
+            assert found.fget is not None
+            return found.fget(self)
+        setting = type(self._cfg).__dataclass_fields__.get(name)
+        if setting is not None and knob_of(setting).reach not in self._reaches:
+            raise Refusal(
+                f"{name.upper()} is read by {self._reader}, but its reach is "
+                f"{knob_of(setting).reach!r}: declare it as one of {', '.join(self._reaches)}"
+            )
+        return getattr(self._cfg, name)
+
+
 # =================================================================================================
 # Run
 # What a process is and what a run leaves behind. Every decision that ranks must share goes
 # through agree(), every sum through add_up() or scatter_sum(); with one process they do nothing.
 # =================================================================================================
 
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Part):
+    """Where a run works and what it leaves behind."""
+
+    title = "Run"
+
+    preset: str = run_knob("", (), "Names of presets, comma-separated; later ones win.")
+    run_id: str = run_knob("", (), "Folder under RUNS_DIR; empty takes UTC time and a suffix.")
+    runs_dir: str = run_knob("runs", (), "Folder in which run folders are made.")
+    seed: int = training_knob(1337, (0, 2**31 - 1), "Seed of initial weights and data order.")
+    attention: str = run_knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
+    compile: str = run_knob(
+        "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
+    )
+    resume: bool = run_knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
+    checkpoint_seconds: float = run_knob(
+        0.0, (0.0, 1e7), "Seconds between checkpoints; 0 writes them on signals and at the end."
+    )
+    watchdog_seconds: float = run_knob(
+        600.0, (0.1, 1e7), "Seconds that a rank waits for the others before it gives up."
+    )
+    train_log_every: int = run_knob(
+        0, (0, math.inf), "Steps between log lines; 0 logs about 50 lines."
+    )
+    val_loss_every: int = run_knob(
+        4000, (0, math.inf), "Steps between validations; 0 validates at the end only."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """A run's name is the name of a folder, and only a named run can be resumed."""
+        yield (
+            re.fullmatch(r"[\w.-]{0,100}", cfg.run_id) and cfg.run_id not in (".", ".."),
+            "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'",
+        )
+        yield cfg.run_id or not cfg.resume, "RESUME needs the RUN_ID of the run to go on with"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings(Part):
+    """What a run may spend."""
+
+    title = "Budgets"
+
+    iterations: int = training_knob(20000, (1, 10**8), "Largest number of training steps.")
+    max_wallclock_seconds: float = training_knob(
+        600.0, (0.0, 1e7), "Seconds for training and calibration; 0 makes the run step-driven."
+    )
+    eval_wallclock_seconds: float = run_knob(600.0, (0.0, 1e7), "Seconds for scoring the artifact.")
+    artifact_limit_bytes: int = training_knob(
+        16_000_000, (1, 1 << 40), "Most decimal bytes that code and artifact may have together."
+    )
+    warmup_steps: int = training_knob(
+        20, (0, 1000), "Priming steps before the clock starts, undone afterwards."
+    )
+
+    @property
+    def step_driven(self) -> bool:
+        """Whether ITERATIONS ends the run, rather than the clock."""
+        return self.max_wallclock_seconds == 0
+
+
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
 CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
-NOT_OF_THE_RESULT = {"resume", "checkpoint_seconds", "watchdog_seconds"}  # may differ on resuming
 
 
 class Clock:
@@ -812,7 +345,7 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, cfg: Config) -> "Iterator[Run]":
+    def start(cls, cfg: Config) -> Iterator[Run]:
         """Open the process group that torchrun's environment describes, if any; close it after."""
         given = [
             os.environ.get(name, default)
@@ -1047,7 +580,7 @@ class Run:
             theirs = dict(json.loads(paths[0].read_bytes())) if paths[0].is_file() else ours
         except MALFORMED:
             raise Refusal(f"RESUME=1: {paths[0]} is damaged: begin a new run") from None
-        for name in sorted(ours.keys() - NOT_OF_THE_RESULT):
+        for name in sorted(settings_of_reach("training", "model", "scoring")):
             if ours[name] != theirs.get(name):
                 raise Refusal(
                     f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
@@ -1212,6 +745,44 @@ def sha256_of(path: Path) -> str:
 # A shard is 256 little-endian int32 (magic, version, token count, zeros) and then the tokens as
 # uint16. Documents begin with BOS and nothing else separates them.
 # =================================================================================================
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Part):
+    """Where the text is, and how it is cut into training rows."""
+
+    title = "Data"
+
+    data_path: str = run_knob(
+        "./data/datasets/fineweb10B_sp1024", (), "Folder of the training and validation shards."
+    )
+    tokenizer_path: str = run_knob(
+        "./data/tokenizers/fineweb_1024_bpe.model", (), "The shards' SentencePiece model."
+    )
+    loader: str = training_knob(
+        "shuffled", ("shuffled", "sequential"), "Order in which training rows are read."
+    )
+    train_batch_tokens: int = training_knob(
+        786432, (2, 1 << 30), "Tokens a training step, over all ranks."
+    )
+    train_seq_len: int = training_knob(2048, (2, 1 << 20), "Tokens a training row.")
+    micro_batch_seqs: int = training_knob(
+        0, (0, 1 << 20), "Rows a forward; 0 takes 98,304 tokens, on a CPU 8,192."
+    )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step's global batch."""
+        return self.train_batch_tokens // self.train_seq_len
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """A batch is a whole number of rows."""
+        yield (
+            cfg.train_batch_tokens % cfg.train_seq_len == 0,
+            "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN",
+        )
+
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, TOKEN_BYTES = 20240520, 1, 1024, 2
 BOS = 1
@@ -1428,6 +999,184 @@ def load_validation(cfg: Config) -> Validation:
 # A decoder-only transformer whose second half takes U-shaped skips from its first half. Optional
 # parts have a neutral stand-in, so that every forward reads as its equation.
 # =================================================================================================
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeSettings(Part):
+    """The size of the network and its simplest choices."""
+
+    title = "Model: shape"
+
+    vocab_size: int = model_knob(1024, (4, 65536), "Pieces of the tokenizer.")
+    num_layers: int = model_knob(11, (1, 64), "Transformer blocks.")
+    model_dim: int = model_knob(512, (8, 8192), "Width of the residual stream.")
+    num_heads: int = model_knob(8, (1, 128), "Query heads; their number divides MODEL_DIM.")
+    num_kv_heads: int = model_knob(
+        4, (1, 128), "Key and value heads; their number divides NUM_HEADS."
+    )
+    mlp_mult: float = model_knob(3.0, (0.25, 16.0), "Width of the MLP over that of the model.")
+    mlp_act: str = model_knob(
+        "leaky2", ("leaky2", "relu2"), "Activation of the MLP: a squared leaky or plain ReLU."
+    )
+    leaky_slope: float = model_knob(0.5, (0.0, 1.0), "Slope below zero of MLP_ACT=leaky2.")
+    tie_embeddings: bool = model_knob(
+        True, (), "Use one matrix as token embedding and output head."
+    )
+    logit_softcap: float = model_knob(30.0, (1.0, 1e4), "The bound c of logits, c tanh(z / c).")
+    ln_scale: str = model_knob(
+        "1", ("0", "1", "learned"), "Scale the inputs of layer l by 1/sqrt(l+1), or learn to."
+    )
+    tied_embed_init_std: float = training_knob(
+        0.005, (0.0, 1.0), "Standard deviation of the initial token embedding."
+    )
+    emb_svd_init: bool = training_knob(
+        False, (), "Give the initial embedding singular values that fall as k^(-1/2)."
+    )
+    proj_init: str = training_knob(
+        "zero", ("zero", "ortho_mup"), "Initial output projections: zero, or scaled orthogonal."
+    )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head, K."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Heads divide the width evenly."""
+        yield cfg.model_dim % cfg.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"
+        yield cfg.num_heads % cfg.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings(Part):
+    """What is added to the token embedding before the first layer."""
+
+    title = "Model: token pairs"
+    prefixes: ClassVar[tuple[str, ...]] = ("SMEAR_", "BIGRAM_")
+
+    smear_enabled: bool = model_knob(
+        True, (), "Blend the previous token's embedding in, by a learned gate (SmearGate)."
+    )
+    smear_bos_mask: bool = model_knob(True, (), "Let SmearGate not reach across a document start.")
+    bigram_vocab_size: int = model_knob(
+        3072, (0, 1 << 20), "Buckets of BigramHash, an embedding of token pairs; 0 turns it off."
+    )
+    bigram_hash: str = model_knob("xor", ("xor", "sum"), "How BigramHash hashes a pair.")
+    bigram_dim: int = model_knob(112, (1, 8192), "Width of a BigramHash bucket.")
+    bigram_bos_mask: bool = model_knob(
+        True, (), "Let BigramHash not reach across a document start."
+    )
+    bigram_init: str = training_knob(
+        "zero_embed", ("zero_embed", "zero_proj"), "Which factor of BigramHash starts at zero."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """One bucket is kept for tokens without a predecessor."""
+        yield cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings(Part):
+    """Queries, keys and what attention gives."""
+
+    title = "Model: attention"
+    prefixes: ClassVar[tuple[str, ...]] = ("ROPE_", "XSA_")
+
+    qk_gain_init: float = model_knob(1.5, (0.0, 100.0), "Initial gain of normalised queries.")
+    rope_base: float = model_knob(10000.0, (2.0, 1e9), "Base of the rotary frequencies.")
+    rope_dims: int = model_knob(
+        16, (0, 1024), "Rotated dimensions of each head; 0 rotates all of them."
+    )
+    rope_ntk_ref: int = model_knob(
+        1024, (0, 1 << 20), "Row length in tokens from which ROPE_BASE grows; 0 keeps it."
+    )
+    xsa_last_n: int = model_knob(
+        11, (0, 64), "Number of last layers with exclusive self attention (XSA)."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Rotated dimensions come in pairs, and the NTK rule divides by their number less 2."""
+        yield (
+            cfg.rotary_dims % 2 == 0 and cfg.rotary_dims <= cfg.head_dim,
+            f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {cfg.head_dim}",
+        )
+        yield (
+            cfg.rope_ntk_ref == 0 or cfg.rotary_dims > 2,
+            f"ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS (0: all {cfg.head_dim}) is above 2",
+        )
+        yield cfg.xsa_last_n <= cfg.num_layers, "XSA_LAST_N must be at most NUM_LAYERS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSettings(Part):
+    """What is added to the values of attention."""
+
+    title = "Model: values"
+    prefixes: ClassVar[tuple[str, ...]] = ("VE_", "VRL_")
+
+    vrl_mode: str = model_knob(
+        "off", ("off", "add", "mix"), "How layer 0's values enter later layers (VRL)."
+    )
+    ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to some layers' values.")
+    ve_dim: int = model_knob(128, (1, 8192), "Width of the value embedding's table.")
+    ve_layers: str = model_knob(
+        "9,10", (), "Layers with value embeddings, counted from 0, comma-separated."
+    )
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers with value embeddings, in the order of their scales; or Refusal."""
+        names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
+            raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
+        return tuple(map(int, names)) if self.ve_enabled else ()
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Value embeddings need layers that exist."""
+        yield (
+            all(layer < cfg.num_layers for layer in cfg.value_layers),
+            "VE_LAYERS must all be below NUM_LAYERS",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings(Part):
+    """How layers read and write the residual stream."""
+
+    title = "Model: residual stream"
+    prefixes: ClassVar[tuple[str, ...]] = ("BACKOUT_",)
+
+    skip_per_dim: str = model_knob(
+        "1", ("0", "1", "off"), "U-Net skips with a weight for each channel, for each layer; none."
+    )
+    backout_mode: str = model_knob(
+        "none", ("none", "mid", "cache"), "Which layer's output is subtracted before the head."
+    )
+    cache_layer: int = model_knob(
+        7, (0, 63), "Layer that BACKOUT_MODE=cache keeps; later attention reads it as well."
+    )
+    backout_init: float = training_knob(0.2, (-1.0, 1.0), "Initial weight of the backout.")
+    resid_mix_init: str = training_knob(
+        "identity", ("identity", "phase"), "Initial weight of the embedding in a layer's input."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """The last layer's output is the stream itself."""
+        yield (
+            cfg.backout_layer < cfg.num_layers - 1,
+            "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps",
+        )
+
 
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon, whatever the activation type
 BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
@@ -1922,6 +1671,96 @@ def initialize(model: GPT, cfg: Config) -> None:
 # rates are at a given time, Muon.step() and AdamW what they do.
 # =================================================================================================
 
+
+@dataclass(frozen=True, kw_only=True)
+class RateSettings(Part):
+    """Learning rates and what shapes them over the run."""
+
+    title = "Optimizer: rates"
+    prefixes: ClassVar[tuple[str, ...]] = ("WARMDOWN_",)
+
+    lr_mult: float = training_knob(1.0, (0.0, 100.0), "Factor of every learning rate.")
+    matrix_lr: float = training_knob(0.025, (0.0, 10.0), "Learning rate of matrices (Muon).")
+    scalar_lr: float = training_knob(
+        0.025, (0.0, 10.0), "Learning rate of gains, gates and scales (AdamW)."
+    )
+    tied_embed_lr: float = training_knob(
+        0.035, (0.0, 10.0), "Learning rate of embedding tables (AdamW)."
+    )
+    embed_lr: float = training_knob(
+        0.6, (0.0, 10.0), "Learning rate of the token embedding if TIE_EMBEDDINGS=0."
+    )
+    head_lr: float = training_knob(
+        0.008, (0.0, 10.0), "Learning rate of the output head if TIE_EMBEDDINGS=0."
+    )
+    warmdown_iters: int = training_knob(
+        3500, (0, 10**8), "Last steps of the run, over which the rates decay to 0."
+    )
+    warmdown_frac: float = training_knob(
+        0.0, (0.0, 1.0), "Above 0: the fraction of the run that decays, instead of WARMDOWN_ITERS."
+    )
+    warmdown_type: str = training_knob("linear", ("linear", "cosine"), "Shape of the decay.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonSettings(Part):
+    """The optimizer of matrices, and what it is used for."""
+
+    title = "Optimizer: Muon"
+    prefixes: ClassVar[tuple[str, ...]] = ("MUON_",)
+
+    optimizer_routing: str = training_knob(
+        "standard",
+        ("standard", "banks", "by_ndim", "adam"),
+        "Which parameters Muon trains: matrices; those of blocks; all 2-D ones but token "
+        "embedding and head; those outside the blocks.",
+    )
+    muon_momentum: float = training_knob(
+        0.99, (0.0, 0.9999), "Muon's momentum once it has ramped up."
+    )
+    muon_momentum_warmup_start: float = training_knob(
+        0.92, (0.0, 0.9999), "Muon's momentum at step 0."
+    )
+    muon_momentum_warmup_steps: int = training_knob(
+        1500, (0, 10**8), "Steps over which Muon's momentum ramps up."
+    )
+    muon_backend_steps: int = training_knob(5, (1, 20), "Newton-Schulz iterations.")
+    muon_quant_momentum: bool = training_knob(
+        False, (), "Keep Muon's momentum as blocks of int8 between steps."
+    )
+    muon_parallel: bool = training_knob(
+        True, (), "Let ranks share Muon's matrices out, rather than each doing all of them."
+    )
+    muon_wd: float = training_knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
+    muon_wd_order: str = training_knob(
+        "before", ("before", "after"), "Whether Muon decays weights before or after its step."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """An optimizer without parameters is a mistake."""
+        yield (
+            cfg.optimizer_routing != "adam" or cfg.bigram_vocab_size or cfg.value_layers,
+            "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings(Part):
+    """The optimizer of all other parameters, and the bound on gradients."""
+
+    title = "Optimizer: AdamW"
+    prefixes: ClassVar[tuple[str, ...]] = ("ADAM_",)
+
+    adam_wd: float = training_knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
+    grad_clip_norm: float = training_knob(
+        0.3, (0.0, 1e6), "Largest norm of the whole gradient; 0 sets no bound."
+    )
+    clip_before_reduce: bool = training_knob(
+        False, (), "Bound each rank's own gradient, before they are summed."
+    )
+
+
 # Quintic Newton-Schulz of the Muon optimizer: large slope at zero; singular values from 0.003
 # of the norm upward end within 0.68 to 1.21 after five steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -2027,7 +1866,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
         packed: bool = False,
         decay_first: bool = True,
-        run: "Run | None" = None,
+        run: Run | None = None,
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
         self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
@@ -2103,7 +1942,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    cfg: Config, groups: list[dict], dtype: torch.dtype, run: "Run | None" = None
+    cfg: Config, groups: list[dict], dtype: torch.dtype, run: Run | None = None
 ) -> list:
     """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
     adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
@@ -2205,6 +2044,37 @@ class Schedule:
 # A step's gradient is that of the mean over the global batch, however many ranks share it. The
 # loss is read back one step late, so that a GPU never waits for it.
 # =================================================================================================
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(Part):
+    """What training minimises beside the mean of the nats."""
+
+    title = "Loss"
+    prefixes: ClassVar[tuple[str, ...]] = ("MILE_",)
+
+    mile_gamma: float = training_knob(
+        0.0, (0.0, 10.0), "Exponent of the MiLe weight (1 - e^-entropy)^gamma; 0 turns it off."
+    )
+    mile_clamp_min: float = training_knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageSettings(Part):
+    """Which average of the weights is exported."""
+
+    title = "Weight averaging"
+    prefixes: ClassVar[tuple[str, ...]] = ("EMA_", "SWA_")
+
+    avg_mode: str = training_knob("ema", ("ema", "swa", "swa_of_ema", "none"), "Weights to export.")
+    ema_decay: float = training_knob(
+        0.997, (0.0, 0.999999), "Fraction of the moving average (EMA) that a step keeps."
+    )
+    swa_start_frac: float = training_knob(
+        0.4, (0.0, 1.0), "Rate scale below which SWA takes snapshots."
+    )
+    swa_every: int = training_knob(50, (1, 10**6), "Steps between SWA's snapshots.")
+
 
 REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
 REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # saved by compiled blocks, at least; taken, at most
@@ -2706,6 +2576,149 @@ def log_activity(run: Run) -> None:
 # Hessians that GPTQ needs. None of them knows about files.
 # =================================================================================================
 
+
+# Roles of parameters in BITS and CLIP_SIGMAS: the first whose pattern fits a parameter's name.
+ROLES = {
+    "mlp": r"blocks\.\d+\.mlp\..*",
+    "attn": r"blocks\.\d+\.attn\..*",
+    "emb": r"(tok_emb|lm_head)\..*",
+    "aux": r".*",
+}
+TENSOR_NAME = (
+    r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|"
+    r"(bigram|ve_shared)\.(embed|proj)"
+)
+
+
+@functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
+def values_by_role(name: str, text: str, kind: type, pattern: str, expected: str) -> dict:
+    """The values of a text like mlp:6,attn:6,emb:8,aux:8 of roles and tensors, fp16 as 0."""
+    found: dict = {}
+    for part in text.split(","):
+        role, _, value = part.strip().partition(":")
+        named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
+        if role in found or not named or not re.fullmatch(pattern, value):
+            raise Refusal(
+                f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
+                f"and a colon and {expected}"
+            )
+        found[role] = 0 if value == "fp16" else kind(value)
+    if not set(ROLES) <= set(found):
+        raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatSettings(Part):
+    """Training through the integer grid (quantisation-aware training, QAT)."""
+
+    title = "Quantisation-aware training"
+    prefixes: ClassVar[tuple[str, ...]] = ("QAT_",)
+
+    qat_mode: str = training_knob(
+        "late", ("late", "always", "off"), "When training rounds weights to the integer grid."
+    )
+    late_qat_threshold: float = training_knob(
+        0.15, (0.0, 1.0), "Rate scale below which QAT_MODE=late starts."
+    )
+    qat_clip: str = training_knob(
+        "absmax", ("absmax", "quantile"), "End of a row's grid: its maximum, or a quantile."
+    )
+    qat_targets: str = training_knob(
+        "stored",
+        ("stored", "linears", "aux"),
+        "Which linears QAT rounds: those stored as integers, all, those outside the blocks.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSettings(Part):
+    """Which tensors become integers, of how many bits and in which steps."""
+
+    title = "Quantisation: grids"
+
+    bits: str = model_knob(
+        "mlp:6,attn:6,emb:8,aux:8", (), "Bits by role or tensor (tok_emb): 2 to 8, or fp16."
+    )
+    int8_keep_float_max_numel: int = model_knob(
+        65536, (0, 1 << 30), "Tensors of up to this many elements are stored as fp16."
+    )
+    quant_clip: str = training_knob(
+        "percentile", ("percentile", "std"), "What ends a row's grid: CLIP_SEARCH or CLIP_SIGMAS."
+    )
+    clip_sigmas: str = training_knob(
+        "mlp:12.85,attn:12.85,emb:10,aux:30",
+        (),
+        "Standard deviations of a row at which QUANT_CLIP=std clips, by role or tensor.",
+    )
+    clip_search: str = training_knob(
+        "matrix",
+        ("absmax", "matrix", "row"),
+        "Clips of QUANT_CLIP=percentile: the maximum, the best quantile of a matrix or a row.",
+    )
+    q_scale_floor: str = training_knob(
+        "inv_clip", ("inv_clip", "tiny"), "Least step of a grid: 1 / largest integer, or 2^-14."
+    )
+
+    @property
+    def bits_by_role(self) -> dict[str, int]:
+        """Bits of each role's integers, or of a tensor's by its name; 0 for fp16."""
+        return values_by_role("BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16")
+
+    @property
+    def sigmas_by_role(self) -> dict[str, float]:
+        """Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor."""
+        return values_by_role(
+            "CLIP_SIGMAS",
+            self.clip_sigmas,
+            float,
+            r"[1-9]\d{0,2}(\.\d+)?",
+            "a number from 1 to 999",
+        )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Tensors named in BITS and CLIP_SIGMAS are of layers that exist."""
+        for name, given in (("BITS", cfg.bits_by_role), ("CLIP_SIGMAS", cfg.sigmas_by_role)):
+            layers = [int(number) for role in given for number in re.findall(r"\d+", role)]
+            yield (
+                all(layer < cfg.num_layers for layer in layers),
+                f"{name} names a layer beyond NUM_LAYERS",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqSettings(Part):
+    """Rounding that takes the inputs of a matrix into account, and what is pruned."""
+
+    title = "Quantisation: GPTQ and pruning"
+    prefixes: ClassVar[tuple[str, ...]] = ("GPTQ_", "PRUNE_")
+
+    gptq_variant: str = training_knob(
+        "full", ("full", "simple", "off"), "Form of GPTQ; off rounds to nearest."
+    )
+    gptq_actorder: bool = training_knob(True, (), "Round columns of large activations first.")
+    gptq_select: str = training_knob(
+        "mse", ("mse", "hessian"), "Error by which GPTQ chooses a clip."
+    )
+    gptq_calib: str = training_knob(
+        "train",
+        ("train", "selfgen", "train_after_cap"),
+        "Text for calibration: training data within the budget, text the model draws (slow), "
+        "training data after the budget (not eligible).",
+    )
+    gptq_calib_batches: int = training_knob(256, (1, 10**6), "Calibration batches, of 8 rows each.")
+    gptq_block_size: int = training_knob(
+        128, (1, 1 << 16), "Columns that GPTQ rounds between updates of all later ones."
+    )
+    prune_frac: float = training_knob(
+        0.0, (0.0, 0.99), "Fraction of each large matrix that is zeroed before export."
+    )
+    prune_pct: float = training_knob(
+        0.0, (0.0, 0.99), "Fraction of the integers below 8 bits that is zeroed at export."
+    )
+
+
 CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
@@ -3078,6 +3091,34 @@ def quantize(
 # one compressed body of JSON header, integers, floats. A reader trusts none of it.
 # =================================================================================================
 
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSettings(Part):
+    """How the artifact is packed."""
+
+    title = "Artifact"
+
+    artifact_target_bytes: int = training_knob(
+        0,
+        (0, 1 << 40),
+        "With QUANT_CLIP=std, bytes of code and artifact to end just below; 0 aims only when "
+        "they are over the limit.",
+    )
+    codec: str = training_knob(
+        "zstd",
+        ("zstd", "lzma", "brotli", "best"),
+        "Compression of the artifact; best is the smaller of zstd and lzma.",
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """A target above the limit could not be met."""
+        yield (
+            cfg.artifact_target_bytes <= cfg.artifact_limit_bytes,
+            "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES",
+        )
+
+
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
@@ -3085,8 +3126,16 @@ ZSTD_LEVEL, LZMA_PRESET = 22, 6
 ZSTD_MATCHES, LONG_BODY = (6, 4, 3), 1 << 22  # shortest repetitions; of a long body only the first
 MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
 LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
-MODEL_SETTINGS = (*settings_of("Model"), "bits", "int8_keep_float_max_numel")
-HEADER_SETTINGS = (*MODEL_SETTINGS, *settings_of("Evaluation"))
+# Settings that the first artifacts named. What came later says what its absence means.
+VERSION_1_SETTINGS = frozenset(
+    """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult mlp_act leaky_slope
+    tie_embeddings logit_softcap qk_gain_init rope_base rope_dims rope_ntk_ref xsa_last_n vrl_mode
+    backout_mode cache_layer skip_per_dim ln_scale smear_enabled smear_bos_mask bigram_vocab_size
+    bigram_hash bigram_dim bigram_bos_mask ve_enabled ve_dim ve_layers bits
+    int8_keep_float_max_numel eval_seq_len eval_stride sliding eval_batch_seqs eval_truncate
+    ttt_mode ttt_lr ttt_momentum ttt_epochs ttt_chunk_tokens ttt_batch_seqs ttt_grad_clip
+    ttt_freeze_blocks""".split()  # noqa: SIM905
+)
 SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
 SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
 SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
@@ -3094,7 +3143,7 @@ SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codec
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
     """What rebuilding the model and repeating the evaluation takes."""
-    values = ((name.upper(), getattr(cfg, name)) for name in HEADER_SETTINGS)
+    values = ((name.upper(), getattr(cfg, name)) for name in settings_of_reach("model", "scoring"))
     settings = {name: v if isinstance(v, str) else show_setting(v) for name, v in values}
     return {"settings": settings, "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
 
@@ -3254,17 +3303,37 @@ def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
     return stored
 
 
+def settings_in_header(header: dict) -> dict[str, str]:
+    """Every model and scoring setting of an artifact by name, as text; raises Refusal.
+
+    An artifact from before a setting was added does not name it: the setting says itself what
+    that means. A name that is not known here is refused.
+    """
+    named = dict(header["settings"])
+    ours = {name.upper(): SETTINGS[name] for name in settings_of_reach("model", "scoring")}
+    if unknown := sorted(named.keys() - ours.keys()):
+        raise Refusal(
+            f"the artifact names {unknown[0]!r}, which is no setting of this train_gpt.py: "
+            "score it with the train_gpt.py of its run"
+        )
+    for name, setting in ours.items():
+        if name in named:
+            continue
+        absent = knob_of(setting).absent
+        if absent is UNSAID:
+            raise Refusal(f"the artifact's header does not name the setting {name}")
+        named[name] = absent if isinstance(absent, str) else show_setting(absent)
+    return named
+
+
 def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
     """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
-    if wrong := sorted({name.upper() for name in HEADER_SETTINGS} ^ set(header["settings"])):
-        raise Refusal(
-            "the artifact's header must name the settings of this train_gpt.py; "
-            f"{wrong[0]!r} is not here or missing there"
-        )
-    given, notes = translate_names(env, {f.name.upper(): f for f in fields(Config)})
-    if repeated := sorted({name.upper() for name in MODEL_SETTINGS} & set(given)):
+    travelled = settings_in_header(header)
+    given, notes = translate_names(env, {name.upper(): f for name, f in SETTINGS.items()})
+    of_model = {name.upper() for name in settings_of_reach("model")}
+    if repeated := sorted(of_model & set(given)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
-    return Config.from_env({**header["settings"], **given})[0], notes
+    return Config.from_env({**travelled, **given})[0], notes
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -3457,6 +3526,79 @@ def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
 # =================================================================================================
 
 
+MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Part):
+    """Which windows of the validation text are scored."""
+
+    title = "Evaluation"
+
+    eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "Tokens of a validation window.")
+    eval_stride: int = scoring_knob(
+        64, (0, 1 << 20), "Targets from one window to the next; 0 scores chunks only."
+    )
+    sliding: str = scoring_knob(
+        "cover",
+        ("cover", "published_s1", "published_s3"),
+        "Windows: cover scores every target once; the others print a second, labelled line.",
+    )
+    eval_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Windows a forward.")
+    eval_truncate: bool = scoring_knob(
+        False, (), "Leave out the targets after the last full window."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Windows overlap or touch; a forward's size is bounded, as a header may ask for any."""
+        yield cfg.eval_stride <= cfg.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
+        yield (
+            cfg.eval_seq_len * cfg.eval_batch_seqs <= MAX_BATCH_TOKENS,
+            f"EVAL_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationSettings(Part):
+    """Learning from the validation text once it is scored (test-time training, TTT)."""
+
+    title = "Adaptation"
+    prefixes: ClassVar[tuple[str, ...]] = ("TTT_",)
+
+    ttt_mode: str = scoring_knob(
+        "off",
+        ("off", "score_first", "train_then_score"),
+        "Adapt to text that was scored; train_then_score trains first and is no legal score.",
+    )
+    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Learning rate of the adaptation (SGD).")
+    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Momentum of the adaptation.")
+    ttt_epochs: int = scoring_knob(3, (1, 1000), "Passes over the text that is adapted to.")
+    ttt_chunk_tokens: int = scoring_knob(
+        32768, (1, 1 << 30), "Targets that are scored before each adaptation."
+    )
+    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Rows of an adaptation step.")
+    ttt_grad_clip: float = scoring_knob(
+        1.0, (0.0, 1e6), "Largest norm of the adaptation's gradient; 0 sets no bound."
+    )
+    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "Number of first blocks that do not adapt.")
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Adaptation needs sliding windows, some layers that learn, and a batch that fits."""
+        if cfg.ttt_mode == "off":
+            return
+        yield cfg.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"
+        yield (
+            cfg.ttt_freeze_blocks < cfg.num_layers,
+            "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt",
+        )
+        yield (
+            cfg.eval_seq_len * cfg.ttt_batch_seqs <= MAX_BATCH_TOKENS,
+            f"TTT_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens",
+        )
+
+
 @dataclass(frozen=True)
 class EvalResult:
     """Sums over the scored targets, and what was scored."""
@@ -3550,7 +3692,7 @@ def evaluate(
     run: Run,
     stride: int = 0,
     form: str = "cover",
-    adapter: "Adapter | None" = None,
+    adapter: Adapter | None = None,
 ) -> EvalResult:
     """Score the validation split in windows of EVAL_SEQ_LEN; stride 0 for chunks.
 
@@ -3706,6 +3848,427 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
             "warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
             "same, and the run will not be eligible as a record"
         )
+
+
+# =================================================================================================
+# Configuration
+# All parts of the settings put together, the presets, and how the environment is read. Every name,
+# value and contradiction that can be known to be wrong is refused here, in one line, before any
+# work. Environment names are the upper-case names of the fields.
+# =================================================================================================
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    RunSettings,
+    BudgetSettings,
+    DataSettings,
+    ShapeSettings,
+    TokenSettings,
+    AttentionSettings,
+    ValueSettings,
+    StreamSettings,
+    RateSettings,
+    MuonSettings,
+    AdamSettings,
+    LossSettings,
+    AverageSettings,
+    QatSettings,
+    GridSettings,
+    GptqSettings,
+    ArtifactSettings,
+    EvaluationSettings,
+    AdaptationSettings,
+):
+    """All settings of a run, checked; the defaults are the recommended combination.
+
+    Properties that need settings of several parts stand here.
+    """
+
+    @property
+    def rotary_dims(self) -> int:
+        """Rotated dimensions of each head, R."""
+        return self.rope_dims or self.head_dim
+
+    @property
+    def backout_layer(self) -> int:
+        """The layer whose output is subtracted at the end; -1 for none."""
+        layers = {"none": -1, "mid": self.num_layers // 2, "cache": self.cache_layer}
+        return layers[self.backout_mode]
+
+    @property
+    def token_lr(self) -> float:
+        """Learning rate of the token embedding, tied or not."""
+        return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
+
+    def __post_init__(self) -> None:
+        """Raise Refusal for settings that contradict each other, with the values of those named."""
+        refuse_bad_declarations()
+        for part in PARTS:
+            for holds, complaint in part.checks(self):
+                if not holds:
+                    raise Refusal(self.with_values(complaint))
+
+    def with_values(self, complaint: str) -> str:
+        """The text with each setting's name followed by its value."""
+
+        def with_value(name: re.Match) -> str:
+            if name[0].lower() not in SETTINGS:
+                return name[0]
+            return f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"
+
+        return re.sub(r"\b[A-Z][A-Z_0-9]+\b(?!=)", with_value, complaint)
+
+    def for_model(self) -> Config:
+        """The settings that the network may read; reading another one is refused."""
+        return cast(Config, LimitedSettings(self, ("model",), "the model"))
+
+    @classmethod
+    def from_env(cls, env: dict[str, str]) -> tuple[Config, list[str]]:
+        """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
+        known = {name.upper(): setting for name, setting in SETTINGS.items()}
+        given, notes = translate_names(env, known)
+        values: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
+        for preset in preset_names(given.get("PRESET", "")):
+            for name, value in PRESETS[preset].items():
+                values[name] = scaled(values[name], value)
+        for name, text in given.items():
+            values[name.lower()] = parse_setting(name, text, known[name])
+        if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
+            values["warmdown_frac"] = 0.0  # a preset's fraction gives way to what was asked for
+        return cls(**values), notes
+
+    def listing(self) -> Iterator[str]:
+        """Lines of --help and of the log's head: settings, * where they differ from defaults."""
+        for part in PARTS:
+            yield f"{part.title}:"
+            for name in settings_of(part):
+                yield self.line_of(name)
+
+    def line_of(self, name: str) -> str:
+        """One setting as --help shows it: value, meaning, what it accepts, default."""
+        value, setting = getattr(self, name), SETTINGS[name]
+        about = knob_of(setting)
+        if isinstance(setting.default, bool):
+            accepted = "0 or 1"
+        elif isinstance(setting.default, str):
+            accepted = "|".join(about.accepts) or "text"
+        else:
+            accepted = f"{about.accepts[0]:g} to {about.accepts[1]:g}"
+        mark = " "
+        if value != setting.default:
+            mark = "*"
+            accepted += f"; default {show_setting(setting.default)}"
+        return f"{mark} {name.upper():<27}{show_setting(value):<12} {about.meaning} [{accepted}]"
+
+
+SETTINGS: dict[str, Field] = {setting.name: setting for setting in fields(Config)}
+PARTS = cast(tuple[type[Part], ...], Config.__bases__)
+
+
+def settings_of(part: type[Part]) -> list[str]:
+    """Names of a part's own settings, in the order of their declaration."""
+    return [name for name in part.__annotations__ if name in SETTINGS]
+
+
+def settings_of_reach(*reaches: str) -> list[str]:
+    """Names of the settings of these reaches, in order: "model", "scoring" or both."""
+    return [
+        name
+        for part in PARTS
+        for name in settings_of(part)
+        if knob_of(SETTINGS[name]).reach in reaches
+    ]
+
+
+@functools.cache
+def refuse_bad_declarations() -> None:
+    """Raise Refusal if a setting travels in artifacts but older ones could not be read."""
+    for name, setting in SETTINGS.items():
+        if not isinstance(setting.metadata.get("knob"), Knob):
+            raise Refusal(f"{name.upper()} is declared without a knob: use training_knob or so")
+        silent = knob_of(setting).absent is UNSAID and name not in VERSION_1_SETTINGS
+        if knob_of(setting).travels and silent:
+            raise Refusal(
+                f"{name.upper()} travels in artifacts and does not say what its absence in an "
+                "older one means: add absent=..., the value at which nothing changes"
+            )
+
+
+def preset_names(text: str) -> list[str]:
+    """The names in PRESET; raises Refusal for an unknown one, or if a scale is not the last."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PRESETS:
+            raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
+    if "mini" in names[:-1]:
+        raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
+    return names
+
+
+def scaled(before: Any, value: Any) -> Any:
+    """A preset's value; a fraction is of what the setting would be without the preset."""
+    if not isinstance(value, Fraction):
+        return value
+    return before and max(1, round(before * value))
+
+
+# What all five published systems share: no masks at document starts, text in stream order, the
+# last short validation row dropped.
+PUBLISHED = {
+    "loader": "sequential",
+    "smear_bos_mask": False,
+    "bigram_bos_mask": False,
+    "eval_truncate": True,
+}
+
+PRESETS: dict[str, dict] = {
+    # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
+    # Averages that were computed, never applied, are left out: #1361, #569, #703 SWA; #334 EMA.
+    "pr1361": PUBLISHED
+    | {
+        "warmdown_iters": 3200,
+        "qat_targets": "linears",
+        "gptq_variant": "simple",
+        "gptq_actorder": False,
+        "gptq_calib_batches": 64,
+        "eval_stride": 32,
+        "sliding": "published_s1",
+        "attention": "sdpa",
+    },
+    "pr569": PUBLISHED
+    | {
+        "bigram_vocab_size": 2048,
+        "bigram_dim": 128,
+        "vrl_mode": "add",
+        "resid_mix_init": "phase",
+        "qat_targets": "linears",
+        "qat_clip": "quantile",
+        "bits": "mlp:6,attn:6,emb:8,aux:6",
+        "prune_pct": 0.02,
+    },  # at a threshold of 0, so that nothing was pruned
+    "pr703": PUBLISHED
+    | {
+        "bigram_vocab_size": 1536,
+        "bigram_dim": 128,
+        "xsa_last_n": 4,
+        "backout_mode": "cache",
+        "backout_init": 0.1,
+        "matrix_lr": 0.026,
+        "scalar_lr": 0.026,
+        "tied_embed_lr": 0.0364,
+        "embed_lr": 0.624,
+        "head_lr": 0.00832,
+        "optimizer_routing": "banks",
+        "muon_quant_momentum": True,
+        "clip_before_reduce": True,
+        "mile_gamma": 1.1,
+        "codec": "lzma",
+        "sliding": "published_s1",
+        "qat_targets": "aux",
+    },  # its late QAT reached no other linear
+    "pr334": PUBLISHED
+    | {
+        "mlp_act": "relu2",
+        "rope_base": 50000.0,
+        "rope_ntk_ref": 0,
+        "xsa_last_n": 0,
+        "bigram_vocab_size": 2048,
+        "bigram_dim": 64,
+        "bigram_hash": "sum",
+        "ve_enabled": False,
+        "train_seq_len": 1024,
+        "eval_seq_len": 1024,
+        "train_batch_tokens": 524288,
+        "matrix_lr": 0.04,
+        "scalar_lr": 0.04,
+        "tied_embed_lr": 0.05,
+        "muon_momentum": 0.95,
+        "muon_momentum_warmup_start": 0.85,
+        "muon_momentum_warmup_steps": 500,
+        "adam_wd": 0.0,
+        "muon_wd_order": "after",
+        "optimizer_routing": "by_ndim",
+        "grad_clip_norm": 0.0,
+        "warmdown_iters": 3000,
+        "avg_mode": "swa",
+        "swa_every": 1,
+        "qat_mode": "off",
+        "bits": "mlp:5,attn:5,emb:8,aux:8",
+        "q_scale_floor": "tiny",
+        "gptq_variant": "off",
+        "clip_search": "absmax",
+        "sliding": "published_s3",
+        "ttt_mode": "train_then_score",
+        "ttt_grad_clip": 0.0,
+        "ttt_batch_seqs": 1,
+        "compile": "0",
+        "attention": "sdpa",
+    },
+    "pr295": PUBLISHED
+    | {
+        "num_layers": 10,
+        "mlp_act": "relu2",
+        "rope_dims": 64,
+        "rope_ntk_ref": 2048,
+        "xsa_last_n": 0,
+        "ln_scale": "0",
+        "bigram_vocab_size": 10240,
+        "bigram_dim": 128,
+        "bigram_init": "zero_proj",
+        "ve_enabled": False,
+        "resid_mix_init": "phase",
+        "backout_mode": "mid",
+        "emb_svd_init": True,
+        "matrix_lr": 0.02,
+        "scalar_lr": 0.02,
+        "tied_embed_lr": 0.03,
+        "adam_wd": 0.01,
+        "warmdown_iters": 3000,
+        "avg_mode": "swa",
+        "qat_mode": "always",
+        "q_scale_floor": "tiny",
+        "gptq_variant": "off",
+        "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
+        "clip_search": "absmax",
+        "prune_frac": 0.08,
+        "attention": "sdpa",
+    },
+    # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
+    # are of the system's own value.
+    "mini": {
+        "data_path": "./data/datasets/docs_sp1024",
+        "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
+        "loader": "shuffled",
+        "model_dim": 64,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "rope_dims": Fraction(1, 2),
+        "bigram_vocab_size": Fraction(1, 3),
+        "bigram_dim": Fraction(2, 7),
+        "ve_dim": Fraction(1, 4),
+        "train_seq_len": 256,
+        "eval_seq_len": 256,
+        "train_batch_tokens": 2048,
+        "max_wallclock_seconds": 300.0,
+        "warmdown_frac": 0.5,
+        "ema_decay": 0.9,
+        "swa_every": Fraction(1, 10),
+        "gptq_calib_batches": 32,
+        "int8_keep_float_max_numel": 1024,
+        "ttt_chunk_tokens": Fraction(1, 8),
+    },
+}
+
+# Published names of settings we call otherwise: (our name, {published value: ours}), where no
+# table of values means that the value carries over as it is.
+ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
+    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
+    "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
+    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
+    "SWA_INTERVAL": ("SWA_EVERY", None),
+    "SWA_PCT": ("SWA_START_FRAC", None),
+    **{
+        alias: (name, {"0": off, "1": on})
+        for alias, name, off, on in (
+            ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"),
+            ("VRL", "VRL_MODE", "off", "add"),
+            ("EMA_ENABLED", "AVG_MODE", "none", "ema"),
+            ("SWA_ENABLED", "AVG_MODE", None, "swa"),
+            ("LATE_QAT", "QAT_MODE", "off", "late"),
+            ("QAT_ENABLED", "QAT_MODE", "off", "always"),
+            ("NO_COMPILE", "COMPILE", "auto", "0"),
+            ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
+            ("NO_FA3", "ATTENTION", "auto", "sdpa"),
+            ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
+            ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
+            ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"),
+        )
+    },
+}
+
+# Published names of techniques that are not here: the values at which they are off. None marks
+# a name that has no effect on anything here, whatever its value.
+RETIRED: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(
+        (
+            "DTG_ENABLED",
+            "GATED_ATTENTION",
+            "LATE_K_FP16",
+            "LAWA_ENABLED",
+            "MTP_NUM_HEADS",
+            "TARGET_MB",
+        ),
+        ("0",),
+    ),
+    **dict.fromkeys(
+        (
+            "GPTQ_CALIB_SAMPLES",
+            "GPTQ_RESERVE_MS",
+            "LAWA_FREQ",
+            "LAWA_K",
+            "MTP_LOSS_WEIGHT",
+            "MUON_BETA2",
+            "VAL_BATCH_SIZE",
+        )
+    ),
+    **dict.fromkeys(
+        (
+            "CONTROL_TENSOR_NAME_PATTERNS",
+            "FP16_KEEP_NAME_PATTERNS",
+            "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+        ),
+        ("",),
+    ),
+    "ADAM_EPS": ("1e-8", "1e-08"),
+    "BETA1": ("0.9",),
+    "BETA2": ("0.95",),
+    "TARGET_BYTES": ("0",),
+    "MUON_QUANT_BLOCK_SIZE": ("256",),
+    "QAT_CLIP_PCT": ("0.9995",),
+    "Q_SYMMETRIC": ("1",),
+    "AUX_PROJ_MUP": ("1",),
+    "MLP_BITS": ("6",),
+    "ATTN_BITS": ("6",),
+    "EMB_BITS": ("8",),
+    "AUX_EMB_BITS": ("8",),  # BITS has them all
+}
+
+
+def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
+    """The settings named in `env` under our names, and a note for each translation, or Refusal."""
+    given, notes, aliased = {name: env[name] for name in known if name in env}, [], set()
+    # Switches that are on come first: one that is off does not speak against them.
+    for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
+        name, values = ALIASES[alias]
+        if values is not None and env[alias] not in values:
+            raise Refusal(f"{alias}={env[alias]!r}: expected {', '.join(values)} (here {name})")
+        value = values[env[alias]] if values else env[alias]
+        if value is None or (env[alias] == "0" and name in aliased):
+            notes.append(f"{alias}={env[alias]} leaves {name} as it is")
+            continue
+        aliased.add(name)
+        stated = given.setdefault(name, value)
+        if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
+            raise Refusal(
+                f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
+                "is set too: keep one"
+            )
+        notes.append(f"{alias}={env[alias].strip()} read as {name}={value.strip()}")
+    for name in sorted(set(RETIRED) & set(env)):
+        off = RETIRED[name]
+        if off is not None and env[name] not in off:
+            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
+        notes.append(f"{name}={show_setting(env[name])} has no effect here")
+    owned = tuple(prefix for part in PARTS for prefix in part.prefixes)
+    for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
+        # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+        cutoff = 0.88 if len(name) > 8 else 0.92
+        near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
+        if near or name.startswith(owned):
+            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
+    return given, notes
 
 
 # =================================================================================================

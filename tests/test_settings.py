@@ -13,13 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import environment, launch
 
-from train_gpt import ALIASES, PRESETS, RETIRED, Config, Refusal, main, parse_setting, show_setting
+from train_gpt import (
+    ALIASES,
+    PRESETS,
+    RETIRED,
+    Config,
+    Refusal,
+    knob_of,
+    main,
+    parse_setting,
+    show_setting,
+)
 
 FIELDS = {f.name.upper(): f for f in fields(Config)}
 NUMBERS = {name: f for name, f in FIELDS.items() if type(f.default) in (int, float)}
-CHOICES = {
-    name: f for name, f in FIELDS.items() if type(f.default) is str and f.metadata["accepts"]
-}
+CHOICES = {name: f for name, f in FIELDS.items() if type(f.default) is str and knob_of(f).accepts}
 
 # What mini may set: it is a scale, so it must leave every technique as it finds it.
 MINI_MAY_SET = {
@@ -106,7 +114,7 @@ def refusal(env: dict[str, str]) -> str:
 
 def in_range(f) -> st.SearchStrategy:
     """Values that a number accepts."""
-    low, high = f.metadata["accepts"]
+    low, high = knob_of(f).accepts
     if isinstance(f.default, float):
         return st.floats(low, high)
     return st.integers(low, 10**12 if high == math.inf else int(high))
@@ -222,7 +230,7 @@ def test_refusal_says_what_was_given_and_what_was_expected(env: dict, said: list
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_is_accepted_between_its_bounds_only(name: str) -> None:
-    f, (low, high) = NUMBERS[name], NUMBERS[name].metadata["accepts"]
+    f, (low, high) = NUMBERS[name], knob_of(NUMBERS[name]).accepts
     beyond = 1 if isinstance(f.default, int) else 1e-3 + 1e-3 * abs(high)
     assert low <= f.default <= high
     assert parse_setting(name, str(low), f) == low
@@ -238,12 +246,10 @@ def test_a_number_is_accepted_between_its_bounds_only(name: str) -> None:
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_is_accepted_by_its_own_names_only(name: str) -> None:
     f = CHOICES[name]
-    assert f.default in f.metadata["accepts"]
-    assert [parse_setting(name, text, f) for text in f.metadata["accepts"]] == [
-        *f.metadata["accepts"]
-    ]
-    for text in {"", "None", f.default.upper(), f"{f.default} "} - {*f.metadata["accepts"]}:
-        with pytest.raises(Refusal, match=f"{name}=.*expected one of {f.metadata['accepts'][0]}"):
+    assert f.default in knob_of(f).accepts
+    assert [parse_setting(name, text, f) for text in knob_of(f).accepts] == [*knob_of(f).accepts]
+    for text in {"", "None", f.default.upper(), f"{f.default} "} - {*knob_of(f).accepts}:
+        with pytest.raises(Refusal, match=f"{name}=.*expected one of {knob_of(f).accepts[0]}"):
             parse_setting(name, text, f)
 
 
@@ -497,14 +503,14 @@ def test_help_lists_every_setting_with_default_and_range(
     out = capsys.readouterr().out
     for name, f in FIELDS.items():
         (line,) = re.findall(rf"^[ *] {name} .*$", out, re.M)
-        assert f.metadata["doc"] in line
+        assert knob_of(f).meaning in line
         assert show_setting(f.default) in line
         accepts = line[line.rindex("[") :]
         if name in CHOICES:
-            assert "|".join(f.metadata["accepts"]) in accepts
+            assert "|".join(knob_of(f).accepts) in accepts
         elif name in NUMBERS:
             low, high = re.search(r"\[(\S+) to ([^\s\];]+)", accepts).groups()
-            assert [float(low), float(high)] == pytest.approx(f.metadata["accepts"], rel=1e-5)
+            assert [float(low), float(high)] == pytest.approx(knob_of(f).accepts, rel=1e-5)
         elif isinstance(f.default, bool):
             assert "0 or 1" in accepts
     assert re.findall(r"^\* (\w+) +(\S+).*default (\d+)\]$", out, re.M) == [("SEED", "7", "1337")]

@@ -111,7 +111,7 @@ def a_value(name: str, rng: random.Random) -> str:
     if rng.random() < 0.25 or name not in FIELDS:
         return rng.choice(ODD)
     f = FIELDS[name]
-    accepts = f.metadata["accepts"]
+    accepts = knob_of(f).accepts
     if isinstance(f.default, bool):
         return rng.choice(["0", "1"])
     if not accepts:
