@@ -139,6 +139,7 @@ def knob_of_reach(reach: str) -> Callable[..., Any]:
         absent: object = UNSAID,
         tries: tuple = (),
     ) -> Any:
+        """A dataclass field with its Knob; see there for the arguments."""
         return field(
             default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)}
         )

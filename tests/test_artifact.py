@@ -150,7 +150,7 @@ def test_the_header_rebuilds_model_and_evaluation_settings(cfg: Config) -> None:
     read, notes = Config.from_env(header["settings"])
     assert notes == []
     for f in fields(Config):
-        if f.name in train_gpt.HEADER_SETTINGS:
+        if f.name in train_gpt.settings_of_reach("model", "scoring"):
             assert getattr(read, f.name) == getattr(cfg, f.name), f.name
     assert (header["validation"], header["tokenizer"]) == ("the split", "the tokenizer")
 

@@ -31,7 +31,7 @@ FORBIDDEN_IN_COMMENTS = re.compile(r"\bPR ?#|\bpull request\b|\b(TODO|FIXME|XXX)
 SETTINGS_CLASS = "Config"
 SETTINGS_OBJECTS = {"cfg", "config"}
 # These read fields to print or to refuse them, which is no use of a setting.
-NOT_A_USE = {"__post_init__", "from_env", "listing"}
+NOT_A_USE = {"__post_init__", "checks", "from_env", "listing"}
 # Tables whose strings name fields that are then looked up by name.
 FIELD_NAME_TABLES = {"ROUTES"}
 ENVIRONMENT_READERS = {"from_env", "main", "start"}
@@ -110,11 +110,24 @@ def assigned_names(node: ast.stmt) -> list[str]:
     return [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
 
 
+def parts_in(source: str) -> list[ast.ClassDef]:
+    """The classes whose fields are settings: Config and those that it inherits from."""
+    classes = classes_in(source)
+    config = classes.get(SETTINGS_CLASS)
+    if config is None:
+        return []
+    bases = [ast.unparse(base) for base in config.bases]
+    return [config, *(classes[base] for base in bases if base in classes)]
+
+
 def settings_in(source: str) -> dict[str, ast.AnnAssign]:
-    """The fields of the settings class."""
-    config = classes_in(source).get(SETTINGS_CLASS)
-    body = config.body if config else []
-    return {n.target.id: n for n in body if isinstance(n, ast.AnnAssign)}
+    """The fields of the settings classes."""
+    return {
+        node.target.id: node
+        for part in parts_in(source)
+        for node in part.body
+        if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("Class")
+    }
 
 
 # Checks of the layout
@@ -334,22 +347,26 @@ def check_shapes(source: str) -> list[str]:
 
 
 def check_settings_class(source: str) -> list[str]:
-    """The settings are a frozen dataclass whose every field is a knob."""
-    config = classes_in(source).get(SETTINGS_CLASS)
-    if config is None:
+    """The settings are frozen dataclasses whose every field is declared by a knob."""
+    parts = parts_in(source)
+    if not parts:
         return [f"no class {SETTINGS_CLASS}"]
-    frozen = any("frozen=True" in ast.unparse(d) for d in config.decorator_list)
-    return ["not frozen"] * (not frozen) + [
+    complaints = [
+        f"{part.name}: not frozen"
+        for part in parts
+        if not any("frozen=True" in ast.unparse(d) for d in part.decorator_list)
+    ]
+    return complaints + [
         f"{name}: not a knob"
         for name, node in settings_in(source).items()
-        if called(node.value) != "knob"
+        if not called(node.value).endswith("knob")
     ]
 
 
 def check_settings_used(source: str) -> list[str]:
     """Every setting is read as cfg.field, or by a property that is itself read so."""
-    config = classes_in(source).get(SETTINGS_CLASS)
-    if config is None:
+    parts = parts_in(source)
+    if not parts:
         return [f"no class {SETTINGS_CLASS}"]
 
     def fields_read(node: ast.AST, owners: set[str]) -> set[str]:
@@ -361,7 +378,7 @@ def check_settings_used(source: str) -> list[str]:
 
     used = set()
     for node in parse(source).body:
-        if node is not config:
+        if node not in parts:
             used |= fields_read(node, SETTINGS_OBJECTS)
         if isinstance(node, ast.Assign | ast.AnnAssign) and (
             FIELD_NAME_TABLES & set(assigned_names(node))
@@ -369,14 +386,9 @@ def check_settings_used(source: str) -> list[str]:
             used |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
     methods = {
         n.name: fields_read(n, {"self", "cls"})
-        for n in config.body
+        for part in parts
+        for n in part.body
         if isinstance(n, Function) and n.name not in NOT_A_USE
-    }
-    methods |= {
-        name: fields_read(n, {"self"})
-        for n in config.body
-        if isinstance(n, ast.Assign)
-        for name in assigned_names(n)
     }
     used |= {"preset"}  # from_env acts on it, by its environment name
     while reached := [name for name in methods if name in used]:

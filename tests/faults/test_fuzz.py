@@ -18,12 +18,13 @@ import plan
 from train_gpt import (
     ALIASES,
     GPT,
-    OWNED_PREFIXES,
+    PARTS,
     PRESETS,
     RETIRED,
     Config,
     Refusal,
     Schedule,
+    knob_of,
     route_parameters,
     sdpa_attention,
     show_setting,
@@ -87,6 +88,8 @@ ODD = [
     "mini,pr569",
     "pr569,",
 ]
+
+OWNED_PREFIXES = tuple(prefix for part in PARTS for prefix in part.prefixes)
 
 
 def misspelled(name: str, rng: random.Random) -> str:
