@@ -22,9 +22,10 @@ Sections, in the order of a run:
   6  Training                     priming, one step, the loop
   7  Quantization                 int6/int8 grids, Hessians, GPTQ
   8  Artifact                     bytes to model and back
-  9  Evaluation                   windows, bits per byte
- 10  Configuration                all settings together, presets, the environment
- 11  Main                         the story, and the verbs above
+  9  Size                         what it will take, and how it is made to fit
+ 10  Evaluation                   windows, bits per byte
+ 11  Configuration                all settings together, presets, the environment
+ 12  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -2454,7 +2455,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             moment = schedule.at(step, seconds)
             if moment.done:
                 break
-            if run.is_main and before < SIZE_SHARE <= share_of_run(cfg, step, seconds):
+            if run.is_main and before < SIZE_FORESEEN_AT <= share_of_run(cfg, step, seconds):
                 foresee_size(model, step, run)
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 run.settle()
@@ -2733,6 +2734,11 @@ class Stored:
 
     values: Tensor  # int8 (rows, cols), or fp16 of any shape
     scale: Tensor | None = None  # fp16 (rows,)
+
+    @property
+    def kind(self) -> str:
+        """Its storage kind, of STORAGE_KINDS."""
+        return "float" if self.scale is None else "grid"
 
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
@@ -3089,7 +3095,8 @@ def quantize(
 # =================================================================================================
 # Artifact
 # One file: an uncompressed prelude (magic, version, codec, body length, sha256 of the rest), then
-# one compressed body of JSON header, integers, floats. A reader trusts none of it.
+# one compressed body of JSON header, then all integers, then all floats. A reader trusts none of
+# it. records/ARTIFACT.md describes the format for other programs.
 # =================================================================================================
 
 
@@ -3120,13 +3127,22 @@ class ArtifactSettings(Part):
         )
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TINYGPT\n", 1
-PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, body bytes, sha256 of the rest
+ARTIFACT_MAGIC = b"TINYGPT\n"
+ARTIFACT_VERSION = 2  # what is written; version 1 is read as well
+PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, bytes of the body, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
-ZSTD_LEVEL, LZMA_PRESET = 22, 6
-ZSTD_MATCHES, LONG_BODY = (6, 4, 3), 1 << 22  # shortest repetitions; of a long body only the first
-MAX_ARTIFACT_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 28, 1 << 20
-LZMA_MEMORY = 1 << 26  # of the decompressor; LZMA_PRESET takes 9 MiB
+
+ZSTD_LEVEL = 22
+ZSTD_SHORTEST_MATCHES = (6, 4, 3)  # bytes; all are tried, since no rule says which packs best
+LONG_BODY = 1 << 22  # bytes from which only the first of them is tried, for time
+LZMA_PRESET = 6
+LZMA_MEMORY = 1 << 26  # bytes that the decompressor may take; LZMA_PRESET needs 9 MiB
+
+# Bounds on what a reader accepts, in bytes.
+MAX_ARTIFACT_BYTES = 1 << 28
+MAX_BODY_BYTES = 1 << 28
+MAX_HEADER_BYTES = 1 << 20
+
 # Settings that the first artifacts named. What came later says what its absence means.
 VERSION_1_SETTINGS = frozenset(
     """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult mlp_act leaky_slope
@@ -3137,24 +3153,60 @@ VERSION_1_SETTINGS = frozenset(
     ttt_mode ttt_lr ttt_momentum ttt_epochs ttt_chunk_tokens ttt_batch_seqs ttt_grad_clip
     ttt_freeze_blocks""".split()  # noqa: SIM905
 )
-SOLVER_PASSES, SOLVER_OCTAVES, SOLVER_HALVINGS = 8, (-4.0, 4.0), 12
-SOLVER_AIM, SOLVER_LEAST = 0.997, 0.99  # shares of the target: what a pass aims at and must reach
-SIZE_SHARE, LEAST_CODED = 0.1, 0.96  # when of a run its size is foreseen; codecs against entropy
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One run of equal numbers that a stored tensor consists of: a field of Stored."""
+
+    field: str
+    dtype: str  # as numpy names it, little-endian
+    count: Callable[[list[int]], int]  # how many numbers, from the tensor's shape
+
+
+@dataclass(frozen=True)
+class StorageKind:
+    """A way to store a tensor: which numbers of dimensions it may have, and its streams."""
+
+    dimensions: tuple[int, ...]
+    streams: tuple[Stream, ...]
+
+
+# The body holds all streams of the first type, tensor by tensor, then all of the second.
+STREAM_TYPES = ("<i1", "<f2")
+STORAGE_KINDS = {
+    "float": StorageKind((0, 1, 2), (Stream("values", "<f2", math.prod),)),
+    "grid": StorageKind(
+        (2,), (Stream("values", "<i1", math.prod), Stream("scale", "<f2", lambda shape: shape[0]))
+    ),
+}
 
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
-    """What rebuilding the model and repeating the evaluation takes."""
-    values = ((name.upper(), getattr(cfg, name)) for name in settings_of_reach("model", "scoring"))
-    settings = {name: v if isinstance(v, str) else show_setting(v) for name, v in values}
-    return {"settings": settings, "tokenizer": val.tokenizer_sha256, "validation": val.fingerprint}
+    """What rebuilding the model and repeating its evaluation takes."""
+    return {
+        "settings": environment_of(cfg, "model", "scoring"),
+        "tokenizer": val.tokenizer_sha256,
+        "validation": val.fingerprint,
+    }
 
 
-def brotli_codec():
-    """The brotli module, which is no runtime package; raises Refusal if it is missing or old."""
+def environment_of(cfg: Config, *reaches: str) -> dict[str, str]:
+    """The settings of these reaches as the environment would give them."""
+    values = {name.upper(): getattr(cfg, name) for name in settings_of_reach(*reaches)}
+    return {
+        name: value if isinstance(value, str) else show_setting(value)
+        for name, value in values.items()
+    }
+
+
+def brotli_module() -> Any:
+    """The package brotli, which is optional; raises Refusal if it is missing or too old."""
     try:
         import brotli
 
-        brotli.Decompressor().process(b"", output_buffer_limit=1)  # what bounds a hostile stream
+        # Older versions cannot bound what a hostile stream becomes.
+        brotli.Decompressor().process(b"", output_buffer_limit=1)
         return brotli
     except (ImportError, TypeError):
         raise Refusal("CODEC=brotli needs the Python package brotli 1.2 or newer") from None
@@ -3163,102 +3215,109 @@ def brotli_codec():
 def compress(body: bytes, codec: str) -> bytes:
     """The body under a codec of CODECS; the same bytes always give the same bytes."""
     if codec == "zstd":
-        # Repetitions of three integers rarely pay, but no rule says which least length packs best.
-        tries = [
-            zstandard.ZstdCompressor(
-                compression_params=zstandard.ZstdCompressionParameters.from_level(
-                    ZSTD_LEVEL, source_size=len(body), min_match=shortest
-                )
-            ).compress(body)
-            for shortest in ZSTD_MATCHES[: 1 if len(body) > LONG_BODY else None]
-        ]
-        return min(tries, key=len)
+        return compress_with_zstd(body)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
-    return brotli_codec().compress(body, quality=11, lgwin=24)
+    return brotli_module().compress(body, quality=11, lgwin=24)
+
+
+def compress_with_zstd(body: bytes) -> bytes:
+    """The shortest of a few zstd frames, which differ in the shortest match they look for."""
+    tries = 1 if len(body) > LONG_BODY else len(ZSTD_SHORTEST_MATCHES)
+    frames = []
+    for shortest in ZSTD_SHORTEST_MATCHES[:tries]:
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            ZSTD_LEVEL, source_size=len(body), min_match=shortest
+        )
+        compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        frames.append(compressor.compress(body))
+    return min(frames, key=len)
 
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
-    broken = {"zstd": zstandard.ZstdError, "lzma": lzma.LZMAError}
     try:
-        if codec == "zstd":
-            whole = zstandard.frame_content_size(packed) == size
-            body = (
-                zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
-                if whole
-                else b""
-            )
-        elif codec == "lzma":
-            reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
-            body = reader.decompress(packed, max_length=size + 1)
-            whole = reader.eof and not reader.unused_data
-        else:
-            broken[codec] = brotli_codec().error
-            reader = brotli_codec().Decompressor()
-            body = reader.process(packed, output_buffer_limit=size + 1)
-            whole = reader.is_finished()
-    except broken.get(codec, ()) as error:
+        body = decompress_within(packed, codec, size)
+    except (zstandard.ZstdError, lzma.LZMAError) as error:
         raise Refusal(f"the artifact's body does not decompress ({error})") from None
-    if len(body) != size or not whole:
+    if body is None or len(body) != size:
         raise Refusal("the artifact's body does not end where its prelude says")
     return body
 
 
+def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
+    """The body, if it ends where the packed bytes end and `size` bounds it; else None or more."""
+    if codec == "zstd":
+        if zstandard.frame_content_size(packed) != size:
+            return None
+        return zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+    if codec == "lzma":
+        lzma_reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
+        body = lzma_reader.decompress(packed, max_length=size + 1)
+        complete = lzma_reader.eof and not lzma_reader.unused_data
+        return body if complete else None
+    brotli = brotli_module()
+    brotli_reader = brotli.Decompressor()
+    try:
+        body = brotli_reader.process(packed, output_buffer_limit=size + 1)
+    except brotli.error as error:
+        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+    return body if brotli_reader.is_finished() else None
+
+
+def by_place_in_layer(name: str) -> tuple[str, list[int]]:
+    """A sort key that puts the same matrix of all layers side by side, which compresses best."""
+    return re.sub(r"\d+", "", name), [int(number) for number in re.findall(r"\d+", name)]
+
+
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
     """The artifact's bytes; the same header and tensors always give the same bytes."""
-    # The same matrix of all layers side by side compresses best.
-    ordered = {
-        name: stored[name]
-        for name in sorted(
-            stored,
-            key=lambda name: (re.sub(r"\d+", "", name), [*map(int, re.findall(r"\d+", name))]),
-        )
-    }
-    tensors = [[name, int(s.scale is not None), *s.values.shape] for name, s in ordered.items()]
+    ordered = {name: stored[name] for name in sorted(stored, key=by_place_in_layer)}
+    tensors = [[name, tensor.kind, *tensor.values.shape] for name, tensor in ordered.items()]
     text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
-    integers = [s.values for s in ordered.values() if s.scale is not None]
-    floats = [s.values if s.scale is None else s.scale for s in ordered.values()]
-    body = b"".join(
-        [
-            struct.pack("<I", len(text)),
-            text.encode(),
-            *(q.numpy().astype("<i1").tobytes() for q in integers),
-            *(x.numpy().astype("<f2").tobytes() for x in floats),
-        ]
-    )
-    packed, codec = min(
-        ((compress(body, c), c) for c in (("zstd", "lzma") if codec == "best" else (codec,))),
-        key=lambda pair: len(pair[0]),
-    )
-    return (
-        PRELUDE.pack(
-            ARTIFACT_MAGIC,
-            ARTIFACT_VERSION,
-            CODECS[codec],
-            len(body),
-            hashlib.sha256(packed).digest(),
-        )
-        + packed
-    )
+    body = [struct.pack("<I", len(text)), text.encode()]
+    for dtype in STREAM_TYPES:
+        for tensor in ordered.values():
+            for stream in STORAGE_KINDS[tensor.kind].streams:
+                if stream.dtype == dtype:
+                    numbers = getattr(tensor, stream.field).numpy()
+                    body.append(numbers.astype(dtype).tobytes())
+    return pack_body(b"".join(body), codec)
 
 
-def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
-    """Header and tensors of an artifact; raises Refusal before trusting any length in it."""
+def pack_body(body: bytes, codec: str) -> bytes:
+    """The artifact of a body: the prelude, then the body under the codec, or the best one."""
+    codecs = ("zstd", "lzma") if codec == "best" else (codec,)
+    packed_by = {name: compress(body, name) for name in codecs}
+    codec = min(packed_by, key=lambda name: len(packed_by[name]))
+    packed = packed_by[codec]
+    digest = hashlib.sha256(packed).digest()
+    prelude = PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS[codec], len(body), digest)
+    return prelude + packed
+
+
+def unpack_body(blob: bytes) -> tuple[int, bytes]:
+    """Format version and body of an artifact; raises Refusal before trusting any length in it."""
     if len(blob) < PRELUDE.size or blob[:8] != ARTIFACT_MAGIC:
         raise Refusal("not an artifact of train_gpt.py (its first bytes are wrong)")
     _, version, number, size, digest = PRELUDE.unpack_from(blob)
-    packed, codec = blob[PRELUDE.size :], next((c for c in CODECS if CODECS[c] == number), None)
-    if version != ARTIFACT_VERSION or codec is None:
+    packed = blob[PRELUDE.size :]
+    codecs = {number: name for name, number in CODECS.items()}
+    if not 1 <= version <= ARTIFACT_VERSION or number not in codecs:
         raise Refusal(
             f"artifact version {version}, codec {number}: this train_gpt.py reads "
-            f"version {ARTIFACT_VERSION}, codecs {CODECS}"
+            f"versions 1 to {ARTIFACT_VERSION}, codecs {CODECS}"
         )
     if hashlib.sha256(packed).digest() != digest:
         raise Refusal("the artifact is damaged (its sha256 does not match); copy it again")
     if size > MAX_BODY_BYTES:
         raise Refusal(f"the artifact's body has {size:,} bytes; the bound is {MAX_BODY_BYTES:,}")
-    body = decompress(packed, codec, size)
+    return version, decompress(packed, codecs[number], size)
+
+
+def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
+    """Header and tensors of an artifact; raises Refusal before trusting any length in it."""
+    version, body = unpack_body(blob)
     try:
         (header_bytes,) = struct.unpack_from("<I", body)
         if header_bytes > MAX_HEADER_BYTES:
@@ -3267,41 +3326,58 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a setting or fingerprint is not text")
-        return header, cut_payload(body, 4 + header_bytes, header["tensors"])
+        rows = [tensor_row(row, version) for row in header["tensors"]]
+        return header, cut_payload(body, 4 + header_bytes, rows)
     except MALFORMED as error:
         raise Refusal(
             f"the artifact's header is malformed ({type(error).__name__}: {error})"
         ) from None
 
 
-def cut_payload(body: bytes, start: int, tensors: list) -> dict[str, Stored]:
-    """The header's tensors, each [name, is integer, *shape], or ValueError or TypeError."""
-    for name, is_integer, *shape in tensors:
-        whole = all(type(n) is int and 0 <= n <= MAX_BODY_BYTES for n in shape)
-        sound = (
-            type(name) is str
-            and type(is_integer) is int
-            and (len(shape), is_integer) in ((0, 0), (1, 0), (2, 0), (2, 1))
-        )
-        if not (sound and whole):
-            raise ValueError(f"tensor {name!r} of shape {shape!r}")
-    stored, q_at = {}, start
-    x_at = start + sum(math.prod(shape) for _, is_integer, *shape in tensors if is_integer)
-    for name, is_integer, *shape in tensors:
-        floats = shape[0] if is_integer else math.prod(shape)
-        x = torch.from_numpy(np.frombuffer(body, "<f2", floats, x_at).astype(np.float16))
-        x_at += 2 * floats
-        if name in stored or not x.isfinite().all():
-            raise ValueError(f"tensor {name!r} is there twice or is not finite")
-        if is_integer:
-            q = np.frombuffer(body, "<i1", math.prod(shape), q_at).astype(np.int8)
-            q_at += q.size
-            stored[name] = Stored(torch.from_numpy(q).view(shape), x)
-        else:
-            stored[name] = Stored(x.view(shape))
-    if x_at != len(body):
+TensorRow = tuple[str, str, list[int]]  # name, storage kind, shape
+
+
+def tensor_row(row: list, version: int) -> TensorRow:
+    """A tensor of the header, [name, kind, *shape], checked; raises ValueError or TypeError.
+
+    Version 1 has 0 for floats and 1 for a grid in the place of the kind's name.
+    """
+    name, kind, *shape = row
+    if version == 1:
+        if type(kind) is not int:
+            raise ValueError(f"tensor {name!r} of kind {kind!r}")
+        kind = {0: "float", 1: "grid"}[kind]
+    sound = type(name) is str and type(kind) is str and kind in STORAGE_KINDS
+    if not sound or len(shape) not in STORAGE_KINDS[kind].dimensions:
+        raise ValueError(f"tensor {name!r} of kind {kind!r} and shape {shape!r}")
+    if not all(type(length) is int and 0 <= length <= MAX_BODY_BYTES for length in shape):
+        raise ValueError(f"tensor {name!r} of shape {shape!r}")
+    return name, kind, shape
+
+
+def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Stored]:
+    """The tensors whose streams fill the body from `start` to its end, or ValueError."""
+    fields_of: dict[str, dict[str, Tensor]] = {name: {} for name, _, _ in rows}
+    if len(fields_of) < len(rows):
+        raise ValueError("a tensor is there twice")
+    place = start
+    for dtype in STREAM_TYPES:
+        for name, kind, shape in rows:
+            for stream in STORAGE_KINDS[kind].streams:
+                if stream.dtype != dtype:
+                    continue
+                count = stream.count(shape)
+                numbers = np.frombuffer(body, dtype, count, place)
+                native = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
+                if dtype == "<f2" and not native.isfinite().all():
+                    raise ValueError(f"tensor {name!r} is not finite")
+                fields_of[name][stream.field] = native
+                place += numbers.nbytes
+    if place != len(body):
         raise ValueError("the tensors do not add up to the body")
-    return stored
+    for name, _, shape in rows:
+        fields_of[name]["values"] = fields_of[name]["values"].view(shape)
+    return {name: Stored(**found) for name, found in fields_of.items()}
 
 
 def settings_in_header(header: dict) -> dict[str, str]:
@@ -3354,30 +3430,51 @@ def rebuild_model(cfg: Config, stored: dict[str, Stored], run: Run) -> GPT:
     # The empty model is laid out without memory, so that a lying header allocates nothing.
     with torch.device("meta"):
         model = GPT(cfg, pick_attention(cfg, run.device)[1], run.dtype)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if expected != {name: tuple(s.values.shape) for name, s in stored.items()}:
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if expected != {name: tuple(tensor.values.shape) for name, tensor in stored.items()}:
         raise Refusal("the artifact's tensors are not those of the model its settings describe")
-    model.load_state_dict({name: s.restore() for name, s in stored.items()}, assign=True)
+    restored = {name: tensor.restore() for name, tensor in stored.items()}
+    model.load_state_dict(restored, assign=True)
     return model.to(run.device)
+
+
+# =================================================================================================
+# Size
+# The artifact has a budget of bytes as training has one of seconds. QUANT_CLIP=std gives its
+# grids one knob, a factor of all CLIP_SIGMAS: coarser steps take fewer bytes. It is solved for.
+# =================================================================================================
+
+SIZE_FORESEEN_AT = 0.1  # of the run: when the log says what the artifact will take
+LEAST_CODED = 0.96  # of the integers' entropy: what a codec takes at least
+
+SOLVER_PASSES = 8
+SOLVER_OCTAVES = (-4.0, 4.0)  # binary logarithms of the finest and the coarsest factor
+SOLVER_HALVINGS = 12
+SOLVER_AIM = 0.997  # of the target: what a pass aims at
+SOLVER_LEAST = 0.99  # of ARTIFACT_TARGET_BYTES: what a pass must reach
+
+
+def entropy_bytes(integers: Tensor) -> float:
+    """Order-0 entropy of int8 values of any shape, in bytes."""
+    frequencies = torch.bincount(integers.flatten().int() + 128).double() / integers.numel()
+    nats = float(torch.special.entr(frequencies).sum()) * integers.numel()
+    return nats / math.log(256)
 
 
 @torch.no_grad()
 def estimated_bytes(model: GPT, factor: float) -> float:
     """Entropy of all matrices' nearest integers at the largest clips, CLIP_SIGMAS by `factor`."""
     total = 0.0
-    for name, p in model.named_parameters():
-        if bits := bits_of(model.cfg, name, p):
-            W, levels = p.detach().float(), largest_integer(bits)
-            sigmas = factor * setting_of(name, model.cfg.sigmas_by_role)
-            step = clip_candidates(W, bits, model.cfg, sigmas)[-1]
-            total += entropy_bytes(torch.round(W / step[:, None]).clamp_(-levels, levels))
+    for name, parameter in model.named_parameters():
+        bits = bits_of(model.cfg, name, parameter)
+        if bits == 0:
+            continue
+        weight = parameter.detach().float()
+        levels = largest_integer(bits)
+        sigmas = factor * setting_of(name, model.cfg.sigmas_by_role)
+        step = clip_candidates(weight, bits, model.cfg, sigmas)[-1]
+        total += entropy_bytes(torch.round(weight / step[:, None]).clamp_(-levels, levels))
     return total
-
-
-def entropy_bytes(integers: Tensor) -> float:
-    """Order-0 entropy of int8 values of any shape, in bytes."""
-    shares = torch.bincount(integers.flatten().int() + 128).double() / integers.numel()
-    return float(torch.special.entr(shares).sum()) * integers.numel() / math.log(256)
 
 
 def solve_factor(model: GPT, goal: float) -> float:
@@ -3385,26 +3482,32 @@ def solve_factor(model: GPT, goal: float) -> float:
     finest, coarsest = SOLVER_OCTAVES
     for _ in range(SOLVER_HALVINGS):
         middle = 0.5 * (finest + coarsest)
-        fits = estimated_bytes(model, 2.0**middle) <= goal
-        finest, coarsest = (finest, middle) if fits else (middle, coarsest)
+        if estimated_bytes(model, 2.0**middle) <= goal:
+            coarsest = middle
+        else:
+            finest = middle
     return 2.0**coarsest
 
 
 def foresee_size(model: GPT, step: int, run: Run) -> None:
     """Log what code and artifact of the present weights would take, and warn of a vain target.
 
-    Without Hessians and codec, and rather less than with them: integers near their entropy, floats
-    at a byte. Rows keep their shape as they grow, and QUANT_CLIP=std goes by shapes.
+    The estimate knows neither Hessians nor codec and is rather too low: integers near their
+    entropy, floats at a byte. It holds early in a run because QUANT_CLIP=std goes by the shape of
+    rows, which they keep as they grow.
     """
-    cfg, std = run.cfg, run.cfg.quant_clip == "std"
-    target = std and cfg.artifact_target_bytes or cfg.artifact_limit_bytes
-    fixed = len(run.source) + sum(
-        len(p) if bits_of(cfg, name, p) else p.numel() for name, p in model.named_parameters()
-    )
-    total, coarsest = (
-        fixed + LEAST_CODED * estimated_bytes(model, 2.0**octaves)
-        for octaves in (0.0, std * SOLVER_OCTAVES[1])
-    )  # percentiles: none coarser
+    cfg = run.cfg
+    coarsest_octaves = 0.0  # percentile clips cannot be made coarser
+    target = cfg.artifact_limit_bytes
+    if cfg.quant_clip == "std":
+        coarsest_octaves = SOLVER_OCTAVES[1]
+        target = cfg.artifact_target_bytes or target
+    fixed = len(run.source)
+    for name, parameter in model.named_parameters():
+        # A scale for each row of integers, or every float.
+        fixed += len(parameter) if bits_of(cfg, name, parameter) else parameter.numel()
+    total = fixed + LEAST_CODED * estimated_bytes(model, 1.0)
+    coarsest = fixed + LEAST_CODED * estimated_bytes(model, 2.0**coarsest_octaves)
     run.log(
         "size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} target:{target}",
         "size_foreseen",
@@ -3420,60 +3523,98 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
         )
 
 
+class SizeSolver:
+    """Finds the factor of CLIP_SIGMAS at which code and artifact end just below a target.
+
+    A pass that misses tells how far the estimate is off, two passes how much of its change is
+    real; the next pass takes the factor that is solved with both. Two factors on either side of
+    the target bound the next one, since a codec's size is not a smooth function.
+    """
+
+    def __init__(self, model: GPT, target: int) -> None:
+        self.model = model
+        self.target = target
+        self.largest_over = 0.0  # factors whose artifact is over the target, and those that fit
+        self.smallest_fitting = math.inf
+        self.totals: dict[float, int] = {}  # bytes by their estimate
+
+    def next_factor(self, factor: float, total: int) -> float:
+        """The factor to try after one that gave `total` bytes; the same at the scale's end."""
+        if total > self.target:
+            self.largest_over = max(self.largest_over, factor)
+        else:
+            self.smallest_fitting = min(self.smallest_fitting, factor)
+        estimate = estimated_bytes(self.model, factor)
+        slope = self.slope(estimate, total)
+        self.totals[estimate] = total
+        goal = estimate + (SOLVER_AIM * self.target - total) / slope
+        solved = solve_factor(self.model, goal)
+        bounded = 0 < self.largest_over < self.smallest_fitting < math.inf
+        if bounded and not self.largest_over < solved < self.smallest_fitting:
+            return math.sqrt(self.largest_over * self.smallest_fitting)
+        return solved
+
+    def slope(self, estimate: float, total: int) -> float:
+        """Real bytes a byte of estimate, from the last other pass; within 0.5 and 2."""
+        slopes = [
+            (total - other_total) / (estimate - other)
+            for other, other_total in self.totals.items()
+            if other != estimate
+        ]
+        return min(max(slopes[-1], 0.5), 2.0) if slopes else 1.0
+
+
 def fit_artifact(
     model: GPT, hessians: dict[str, Tensor], header: dict, run: Run
 ) -> tuple[dict[str, Stored], bytes]:
     """Quantised tensors and their artifact, the largest below the target that few passes find.
 
-    With QUANT_CLIP=std a pass that misses ARTIFACT_TARGET_BYTES, or without a target the limit,
-    tells how far the estimate is off, two how much of its change is real, and the next one takes
-    the factor solved with that.
+    With QUANT_CLIP=std the target is ARTIFACT_TARGET_BYTES, which a pass must come close to, or
+    without one the limit. Other clips have no knob: there is one pass.
     """
-    cfg, code, factor, over, fits = run.cfg, len(run.source), 1.0, 0.0, math.inf
-    best: tuple[tuple[bool, float], dict[str, Stored], bytes] = (False, -math.inf), {}, b""
+    cfg = run.cfg
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
     least = SOLVER_LEAST * target if cfg.artifact_target_bytes else 0
-    seen: dict[float, int] = {}  # whole bytes by estimate
-    for solved in range(SOLVER_PASSES):
+    solver = SizeSolver(model, target)
+    factor = 1.0
+    tries: list[tuple[int, dict[str, Stored], bytes]] = []
+    for solver_pass in range(SOLVER_PASSES):
         stored = quantize(model, hessians, run, factor)
         blob = encode_artifact(header, stored, cfg.codec)
-        total = code + len(blob)
+        total = len(run.source) + len(blob)
+        tries.append((total, stored, blob))
         run.log(
             "size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}",
             "size_pass",
-            solved=solved,
+            solved=solver_pass,
             factor=factor,
             total=total,
             target=target,
         )
-        rank = (total <= target, total if total <= target else -total)
-        if rank > best[0]:
-            best = rank, stored, blob
-        if least <= total <= target or cfg.quant_clip != "std":
+        if cfg.quant_clip != "std" or least <= total <= target:
             break
-        over, fits = (max(over, factor), fits) if total > target else (over, min(fits, factor))
-        seen[estimate := estimated_bytes(model, factor)] = total
-        slopes = [(total - t) / (estimate - e) for e, t in seen.items() if e != estimate]
-        slope = min(max(slopes[-1], 0.5), 2.0) if slopes else 1.0
-        last, factor = factor, solve_factor(model, estimate + (SOLVER_AIM * target - total) / slope)
-        if 0 < over < fits < math.inf and not over < factor < fits:
-            factor = math.sqrt(over * fits)  # a codec's size is not smooth
+        last, factor = factor, solver.next_factor(factor, total)
         if factor == last:
-            break  # at an end of the scale
-    return best[1:]
+            break
+    fitting = [one for one in tries if one[0] <= target]
+    if fitting:
+        return max(fitting, key=lambda one: one[0])[1:]
+    return min(tries, key=lambda one: one[0])[1:]
 
 
 def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
     """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
     if run.folder is None:  # only rank 0 has one
         return run.share(b"")
-    cfg, path = run.cfg, run.folder / "artifact.bin"
+    cfg = run.cfg
+    path = run.folder / "artifact.bin"
     stored, blob = fit_artifact(model, hessians, artifact_header(cfg, val), run)
     run.phase = "export"
     write_file(path, blob)
     blob = path.read_bytes()
     log_sizes(stored, run)
-    total, limit = len(run.source) + len(blob), cfg.artifact_limit_bytes
+    total = len(run.source) + len(blob)
+    limit = cfg.artifact_limit_bytes
     label = f"{grid_label(cfg, stored)}+{cfg.codec}"
     run.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.source)} bytes")
     run.log(
@@ -3498,16 +3639,18 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
 def log_sizes(stored: dict[str, Stored], run: Run) -> None:
     """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
     for role in ROLES:
-        mine = [s for name, s in stored.items() if role_of(name) == role]
-        quantized = [s.values.flatten() for s in mine if s.scale is not None]
-        integers = torch.cat([torch.empty(0, dtype=torch.int8), *quantized])
-        floats = sum(s.values.numel() if s.scale is None else len(s.scale) for s in mine)
+        tensors = [tensor for name, tensor in stored.items() if role_of(name) == role]
+        grids = [tensor.values.flatten() for tensor in tensors if tensor.scale is not None]
+        integers = torch.cat([torch.empty(0, dtype=torch.int8), *grids])
+        floats = 0
+        for tensor in tensors:
+            floats += tensor.values.numel() if tensor.scale is None else len(tensor.scale)
         run.log(
             "size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
             "float_bytes:{floats}",
             "size",
             role=role,
-            tensors=len(mine),
+            tensors=len(tensors),
             integers=len(integers),
             entropy=entropy_bytes(integers),
             floats=2 * floats,
@@ -3516,8 +3659,10 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
 
 def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
     """How log lines call the artifact's block matrices."""
-    integers = any(s.scale is not None for name, s in stored.items() if role_of(name) == "mlp")
-    return f"int{cfg.bits_by_role['mlp']}" if integers else "fp16"
+    mlps = [tensor for name, tensor in stored.items() if role_of(name) == "mlp"]
+    if any(tensor.scale is not None for tensor in mlps):
+        return f"int{cfg.bits_by_role['mlp']}"
+    return "fp16"
 
 
 # =================================================================================================
@@ -4283,7 +4428,7 @@ def look(
 ) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
     """What a run takes from outside itself: data, kernel and its name; or Refusal."""
     if cfg.codec == "brotli":
-        brotli_codec()
+        brotli_module()
     return TrainingRows(cfg), load_validation(cfg), *pick_attention(cfg, device)
 
 

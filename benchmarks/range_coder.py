@@ -334,6 +334,8 @@ def unpack(packed: bytes) -> tuple[dict, dict[str, Stored]]:
     body = decompress(packed[8:], size)
     try:
         header, start = cut_header(body)
-        return header, train_gpt.cut_payload(body, start, header["tensors"])
+        return header, train_gpt.cut_payload(
+            body, start, [train_gpt.tensor_row(row, 2) for row in header["tensors"]]
+        )
     except MALFORMED as error:
         raise Refusal(f"the header is malformed ({error!r})") from None

@@ -35,7 +35,7 @@ import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
-from train_gpt import ARTIFACT_MAGIC, CODECS, GPT, PRELUDE, Config, Refusal, Run  # noqa: E402
+from train_gpt import ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS, GPT, PRELUDE, Config, Refusal, Run  # noqa: E402
 
 INPUT_BYTES, LINE = 4095, 1000  # most bytes of an input, most characters of a refusal
 SECONDS, MEMORY = 5.0, 1536 << 20
@@ -143,12 +143,24 @@ def fast(body: bytes, codec: str) -> bytes:
         return zstandard.ZstdCompressor(level=1).compress(body)
     if codec == "lzma":
         return lzma.compress(body, preset=0)
-    return train_gpt.brotli_codec().compress(body, quality=1 if len(body) < 1 << 20 else 5)
+    return train_gpt.brotli_module().compress(body, quality=1 if len(body) < 1 << 20 else 5)
 
 
-def sealed(packed: bytes, codec: int, size: int) -> bytes:
+def sealed(packed: bytes, codec: int, size: int, version: int = ARTIFACT_VERSION) -> bytes:
     """An artifact with a right checksum around anything."""
-    return PRELUDE.pack(ARTIFACT_MAGIC, 1, codec, size, hashlib.sha256(packed).digest()) + packed
+    return (
+        PRELUDE.pack(ARTIFACT_MAGIC, version, codec, size, hashlib.sha256(packed).digest()) + packed
+    )
+
+
+def as_version_1(body: bytes) -> bytes:
+    """A body of version 2 as version 1 wrote it: numbers instead of the kinds' names."""
+    (length,) = PLACE.unpack_from(body)
+    header = json.loads(body[4 : 4 + length])
+    kinds = {"float": 0, "grid": 1}
+    header["tensors"] = [[name, kinds[kind], *sizes] for name, kind, *sizes in header["tensors"]]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return PLACE.pack(len(text)) + text + body[4 + length :]
 
 
 def bodies() -> list[bytes]:
@@ -288,7 +300,9 @@ def inputs(seed: int, largest: int) -> Callable[[], bytes]:
     rng, real = random.Random(seed), bodies()
     explosive, codecs = bombs(real[0], largest), list(CODECS.items())
     packs = [(fast(body, codec), number, len(body)) for body in real for codec, number in codecs]
+    old = as_version_1(real[0])
     whole = [sealed(*pack) for pack in packs]
+    whole.append(sealed(fast(old, "zstd"), CODECS["zstd"], len(old), 1))
 
     def draw() -> bytes:
         share = rng.random()
@@ -302,7 +316,7 @@ def inputs(seed: int, largest: int) -> Callable[[], bytes]:
             codec = rng.choice((codec, codec, codec, 0, 1, 2, 3, 4, 65535))
             return sealed(rng.choice((packed, damaged(rng, packed))), codec, size)
         body, (codec, number) = mutated_body(rng, rng.choice(real)), rng.choice(codecs)
-        return sealed(fast(body, codec), number, len(body))
+        return sealed(fast(body, codec), number, len(body), rng.choice((2, 2, 2, 1, 3)))
 
     return draw
 

@@ -469,7 +469,7 @@ def test_hostile_artifacts_are_read_or_refused_within_bounds() -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("train_gpt.cut_payload = lambda body, start, tensors: 1 / 0", "ZeroDivisionError"),
+        ("train_gpt.cut_payload = lambda body, start, rows: 1 / 0", "ZeroDivisionError"),
         ("fuzz_artifact.SECONDS = 0", "TimeoutError"),
         (
             "decode = train_gpt.decode_artifact; train_gpt.decode_artifact = "

@@ -56,7 +56,7 @@ def tensors_of(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarra
     """Header, and by name values and scales, or an error."""
     need(52 <= len(blob) <= LARGEST, "size of the file")
     magic, version, codec, size = struct.unpack("<8sHHQ", blob[:20])
-    need((magic, version) == (b"TINYGPT\n", 1) and codec in (1, 2, 3), "kind of file")
+    need(magic == b"TINYGPT\n" and version in (1, 2) and codec in (1, 2, 3), "kind of file")
     need(hashlib.sha256(blob[52:]).digest() == blob[20:52], "sha256")
     need(size <= LARGEST, "bound of the body")
     body = unpacked(codec, blob[52:], size)
@@ -66,7 +66,11 @@ def tensors_of(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarra
     texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
     need(all(type(text) is str for text in texts), "texts")
     entries = header["tensors"]
+    if version == 2:
+        kinds = {"float": 0, "grid": 1}
+        entries = [[name, kinds[kind], *sizes] for name, kind, *sizes in entries]
     for name, integer, *sizes in entries:
+        need(integer in (0, 1) and type(integer) is int, "kind")
         need(type(name) is str and len(sizes) <= 2 and len(sizes) == 2 or not integer, "entry")
         need(all(type(n) is int and 0 <= n <= LARGEST for n in sizes), "sizes")
     need(len({name for name, *_ in entries}) == len(entries), "names")
@@ -169,7 +173,7 @@ def test_both_readers_refuse_the_same_files() -> None:
         packed = zstandard.compress(bytes(damaged[: len(body) - int(rng.integers(2))]))
         size = zstandard.frame_content_size(packed)
         blob = (
-            struct.pack("<8sHHQ", b"TINYGPT\n", 1, 1, size)
+            struct.pack("<8sHHQ", b"TINYGPT\n", 2, 1, size)
             + hashlib.sha256(packed).digest()
             + packed
         )
@@ -195,8 +199,8 @@ def test_the_page_states_the_bounds_and_numbers_of_the_file() -> None:
     assert train_gpt.PRELUDE.size == 52
     assert "unsigned: 1 zstd, 2 xz (LZMA), 3 brotli" in page
     assert CODECS == {"zstd": 1, "lzma": 2, "brotli": 3}
-    assert train_gpt.ARTIFACT_VERSION == 1
-    assert "version 1." in page
+    assert train_gpt.ARTIFACT_VERSION == 2
+    assert "version 2." in page
 
 
 # The same bytes
