@@ -240,6 +240,9 @@ class RunSettings(Part):
     title = "Run"
 
     preset: str = run_knob("", (), "Names of presets, comma-separated; later ones win.")
+    not_ours: str = run_knob(
+        "", (), "Names of other programs' variables, comma-separated, that look like settings."
+    )
     run_id: str = run_knob("", (), "Folder under RUNS_DIR; empty takes UTC time and a suffix.")
     runs_dir: str = run_knob("runs", (), "Folder in which run folders are made.")
     seed: int = training_knob(1337, (0, 2**31 - 1), "Seed of initial weights and data order.")
@@ -4383,38 +4386,91 @@ RETIRED: dict[str, tuple[str, ...] | None] = {
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
     """The settings named in `env` under our names, and a note for each translation, or Refusal."""
-    given, notes, aliased = {name: env[name] for name in known if name in env}, [], set()
-    # Switches that are on come first: one that is off does not speak against them.
+    given = {name: env[name] for name in known if name in env}
+    notes = [
+        *translate_aliases(env, given, known),
+        *retired_names(env),
+        *misspelled_names(env, known),
+    ]
+    return given, notes
+
+
+def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -> Iterator[str]:
+    """Add to `given` what published names in `env` mean, with a note for each; or Refusal.
+
+    A published switch that is off gives way to another one that is on for the same setting:
+    EMA_ENABLED=0 SWA_ENABLED=1 means AVG_MODE=swa. So those that are on come first.
+    """
+    translated = set()
     for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
         name, values = ALIASES[alias]
-        if values is not None and env[alias] not in values:
-            raise Refusal(f"{alias}={env[alias]!r}: expected {', '.join(values)} (here {name})")
-        value = values[env[alias]] if values else env[alias]
-        if value is None or (env[alias] == "0" and name in aliased):
-            notes.append(f"{alias}={env[alias]} leaves {name} as it is")
+        value: str | None = env[alias]
+        if values is not None:
+            if value not in values:
+                raise Refusal(f"{alias}={value!r}: expected {', '.join(values)} (here {name})")
+            value = values[value]
+        if value is None or (env[alias] == "0" and name in translated):
+            yield f"{alias}={env[alias]} leaves {name} as it is"
             continue
-        aliased.add(name)
+        translated.add(name)
         stated = given.setdefault(name, value)
         if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
             raise Refusal(
                 f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
                 "is set too: keep one"
             )
-        notes.append(f"{alias}={env[alias].strip()} read as {name}={value.strip()}")
+        yield f"{alias}={env[alias].strip()} read as {name}={value.strip()}"
+
+
+def retired_names(env: dict[str, str]) -> Iterator[str]:
+    """A note for each name in `env` of a technique that is not here and off; or Refusal."""
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
         if off is not None and env[name] not in off:
             raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
-        notes.append(f"{name}={show_setting(env[name])} has no effect here")
-    owned = tuple(prefix for part in PARTS for prefix in part.prefixes)
-    for name in env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys():
-        # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
-        cutoff = 0.88 if len(name) > 8 else 0.92
-        near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff)
-        if near or name.startswith(owned):
-            near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise Refusal(f"{name} is not a setting; did you mean {near[0]}? (--help lists them)")
-    return given, notes
+        yield f"{name}={show_setting(env[name])} has no effect here"
+
+
+def misspelled_names(env: dict[str, str], known: dict) -> Iterator[str]:
+    """Refuse a name that is almost one of ours, if its value fits a setting that it resembles.
+
+    A value that does not fit is taken for another program's variable: it gets a note.
+    """
+    excused = {name.strip() for name in env.get("NOT_OURS", "").split(",")}
+    for name in sorted(env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys() - excused):
+        resembled = resembled_names(name, known)
+        if fitting := [near for near in resembled if value_fits(near, env[name], known)]:
+            raise Refusal(
+                f"{name} is not a setting; did you mean {fitting[0]}? (--help lists them; "
+                f"NOT_OURS={name} says that it is another program's)"
+            )
+        if resembled:
+            yield f"{name}={show_setting(env[name])} is not read here: it is no setting"
+
+
+def resembled_names(name: str, known: dict) -> list[str]:
+    """Settings and aliases that a name could be meant for, the likeliest first."""
+    # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+    cutoff = 0.88 if len(name) > 8 else 0.92
+    if near := difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff):
+        return near
+    ours = [prefix for part in PARTS for prefix in part.prefixes if name.startswith(prefix)]
+    family = [setting for setting in known if setting.startswith(tuple(ours))] if ours else []
+    return difflib.get_close_matches(name, family, n=len(family) or 1, cutoff=0.0)
+
+
+def value_fits(name: str, text: str, known: dict) -> bool:
+    """Whether a text can be the value of a setting or alias; a path only if it is there."""
+    name, values = ALIASES.get(name, (name, None))
+    if values is not None:
+        return text in values
+    try:
+        parse_setting(name, text, known[name])
+        if name == "PRESET":
+            preset_names(text)
+    except Refusal:
+        return False
+    return not name.endswith("_PATH") or Path(text).exists()
 
 
 # =================================================================================================

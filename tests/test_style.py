@@ -390,7 +390,7 @@ def check_settings_used(source: str) -> list[str]:
         for n in part.body
         if isinstance(n, Function) and n.name not in NOT_A_USE
     }
-    used |= {"preset"}  # from_env acts on it, by its environment name
+    used |= {"preset", "not_ours"}  # from_env acts on them, by their environment names
     while reached := [name for name in methods if name in used]:
         for name in reached:
             used |= methods.pop(name)
