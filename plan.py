@@ -33,7 +33,7 @@ def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]
             torch.bfloat16,
         )
         ids = torch.zeros(TRACED_ROWS, cfg.train_seq_len, dtype=torch.int64)
-        torch.mul(*model(ids, ids)).sum().backward()
+        torch.mul(*model(train_gpt.Batch(ids, ids))).sum().backward()
     for x in saved.values():
         size, wide = x.untyped_storage().nbytes(), x.dtype == torch.float32
         logits = wide and size == 4 * ids.numel() * cfg.vocab_size

@@ -832,6 +832,26 @@ def shard_paths(folder: str, split: str) -> list[Path]:
     raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin; data/prepare.py makes them")
 
 
+@dataclass
+class Batch:
+    """Rows of tokens, and what is asked about them; what has no use in a batch is None.
+
+    B rows of T tokens; targets of all places, or of the S places of each row that are asked for.
+    """
+
+    input_ids: Tensor  # int64 (B, T)
+    target_ids: Tensor  # int64 (B, T), or (B, S) with `places`
+    places: Tensor | None = None  # int64 (B, S), positions in the row whose targets are asked for
+    documents: Tensor | None = None  # int64 (B, T), the number of each input's document
+    scored: Tensor | None = None  # int64 like target_ids: 1 where a target counts, 0 where not
+    target_bytes: Tensor | None = None  # int64 like target_ids: UTF-8 bytes of each target
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each of its tensors as `move` gives it, on a device, say."""
+        given = ((column.name, getattr(self, column.name)) for column in fields(self))
+        return Batch(**{name: move(x) for name, x in given if x is not None})
+
+
 class TrainingRows:
     """Training rows of T+1 tokens, numbered from 0 without end; the same for every world size.
 
@@ -857,7 +877,7 @@ class TrainingRows:
                 f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more"
             )
 
-    def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    def batch(self, first_row: int, num_rows: int) -> Batch:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
         for shard in self.shards:  # what a file no longer holds would end the process by SIGBUS
             size = shard.base.size()  # type: ignore[union-attr, operator]  # its base is an mmap
@@ -867,7 +887,7 @@ class TrainingRows:
         # Too late to refuse: the run has begun.
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
-        return ids[:, :-1], ids[:, 1:]
+        return Batch(ids[:, :-1], ids[:, 1:])
 
     def row(self, n: int) -> np.ndarray:
         """Row n as uint16 (T+1,)."""
@@ -1603,29 +1623,22 @@ class GPT(nn.Module):
         z, cap = F.linear(hidden, like(self.head.weight, hidden)).float(), self.cfg.logit_softcap
         return cap * z.div_(cap).tanh_()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        target_ids: Tensor,
-        mile_gamma: Tensor | None = None,
-        places: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T) and (B, T) -> nats of each target and its weight in the loss, float32 (B, T).
+    def forward(self, batch: Batch, mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Nats of each target and its weight in the loss, float32 like the targets (B, T or S).
 
-        With `places` (B, S) in the rows the targets are those of these places: (B, S) -> (B, S).
+        A `mile_gamma` of None leaves out MiLe, and then all weights are 1.
         """
-        hidden, clamp_min = self.hidden(input_ids), self.cfg.mile_clamp_min
-        if places is not None:
-            hidden = hidden.take_along_dim(places.unsqueeze(-1), dim=1)
+        hidden, targets = self.hidden(batch.input_ids), batch.target_ids
+        if batch.places is not None:
+            hidden = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
+        cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
         # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
         if hidden.requires_grad and not plain:
-            return HeadNats.apply(
-                hidden, self.head.weight, target_ids, self.cfg.logit_softcap, mile_gamma, clamp_min
-            )
+            return HeadNats.apply(hidden, self.head.weight, targets, cap, mile_gamma, clamp_min)
         logits = self.logits(hidden)
-        nats = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none")
-        return nats.view_as(target_ids), mile_weights(logits, mile_gamma, clamp_min)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view_as(targets), mile_weights(logits, mile_gamma, clamp_min)
 
 
 @torch.no_grad()
@@ -2088,19 +2101,15 @@ Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compile
 
 def training_nats(
     model: GPT,
-    input_ids: Tensor,
-    target_ids: Tensor,
+    batch: Batch,
     grids: dict[str, int] | None = None,
     mile_gamma: Tensor | None = None,
-    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Nats of each target and its weight in the loss (B, T), QAT rounding weights to `grids`."""
-    given = (input_ids, target_ids, mile_gamma, places)
-    return (
-        torch.func.functional_call(model, fake_quantized(model, grids), given)
-        if grids
-        else model(*given)
-    )
+    """What GPT.forward gives for a batch, QAT rounding weights to `grids`, if there are any."""
+    if not grids:
+        return model(batch, mile_gamma)
+    rounded = fake_quantized(model, grids)
+    return torch.func.functional_call(model, rounded, (batch, mile_gamma))
 
 
 def make_forward(run: Run) -> Forward:
@@ -2127,13 +2136,12 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
     run.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
 
 
-def backward(
-    forward: Forward, model: GPT, batch: tuple[Tensor, Tensor], moment: Moment, run: Run
-) -> list[Tensor]:
+def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
     """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
-    cfg, (ids, targets) = run.cfg, map(run.put, batch)
+    cfg = run.cfg
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
-    nats, weights = forward(model, ids, targets, qat_grids(model) if moment.qat else None, gamma)
+    grids = qat_grids(model) if moment.qat else None
+    nats, weights = forward(model, batch.moved(run.put), grids, gamma)
     part = (weights * nats).sum() / cfg.train_batch_tokens
     part.backward()
     return [part.detach(), weights.sum() / cfg.train_batch_tokens]
@@ -2309,7 +2317,7 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.log(f"warmup_step:{step + 1}/{steps}")
     model.load_state_dict(before)
-    scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS)[0]
+    scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS).input_ids
     compile_blocks(forward, model, rows, moments, run)
     return timed(lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run), scored
 
@@ -2318,16 +2326,16 @@ def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
     """Compile and warm up what scoring runs; the measured seconds of an evaluation batch."""
     cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
 
-    def blank(rows: int, *widths: int) -> list[Tensor]:  # not one tensor twice: it compiles anew
-        return [torch.full((rows, width), BOS, device=run.device) for width in widths]
+    def blank(rows: int, *widths: int) -> Batch:  # not one tensor twice: it compiles anew
+        return Batch(*(torch.full((rows, width), BOS, device=run.device) for width in widths))
 
     if cfg.ttt_mode != "off":
-        forward(model, *blank(run.adaptation_rows, T, T))[0].sum().backward()
+        forward(model, blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
     whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
-    scored = timed(lambda: forward(model, *whole)[0].sum().item(), run)
+    scored = timed(lambda: forward(model, whole)[0].sum().item(), run)
     if 0 < strip < T:
-        scored = timed(lambda: forward(model, *sliding[:2], places=sliding[2])[0].sum().item(), run)
+        scored = timed(lambda: forward(model, sliding)[0].sum().item(), run)
     return scored * cfg.eval_batch_seqs / run.scored_rows
 
 
@@ -3005,7 +3013,9 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
         return {}
 
     def batch_of(n: int, /) -> Tensor:
-        return rows.batch(steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0]
+        return rows.batch(
+            steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS
+        ).input_ids
 
     if cfg.gptq_calib == "selfgen":
         mine = range(run.rank, cfg.gptq_calib_batches, run.world_size)
@@ -3779,12 +3789,11 @@ def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") ->
     return np.stack([starts, firsts, ends], axis=1)
 
 
-def window_batch(
-    val: Validation, rows: np.ndarray, size: int, width: int, cfg: Config
-) -> tuple[Tensor, ...]:
-    """Input ids of the windows `rows`: (size, T). Of the strip of each that holds what it scores:
+def window_batch(val: Validation, rows: np.ndarray, size: int, width: int, cfg: Config) -> Batch:
+    """The windows `rows`, of `size` rows: of each only the strip that holds what it scores.
 
-    places in the row, target ids, bytes and scored mask, (size, width) each.
+    Places, targets, bytes and what is scored are (size, width), and there are no places where
+    the strip is the whole window.
     """
     T, last = cfg.eval_seq_len, val.num_targets(cfg) - 1
     start, first, end = np.split(np.pad(rows, ((0, size - len(rows)), (0, 0))), 3, axis=1)
@@ -3792,8 +3801,17 @@ def window_batch(
     scored = (start + places >= first) & (start + places < end)  # padding scores nothing
     # Causality keeps what fills a window harmless.
     at, strip = (np.minimum(start + place, last) for place in (np.arange(T), places))
-    columns = val.tokens[at], places, val.tokens[strip + 1], val.target_bytes[strip], scored
-    return tuple(torch.from_numpy(column.astype(np.int64)) for column in columns)
+
+    def ints(column: np.ndarray) -> Tensor:
+        return torch.from_numpy(column.astype(np.int64))
+
+    return Batch(
+        input_ids=ints(val.tokens[at]),
+        target_ids=ints(val.tokens[strip + 1]),
+        places=None if width == T else ints(places),
+        scored=ints(scored),
+        target_bytes=ints(val.target_bytes[strip]),
+    )
 
 
 @torch.no_grad()
@@ -3822,12 +3840,12 @@ def score_windows(
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for index in range(run.rank, len(batches), run.world_size):
         for rows in np.array_split(batches[index], range(few, len(batches[index]), few)):
-            ids, places, targets, num_bytes, scored = window_batch(val, rows, few, width, cfg)
-            where = {"places": run.put(places)} if width < cfg.eval_seq_len else {}
-            nats = forward(model, run.put(ids), run.put(targets), **where)[0].cpu().double()
-            sums[index] += torch.stack(
-                [(x * scored).sum().double() for x in (nats, scored, num_bytes)]
-            )
+            batch = window_batch(val, rows, few, width, cfg)
+            nats = forward(model, batch.moved(run.put))[0].cpu().double()
+            scored, num_bytes = batch.scored, batch.target_bytes
+            assert scored is not None and num_bytes is not None
+            counted = [(x * scored).sum().double() for x in (nats, scored, num_bytes)]
+            sums[index] += torch.stack(counted)
         bar.update(run.world_size)
     run.add_up([sums])
     return sums.sum(0)
@@ -3902,9 +3920,10 @@ class Adapter:
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
                 return steps
             mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, T, cfg)
-            ids, _, targets, _, learned = map(run.put, mine)
-            nats, _ = self.forward(self.model, ids, targets)
-            ((nats * learned).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
+            mine = mine.moved(run.put)
+            assert mine.scored is not None
+            nats, _ = self.forward(self.model, mine)
+            ((nats * mine.scored).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
             reduce_gradients(self.parameters, [], run)
             if cfg.ttt_grad_clip:
                 torch.nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)

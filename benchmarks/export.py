@@ -54,7 +54,9 @@ def calibrated(cfg: Config, model: GPT, steps: int) -> dict[str, torch.Tensor]:
     rows, model.cfg = train_gpt.TrainingRows(cfg), replace(cfg, quant_clip="std")
     return train_gpt.collect_hessians(
         model,
-        lambda n: rows.batch(steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS)[0],
+        lambda n: (
+            rows.batch(steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS).input_ids
+        ),
         cfg.gptq_calib_batches,
         math.inf,
         Run(model.cfg, 0, 1, torch.device("cpu")),

@@ -67,7 +67,7 @@ def speed(name: str, times: int) -> dict[str, object]:
         kept.update(
             t.collect_hessians(
                 bench.model,
-                lambda n: bench.rows.batch(rows * n, rows)[0],
+                lambda n: bench.rows.batch(rows * n, rows).input_ids,
                 BATCHES,
                 math.inf,
                 bench.run,

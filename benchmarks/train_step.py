@@ -55,7 +55,8 @@ def products(model: t.GPT, tokens: int) -> Callable[[], None]:
 def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     """Each part of a step as a call without arguments."""
     model, cfg, run, rows = bench.model, bench.cfg, bench.run, bench.rows
-    ids, targets = rows.batch(0, min(run.micro_batch_rows, cfg.rows_per_step))
+    batch = rows.batch(0, min(run.micro_batch_rows, cfg.rows_per_step))
+    ids, targets = batch.input_ids, batch.target_ids
     block, x = model.blocks[-1], torch.randn(*ids.shape, cfg.model_dim)
     context = model.context(ids, x)
     context.rotation = tuple(table.detach() for table in context.rotation)
@@ -85,7 +86,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
         "bare products": products(model, ids.numel()),
         f"bare attention x {cfg.num_layers}, both ways": both_ways(t.sdpa_attention, *heads),
         "loader": lambda: rows.batch(0, cfg.rows_per_step),
-        "forward": lambda: t.training_nats(model, ids, targets),
+        "forward": lambda: t.training_nats(model, batch),
         "embedding, both ways": embed,
         f"attention x {cfg.num_layers}, both ways": both_ways(attend, x),
         f"mlp x {cfg.num_layers}, both ways": both_ways(block.mlp, x),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import GPT, PRESETS, Config, qat_grids, training_nats
+from train_gpt import GPT, PRESETS, Batch, Config, qat_grids, training_nats
 
 LOGITS_WITHIN, LOSSES_WITHIN, GRADIENTS_WITHIN = 2e-4, 2e-4, 1e-3
 # Constructor arguments that change shapes or scales, which a folder may choose freely.
@@ -105,8 +105,7 @@ def loss_of(model: GPT, numbers: dict[str, torch.Tensor], kind: str) -> torch.Te
     gamma = torch.tensor(float(kind.removeprefix("mile_"))) if kind.startswith("mile_") else None
     nats, weights = training_nats(
         model,
-        numbers["input_ids"].long(),
-        numbers["target_ids"].long(),
+        Batch(numbers["input_ids"].long(), numbers["target_ids"].long()),
         qat_grids(model) if kind == "ce_qat" else None,
         gamma,
     )

@@ -174,7 +174,7 @@ def test_the_rebuilt_model_holds_the_stored_values() -> None:
     for name, p in model.named_parameters():
         assert torch.equal(p.data, stored[name].restore())
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    assert model(ids, ids + 1)[0].shape == (1, 4)
+    assert model(train_gpt.Batch(ids, ids + 1))[0].shape == (1, 4)
 
 
 # What is refused

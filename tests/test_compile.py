@@ -21,6 +21,7 @@ from train_gpt import (
     PRESETS,
     REGION_GAIN,
     REGION_SECONDS,
+    Batch,
     Block,
     Config,
     Moment,
@@ -94,7 +95,7 @@ def check_traces(cfg: Config) -> None:
         found = []
         for function in (forward, training_nats):
             model.zero_grad()
-            nats, weights = function(model, ids[:, :-1], ids[:, 1:], grids, gamma)
+            nats, weights = function(model, Batch(ids[:, :-1], ids[:, 1:]), grids, gamma)
             (nats * weights).mean().backward()
             found.append([nats.detach(), *(p.grad for p in model.parameters())])
         for ours, plain in zip(*found, strict=True):
@@ -157,7 +158,7 @@ def test_more_shapes_than_a_compiler_expects_are_compiled() -> None:
     forward, model = make_forward(compiled_run(cfg)), GPT(cfg)
     for rows in range(1, 15):
         ids = random_ids(cfg, rows, 9)
-        forward(model, ids[:, :-1], ids[:, 1:])
+        forward(model, Batch(ids[:, :-1], ids[:, 1:]))
     assert graphs() == 14
 
 
@@ -204,7 +205,7 @@ def losses_and_gradients(model: GPT, cfg: Config, ids: torch.Tensor) -> list[tor
     gamma, found = torch.tensor(cfg.mile_gamma) if cfg.mile_gamma else None, []
     for grids in (None, qat_grids(model) or None):
         model.zero_grad()
-        nats, weights = training_nats(model, ids[:, :-1], ids[:, 1:], grids, gamma)
+        nats, weights = training_nats(model, Batch(ids[:, :-1], ids[:, 1:]), grids, gamma)
         (nats * weights).mean().backward()
         found += [nats.detach(), *(p.grad.clone() for p in model.parameters())]
     return found
@@ -224,7 +225,7 @@ def check_one_block(cfg: Config, compiled: Callable, most_graphs: int) -> None:
     made = graphs()
     assert 0 < made <= most_graphs
     with torch.no_grad():
-        model(ids[:, :5], ids[:, 1:6])
+        model(Batch(ids[:, :5], ids[:, 1:6]))
     assert graphs() == made
 
 

@@ -12,6 +12,7 @@ from test_model import random_ids
 
 from train_gpt import (
     GPT,
+    Batch,
     Config,
     Moment,
     Run,
@@ -179,7 +180,7 @@ def check(combination: dict, data: TinyData) -> None:
     ids = random_ids(cfg, 3, 17)
     gamma = torch.tensor(cfg.mile_gamma) if cfg.mile_gamma else None
     nats, weights = training_nats(
-        model, ids[:, :-1], ids[:, 1:], qat_grids(model) if moment.qat else None, gamma
+        model, Batch(ids[:, :-1], ids[:, 1:]), qat_grids(model) if moment.qat else None, gamma
     )
     (nats * weights).mean().backward()
     silent = [
@@ -197,7 +198,7 @@ def check(combination: dict, data: TinyData) -> None:
     hessians = (
         {}
         if cfg.gptq_variant == "off"
-        else collect_hessians(model, lambda n: rows.batch(8 * n, 8)[0], 2, float("inf"), run)
+        else collect_hessians(model, lambda n: rows.batch(8 * n, 8).input_ids, 2, float("inf"), run)
     )
     stored = quantize(model, hessians, run)
     header = artifact_header(cfg, load_validation(cfg))

@@ -35,6 +35,7 @@ from train_gpt import (
     PRESETS,
     Adapter,
     Averages,
+    Batch,
     Config,
     Moment,
     Refusal,
@@ -139,9 +140,9 @@ class Rows:
         ids = torch.from_numpy(np.random.default_rng(0).integers(BOS, cfg.vocab_size, shape))
         self.ids, self.targets = ids[:, :-1], ids[:, 1:]
 
-    def batch(self, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    def batch(self, first_row: int, num_rows: int) -> Batch:
         assert num_rows == len(self.ids)
-        return self.ids, self.targets
+        return Batch(self.ids, self.targets)
 
 
 def make_validation(num_tokens: int, vocab_size: int) -> Validation:
@@ -599,7 +600,7 @@ def test_a_host_tensor_in_scoring_is_noticed() -> None:
         DEVICE_MISTAKES["rotary tables on the host"](),
     ):
         cfg = share_of("defaults", "fake cuda", **SMALL)
-        training_nats(build(cfg, device, trainable=False), *blank(device))
+        training_nats(build(cfg, device, trainable=False), Batch(*blank(device)))
 
 
 # FlashAttention-3, which comes as flash_attn_interface or through the kernels package
@@ -778,7 +779,7 @@ def test_the_model_calls_it_as_documented(
     name, kernel = picked()
     with at("fake cuda") as device, torch.no_grad():
         model = build(cfg, device, notes.of("attention", kernel), trainable=False)
-        nats, _ = training_nats(model, *(x.to(device) for x in vars(Rows(cfg)).values()))
+        nats, _ = training_nats(model, Batch(*(x.to(device) for x in vars(Rows(cfg)).values())))
     shape = cfg.micro_batch_seqs, cfg.train_seq_len
     assert kind(nats) == (FP32, shape)
     assert notes["attention"] == {(BF16, (*shape, cfg.num_heads, cfg.head_dim))}

@@ -156,7 +156,8 @@ def test_sequential_rows_are_the_joined_stream_in_order(lengths: list[int], seq_
 @pytest.mark.parametrize("loader", ["sequential", "shuffled"])
 def test_targets_are_the_inputs_one_token_on(loader: str, tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [range(40), range(100, 140)], 4, loader=loader)
-    inputs, targets = rows.batch(3, 5)
+    batch = rows.batch(3, 5)
+    inputs, targets = batch.input_ids, batch.target_ids
     assert inputs.shape == targets.shape == (5, 4)
     assert inputs.dtype == targets.dtype == torch.int64
     for n in range(5):

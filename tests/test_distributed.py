@@ -374,10 +374,10 @@ def test_micro_batches_shrink_until_memory_holds_them(
     """A forward of more than two rows runs out of memory; what is asked for by name is kept."""
     forward = train_gpt.training_nats
 
-    def small_memory(model, input_ids, *rest, **named):
-        if len(input_ids) > 2 and model.training and torch.is_grad_enabled():
+    def small_memory(model, batch, *rest):
+        if len(batch.input_ids) > 2 and model.training and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("no room")
-        return forward(model, input_ids, *rest, **named)
+        return forward(model, batch, *rest)
 
     monkeypatch.setattr(train_gpt, "training_nats", small_memory)
     job = tiny_job(

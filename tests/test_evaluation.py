@@ -17,6 +17,7 @@ import train_gpt
 from train_gpt import (
     GPT,
     Adapter,
+    Batch,
     Config,
     EvalResult,
     Run,
@@ -82,16 +83,11 @@ def test_a_stride_of_one_row_gives_chunks(num_rows: int, seq_len: int) -> None:
 # The loop over windows
 
 
-def toy_nats(
-    model: None,
-    input_ids: torch.Tensor,
-    target_ids: torch.Tensor,
-    places: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, None]:
+def toy_nats(model: None, batch: Batch) -> tuple[torch.Tensor, None]:
     """Nats that depend on the target and on all that its window shows up to it."""
-    seen = torch.cumsum(input_ids * torch.arange(1, 1 + input_ids.size(1)), dim=1)
-    seen = seen if places is None else seen.gather(1, places)
-    return ((31 * seen + 17 * target_ids) % 101).float() / 16, None
+    seen = torch.cumsum(batch.input_ids * torch.arange(1, 1 + batch.input_ids.size(1)), dim=1)
+    seen = seen if batch.places is None else seen.gather(1, batch.places)
+    return ((31 * seen + 17 * batch.target_ids) % 101).float() / 16, None
 
 
 def random_split(num_tokens: int, seed: int = 0, vocab_size: int = 1000) -> Validation:
@@ -181,13 +177,8 @@ def test_bits_per_byte_of_three_tokens_by_hand() -> None:
     val = Validation(np.array([1, 5, 6], np.uint16), np.array([1, 2], np.int16), "", "", 1, 3)
     nats = {5: math.log(4), 6: math.log(16)}
 
-    def forward(
-        model: None,
-        input_ids: torch.Tensor,
-        target_ids: torch.Tensor,
-        places: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, None]:
-        return torch.tensor([[nats[int(t)] for t in row] for row in target_ids]), None
+    def forward(model: None, batch: Batch) -> tuple[torch.Tensor, None]:
+        return torch.tensor([[nats[int(t)] for t in row] for row in batch.target_ids]), None
 
     for stride in (0, 1, 2):
         result = score(val, evaluation(2), stride, forward)
@@ -251,7 +242,7 @@ def test_the_batch_size_does_not_change_the_models_score(model: GPT) -> None:
 def test_the_probabilities_of_all_tokens_add_up_to_one(model: GPT) -> None:
     ids = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0))
     for_each_token = torch.stack(
-        [model(ids, torch.full_like(ids, token))[0] for token in range(32)]
+        [model(Batch(ids, torch.full_like(ids, token)))[0] for token in range(32)]
     )
     assert torch.exp(-for_each_token.double()).sum(0).numpy() == pytest.approx(1.0, abs=1e-6)
     assert (for_each_token > 0).all()
@@ -289,7 +280,10 @@ def test_a_strip_holds_what_its_window_scores(shape: tuple[int, int, int], form:
             for at in range(first, end, stride)
         ]
     )
-    ids, places, targets, num_bytes, scored = window_batch(val, rows, len(rows) + 1, stride, cfg)
+    batch = window_batch(val, rows, len(rows) + 1, stride, cfg)
+    ids, targets, scored = batch.input_ids, batch.target_ids, batch.scored
+    whole = torch.arange(seq_len).expand_as(ids)
+    places = whole if batch.places is None else batch.places
     assert not scored[-1].any()  # padding
     assert ((places >= 0) & (places < seq_len)).all()
     for n, (start, first, end) in enumerate(rows):
@@ -298,7 +292,7 @@ def test_a_strip_holds_what_its_window_scores(shape: tuple[int, int, int], form:
         assert at.tolist() == list(range(first, end))
         assert ids[n][places[n]][kept].tolist() == val.tokens[at].tolist()
         assert targets[n][kept].tolist() == val.tokens[at + 1].tolist()
-        assert num_bytes[n][kept].tolist() == val.target_bytes[at].tolist()
+        assert batch.target_bytes[n][kept].tolist() == val.target_bytes[at].tolist()
 
 
 # The published forms
@@ -380,7 +374,9 @@ def naive_score_first(model: GPT, val: Validation, cfg: Config) -> tuple[GPT, fl
             if number * chunk <= first < (number + 1) * chunk:
                 with torch.no_grad():
                     ids = torch.from_numpy(val.tokens[start : end + 1].astype(int))[None]
-                    nats += float(model(ids[:, :-1], ids[:, 1:])[0][0, first - start :].sum())
+                    nats += float(
+                        model(Batch(ids[:, :-1], ids[:, 1:]))[0][0, first - start :].sum()
+                    )
         if number == chunks - 1:
             break
         rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (chunks - 1)))
@@ -392,7 +388,7 @@ def naive_score_first(model: GPT, val: Validation, cfg: Config) -> tuple[GPT, fl
                 model.zero_grad()
                 for start, end in batch:
                     ids = torch.from_numpy(val.tokens[start : end + 1].astype(int))[None]
-                    model(ids[:, :-1], ids[:, 1:])[0].sum().backward()
+                    model(Batch(ids[:, :-1], ids[:, 1:]))[0].sum().backward()
                     total += end - start
                 norm = math.sqrt(
                     sum(float((p.grad / total).square().sum()) for p in parameters.values())
@@ -424,8 +420,8 @@ def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
     def window_nats(val: Validation) -> list[tuple[int, float]]:
         seen = []
 
-        def forward(net, ids, targets, **where):
-            nats, weights = training_nats(net, ids, targets, **where)
+        def forward(net, batch):
+            nats, weights = training_nats(net, batch)
             if not torch.is_grad_enabled():
                 seen.extend(nats.double().sum(1).tolist())
             return nats, weights
@@ -520,9 +516,10 @@ def test_adaptation_leaves_the_rest_of_the_scoring_its_time(
     )
     run, val = Run(cfg, 0, 1, CPU), random_split(161, vocab_size=32)
 
-    def forward(model, ids, targets, **where):
+    def forward(model, batch):
         now[0] += 0.5
-        return torch.zeros(targets.shape), torch.ones(targets.shape)
+        shape = batch.target_ids.shape
+        return torch.zeros(shape), torch.ones(shape)
 
     adapter = Adapter(forward, torch.nn.Linear(2, 2), val, run)
     adapter.learn = lambda *how: now.__setitem__(0, now[0] + 2.0)

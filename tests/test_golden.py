@@ -17,6 +17,7 @@ from test_model import arrays, naive_logits, random_ids, random_model
 from train_gpt import (
     GPT,
     PRESETS,
+    Batch,
     BigramHash,
     Config,
     Muon,
@@ -142,8 +143,7 @@ def test_loss_and_every_gradient(system: str, loss: str, qat: bool, gamma: float
     golden, model = numbers(f"model_{system}"), published_model(system)
     nats, weights = training_nats(
         model,
-        golden["input_ids"],
-        golden["target_ids"],
+        Batch(golden["input_ids"], golden["target_ids"]),
         qat_grids(model) if qat else None,
         None if gamma is None else torch.tensor(gamma),
     )

@@ -16,6 +16,7 @@ from train_gpt import (
     BOS,
     GPT,
     PRESETS,
+    Batch,
     Config,
     initialize,
     mile_weights,
@@ -264,7 +265,7 @@ def test_nats_are_the_negative_log_probability_of_each_target() -> None:
     cfg = Config(**SIZES)
     model, ids = random_model(cfg), random_ids(cfg, 2, 7)
     targets = random_ids(cfg, 2, 7, seed=1)
-    nats, weights = (y.detach().numpy() for y in model(ids, targets))
+    nats, weights = (y.detach().numpy() for y in model(Batch(ids, targets)))
     assert (weights == 1).all()
     for row in range(2):
         p = np.exp(naive_logits(arrays(model), ids[row].tolist(), cfg))
@@ -303,7 +304,7 @@ def test_a_model_that_learns_scores_as_one_that_does_not() -> None:
     """In float32 the loss of training is another code than that of evaluation."""
     cfg = Config(**{**SIZES, "mile_gamma": 1.1})
     model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 3, 65)
-    given = ids[:, :-1], ids[:, 1:], torch.tensor(cfg.mile_gamma)
+    given = Batch(ids[:, :-1], ids[:, 1:]), torch.tensor(cfg.mile_gamma)
     trained = [y.detach() for y in model(*given)]
     with torch.no_grad():
         for ours, plain in zip(trained, model(*given), strict=True):
@@ -574,7 +575,7 @@ def test_a_gradient_reaches_every_parameter(variant: str) -> None:
     for steps in (0, 2):
         for _ in range(steps + 1):
             model.zero_grad()
-            model(ids[:, :-1], ids[:, 1:])[0].mean().backward()
+            model(Batch(ids[:, :-1], ids[:, 1:]))[0].mean().backward()
             for p in model.parameters():
                 p.data -= 0.1 * p.grad
         silent = [name for name, p in model.named_parameters() if not p.grad.any()]

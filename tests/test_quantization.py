@@ -15,6 +15,7 @@ from torch import Tensor
 import train_gpt
 from train_gpt import (
     GPT,
+    Batch,
     Config,
     Run,
     Stored,
@@ -74,7 +75,7 @@ def solved(W: Tensor, H: Tensor, bits: int, block: int = 128, **changed: object)
 def hessians_of(model: GPT, rows: TrainingRows, first: int, batches: int, run: Run) -> dict:
     """Hessians of batches of eight rows from row `first` on."""
     return collect_hessians(
-        model, lambda n: rows.batch(first + 8 * n, 8)[0], batches, math.inf, run
+        model, lambda n: rows.batch(first + 8 * n, 8).input_ids, batches, math.inf, run
     )
 
 
@@ -114,14 +115,12 @@ def test_gradients_pass_through_late_qat_unchanged() -> None:
 def test_late_qat_trains_on_the_weights_it_shows(tied: bool) -> None:
     cfg = Config(**SIZES, bits=BITS, int8_keep_float_max_numel=400, tie_embeddings=tied)
     model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 2, 12)
-    batch = ids[:, :-1], ids[:, 1:]
+    batch = Batch(ids[:, :-1], ids[:, 1:])
     with torch.no_grad():
-        plain, shown = (
-            training_nats(model, *batch, grids)[0] for grids in (None, qat_grids(model))
-        )
-        assert torch.equal(plain, model(*batch)[0])
+        plain, shown = (training_nats(model, batch, grids)[0] for grids in (None, qat_grids(model)))
+        assert torch.equal(plain, model(batch)[0])
         model.load_state_dict(fake_quantized(model, qat_grids(model)), strict=False)
-        torch.testing.assert_close(shown, model(*batch)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(shown, model(batch)[0], rtol=0, atol=1e-5)
     assert (shown - plain).abs().max() > 0.01
 
 
@@ -356,7 +355,7 @@ def test_hessians_are_those_of_the_inputs_of_each_linear(calibrated, monkeypatch
         return torch.nn.functional.linear(x, module.weight)
 
     monkeypatch.setattr(train_gpt.Linear, "forward", recording)
-    model.hidden(rows.batch(3, 16)[0])
+    model.hidden(rows.batch(3, 16).input_ids)
     expected = {
         name for name in inputs if name != "ve_shared.proj" and not name.endswith(("c_k", "c_v"))
     }
@@ -636,7 +635,7 @@ def test_hessians_are_those_of_a_banked_computation(calibrated) -> None:
 
     norm, L = train_gpt.rms_norm, 4
     for batch in range(3):
-        ids = rows.batch(8 * batch, 8)[0]
+        ids = rows.batch(8 * batch, 8).input_ids
         x = norm(model.tok_emb(ids) + model.bigram(ids, model.dtype))
         x = x0 = model.smear(x, ids)
         c, outputs = model.context(ids, x0), []
@@ -728,7 +727,7 @@ def test_calibration_stops_before_its_deadline(calibrated) -> None:
 
     def batch_of(n: int) -> Tensor:
         batches.append(n)
-        return rows.batch(0, 8)[0]
+        return rows.batch(0, 8).input_ids
 
     with run.training_clock.running():
         collect_hessians(model, batch_of, 1000, run.training_clock.elapsed() + 0.3, run)

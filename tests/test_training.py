@@ -90,7 +90,7 @@ def gradients(setting, moment: Moment = MOMENT, **changes: object) -> tuple[dict
 def plain_gradients(setting, qat: bool = False) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient of the mean over the batch of step 2, and that mean."""
     _, model, rows, _ = setting()
-    loss = training_nats(model, *rows.batch(12, 6), qat_grids(model) if qat else None)[0].mean()
+    loss = training_nats(model, rows.batch(12, 6), qat_grids(model) if qat else None)[0].mean()
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, loss.detach()
 
@@ -114,7 +114,7 @@ def test_micro_batches_share_the_gradient_of_the_batch_mean(
 def test_clipping_is_that_of_torch(setting, bound: float) -> None:
     recorder, stats = gradients(setting, grad_clip_norm=bound)
     _, model, rows, _ = setting()
-    model(*rows.batch(12, 6))[0].mean().backward()
+    model(rows.batch(12, 6))[0].mean().backward()
     total = nn.utils.clip_grad_norm_(model.parameters(), bound)
     assert 0.01 < float(total) < 1e5
     assert float(stats[1:].norm()) == pytest.approx(float(total), rel=1e-5)
@@ -141,7 +141,7 @@ def test_two_steps_are_those_written_by_hand(setting) -> None:
     for step in range(2):
         train_step(training_nats, model, optimizers, rows, step, MOMENT, run)
         reference.zero_grad()
-        reference(*rows.batch(6 * step, 6))[0].mean().backward()
+        reference(rows.batch(6 * step, 6))[0].mean().backward()
         nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         for name, p in reference.named_parameters():
             if name in muon:
@@ -197,9 +197,9 @@ def test_priming_leaves_no_trace(setting) -> None:
     """Nor does it skip a variant: each forward that the run will compile has run."""
     variants = []
 
-    def forward(model, input_ids, target_ids, grids=None, mile_gamma=None, places=None):
-        variants.append((bool(grids), torch.is_grad_enabled(), places is not None))
-        return training_nats(model, input_ids, target_ids, grids, mile_gamma, places)
+    def forward(model, batch, grids=None, mile_gamma=None):
+        variants.append((bool(grids), torch.is_grad_enabled(), batch.places is not None))
+        return training_nats(model, batch, grids, mile_gamma)
 
     _, model, rows, run = setting()
     before = weights(model)
@@ -268,12 +268,12 @@ def test_ranks_share_the_rows_of_a_step(setting) -> None:
 def naive_mile(setting, gamma: float, least: float) -> tuple[dict[str, Tensor], float]:
     """Gradient and value of sum(w nats) / sum(w) over the batch of step 2, weights held fixed."""
     _, model, rows, _ = setting()
-    ids, targets = rows.batch(12, 6)
-    logits = model.logits(model.hidden(ids))
+    batch = rows.batch(12, 6)
+    logits = model.logits(model.hidden(batch.input_ids))
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1).detach()
     w = (1 - (-entropy).exp()).pow(gamma).clamp(min=least)
-    nats = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    nats = -log_p.gather(-1, batch.target_ids.unsqueeze(-1)).squeeze(-1)
     loss = (w * nats).sum() / w.sum()
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, loss.item()
@@ -328,7 +328,7 @@ def test_each_rank_clips_its_own_mean(setting) -> None:
     groups = route_parameters(cfg, model)
     train_step(training_nats, model, [Recorder(groups)], rows, 2, MOMENT, run)
     reference = setting()[1]
-    reference(*rows.batch(15, 3))[0].mean().backward()
+    reference(rows.batch(15, 3))[0].mean().backward()
     total = nn.utils.clip_grad_norm_(reference.parameters(), bound)
     assert float(total) > 2 * bound
     names = [name for group in groups for name in group["names"]]
@@ -465,11 +465,11 @@ def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
 def forward_with_room_for(rows: int, seen: list[int]):
     """A forward that has no memory for more rows than that; notes the rows it is asked for."""
 
-    def forward(model, ids, *rest):
-        seen.append(len(ids))
-        if len(ids) > rows:
+    def forward(model, batch, *rest):
+        seen.append(len(batch.input_ids))
+        if len(batch.input_ids) > rows:
             raise torch.OutOfMemoryError("no room")
-        return training_nats(model, ids, *rest)
+        return training_nats(model, batch, *rest)
 
     return forward
 

@@ -300,10 +300,10 @@ def full_disk(place: Place) -> None:
 def no_room(place: Place, most: int = 0) -> None:
     original = train_gpt.training_nats
 
-    def forward(model, ids, *rest, **named):
-        if len(ids) > most:
+    def forward(model, batch, *rest):
+        if len(batch.input_ids) > most:
             raise torch.OutOfMemoryError("no room")
-        return original(model, ids, *rest, **named)
+        return original(model, batch, *rest)
 
     place.patch.setattr(train_gpt, "training_nats", forward)
 
