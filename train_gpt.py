@@ -23,9 +23,10 @@ Sections, in the order of a run:
   7  Quantization                 int6/int8 grids, Hessians, GPTQ
   8  Artifact                     bytes to model and back
   9  Size                         what it will take, and how it is made to fit
- 10  Evaluation                   windows, bits per byte
- 11  Configuration                all settings together, presets, the environment
- 12  Main                         the story, and the verbs above
+ 10  Evaluation                   windows, bits per byte, learning from what is scored
+ 11  Published variants           what only a published system needs
+ 12  Configuration                all settings together, presets, the environment
+ 13  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -61,7 +62,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import sentencepiece
@@ -3768,50 +3769,62 @@ class EvalResult:
     num_bytes: int
     seconds: float
 
-    loss = property(lambda self: self.nats / self.targets)  # nats per target
-    bpb = property(lambda self: self.nats / (math.log(2) * self.num_bytes))
+    @property
+    def loss(self) -> float:
+        """Nats per target."""
+        return self.nats / self.targets
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the text."""
+        return self.nats / (math.log(2) * self.num_bytes)
 
 
-def windows(num_targets: int, seq_len: int, stride: int, form: str = "cover") -> np.ndarray:
+def windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows over `num_targets` targets as rows (start, first scored, end): int64 (windows, 3).
 
-    Stride 0 gives chunks side by side, the last one short. cover: starts 0, stride, 2 stride, ...,
-    the last anchored at the end, each scoring what is not yet scored. published_s1 has a start
-    for every stride, published_s3 full windows only; both score the last `stride` targets of each.
+    They start at 0, stride, 2 stride, ... and the last is anchored at the end. The first scores
+    all its targets, each later one those that are not scored yet. Stride 0 gives chunks side by
+    side instead, of which the last may be short.
     """
-    if stride == 0:
-        stride, form = seq_len, "published_s1"  # which cuts the last one short
-    starts: np.ndarray = np.arange(0, num_targets, stride)
-    if form != "published_s1":
+    starts: np.ndarray = np.arange(0, num_targets, stride or seq_len)
+    if stride > 0:
         starts = np.unique(np.minimum(starts, max(num_targets - seq_len, 0)))
     ends = np.minimum(starts + seq_len, num_targets)
-    firsts = np.append(0, ends[:-1] if form == "cover" else np.maximum(ends - stride, starts)[1:])
+    firsts = np.append(0, ends[:-1])
     return np.stack([starts, firsts, ends], axis=1)
 
 
-def window_batch(val: Validation, rows: np.ndarray, size: int, width: int, cfg: Config) -> Batch:
-    """The windows `rows`, of `size` rows: of each only the strip that holds what it scores.
+def window_batch(val: Validation, spans: np.ndarray, size: int, width: int, cfg: Config) -> Batch:
+    """The windows `spans`, padded to `size` rows; of each the strip that holds what it scores.
 
-    Places, targets, bytes and what is scored are (size, width), and there are no places where
-    the strip is the whole window.
+    Places, targets, bytes and what is scored are (size, width). There are no places where the
+    strip is the whole window. Padding scores nothing, and causality keeps it harmless.
     """
-    T, last = cfg.eval_seq_len, val.num_targets(cfg) - 1
-    start, first, end = np.split(np.pad(rows, ((0, size - len(rows)), (0, 0))), 3, axis=1)
+    T = cfg.eval_seq_len
+    last = val.num_targets(cfg) - 1
+    padded = np.pad(spans, ((0, size - len(spans)), (0, 0)))
+    start, first, end = np.split(padded, 3, axis=1)
     places = np.minimum(first - start, T - width) + np.arange(width)
-    scored = (start + places >= first) & (start + places < end)  # padding scores nothing
-    # Causality keeps what fills a window harmless.
-    at, strip = (np.minimum(start + place, last) for place in (np.arange(T), places))
+    scored = (start + places >= first) & (start + places < end)
+    inputs = np.minimum(start + np.arange(T), last)
+    targets = np.minimum(start + places, last)
 
     def ints(column: np.ndarray) -> Tensor:
         return torch.from_numpy(column.astype(np.int64))
 
     return Batch(
-        input_ids=ints(val.tokens[at]),
-        target_ids=ints(val.tokens[strip + 1]),
+        input_ids=ints(val.tokens[inputs]),
+        target_ids=ints(val.tokens[targets + 1]),
         places=None if width == T else ints(places),
         scored=ints(scored),
-        target_bytes=ints(val.target_bytes[strip]),
+        target_bytes=ints(val.target_bytes[targets]),
     )
+
+
+def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """The rows `size` at a time; the last batch may be short."""
+    return np.array_split(rows, range(size, len(rows), size))
 
 
 @torch.no_grad()
@@ -3828,7 +3841,7 @@ def score_windows(
 
     Only `width` places of a window meet the head; one that scores more is shown again for them.
     """
-    cfg, size, few = run.cfg, run.cfg.eval_batch_seqs, run.scored_rows
+    cfg = run.cfg
     strips = np.array(
         [
             (start, at, min(at + width, end))
@@ -3836,11 +3849,11 @@ def score_windows(
             for at in range(first, end, width)
         ]
     )
-    batches = np.array_split(strips, range(size, len(strips), size))
+    batches = in_batches(strips, cfg.eval_batch_seqs)
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for index in range(run.rank, len(batches), run.world_size):
-        for rows in np.array_split(batches[index], range(few, len(batches[index]), few)):
-            batch = window_batch(val, rows, few, width, cfg)
+        for rows in in_batches(batches[index], run.scored_rows):
+            batch = window_batch(val, rows, run.scored_rows, width, cfg)
             nats = forward(model, batch.moved(run.put))[0].cpu().double()
             scored, num_bytes = batch.scored, batch.target_bytes
             assert scored is not None and num_bytes is not None
@@ -3851,6 +3864,31 @@ def score_windows(
     return sums.sum(0)
 
 
+class Learner(Protocol):
+    """What learns from validation text; evaluate() shows it only text that has been scored."""
+
+    chunk_targets: int  # how many targets are scored before it learns from them
+
+    def learn_from(self, scored: ScoredChunk) -> None:
+        """Learn from a chunk, all of whose targets have been scored."""
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """A stretch of targets that has just been scored, and how the scoring stands."""
+
+    number: int  # of this chunk, from 0
+    num_chunks: int
+    first: int  # its targets are first to end - 1
+    end: int
+    seconds: float  # since the scoring began
+
+    @property
+    def chunks_left(self) -> int:
+        """Chunks that are still to be scored."""
+        return self.num_chunks - self.number - 1
+
+
 def evaluate(
     name: str,
     forward: Forward,
@@ -3858,72 +3896,96 @@ def evaluate(
     val: Validation,
     run: Run,
     stride: int = 0,
-    form: str = "cover",
-    adapter: Adapter | None = None,
+    spans: np.ndarray | None = None,
+    learner: Learner | None = None,
 ) -> EvalResult:
-    """Score the validation split in windows of EVAL_SEQ_LEN; stride 0 for chunks.
+    """Score the validation split in windows of EVAL_SEQ_LEN, chunks side by side at stride 0.
 
-    An adapter learns from each TTT_CHUNK_TOKENS targets once all of them are scored.
+    The loop is the rule of a legal score: a chunk of targets is scored, and only then may a
+    learner learn from it. `spans` replaces the windows by others.
     """
-    cfg, start, num_targets = run.cfg, time.perf_counter(), val.num_targets(run.cfg)
-    spans = windows(num_targets, cfg.eval_seq_len, stride, form)
-    chunk_of = spans[:, 1] // (cfg.ttt_chunk_tokens if adapter else num_targets)
-    sums, num_chunks = torch.zeros(3, dtype=torch.float64), int(chunk_of[-1]) + 1
-    width = stride or cfg.eval_seq_len
-    with run.progress(name, total=-(-len(spans) // cfg.eval_batch_seqs), unit="batch") as bar:
+    cfg = run.cfg
+    started = time.perf_counter()
+    num_targets = val.num_targets(cfg)
+    if spans is None:
+        spans = windows(num_targets, cfg.eval_seq_len, stride)
+    size = num_targets if learner is None else learner.chunk_targets
+    chunk_of = spans[:, 1] // size
+    num_chunks = int(chunk_of[-1]) + 1
+    sums = torch.zeros(3, dtype=torch.float64)
+    num_batches = -(-len(spans) // cfg.eval_batch_seqs)
+    with run.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
-            if len(mine := spans[chunk_of == chunk]):
-                sums += score_windows(forward, model, val, mine, width, run, bar)
-            if adapter is not None and chunk < num_chunks - 1:
-                adapter.after_chunk(chunk, num_chunks, time.perf_counter() - start)
+            of_chunk = spans[chunk_of == chunk]
+            if len(of_chunk):  # a window may be longer than a chunk
+                width = stride or cfg.eval_seq_len
+                sums += score_windows(forward, model, val, of_chunk, width, run, bar)
+            if learner is not None and chunk < num_chunks - 1:
+                seconds = time.perf_counter() - started
+                first, end = chunk * size, (chunk + 1) * size
+                learner.learn_from(ScoredChunk(chunk, num_chunks, first, end, seconds))
     nats, targets, num_bytes = sums.tolist()
-    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - start)
+    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - started)
 
 
 class Adapter:
-    """Test-time training by SGD on validation text, within the evaluation budget."""
+    """Test-time training by SGD on text that was scored, within the evaluation budget.
+
+    A learner: after each chunk of TTT_CHUNK_TOKENS targets it passes TTT_EPOCHS times over them,
+    at a rate that falls as a cosine over the chunks, unless scoring the rest needs the time.
+    """
 
     def __init__(self, forward: Forward, model: GPT, val: Validation, run: Run) -> None:
         cfg = run.cfg
-        frozen = tuple(f"blocks.{layer}." for layer in range(cfg.ttt_freeze_blocks))
-        if cfg.ttt_mode == "train_then_score":
-            frozen += ("tok_emb.", "bigram.", "smear.")
+        self.forward = forward
+        self.model = model
+        self.val = val
+        self.run = run
+        self.chunk_targets = cfg.ttt_chunk_tokens
+        self.seconds = 0.0  # spent on learning so far
+        frozen = frozen_prefixes(cfg)
         self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
-        self.forward, self.model, self.val, self.run, self.seconds = forward, model, val, run, 0.0
-        run.occasions["ttt"] = 0  # one chunk leaves it none
+        run.occasions["ttt"] = 0  # a split of one chunk leaves it none
 
-    def after_chunk(self, chunk: int, num_chunks: int, elapsed: float) -> None:
-        """score_first: learn from the chunk just scored, unless scoring the rest needs the time."""
-        cfg, run, done = self.run.cfg, self.run, chunk + 1
-        scoring = (elapsed - self.seconds) / done * (num_chunks - done)
-        learning = self.seconds / max(run.activity["ttt"], 1)  # a chunk's
-        needed = run.scoring_clock.elapsed() + 1.1 * scoring + 1.5 * learning
+    def learn_from(self, scored: ScoredChunk) -> None:
+        """Adapt to the chunk, if what is left of the budget then still holds the scoring."""
+        cfg, run = self.run.cfg, self.run
         run.occasions["ttt"] += 1
-        if run.agree(float(needed > cfg.eval_wallclock_seconds)):
+        if run.agree(float(self.seconds_needed(scored) > cfg.eval_wallclock_seconds)):
             return
-        cosine = 0.5 * (1.0 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
-        start, size = time.perf_counter(), cfg.ttt_chunk_tokens
+        progress = scored.number / max(scored.num_chunks - 1, 1)
+        lr = cfg.ttt_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        started = time.perf_counter()
         for _ in range(cfg.ttt_epochs):
-            self.learn(chunk * size, done * size, cfg.ttt_lr * cosine, math.inf)
+            self.learn(scored.first, scored.end, lr, math.inf)
         run.settle()
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - started
         run.activity["ttt"] += 1
+
+    def seconds_needed(self, scored: ScoredChunk) -> float:
+        """Seconds of the budget once this chunk is learned and all is scored, with a margin."""
+        scoring_a_chunk = (scored.seconds - self.seconds) / (scored.number + 1)
+        learning_a_chunk = self.seconds / max(self.run.activity["ttt"], 1)
+        to_come = 1.1 * scoring_a_chunk * scored.chunks_left + 1.5 * learning_a_chunk
+        return self.run.scoring_clock.elapsed() + to_come
 
     def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
         """SGD on the targets first to end, begun before `deadline`; returns steps taken."""
-        cfg, run, val, T = self.run.cfg, self.run, self.val, self.run.cfg.eval_seq_len
-        rows = windows(min(end, val.num_targets(cfg)) - first, T, 0) + first
+        cfg, run = self.run.cfg, self.run
+        T = cfg.eval_seq_len
+        rows = windows(min(end, self.val.num_targets(cfg)) - first, T, 0) + first
         self.optimizer.param_groups[0]["lr"] = lr
-        batches = np.array_split(rows, range(cfg.ttt_batch_seqs, len(rows), cfg.ttt_batch_seqs))
+        batches = in_batches(rows, cfg.ttt_batch_seqs)
         for steps, batch in enumerate(batches):
             if run.agree(float(run.scoring_clock.elapsed() > deadline)):
                 return steps
-            mine = window_batch(val, batch[run.rank :: run.world_size], run.adaptation_rows, T, cfg)
-            mine = mine.moved(run.put)
-            assert mine.scored is not None
-            nats, _ = self.forward(self.model, mine)
-            ((nats * mine.scored).sum() / float((batch[:, 2] - batch[:, 1]).sum())).backward()
+            mine = batch[run.rank :: run.world_size]
+            shown = window_batch(self.val, mine, run.adaptation_rows, T, cfg).moved(run.put)
+            assert shown.scored is not None
+            nats, _ = self.forward(self.model, shown)
+            num_targets = float((batch[:, 2] - batch[:, 1]).sum())
+            ((nats * shown.scored).sum() / num_targets).backward()
             reduce_gradients(self.parameters, [], run)
             if cfg.ttt_grad_clip:
                 torch.nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
@@ -3931,13 +3993,13 @@ class Adapter:
             self.model.zero_grad(set_to_none=True)
         return len(batches)
 
-    def learn_all(self, scoring_seconds: float) -> None:
-        """train_then_score, not legal: learn from all, leaving `scoring_seconds` of the budget."""
-        cfg, run, end = self.run.cfg, self.run, self.val.num_targets(self.run.cfg)
-        deadline = cfg.eval_wallclock_seconds - 1.1 * scoring_seconds
-        run.occasions["ttt"] = cfg.ttt_epochs * -(-end // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
-        for _ in range(cfg.ttt_epochs):
-            run.activity["ttt"] += self.learn(0, end, cfg.ttt_lr, deadline)
+
+def frozen_prefixes(cfg: Config) -> tuple[str, ...]:
+    """How the names of parameters begin that do not adapt."""
+    frozen = [f"blocks.{layer}." for layer in range(cfg.ttt_freeze_blocks)]
+    if cfg.ttt_mode == "train_then_score":
+        frozen += ["tok_emb.", "bigram.", "smear."]
+    return tuple(frozen)
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
@@ -3968,41 +4030,51 @@ def score_artifact(
     run: Run,
     diagnostics: bool,
 ) -> list[EvalResult]:
-    """Score the model rebuilt from an artifact; the last is the headline, which is timed."""
-    run.phase, results, model = "scoring the artifact", [], rebuild_model(cfg, stored, run)
-    label, stride, ttt = grid_label(cfg, stored), cfg.eval_stride, cfg.ttt_mode
-    adapter = None if ttt == "off" else Adapter(forward, model, val, run)
-    chunked = ("artifact_chunked", f"final_{label}_roundtrip_exact")
+    """Score the model rebuilt from an artifact; the last is the headline, which is timed.
 
-    def score(name: str, tag: str, *how, legal: bool = True) -> None:
-        results.append(evaluate(name, forward, model, val, run, *how))
-        report(tag, results[-1], run, legal=legal)
+    Diagnostics are further scores under names of their own: in chunks, without adaptation, in a
+    published system's own windows.
+    """
+    run.phase = "scoring the artifact"
+    model = rebuild_model(cfg, stored, run)
+    label = grid_label(cfg, stored)
+    stride = cfg.eval_stride
+    results: list[EvalResult] = []
+
+    def score(name: str, tag: str, *, legal: bool = True, **how: Any) -> EvalResult:
+        """One evaluation, logged and kept."""
+        result = evaluate(name, forward, model, val, run, **how)
+        report(tag, result, run, legal=legal)
+        results.append(result)
+        return result
 
     if diagnostics and stride:
-        score(*chunked)
+        score("artifact_chunked", f"final_{label}_roundtrip_exact")
         if cfg.sliding != "cover":
-            score(f"artifact_{cfg.sliding}", f"final_{label}_{cfg.sliding}", stride, cfg.sliding)
-        if ttt == "score_first":
-            score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride)
+            spans = published_windows(val.num_targets(cfg), cfg.eval_seq_len, stride, cfg.sliding)
+            name = f"{label}_{cfg.sliding}"
+            score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
+        if cfg.ttt_mode == "score_first":
+            score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride=stride)
     with run.scoring_clock.running():
-        if ttt == "score_first":
-            score("artifact_sliding", "legal_ttt_exact", stride, "cover", adapter)
+        if cfg.ttt_mode == "score_first":
+            adapter = Adapter(forward, model, val, run)
+            score("artifact_sliding", "legal_ttt_exact", stride=stride, learner=adapter)
         elif stride:
-            score("artifact_sliding", f"final_{label}_sliding_window_exact", stride)
+            tag = f"final_{label}_sliding_window_exact"
+            score("artifact_sliding", tag, stride=stride)
         else:
-            score(*chunked)
-        if diagnostics and adapter and ttt == "train_then_score":
-            adapter.learn_all(results[-1].seconds)
-            run.log(
-                "warning: no legal score follows: the model has trained on the text before "
-                "scoring it"
-            )
-            score("artifact_sliding_train_then_score", "illegal_ttt", stride, legal=False)
-            results.insert(-1, results.pop())
+            score("artifact_chunked", f"final_{label}_roundtrip_exact")
+        headline = results[-1]
+        if diagnostics and cfg.ttt_mode == "train_then_score":
+            train_then_score(Adapter(forward, model, val, run), headline.seconds)
+            name = "artifact_sliding_train_then_score"
+            score(name, "illegal_ttt", stride=stride, legal=False)
     seconds, budget = run.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
     if seconds > budget:
         run.mark_ineligible(f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}")
-    return results
+    results.remove(headline)
+    return [*results, headline]
 
 
 def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
@@ -4016,6 +4088,153 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
             "warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
             "same, and the run will not be eligible as a record"
         )
+
+
+# =================================================================================================
+# Published variants
+# What only a published system needs to be reproduced, and names that its command lines use.
+# Nothing here is recommended; a reader of the main path may leave the section out.
+# =================================================================================================
+
+
+def published_windows(num_targets: int, seq_len: int, stride: int, form: str) -> np.ndarray:
+    """Windows of published systems, like those of windows(): int64 (windows, 3).
+
+    published_s1 has a window for every stride, of which the last are short, published_s3 full
+    windows only. Each scores its last `stride` targets, the first all of its.
+    """
+    starts: np.ndarray = np.arange(0, num_targets, stride)
+    if form == "published_s3":
+        starts = np.unique(np.minimum(starts, max(num_targets - seq_len, 0)))
+    ends = np.minimum(starts + seq_len, num_targets)
+    firsts = np.append(0, np.maximum(ends - stride, starts)[1:])
+    return np.stack([starts, firsts, ends], axis=1)
+
+
+def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
+    """Train on the whole split, of which `scoring_seconds` of the budget are then scored again.
+
+    This is no legal evaluation: the model has seen what it is asked.
+    """
+    cfg, run = adapter.run.cfg, adapter.run
+    end = adapter.val.num_targets(cfg)
+    deadline = cfg.eval_wallclock_seconds - 1.1 * scoring_seconds
+    steps_an_epoch = -(-end // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
+    run.occasions["ttt"] = cfg.ttt_epochs * steps_an_epoch
+    for _ in range(cfg.ttt_epochs):
+        run.activity["ttt"] += adapter.learn(0, end, cfg.ttt_lr, deadline)
+    run.log("warning: no legal score follows: the model has trained on the text before scoring it")
+
+
+# Published names of settings we call otherwise: (our name, {published value: ours}), where no
+# table of values means that the value carries over as it is.
+ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
+    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
+    "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
+    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
+    "SWA_INTERVAL": ("SWA_EVERY", None),
+    "SWA_PCT": ("SWA_START_FRAC", None),
+    **{
+        alias: (name, {"0": off, "1": on})
+        for alias, name, off, on in (
+            ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"),
+            ("VRL", "VRL_MODE", "off", "add"),
+            ("EMA_ENABLED", "AVG_MODE", "none", "ema"),
+            ("SWA_ENABLED", "AVG_MODE", None, "swa"),
+            ("LATE_QAT", "QAT_MODE", "off", "late"),
+            ("QAT_ENABLED", "QAT_MODE", "off", "always"),
+            ("NO_COMPILE", "COMPILE", "auto", "0"),
+            ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
+            ("NO_FA3", "ATTENTION", "auto", "sdpa"),
+            ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
+            ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
+            ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"),
+        )
+    },
+}
+
+# Published names of techniques that are not here: the values at which they are off. None marks
+# a name that has no effect on anything here, whatever its value.
+RETIRED: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(
+        (
+            "DTG_ENABLED",
+            "GATED_ATTENTION",
+            "LATE_K_FP16",
+            "LAWA_ENABLED",
+            "MTP_NUM_HEADS",
+            "TARGET_MB",
+        ),
+        ("0",),
+    ),
+    **dict.fromkeys(
+        (
+            "GPTQ_CALIB_SAMPLES",
+            "GPTQ_RESERVE_MS",
+            "LAWA_FREQ",
+            "LAWA_K",
+            "MTP_LOSS_WEIGHT",
+            "MUON_BETA2",
+            "VAL_BATCH_SIZE",
+        )
+    ),
+    **dict.fromkeys(
+        (
+            "CONTROL_TENSOR_NAME_PATTERNS",
+            "FP16_KEEP_NAME_PATTERNS",
+            "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+        ),
+        ("",),
+    ),
+    "ADAM_EPS": ("1e-8", "1e-08"),
+    "BETA1": ("0.9",),
+    "BETA2": ("0.95",),
+    "TARGET_BYTES": ("0",),
+    "MUON_QUANT_BLOCK_SIZE": ("256",),
+    "QAT_CLIP_PCT": ("0.9995",),
+    "Q_SYMMETRIC": ("1",),
+    "AUX_PROJ_MUP": ("1",),
+    "MLP_BITS": ("6",),
+    "ATTN_BITS": ("6",),
+    "EMB_BITS": ("8",),
+    "AUX_EMB_BITS": ("8",),  # BITS has them all
+}
+
+
+def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -> Iterator[str]:
+    """Add to `given` what published names in `env` mean, with a note for each; or Refusal.
+
+    A published switch that is off gives way to another one that is on for the same setting:
+    EMA_ENABLED=0 SWA_ENABLED=1 means AVG_MODE=swa. So those that are on come first.
+    """
+    translated = set()
+    for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
+        name, values = ALIASES[alias]
+        value: str | None = env[alias]
+        if values is not None:
+            if value not in values:
+                raise Refusal(f"{alias}={value!r}: expected {', '.join(values)} (here {name})")
+            value = values[value]
+        if value is None or (env[alias] == "0" and name in translated):
+            yield f"{alias}={env[alias]} leaves {name} as it is"
+            continue
+        translated.add(name)
+        stated = given.setdefault(name, value)
+        if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
+            raise Refusal(
+                f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
+                "is set too: keep one"
+            )
+        yield f"{alias}={env[alias].strip()} read as {name}={value.strip()}"
+
+
+def retired_names(env: dict[str, str]) -> Iterator[str]:
+    """A note for each name in `env` of a technique that is not here and off; or Refusal."""
+    for name in sorted(set(RETIRED) & set(env)):
+        off = RETIRED[name]
+        if off is not None and env[name] not in off:
+            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
+        yield f"{name}={show_setting(env[name])} has no effect here"
 
 
 # =================================================================================================
@@ -4328,80 +4547,6 @@ PRESETS: dict[str, dict] = {
     },
 }
 
-# Published names of settings we call otherwise: (our name, {published value: ours}), where no
-# table of values means that the value carries over as it is.
-ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
-    "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
-    "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
-    "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
-    "SWA_INTERVAL": ("SWA_EVERY", None),
-    "SWA_PCT": ("SWA_START_FRAC", None),
-    **{
-        alias: (name, {"0": off, "1": on})
-        for alias, name, off, on in (
-            ("BACKOUT_ENABLED", "BACKOUT_MODE", "none", "mid"),
-            ("VRL", "VRL_MODE", "off", "add"),
-            ("EMA_ENABLED", "AVG_MODE", "none", "ema"),
-            ("SWA_ENABLED", "AVG_MODE", None, "swa"),
-            ("LATE_QAT", "QAT_MODE", "off", "late"),
-            ("QAT_ENABLED", "QAT_MODE", "off", "always"),
-            ("NO_COMPILE", "COMPILE", "auto", "0"),
-            ("TORCH_COMPILE_DISABLE", "COMPILE", "auto", "0"),
-            ("NO_FA3", "ATTENTION", "auto", "sdpa"),
-            ("USE_GPTQ", "GPTQ_VARIANT", "off", "full"),
-            ("TTT_ENABLED", "TTT_MODE", "off", "score_first"),
-            ("VALUE_RESIDUAL", "VRL_MODE", "off", "mix"),
-        )
-    },
-}
-
-# Published names of techniques that are not here: the values at which they are off. None marks
-# a name that has no effect on anything here, whatever its value.
-RETIRED: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys(
-        (
-            "DTG_ENABLED",
-            "GATED_ATTENTION",
-            "LATE_K_FP16",
-            "LAWA_ENABLED",
-            "MTP_NUM_HEADS",
-            "TARGET_MB",
-        ),
-        ("0",),
-    ),
-    **dict.fromkeys(
-        (
-            "GPTQ_CALIB_SAMPLES",
-            "GPTQ_RESERVE_MS",
-            "LAWA_FREQ",
-            "LAWA_K",
-            "MTP_LOSS_WEIGHT",
-            "MUON_BETA2",
-            "VAL_BATCH_SIZE",
-        )
-    ),
-    **dict.fromkeys(
-        (
-            "CONTROL_TENSOR_NAME_PATTERNS",
-            "FP16_KEEP_NAME_PATTERNS",
-            "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
-        ),
-        ("",),
-    ),
-    "ADAM_EPS": ("1e-8", "1e-08"),
-    "BETA1": ("0.9",),
-    "BETA2": ("0.95",),
-    "TARGET_BYTES": ("0",),
-    "MUON_QUANT_BLOCK_SIZE": ("256",),
-    "QAT_CLIP_PCT": ("0.9995",),
-    "Q_SYMMETRIC": ("1",),
-    "AUX_PROJ_MUP": ("1",),
-    "MLP_BITS": ("6",),
-    "ATTN_BITS": ("6",),
-    "EMB_BITS": ("8",),
-    "AUX_EMB_BITS": ("8",),  # BITS has them all
-}
-
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
     """The settings named in `env` under our names, and a note for each translation, or Refusal."""
@@ -4412,42 +4557,6 @@ def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], l
         *misspelled_names(env, known),
     ]
     return given, notes
-
-
-def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -> Iterator[str]:
-    """Add to `given` what published names in `env` mean, with a note for each; or Refusal.
-
-    A published switch that is off gives way to another one that is on for the same setting:
-    EMA_ENABLED=0 SWA_ENABLED=1 means AVG_MODE=swa. So those that are on come first.
-    """
-    translated = set()
-    for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
-        name, values = ALIASES[alias]
-        value: str | None = env[alias]
-        if values is not None:
-            if value not in values:
-                raise Refusal(f"{alias}={value!r}: expected {', '.join(values)} (here {name})")
-            value = values[value]
-        if value is None or (env[alias] == "0" and name in translated):
-            yield f"{alias}={env[alias]} leaves {name} as it is"
-            continue
-        translated.add(name)
-        stated = given.setdefault(name, value)
-        if parse_setting(name, stated, known[name]) != parse_setting(name, value, known[name]):
-            raise Refusal(
-                f"{alias}={env[alias].strip()} means {name}={value}, but {name}={stated} "
-                "is set too: keep one"
-            )
-        yield f"{alias}={env[alias].strip()} read as {name}={value.strip()}"
-
-
-def retired_names(env: dict[str, str]) -> Iterator[str]:
-    """A note for each name in `env` of a technique that is not here and off; or Refusal."""
-    for name in sorted(set(RETIRED) & set(env)):
-        off = RETIRED[name]
-        if off is not None and env[name] not in off:
-            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
-        yield f"{name}={show_setting(env[name])} has no effect here"
 
 
 def misspelled_names(env: dict[str, str], known: dict) -> Iterator[str]:

@@ -23,6 +23,8 @@ from train_gpt import (
     Run,
     Validation,
     evaluate,
+    published_windows,
+    train_then_score,
     training_nats,
     window_batch,
     windows,
@@ -276,7 +278,9 @@ def test_a_strip_holds_what_its_window_scores(shape: tuple[int, int, int], form:
     rows = np.array(
         [
             (start, at, min(at + stride, end))
-            for start, first, end in windows(*shape, form)
+            for start, first, end in (
+                windows(*shape) if form == "cover" else published_windows(*shape, form)
+            )
             for at in range(first, end, stride)
         ]
     )
@@ -307,14 +311,14 @@ def test_published_windows_are_those_of_the_scripts(shape: tuple[int, int, int])
     assume(stride > 0)
     first = [(start, min(start + seq_len, num_targets)) for start in range(0, num_targets, stride)]
     expected = [(start, max(end - stride, start) if start else 0, end) for start, end in first]
-    assert windows(*shape, "published_s1").tolist() == [list(row) for row in expected]
+    assert published_windows(*shape, "published_s1").tolist() == [list(row) for row in expected]
     if num_targets > seq_len:
         starts = list(range(0, num_targets - seq_len + 1, stride))
         starts += [num_targets - seq_len] * (starts[-1] != num_targets - seq_len)
         expected = [
             [start, start + seq_len - stride if start else 0, start + seq_len] for start in starts
         ]
-        assert windows(*shape, "published_s3").tolist() == expected
+        assert published_windows(*shape, "published_s3").tolist() == expected
 
 
 @given(st.integers(2, 20), st.integers(1, 6), st.integers(1, 8))
@@ -322,8 +326,8 @@ def test_the_forms_agree_where_windows_cover_exactly(stride: int, per_row: int, 
     """But for S1's cut windows, which score the last targets once more each."""
     seq_len, num_targets = stride * per_row, stride * (per_row + rows)
     cover = windows(num_targets, seq_len, stride).tolist()
-    assert windows(num_targets, seq_len, stride, "published_s3").tolist() == cover
-    s1 = windows(num_targets, seq_len, stride, "published_s1").tolist()
+    assert published_windows(num_targets, seq_len, stride, "published_s3").tolist() == cover
+    s1 = published_windows(num_targets, seq_len, stride, "published_s1").tolist()
     assert s1[: len(cover)] == cover
     assert all(end == num_targets and end - first == stride for _, first, end in s1[len(cover) :])
     assert len(s1) - len(cover) == per_row - 1
@@ -356,7 +360,7 @@ def adapted(
     run = Run(cfg, rank, ranks, CPU)
     adapter = Adapter(training_nats, copy_of, val, run)
     with run.scoring_clock.running():
-        result = evaluate("test", training_nats, copy_of, val, run, 8, "cover", adapter)
+        result = evaluate("test", training_nats, copy_of, val, run, 8, learner=adapter)
     return copy_of, result, run
 
 
@@ -428,7 +432,7 @@ def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
 
         cfg, net = Config(eval_seq_len=16, **{**TTT, "eval_batch_seqs": 1}), copy.deepcopy(model)
         run = Run(cfg, 0, 1, CPU)
-        evaluate("test", forward, net, val, run, 8, "cover", Adapter(forward, net, val, run))
+        evaluate("test", forward, net, val, run, 8, learner=Adapter(forward, net, val, run))
         return seen
 
     one, other = random_split(72, vocab_size=32), random_split(72, vocab_size=32)
@@ -524,7 +528,7 @@ def test_adaptation_leaves_the_rest_of_the_scoring_its_time(
     adapter = Adapter(forward, torch.nn.Linear(2, 2), val, run)
     adapter.learn = lambda *how: now.__setitem__(0, now[0] + 2.0)
     with run.scoring_clock.running():
-        evaluate("test", forward, None, val, run, 8, "cover", adapter)
+        evaluate("test", forward, None, val, run, 8, learner=adapter)
     assert run.occasions["ttt"] == 9
     assert least <= run.activity["ttt"] <= most
     scoring = now[0] - 2.0 * run.activity["ttt"]
@@ -536,12 +540,12 @@ def test_train_then_score_learns_from_all_of_it_first(model: GPT) -> None:
     val = random_split(72, vocab_size=32)
     cfg = Config(eval_seq_len=16, **{**TTT, "ttt_mode": "train_then_score", "ttt_batch_seqs": 1})
     run, net = Run(cfg, 0, 1, CPU), copy.deepcopy(model)
-    Adapter(training_nats, net, val, run).learn_all(0.0)
+    train_then_score(Adapter(training_nats, net, val, run), 0.0)
     assert dict(run.activity) == dict(run.occasions) == {"ttt": 2 * 5}
     for name, p in net.named_parameters():
         frozen = name.startswith(("blocks.0.", "tok_emb.", "bigram.", "smear."))
         assert torch.equal(p, model.get_parameter(name)) == frozen, name
     late = Run(Config(**{**vars(cfg), "eval_wallclock_seconds": 0.0}), 0, 1, CPU)
     with late.scoring_clock.running():
-        Adapter(training_nats, copy.deepcopy(model), val, late).learn_all(0.0)
+        train_then_score(Adapter(training_nats, copy.deepcopy(model), val, late), 0.0)
     assert (late.activity["ttt"], late.occasions["ttt"]) == (0, 10)
