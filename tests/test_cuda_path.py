@@ -521,7 +521,7 @@ def test_scoring_on_cuda(system: str, where: str) -> None:
             spans,
             cfg.eval_stride,
             run,
-            run.progress("scoring"),
+            run.folder.progress("scoring"),
         )
     assert notes["nats"] == {(FP32, (cfg.eval_batch_seqs, cfg.eval_stride))}
     assert (kind(sums), sums.device.type) == ((torch.float64, (3,)), "cpu")
