@@ -324,202 +324,109 @@ class Clock:
             self.banked, self.since = self.elapsed(), time.perf_counter() if before else None
 
 
-class Run:
-    """One process of a run: rank, device, clocks, log, and the count of what acted."""
+class Ranks:
+    """The processes that share a run, of which this is one, and what they exchange.
 
-    def __init__(self, cfg: Config, rank: int, world_size: int, device: torch.device) -> None:
-        self.cfg, self.rank, self.world_size, self.device = cfg, rank, world_size, device
+    Every decision that ranks must share goes through agree(), every sum through add_up() or
+    scatter_sum(). With a single process these do nothing.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        *,
+        split_stacks: bool = True,
+        watchdog_seconds: float = 600.0,
+        store: dist.Store | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device or torch.device("cpu")
         self.is_main = rank == 0
-        self.folder: Path | None = None
-        self.training_clock, self.scoring_clock = Clock(), Clock()
-        self.trained_seconds = 0.0  # of the training clock, before calibration
-        self.calibration_tokens, self.last_logged_share = 0, -1
-        self.phase, self.signal = "starting", 0  # the signal that asked training to end
-        tokens = 98_304 if device.type == "cuda" else 8_192
-        self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
-        self.occasions, self.activity = Counter[str](), Counter[str]()  # could a technique act, did
-        self.ineligible: list[str] = []
-        self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
-        # Decisions are exchanged through host memory, so that they never wait for a GPU queue;
-        # rank 0 may quantise long alone before it shares what came out.
-        self.control, self.patient = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=times * cfg.watchdog_seconds))
-            if world_size > 1 and dist.is_initialized()
-            else None
-            for times in (1, 20)
-        )
-
-    @classmethod
-    @contextlib.contextmanager
-    def start(cls, cfg: Config) -> Iterator[Run]:
-        """Open the process group that torchrun's environment describes, if any; close it after."""
-        given = [
-            os.environ.get(name, default)
-            for name, default in (
-                ("RANK", "0"),
-                ("LOCAL_RANK", "0"),
-                ("WORLD_SIZE", "1"),
-                ("LOCAL_WORLD_SIZE", "1"),
-            )
-        ]
-        if not all(map(str.isdecimal, given)):
-            raise Refusal(
-                f"RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {given}: expected "
-                "whole numbers; torchrun sets them, a single process needs none"
-            )
-        rank, local_rank, world_size, here = map(int, given)
-        device = pick_device(local_rank, world_size, here)
-        if (
-            device.type == "cpu"
-            and here > 1
-            and os.environ.get("OMP_NUM_THREADS") == "1"
-            and "MKL_NUM_THREADS" not in os.environ
-        ):
-            # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
-        store = None
-        if world_size > 1:
-            try:
-                store, rank, world_size = next(dist.rendezvous("env://"))
-            except (ValueError, RuntimeError) as error:
-                said = str(error).strip().split("\n")[0]
-                raise Refusal(
-                    f"WORLD_SIZE={world_size}, but the processes do not find each other "
-                    f"({said}); torchrun sets up all that they need"
-                ) from None
-            if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
-                # Its store outlives a restart: what dead processes left there must not be found.
-                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=cfg.watchdog_seconds),
-            )
-        run = cls(cfg, rank, world_size, device)
-        before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield run
-        except Refusal:
-            raise
-        except Exception as error:
-            # One line to the console, the traceback to the log.
-            text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
-            if store is not None and "timed out" in str(error).lower():
-                text = f"waited {cfg.watchdog_seconds:g} s; not there: rank {run.absent(store)}"
-            tqdm.write(f"error: rank {rank}, during {run.phase}: {text}", file=sys.stderr)
-            with contextlib.suppress(OSError):  # a full disk has been named already
-                run.append("log.txt", "".join(traceback.format_exception(error)))
-            raise SystemExit(EXIT_FAILED) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def on_signal(self, number: int, frame: object) -> None:
-        """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
-        if self.phase == "training" and not self.signal:
-            self.signal = number
-        else:
-            self.stop(number, f"during {self.phase}; what the run folder holds was kept")
-
-    def stop(self, number: int, situation: str) -> None:
-        """End the process because of a signal."""
-        if self.is_main:
-            tqdm.write(f"error: {signal.Signals(number).name} {situation}", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    def absent(self, store: dist.Store) -> str:
-        """After a time-out: the ranks that are not among those that waited in vain as well."""
-        missing = set(range(self.world_size))
-
-        def ask() -> None:
-            store.set(f"rank {self.rank} waited", "")
-            while True:
-                missing.difference_update(
-                    r for r in list(missing) if store.check([f"rank {r} waited"])
-                )
-                time.sleep(0.1)
-
-        asking = threading.Thread(target=ask, daemon=True)  # a dead rank's store never answers
-        asking.start()
-        asking.join(3.0)
-        return "unknown" if self.rank in missing else ", ".join(map(str, sorted(missing)))
-
-    # Activations are bf16 only where the hardware multiplies it natively.
-    dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-    compiled = property(
-        lambda self: (
-            self.cfg.compile == "1" or (self.cfg.compile == "auto" and self.device.type == "cuda")
-        )
-    )
-    adaptation_rows = property(lambda self: -(-self.cfg.ttt_batch_seqs // self.world_size))
-    # Windows a forward, of a batch of EVAL_BATCH_SEQS.
-    scored_rows = property(
-        lambda self: (
-            self.cfg.eval_batch_seqs
-            if self.device.type != "cpu"
-            else min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len))
-        )
-    )
+        self.store = store  # where the processes found each other
+        # Into how many parts the stacks of Muon are split; with 1, every rank does all of them.
+        self.num_parts = world_size if split_stacks else 1
+        # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
+        self.control: dist.ProcessGroup | None = None
+        self.patient: dist.ProcessGroup | None = None
+        if world_size > 1 and dist.is_initialized():
+            seconds = timedelta(seconds=watchdog_seconds)
+            self.control = dist.new_group(backend="gloo", timeout=seconds)
+            # Rank 0 may quantise long alone before it sends what came out.
+            self.patient = dist.new_group(backend="gloo", timeout=20 * seconds)
 
     def agree(self, value: float, op: str = "first") -> float:
         """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
-        if self.world_size > 1:
-            box = torch.tensor(
-                value if op == "most" or self.is_main else -math.inf, dtype=torch.float64
-            )
-            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-            value = box.item()
-        return value
+        if self.world_size == 1:
+            return value
+        counts = op == "most" or self.is_main
+        box = torch.tensor(value if counts else -math.inf, dtype=torch.float64)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return box.item()
+
+    def any_of(self, condition: bool) -> bool:
+        """Whether the condition holds on any rank."""
+        return self.agree(float(condition), "most") > 0
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
-        if self.world_size > 1:
-            flat = torch.cat([t.reshape(-1) for t in tensors])
-            dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
-            totals = zip(tensors, flat.split([t.numel() for t in tensors]), strict=True)
-            torch._foreach_copy_(tensors, [total.view_as(t) for t, total in totals])
+        if self.world_size == 1:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat, group=self.control if flat.device.type == "cpu" else None)
+        totals = flat.split([t.numel() for t in tensors])
+        shaped = [total.view_as(t) for total, t in zip(totals, tensors, strict=True)]
+        torch._foreach_copy_(tensors, shaped)
 
-    # Ranks that share Muon's matrices out; with one, every rank does all of them.
-    sharers = property(lambda self: self.world_size if self.cfg.muon_parallel else 1)
-
-    def share_of(self, stack: Tensor) -> Tensor:
+    def part_of(self, stack: Tensor) -> Tensor:
         """This rank's part of a stack (n, ...), padded with zeros to equal parts: (m, ...)."""
-        count = -(-len(stack) // self.sharers)
-        part = stack[count * (self.rank % self.sharers) :][:count].to(self.device)
+        count = -(-len(stack) // self.num_parts)
+        first = count * (self.rank % self.num_parts)
+        part = stack[first : first + count].to(self.device)
         return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
 
     def scatter_sum(self, stack: Tensor) -> Callable[[], Tensor]:
         """Start to sum (n, ...) over ranks; what waits for it gives this rank's part (m, ...)."""
         if self.world_size == 1:
             return lambda: stack
-        if self.sharers == 1:
-            return self.waiter(stack, dist.all_reduce(stack, async_op=True))
-        whole = torch.cat([stack, stack.new_zeros(-len(stack) % self.sharers, *stack.shape[1:])])
-        part = torch.empty_like(whole[: len(whole) // self.sharers])
-        return self.waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
+        if self.num_parts == 1:
+            return waiter(stack, dist.all_reduce(stack, async_op=True))
+        padding = stack.new_zeros(-len(stack) % self.num_parts, *stack.shape[1:])
+        whole = torch.cat([stack, padding])
+        part = torch.empty_like(whole[: len(whole) // self.num_parts])
+        return waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
 
     def gather(self, part: Tensor) -> Callable[[], Tensor]:
         """Start to put all ranks' parts (m, ...) together; what waits for it gives the whole."""
-        if self.sharers == 1:
+        if self.num_parts == 1:
             return lambda: part
-        whole = part.new_empty(self.sharers * len(part), *part.shape[1:])
-        return self.waiter(whole, dist.all_gather_single(whole, part.contiguous(), async_op=True))
+        whole = part.new_empty(self.num_parts * len(part), *part.shape[1:])
+        return waiter(whole, dist.all_gather_single(whole, part.contiguous(), async_op=True))
 
-    def waiter(self, result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
-        """A function that waits for `result`; waiting again costs nothing."""
-        return functools.cache(lambda: (work.wait(), result)[1])
+    def broadcast(self, content: bytes, source: int = 0) -> bytes:
+        """The bytes of rank `source`, on every rank, whether or not they share a file system."""
+        box = [content]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=source, group=self.patient)
+        return box[0]
+
+    def copy_from_main(self, model: nn.Module) -> None:
+        """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
 
     def check_replicas(self, model: nn.Module, step: int) -> None:
         """Raise RuntimeError unless all ranks hold the same weights, by a sum of their bits."""
-        if self.world_size > 1:
-            sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
-            mine = float(torch.stack(sums).sum().item() % 2**50)
-            if self.agree(float(mine != self.agree(mine)), "most"):
-                raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
+        if self.world_size == 1:
+            return
+        bits = [p.detach().view(torch.int32) for p in model.parameters()]
+        total = torch.stack([part.sum(dtype=torch.int64) for part in bits]).sum()
+        mine = float(total.item() % 2**50)  # a float64 holds it exactly
+        if self.agree(float(mine != self.agree(mine)), "most"):
+            raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -532,13 +439,316 @@ class Run:
         first = -self.agree(-math.inf if refusal is None else -self.rank, "most")
         if first < math.inf:
             text = f"rank {first:.0f}: {refusal}" if first else str(refusal)
-            raise Refusal(self.share(text.encode(), int(first)).decode())
+            raise Refusal(self.broadcast(text.encode(), int(first)).decode())
 
-    def copy_from_main(self, model: nn.Module) -> None:
-        """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
-        if self.world_size > 1:
-            for p in model.parameters():
-                dist.broadcast(p.data, src=0)
+    def absent(self) -> str:
+        """After a time-out: the ranks that are not among those that waited in vain as well."""
+        store, missing = self.store, set(range(self.world_size))
+        if store is None:
+            return "unknown"
+
+        def ask() -> None:
+            store.set(f"rank {self.rank} waited", "")
+            while True:
+                here = [r for r in list(missing) if store.check([f"rank {r} waited"])]
+                missing.difference_update(here)
+                time.sleep(0.1)
+
+        asking = threading.Thread(target=ask, daemon=True)  # a dead rank's store never answers
+        asking.start()
+        asking.join(3.0)
+        if self.rank in missing:
+            return "unknown"
+        return ", ".join(map(str, sorted(missing)))
+
+
+def waiter(result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
+    """A function that waits for `result`; waiting again costs nothing."""
+
+    @functools.cache
+    def wait() -> Tensor:
+        work.wait()
+        return result
+
+    return wait
+
+
+class RunFolder:
+    """What a run leaves in runs/<RUN_ID>/: log, metrics, settings, source, checkpoints, artifact.
+
+    Only rank 0 has a folder and writes. The other ranks call the same methods, which then do
+    nothing, so that no caller has to ask.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks) -> None:
+        self.cfg = cfg
+        self.ranks = ranks
+        self.path: Path | None = None
+        self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
+
+    def open(self) -> None:
+        """Make the folder with settings and source, or with RESUME go on in it, or Refusal."""
+        name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self.claim(Path(self.cfg.runs_dir, self.cfg.run_id or name))
+        self.log(f"{self.path}/log.txt")
+
+    def claim(self, folder: Path) -> None:
+        """Take the folder for this process; raises Refusal if it is another run's."""
+        try:
+            folder.mkdir(parents=True, exist_ok=self.cfg.resume)
+        except FileExistsError:
+            raise Refusal(
+                f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
+                "touched. Choose another RUN_ID, or RESUME=1 to go on"
+            ) from None
+        settings, source = folder / "settings.json", folder / "train_gpt.py"
+        self.refuse_other_settings(settings)
+        if source.is_file() and source.read_bytes() != self.source:
+            raise Refusal(f"RESUME=1: {source} began this run, and another one is running now")
+        self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends, however it does
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
+        self.path = folder
+        for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
+            torn.unlink()
+        for log in (folder / "log.txt", folder / "metrics.jsonl"):
+            if log.is_file():
+                whole_lines, end, _torn = log.read_bytes().rpartition(b"\n")
+                write_file(log, whole_lines + end)
+        write_file(settings, json.dumps(asdict(self.cfg), indent=1).encode())
+        write_file(source, self.source)
+
+    def refuse_other_settings(self, path: Path) -> None:
+        """Raise Refusal if the run that wrote these settings was to give another result."""
+        if not path.is_file():
+            return
+        try:
+            theirs = dict(json.loads(path.read_bytes()))
+        except MALFORMED:
+            raise Refusal(f"RESUME=1: {path} is damaged: begin a new run") from None
+        for name in sorted(settings_of_reach("training", "model", "scoring")):
+            ours = getattr(self.cfg, name)
+            if ours != theirs.get(name):
+                raise Refusal(
+                    f"RESUME=1: {name.upper()}={show_setting(ours)}, but the run "
+                    f"in {path.parent} has {show_setting(theirs.get(name))}"
+                )
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Write checkpoint_<step>.pt, whole or not at all, and keep the newest two."""
+        if self.path is None:
+            return
+        packed = io.BytesIO()
+        torch.save(state, packed)
+        write_file(self.path / f"checkpoint_{state['step']}.pt", packed.getbuffer())
+        for old in self.checkpoints()[2:]:
+            old.unlink()
+        self.log(f"checkpoint step:{state['step']} bytes:{packed.tell()}")
+
+    def checkpoints(self) -> list[Path]:
+        """The run's checkpoints, newest first; other names are somebody's own."""
+        by_step = {}
+        for path in self.path.iterdir() if self.path is not None else ():
+            if name := re.fullmatch(r"checkpoint_(\d+)\.pt", path.name):
+                by_step[int(name[1])] = path
+        return [by_step[step] for step in sorted(by_step, reverse=True)]
+
+    def last_checkpoint(self) -> dict | None:
+        """The newest checkpoint that can be read, on every rank; None to begin anew."""
+        content = b""
+        for path in self.checkpoints() if self.cfg.resume else ():
+            try:
+                content = read_checkpoint(path)
+                break
+            except Exception as error:  # what torch.load raises is not told
+                self.log(f"warning: {path} cannot be read ({error}); trying the one before")
+        content = self.ranks.broadcast(content)
+        # By way of the CPU: what one GPU saved, all ranks would put on that one.
+        return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
+
+    def append(self, name: str, text: str) -> None:
+        """Add text to a file of the run folder, if there is one yet."""
+        if self.path is not None:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(text)
+
+    def log(self, template: str, event: str = "", **facts: object) -> None:
+        """Write a line, unless empty, to console and log.txt, and an event to metrics.jsonl."""
+        if not self.ranks.is_main:
+            return
+        if template:
+            line = template.format(**facts) if facts else template
+            tqdm.write(line)
+            sys.stdout.flush()
+            self.append("log.txt", line + "\n")
+        if event:
+            self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
+
+    def progress(self, label: str, **how: Any) -> tqdm:
+        """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
+        return tqdm(
+            desc=label,
+            leave=False,
+            disable=None if self.ranks.is_main else True,
+            unit_scale=True,
+            dynamic_ncols=True,
+            **how,
+        )
+
+
+def read_checkpoint(path: Path) -> bytes:
+    """The bytes of a checkpoint that torch.load can read; raises whatever shows that it cannot."""
+    content = path.read_bytes()
+    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch checks no sums
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
+    torch.load(io.BytesIO(content), weights_only=True)
+    return content
+
+
+class Ledger:
+    """What a run used and did: its clocks, when each technique acted, and if it may be a record."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.training_clock = Clock()  # training and calibration
+        self.scoring_clock = Clock()
+        self.trained_seconds = 0.0  # of the training clock, before calibration
+        self.calibration_tokens = 0
+        self.last_logged_share = -1  # of the run, in fiftieths
+        # By technique: how often it could have acted, and how often it did.
+        self.occasions = Counter[str]()
+        self.activity = Counter[str]()
+        self.ineligible: list[str] = []  # reasons
+
+    def note(self, name: str, acted: bool) -> None:
+        """Count an occasion on which a technique that is configured may act, and whether it did."""
+        self.occasions[name] += 1
+        self.activity[name] += int(acted)
+
+    def mark_ineligible(self, reason: str) -> None:
+        """Note why the run cannot stand as a record."""
+        self.ineligible.append(reason)
+        self.folder.log(f"warning: not eligible as a record: {reason}")
+
+    def log_activity(self) -> None:
+        """Log how often each scheduled technique was active; warn of any that never was."""
+        for name, occasions in self.occasions.items():
+            self.folder.log(
+                "activity {name} steps:{steps} of:{of}",
+                "activity",
+                name=name,
+                steps=self.activity[name],
+                of=occasions,
+            )
+            if not self.activity[name]:
+                self.folder.log(f"warning: {name} was configured and never acted")
+
+
+class Run:
+    """One process of a run: its settings and device, its ranks, its run folder, its ledger."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        store: dist.Store | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.device = device
+        self.ranks = Ranks(
+            rank,
+            world_size,
+            device,
+            split_stacks=cfg.muon_parallel,
+            watchdog_seconds=cfg.watchdog_seconds,
+            store=store,
+        )
+        self.folder = RunFolder(cfg, self.ranks)
+        self.ledger = Ledger(self.folder)
+        self.phase = "starting"  # told if the run fails
+        self.signal = 0  # the signal that asked training to end
+        tokens_at_once = 98_304 if device.type == "cuda" else 8_192
+        self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of activations: bf16 only where the hardware multiplies it natively."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the whole forward is compiled."""
+        if self.cfg.compile == "auto":
+            return self.device.type == "cuda"
+        return self.cfg.compile == "1"
+
+    @property
+    def adaptation_rows(self) -> int:
+        """Rows of a rank in a step of test-time training."""
+        return -(-self.cfg.ttt_batch_seqs // self.ranks.world_size)
+
+    @property
+    def scored_rows(self) -> int:
+        """Windows that are scored at once, of a batch of EVAL_BATCH_SEQS."""
+        if self.device.type != "cpu":
+            return self.cfg.eval_batch_seqs
+        return min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len))
+
+    def with_settings(self, cfg: Config) -> Run:
+        """The same process, ranks, folder and ledger under other settings."""
+        other = copy.copy(self)
+        other.cfg = cfg
+        return other
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, cfg: Config) -> Iterator[Run]:
+        """Open the process group that torchrun's environment describes, if any; close it after."""
+        run = cls(cfg, *join_ranks(cfg))
+        before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield run
+        except Refusal:
+            raise
+        except Exception as error:
+            run.tell_failure(error)
+            raise SystemExit(EXIT_FAILED) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def tell_failure(self, error: Exception) -> None:
+        """Say in one line on the console what failed, and in log.txt where."""
+        text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+        if self.ranks.store is not None and "timed out" in str(error).lower():
+            absent = self.ranks.absent()
+            text = f"waited {self.cfg.watchdog_seconds:g} s; not there: rank {absent}"
+        line = f"error: rank {self.ranks.rank}, during {self.phase}: {text}"
+        tqdm.write(line, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk has been named already
+            self.folder.append("log.txt", "".join(traceback.format_exception(error)))
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
+        if self.phase == "training" and not self.signal:
+            self.signal = number
+        else:
+            self.stop(number, f"during {self.phase}; what the run folder holds was kept")
+
+    def stop(self, number: int, situation: str) -> None:
+        """End the process because of a signal."""
+        if self.ranks.is_main:
+            tqdm.write(f"error: {signal.Signals(number).name} {situation}", file=sys.stderr)
+        raise SystemExit(128 + number)
 
     def settle(self) -> None:
         """Wait until the GPU has done what was asked of it, so that a clock tells the truth."""
@@ -554,133 +764,23 @@ class Run:
         """Start to copy `x` to the host; what waits for that, and for no later work, gives it."""
         if self.device.type != "cuda":
             return x.tolist
-        host, done = x.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
-        return lambda: (done.synchronize(), host.tolist())[1]
+        host = x.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event()
 
-    def share(self, content: bytes, source: int = 0) -> bytes:
-        """A rank's bytes, on every rank, whether or not they share a file system."""
-        box = [content]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=source, group=self.patient)
-        return box[0]
+        def numbers() -> list[float]:
+            copied.synchronize()
+            return host.tolist()
 
-    def open_folder(self) -> None:
-        """Make runs/<RUN_ID>/ with settings and source, or with RESUME go on in it, or Refusal."""
-        name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
-        with self.together():
-            if self.is_main:
-                self.claim(Path(self.cfg.runs_dir, self.cfg.run_id or name))
-        self.log(f"{self.folder}/log.txt")
-
-    def claim(self, folder: Path) -> None:
-        """Rank 0: take the folder for this process; raises Refusal if it is another run's."""
-        try:
-            folder.mkdir(parents=True, exist_ok=self.cfg.resume)
-        except FileExistsError:
-            raise Refusal(
-                f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
-                "touched. Choose another RUN_ID, or RESUME=1 to go on"
-            ) from None
-        ours, paths = asdict(self.cfg), (folder / "settings.json", folder / "train_gpt.py")
-        try:
-            theirs = dict(json.loads(paths[0].read_bytes())) if paths[0].is_file() else ours
-        except MALFORMED:
-            raise Refusal(f"RESUME=1: {paths[0]} is damaged: begin a new run") from None
-        for name in sorted(settings_of_reach("training", "model", "scoring")):
-            if ours[name] != theirs.get(name):
-                raise Refusal(
-                    f"RESUME=1: {name.upper()}={show_setting(ours[name])}, but the run "
-                    f"in {folder} has {show_setting(theirs.get(name))}"
-                )
-        if paths[1].is_file() and paths[1].read_bytes() != self.source:
-            raise Refusal(f"RESUME=1: {paths[1]} began this run, and another one is running now")
-        self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends, however it does
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
-        self.folder = folder
-        for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
-            torn.unlink()
-        for log in filter(Path.is_file, (folder / "log.txt", folder / "metrics.jsonl")):
-            write_file(log, b"".join(log.read_bytes().rpartition(b"\n")[:2]))  # no torn last line
-        write_file(paths[0], json.dumps(ours, indent=1).encode())
-        write_file(paths[1], self.source)
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Rank 0: write checkpoint_<step>.pt, whole or not at all, and keep the newest two."""
-        if self.folder is not None:
-            packed = io.BytesIO()
-            torch.save(state, packed)
-            write_file(self.folder / f"checkpoint_{state['step']}.pt", packed.getbuffer())
-            for old in self.checkpoints()[2:]:
-                old.unlink()
-            self.log(f"checkpoint step:{state['step']} bytes:{packed.tell()}")
-
-    def checkpoints(self) -> list[Path]:
-        """The run's checkpoints, newest first."""
-        found = self.folder.glob("checkpoint_*.pt") if self.folder else ()
-        ours = (path for path in found if re.fullmatch(r"checkpoint_\d+\.pt", path.name))
-        return sorted(ours, key=lambda path: int(path.stem.partition("_")[2]), reverse=True)
-
-    def last_checkpoint(self) -> dict | None:
-        """The newest checkpoint that can be read, on every rank; None to begin anew."""
-        content = b""
-        for path in self.checkpoints() if self.is_main and self.cfg.resume else ():
-            try:
-                read = path.read_bytes()
-                if bad := zipfile.ZipFile(io.BytesIO(read)).testzip():  # torch checks no sums
-                    raise ValueError(f"{bad} is damaged")
-                torch.load(io.BytesIO(read), weights_only=True)
-                content = read
-                break
-            except Exception as error:
-                self.log(f"warning: {path} cannot be read ({error}); trying the one before")
-        content = self.share(content)
-        # By way of the CPU: what one GPU saved, all ranks would put on that one.
-        return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
-
-    def append(self, name: str, text: str) -> None:
-        """Add text to a file of the run folder, if there is one yet."""
-        if self.folder is not None:
-            with open(self.folder / name, "a", encoding="utf-8") as f:
-                f.write(text)
-
-    def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Rank 0: a line, unless empty, to console and log.txt; an event to metrics.jsonl."""
-        if self.is_main and template:
-            line = template.format(**facts) if facts else template
-            tqdm.write(line)
-            sys.stdout.flush()
-            self.append("log.txt", line + "\n")
-        if self.is_main and event:
-            self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
-
-    def progress(self, label: str, **how) -> tqdm:
-        """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
-        return tqdm(
-            desc=label,
-            leave=False,
-            disable=None if self.is_main else True,
-            unit_scale=True,
-            dynamic_ncols=True,
-            **how,
-        )
-
-    def mark_ineligible(self, reason: str) -> None:
-        """Note why the run cannot stand as a record."""
-        self.ineligible.append(reason)
-        self.log(f"warning: not eligible as a record: {reason}")
+        return numbers
 
     def log_header(self, notes: list[str]) -> None:
         """Log what this run takes: settings, versions, machine, source."""
-        name = (
-            torch.cuda.get_device_name()
-            if self.device.type == "cuda"
-            else f"{torch.get_num_threads()} threads of {processor()}"
-        )
-        self.log("\n".join((*notes, *self.cfg.listing())))
-        self.log(
+        log, source = self.folder.log, self.folder.source
+        name = f"{torch.get_num_threads()} threads of {processor()}"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name()
+        log("\n".join((*notes, *self.cfg.listing())))
+        log(
             "versions python:{python} torch:{torch} numpy:{numpy} sentencepiece:{sp} "
             "zstandard:{zstd}",
             "versions",
@@ -690,22 +790,68 @@ class Run:
             sp=sentencepiece.__version__,
             zstd=zstandard.__version__,
         )
-        self.log(
+        log(
             "machine device:{device} name:{name} world_size:{world_size} dtype:{dtype} "
             "compiled:{compiled}",
             "machine",
             device=self.device.type,
             dtype=str(self.dtype),
             name=name,
-            world_size=self.world_size,
+            world_size=self.ranks.world_size,
             compiled=self.compiled,
         )
-        self.log(
+        log(
             "source sha256:{sha256} bytes:{num_bytes}",
             "source",
-            num_bytes=len(self.source),
-            sha256=hashlib.sha256(self.source).hexdigest(),
+            num_bytes=len(source),
+            sha256=hashlib.sha256(source).hexdigest(),
         )
+
+
+def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
+    """Find the other processes: (rank, world size, device, where they found each other).
+
+    The environment is that of torchrun; without it, the process is alone. Raises Refusal if the
+    environment contradicts itself, or the others are not there.
+    """
+    given = {
+        "RANK": os.environ.get("RANK", "0"),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1"),
+    }
+    if not all(map(str.isdecimal, given.values())):
+        raise Refusal(
+            f"{', '.join(given)} are {[*given.values()]}: expected "
+            "whole numbers; torchrun sets them, a single process needs none"
+        )
+    rank, local_rank, world_size, here = map(int, given.values())
+    device = pick_device(local_rank, world_size, here)
+    asked = os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ
+    if device.type == "cpu" and here > 1 and asked:
+        # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    if world_size == 1:
+        return rank, world_size, device, None
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise Refusal(
+            f"WORLD_SIZE={world_size}, but the processes do not find each other "
+            f"({said}); torchrun sets up all that they need"
+        ) from None
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
+        # Its store outlives a restart: what dead processes left there must not be found.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=cfg.watchdog_seconds),
+    )
+    return rank, world_size, device, store
 
 
 def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
@@ -1340,35 +1486,47 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-@functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
 def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """The attention kernel and its name: FlashAttention-3 where a trial works, else torch's.
+    """The attention kernel of these settings and its name; or Refusal, see find_attention()."""
+    return find_attention(cfg.attention, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
+
+
+@functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
+def find_attention(
+    wanted: str, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> tuple[str, AttentionKernel]:
+    """FlashAttention-3 where a trial of it works, else torch's kernel; and its name.
 
     Its sources are tried in turn. Raises Refusal if ATTENTION=fa3 and it is not to be had.
     """
-
-    def flash(source: str) -> AttentionKernel:
-        """The kernel of a package, if it works; the hub's is downloaded once."""
-        module = __import__(source)
-        if source == "kernels":
-            module = module.get_kernel("kernels-community/flash-attn3", version=1)
-        attend = functools.partial(module.flash_attn_func, causal=True)
-        q, kv = (
-            torch.zeros(1, 64, heads, cfg.head_dim, dtype=torch.bfloat16, device=device)
-            for heads in (cfg.num_heads, cfg.num_kv_heads)
-        )
-        as_tuple = isinstance(attend(q, kv, kv), tuple)
-        return (lambda q, k, v: attend(q, k, v)[0]) if as_tuple else attend
-
     why = [] if device.type == "cuda" else ["there is no CUDA device"]
-    for source in () if why or cfg.attention == "sdpa" else ("flash_attn_interface", "kernels"):
+    sources = () if why or wanted == "sdpa" else ("flash_attn_interface", "kernels")
+    for source in sources:
         try:
-            return f"fa3/{source}", flash(source)
+            attend = flash_attention(source)
+            query = torch.zeros(1, 64, num_heads, head_dim, dtype=torch.bfloat16, device=device)
+            key = torch.zeros(1, 64, num_kv_heads, head_dim, dtype=torch.bfloat16, device=device)
+            if isinstance(attend(query, key, key), tuple):
+                return f"fa3/{source}", functools.partial(first_output, attend)
+            return f"fa3/{source}", attend
         except Exception as error:  # foreign packages raise anything; torch's kernel remains
             why.append(f"{source}: " + str(error).split("\n")[0])
-    if cfg.attention == "fa3":
+    if wanted == "fa3":
         raise Refusal(f"ATTENTION=fa3: {', '.join(why)}; use ATTENTION=auto")
     return "sdpa", sdpa_attention
+
+
+def first_output(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of a kernel that gives more than the attention's output."""
+    return attend(q, k, v)[0]
+
+
+def flash_attention(source: str) -> Callable:
+    """Causal FlashAttention-3 of a package; that of "kernels" is downloaded once."""
+    module = __import__(source)
+    if source == "kernels":
+        module = module.get_kernel("kernels-community/flash-attn3", version=1)
+    return functools.partial(module.flash_attn_func, causal=True)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1885,11 +2043,11 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
         packed: bool = False,
         decay_first: bool = True,
-        run: Run | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
         self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
-        self.run = run or Run(Config(), 0, 1, torch.device("cpu"))
+        self.ranks = ranks or Ranks()
         self.shares: list[Callable[[], Tensor]] = []  # of launched sums
         self.stacks = [
             (group, [w for w in group["params"] if w.shape == shape])
@@ -1903,7 +2061,7 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
             for weight in weights:
                 weight.grad = None  # its memory is free for the update
-            self.shares.append(self.run.scatter_sum(grad))
+            self.shares.append(self.ranks.scatter_sum(grad))
 
     def gradients(self, group: dict | None = None) -> list[Tensor]:
         """This rank's share (m, r, c) of each launched stack, or of those of one group."""
@@ -1922,7 +2080,7 @@ class Muon(torch.optim.Optimizer):
         for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
             update = self.advance_momentum(grads, weights[0], group["momentum"])
             update = orthogonalize(update.to(self.dtype), self.steps)
-            updates.append(self.run.gather(update))
+            updates.append(self.ranks.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
             (rows, cols), decay = weights[0].shape, 1.0 - group["lr"] * group["weight_decay"]
             update = wait()[: len(weights)].to(weights[0].dtype)
@@ -1947,7 +2105,7 @@ class Muon(torch.optim.Optimizer):
         """The momentum of each stack from all ranks, (n, ...); packed as two tensors."""
         return [
             [
-                self.run.gather(part)()[: len(weights)]
+                self.ranks.gather(part)()[: len(weights)]
                 for part in self.state[weights[0]].get("momentum", ())
             ]
             for _, weights in self.stacks
@@ -1957,11 +2115,11 @@ class Muon(torch.optim.Optimizer):
         """Take this rank's share of what whole_momentum() gave, on any number of ranks."""
         for (_, weights), parts in zip(self.stacks, whole, strict=True):
             if parts:
-                self.state[weights[0]]["momentum"] = tuple(map(self.run.share_of, parts))
+                self.state[weights[0]]["momentum"] = tuple(map(self.ranks.part_of, parts))
 
 
 def build_optimizers(
-    cfg: Config, groups: list[dict], dtype: torch.dtype, run: Run | None = None
+    cfg: Config, groups: list[dict], dtype: torch.dtype, ranks: Ranks | None = None
 ) -> list:
     """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
     adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
@@ -1973,7 +2131,7 @@ def build_optimizers(
             dtype,
             packed=cfg.muon_quant_momentum,
             decay_first=cfg.muon_wd_order == "before",
-            run=run,
+            ranks=ranks,
         ),
     ]
 
@@ -2125,7 +2283,9 @@ def make_forward(run: Run) -> Forward:
 
 def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
     """This rank's rows of a step's global batch, as (first row, number of rows)."""
-    first, last = (n * cfg.rows_per_step // run.world_size for n in (run.rank, run.rank + 1))
+    first, last = (
+        n * cfg.rows_per_step // run.ranks.world_size for n in (run.ranks.rank, run.ranks.rank + 1)
+    )
     size = run.micro_batch_rows
     return [(start, min(size, last - start)) for start in range(first, last, size)]
 
@@ -2134,7 +2294,7 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
     """Add up gradients and other tensors over ranks; a rank without rows adds nothing."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    run.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
+    run.ranks.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
 
 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
@@ -2177,12 +2337,12 @@ def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) ->
     squares = torch.stack(
         [  # what every rank holds whole is counted on one
             torch.nn.utils.get_total_norm(group).square()
-            * (part or run.is_main or run.sharers == 1)
+            * (part or run.ranks.is_main or run.ranks.num_parts == 1)
             for group, part in zip(gradients, shared, strict=True)
         ]
     )
-    if run.sharers > 1:
-        run.add_up([squares])
+    if run.ranks.num_parts > 1:
+        run.ranks.add_up([squares])
     return squares.sqrt()
 
 
@@ -2238,7 +2398,7 @@ def fit_micro_batch(
 
     Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
     """
-    cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.world_size)
+    cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.ranks.world_size)
     while True:
         failed = 1.0
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -2246,7 +2406,7 @@ def fit_micro_batch(
             backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
             failed = 0.0
         model.zero_grad(set_to_none=True)
-        if not run.agree(failed, "most"):
+        if not run.ranks.agree(failed, "most"):
             return
         if cfg.micro_batch_seqs or run.micro_batch_rows == 1:
             raise torch.OutOfMemoryError(
@@ -2254,7 +2414,7 @@ def fit_micro_batch(
                 "lower MICRO_BATCH_SEQS, or take a smaller model"
             )
         run.micro_batch_rows //= 2
-        run.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
+        run.folder.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
 
 
 def compile_blocks(
@@ -2269,7 +2429,9 @@ def compile_blocks(
     if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
         return
     if saving < REGION_SECONDS:
-        run.log(f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s")
+        run.folder.log(
+            f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s"
+        )
         return
     kinds = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
 
@@ -2287,10 +2449,12 @@ def compile_blocks(
         compiling, compiled = trial(), min(trial(), trial(), trial())
     except Exception as error:  # a compiler fails in many ways
         compiled, why = plain, ": " + str(error).strip().split("\n")[0]
-    if run.agree(compiled / plain if kinds else 0.0, "most") >= 1.0:  # some ranks have no rows
+    if (
+        run.ranks.agree(compiled / plain if kinds else 0.0, "most") >= 1.0
+    ):  # some ranks have no rows
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
-    run.log(
+    run.folder.log(
         "blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
         "blocks_compiled",
         kept="no" if model.compiled_block is None else "yes",
@@ -2313,10 +2477,10 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     moments = [Moment(1.0, cfg.muon_momentum, qat, False, cfg.mile_gamma) for qat in variants]
     fit_micro_batch(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
-    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run.ranks)
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
-        run.log(f"warmup_step:{step + 1}/{steps}")
+        run.folder.log(f"warmup_step:{step + 1}/{steps}")
     model.load_state_dict(before)
     scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS).input_ids
     compile_blocks(forward, model, rows, moments, run)
@@ -2346,7 +2510,7 @@ def timed(work: Callable[[], object], run: Run) -> float:
     work()
     start = time.perf_counter()
     work()
-    return run.agree(time.perf_counter() - start)
+    return run.ranks.agree(time.perf_counter() - start)
 
 
 class Averages:
@@ -2369,9 +2533,11 @@ class Averages:
     def result(self, run: Run) -> GPT:
         """The model to export; without any snapshot, SWA falls back to what it would average."""
         if "swa" not in self.kept or not self.snapshots:
-            run.log("ema:applying EMA weights" if "ema" in self.kept else "")
+            run.folder.log("ema:applying EMA weights" if "ema" in self.kept else "")
             return self.kept.get("ema", self.model)
-        run.log("swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots)
+        run.folder.log(
+            "swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots
+        )
         return self.kept["swa"]
 
 
@@ -2381,7 +2547,7 @@ class Training:
     def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
         cfg = run.cfg
         self.model, self.run, self.data, self.step, self.saved_at = model, run, data, 0, 0.0
-        self.optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run)
+        self.optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run.ranks)
         self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
         self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
@@ -2392,8 +2558,8 @@ class Training:
         momentum = self.muon.whole_momentum()
         if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
             raise FloatingPointError(f"step {self.step}: {bad[0]} is not finite any more")
-        run.check_replicas(self.model, self.step)
-        run.save_checkpoint(
+        run.ranks.check_replicas(self.model, self.step)
+        run.folder.save_checkpoint(
             {
                 "step": self.step,
                 "seconds": seconds,
@@ -2404,9 +2570,9 @@ class Training:
                 "averages": [average.state_dict() for average in self.averages.kept.values()],
                 "snapshots": self.averages.snapshots,
                 "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
-                "occasions": dict(run.occasions),
-                "activity": dict(run.activity),
-                "last_logged_share": run.last_logged_share,
+                "occasions": dict(run.ledger.occasions),
+                "activity": dict(run.ledger.activity),
+                "last_logged_share": run.ledger.last_logged_share,
             }
         )
 
@@ -2419,7 +2585,7 @@ class Training:
                 f"{self.data}): give the run its data back, or begin a new one"
             )
         self.step, self.saved_at = saved["step"], saved["seconds"]
-        run.training_clock.banked = saved["seconds"]
+        run.ledger.training_clock.banked = saved["seconds"]
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
         self.muon.load_momentum(saved["momentum"])
@@ -2428,21 +2594,27 @@ class Training:
         self.averages.snapshots = saved["snapshots"]
         schedule.qat, schedule.last_seconds = saved["schedule"][:2]
         schedule.step_seconds.extend(saved["schedule"][2])
-        run.occasions, run.activity = Counter(saved["occasions"]), Counter(saved["activity"])
-        run.last_logged_share = saved["last_logged_share"]
-        run.log(
+        run.ledger.occasions, run.ledger.activity = (
+            Counter(saved["occasions"]),
+            Counter(saved["activity"]),
+        )
+        run.ledger.last_logged_share = saved["last_logged_share"]
+        run.folder.log(
             "resumed from step:{step} train_time:{ms:.0f}ms",
             "resumed",
             step=self.step,
             ms=1e3 * saved["seconds"],
         )
-        run.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
+        run.ledger.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
 
     def stop(self, asked: int) -> None:
         """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
         if asked:
-            run, name = self.run, self.run.folder and self.run.folder.name  # rank 0 has one
-            run.stop(asked, f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there")
+            path = self.run.folder.path  # rank 0 has one
+            situation = (
+                f"after step {self.step}; RESUME=1 RUN_ID={path and path.name} goes on from there"
+            )
+            self.run.stop(asked, situation)
 
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
@@ -2452,11 +2624,14 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     matrices = len(qat_grids(model))
     pending = None  # the step that a GPU may still be at work on
     total, unit = (cfg.iterations, "step") if cfg.step_driven else (schedule.budget, "s")
-    with run.training_clock.running(), run.progress("training", total=total, unit=unit) as bar:
+    with (
+        run.ledger.training_clock.running(),
+        run.folder.progress("training", total=total, unit=unit) as bar,
+    ):
         while True:
-            step, seconds = state.step, run.agree(run.training_clock.elapsed())
+            step, seconds = state.step, run.ranks.agree(run.ledger.training_clock.elapsed())
             # Not written back to run.signal, which a signal may set while ranks agree.
-            asked, every = int(run.agree(run.signal, "most")), cfg.checkpoint_seconds
+            asked, every = int(run.ranks.agree(run.signal, "most")), cfg.checkpoint_seconds
             if asked or (every and seconds - state.saved_at >= every):
                 if pending is not None:
                     log_step(*pending, step, seconds, groups, run)
@@ -2467,11 +2642,11 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             moment = schedule.at(step, seconds)
             if moment.done:
                 break
-            if run.is_main and before < SIZE_FORESEEN_AT <= share_of_run(cfg, step, seconds):
+            if run.ranks.is_main and before < SIZE_FORESEEN_AT <= share_of_run(cfg, step, seconds):
                 foresee_size(model, step, run)
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 run.settle()
-                with run.training_clock.running(False):
+                with run.ledger.training_clock.running(False):
                     report(
                         f"step:{step}/{cfg.iterations}",
                         evaluate("validation", forward, model, val, run),
@@ -2479,7 +2654,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                         step,
                     )
             if qat_starts := moment.qat and not qat_started:
-                run.log(
+                run.folder.log(
                     "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
                     f"{cfg.qat_mode}_qat",
                     mode=cfg.qat_mode,
@@ -2487,28 +2662,30 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     scale=moment.lr_scale,
                     matrices=matrices,
                 )
-            if "swa" in cfg.avg_mode and moment.snapshot and not run.activity["swa"]:
-                run.log(f"swa:start step:{step + 1}")
+            if "swa" in cfg.avg_mode and moment.snapshot and not run.ledger.activity["swa"]:
+                run.folder.log(f"swa:start step:{step + 1}")
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
             state.averages.update(moment.snapshot)
             count_activity(moment, matrices, run)
             if pending is not None:
                 log_step(*pending, step, seconds, groups, run)
             if (step + 1) % REPLICA_CHECK_STEPS == 0:
-                run.check_replicas(model, step + 1)
+                run.ranks.check_replicas(model, step + 1)
             pending, state.step = (run.fetch(stats), moment, qat_starts), step + 1
             bar.update((state.step if cfg.step_driven else seconds) - bar.n)
         if pending is not None:
-            log_step(*pending[:2], True, step, run.training_clock.elapsed(), groups, run)
-    state.save(run.agree(run.training_clock.elapsed()))  # off the clock: training has ended
+            log_step(*pending[:2], True, step, run.ledger.training_clock.elapsed(), groups, run)
+    state.save(
+        run.ranks.agree(run.ledger.training_clock.elapsed())
+    )  # off the clock: training has ended
     run.phase = "calibration"  # a signal ends the run at once from here on
-    state.stop(int(run.agree(run.signal, "most")))  # a signal that came after the last step
-    run.trained_seconds = run.training_clock.elapsed()
-    run.log(
+    state.stop(int(run.ranks.agree(run.signal, "most")))  # a signal that came after the last step
+    run.ledger.trained_seconds = run.ledger.training_clock.elapsed()
+    run.folder.log(
         "{reason} train_time:{ms:.0f}ms step:{step}/{iterations}",
         "trained",
         step=step,
-        ms=1e3 * run.trained_seconds,
+        ms=1e3 * run.ledger.trained_seconds,
         iterations=cfg.iterations,
         reason="stopping: last step" if step == cfg.iterations else "stopping_early: wallclock_cap",
     )
@@ -2534,14 +2711,16 @@ def log_step(
     refuse_non_finite([loss, *norms], step, groups)
     cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
     every, part = cfg.train_log_every, int(50 * share)
-    show = show or step <= 10 or (step % every == 0 if every else part > run.last_logged_share)
+    show = (
+        show or step <= 10 or (step % every == 0 if every else part > run.ledger.last_logged_share)
+    )
     if show:
-        run.last_logged_share = part
+        run.ledger.last_logged_share = part
     template = (
         "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
         "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s"
     )
-    run.log(
+    run.folder.log(
         template if show else "",
         "step",
         step=step,
@@ -2566,22 +2745,7 @@ def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
         ("swa", "swa" in cfg.avg_mode, moment.snapshot),
     ):
         if configured:
-            run.occasions[name] += 1
-            run.activity[name] += bool(acts)
-
-
-def log_activity(run: Run) -> None:
-    """Log how often each scheduled technique was active; warn of any that never was."""
-    for name, occasions in run.occasions.items():
-        run.log(
-            "activity {name} steps:{steps} of:{of}",
-            "activity",
-            name=name,
-            steps=run.activity[name],
-            of=occasions,
-        )
-        if not run.activity[name]:
-            run.log(f"warning: {name} was configured and never acted")
+            run.ledger.note(name, bool(acts))
 
 
 # =================================================================================================
@@ -2971,9 +3135,11 @@ def collect_hessians(
         )
         for name in sums.keys() - {head}
     ]
-    rounds = range(run.rank, num_batches + run.rank, run.world_size)  # as many on every rank
-    for batch in run.progress("calibrating", iterable=rounds, unit="batch"):
-        start = run.training_clock.elapsed()
+    rounds = range(
+        run.ranks.rank, num_batches + run.ranks.rank, run.ranks.world_size
+    )  # as many on every rank
+    for batch in run.folder.progress("calibrating", iterable=rounds, unit="batch"):
+        start = run.ledger.training_clock.elapsed()
         if batch < num_batches:
             input_ids = batch_of(batch)
             hidden = model.hidden(run.put(input_ids))
@@ -2981,13 +3147,13 @@ def collect_hessians(
                 add(head, hidden)
             seen += input_ids.numel()
         run.settle()
-        end = run.training_clock.elapsed()
-        if run.agree(float(end + 2 * (end - start) > deadline), "most"):
+        end = run.ledger.training_clock.elapsed()
+        if run.ranks.agree(float(end + 2 * (end - start) > deadline), "most"):
             break
     for hook in hooks:
         hook.remove()
-    run.add_up([seen, *sums.values()])
-    run.calibration_tokens = int(seen.item())
+    run.ranks.add_up([seen, *sums.values()])
+    run.ledger.calibration_tokens = int(seen.item())
     return {name: total / seen for name, total in sums.items()}
 
 
@@ -2996,9 +3162,9 @@ def calibration_reserve(batch_seconds: float, run: Run) -> float:
     cfg = run.cfg
     if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
         return 0.0
-    share = math.ceil(cfg.gptq_calib_batches / run.world_size)
+    share = math.ceil(cfg.gptq_calib_batches / run.ranks.world_size)
     reserve = min(1.2 * share * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
-    run.log(
+    run.folder.log(
         "calibration reserve:{seconds:.1f}s batches:{batches}",
         "reserve",
         seconds=reserve,
@@ -3019,20 +3185,20 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
         ).input_ids
 
     if cfg.gptq_calib == "selfgen":
-        mine = range(run.rank, cfg.gptq_calib_batches, run.world_size)
+        mine = range(run.ranks.rank, cfg.gptq_calib_batches, run.ranks.world_size)
         batch_of = {
             n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
-            for n in run.progress("drawing rows", iterable=mine, unit="batch")
+            for n in run.folder.progress("drawing rows", iterable=mine, unit="batch")
         }.__getitem__
-    with run.training_clock.running() if inside else contextlib.nullcontext():
+    with run.ledger.training_clock.running() if inside else contextlib.nullcontext():
         deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
         hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
-    used = run.agree(run.training_clock.elapsed())
-    run.log(
+    used = run.ranks.agree(run.ledger.training_clock.elapsed())
+    run.folder.log(
         "gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms",
         "calibrated",
         source=cfg.gptq_calib,
-        tokens=run.calibration_tokens,
+        tokens=run.ledger.calibration_tokens,
         ms=1e3 * used,
     )
     return hessians
@@ -3064,7 +3230,9 @@ def quantize(
     solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
     # Factorisations and float64 sums are not to be had on every other device.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
-    for name, p in run.progress("quantizing", iterable=[*model.named_parameters()], unit="tensor"):
+    for name, p in run.folder.progress(
+        "quantizing", iterable=[*model.named_parameters()], unit="tensor"
+    ):
         W, bits = p.detach().float().to(device), bits_of(cfg, name, p)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
@@ -3088,13 +3256,13 @@ def quantize(
         stored[name] = Stored(made.values.cpu(), None if made.scale is None else made.scale.cpu())
     low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
     if cfg.prune_pct and low:
-        run.log(
+        run.folder.log(
             "prune:zeroed {zeroed} of {of} integers below 8 bits",
             "pruned",
             zeroed=prune_integers(low, cfg.prune_pct),
             of=sum(s.values.numel() for s in low.values()),
         )
-    run.log(
+    run.folder.log(
         "gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
         "objective:{objective:.6g}",
         "quantized",
@@ -3516,13 +3684,13 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
     if cfg.quant_clip == "std":
         coarsest_octaves = SOLVER_OCTAVES[1]
         target = cfg.artifact_target_bytes or target
-    fixed = len(run.source)
+    fixed = len(run.folder.source)
     for name, parameter in model.named_parameters():
         # A scale for each row of integers, or every float.
         fixed += len(parameter) if bits_of(cfg, name, parameter) else parameter.numel()
     total = fixed + LEAST_CODED * estimated_bytes(model, 1.0)
     coarsest = fixed + LEAST_CODED * estimated_bytes(model, 2.0**coarsest_octaves)
-    run.log(
+    run.folder.log(
         "size foreseen at step:{step} total:{total:.0f} coarsest:{coarsest:.0f} target:{target}",
         "size_foreseen",
         step=step,
@@ -3531,7 +3699,7 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
         target=target,
     )
     if coarsest > target:
-        run.log(
+        run.folder.log(
             f"warning: code and artifact will be over {target} bytes, by "
             f"{coarsest - target:.0f} or more: take fewer parameters or BITS"
         )
@@ -3595,9 +3763,9 @@ def fit_artifact(
     for solver_pass in range(SOLVER_PASSES):
         stored = quantize(model, hessians, run, factor)
         blob = encode_artifact(header, stored, cfg.codec)
-        total = len(run.source) + len(blob)
+        total = len(run.folder.source) + len(blob)
         tries.append((total, stored, blob))
-        run.log(
+        run.folder.log(
             "size_pass:{solved} factor:{factor:.4f} total:{total} target:{target}",
             "size_pass",
             solved=solver_pass,
@@ -3618,36 +3786,38 @@ def fit_artifact(
 
 def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
     """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
-    if run.folder is None:  # only rank 0 has one
-        return run.share(b"")
+    if run.folder.path is None:  # only rank 0 has one
+        return run.ranks.broadcast(b"")
     cfg = run.cfg
-    path = run.folder / "artifact.bin"
+    path = run.folder.path / "artifact.bin"
     stored, blob = fit_artifact(model, hessians, artifact_header(cfg, val), run)
     run.phase = "export"
     write_file(path, blob)
     blob = path.read_bytes()
     log_sizes(stored, run)
-    total = len(run.source) + len(blob)
+    total = len(run.folder.source) + len(blob)
     limit = cfg.artifact_limit_bytes
     label = f"{grid_label(cfg, stored)}+{cfg.codec}"
-    run.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.source)} bytes")
-    run.log(
+    run.folder.log(
+        f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.folder.source)} bytes"
+    )
+    run.folder.log(
         "Total submission size {label}: {total} bytes limit:{limit} left:{left}",
         "artifact",
         label=label,
         model_bytes=len(blob),
-        code_bytes=len(run.source),
+        code_bytes=len(run.folder.source),
         total=total,
         limit=limit,
         left=limit - total,
         sha256=hashlib.sha256(blob).hexdigest(),
     )
     if total > limit:
-        run.mark_ineligible(
+        run.ledger.mark_ineligible(
             f"code and artifact have {total} bytes, {total - limit} over "
             f"ARTIFACT_LIMIT_BYTES={limit}"
         )
-    return run.share(blob)
+    return run.ranks.broadcast(blob)
 
 
 def log_sizes(stored: dict[str, Stored], run: Run) -> None:
@@ -3659,7 +3829,7 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
         floats = 0
         for tensor in tensors:
             floats += tensor.values.numel() if tensor.scale is None else len(tensor.scale)
-        run.log(
+        run.folder.log(
             "size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
             "float_bytes:{floats}",
             "size",
@@ -3851,7 +4021,7 @@ def score_windows(
     )
     batches = in_batches(strips, cfg.eval_batch_seqs)
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
-    for index in range(run.rank, len(batches), run.world_size):
+    for index in range(run.ranks.rank, len(batches), run.ranks.world_size):
         for rows in in_batches(batches[index], run.scored_rows):
             batch = window_batch(val, rows, run.scored_rows, width, cfg)
             nats = forward(model, batch.moved(run.put))[0].cpu().double()
@@ -3859,8 +4029,8 @@ def score_windows(
             assert scored is not None and num_bytes is not None
             counted = [(x * scored).sum().double() for x in (nats, scored, num_bytes)]
             sums[index] += torch.stack(counted)
-        bar.update(run.world_size)
-    run.add_up([sums])
+        bar.update(run.ranks.world_size)
+    run.ranks.add_up([sums])
     return sums.sum(0)
 
 
@@ -3914,7 +4084,7 @@ def evaluate(
     num_chunks = int(chunk_of[-1]) + 1
     sums = torch.zeros(3, dtype=torch.float64)
     num_batches = -(-len(spans) // cfg.eval_batch_seqs)
-    with run.progress(name, total=num_batches, unit="batch") as bar:
+    with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
             of_chunk = spans[chunk_of == chunk]
             if len(of_chunk):  # a window may be longer than a chunk
@@ -3946,13 +4116,13 @@ class Adapter:
         frozen = frozen_prefixes(cfg)
         self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
-        run.occasions["ttt"] = 0  # a split of one chunk leaves it none
+        run.ledger.occasions["ttt"] = 0  # a split of one chunk leaves it none
 
     def learn_from(self, scored: ScoredChunk) -> None:
         """Adapt to the chunk, if what is left of the budget then still holds the scoring."""
         cfg, run = self.run.cfg, self.run
-        run.occasions["ttt"] += 1
-        if run.agree(float(self.seconds_needed(scored) > cfg.eval_wallclock_seconds)):
+        run.ledger.occasions["ttt"] += 1
+        if run.ranks.agree(float(self.seconds_needed(scored) > cfg.eval_wallclock_seconds)):
             return
         progress = scored.number / max(scored.num_chunks - 1, 1)
         lr = cfg.ttt_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -3961,14 +4131,14 @@ class Adapter:
             self.learn(scored.first, scored.end, lr, math.inf)
         run.settle()
         self.seconds += time.perf_counter() - started
-        run.activity["ttt"] += 1
+        run.ledger.activity["ttt"] += 1
 
     def seconds_needed(self, scored: ScoredChunk) -> float:
         """Seconds of the budget once this chunk is learned and all is scored, with a margin."""
         scoring_a_chunk = (scored.seconds - self.seconds) / (scored.number + 1)
-        learning_a_chunk = self.seconds / max(self.run.activity["ttt"], 1)
+        learning_a_chunk = self.seconds / max(self.run.ledger.activity["ttt"], 1)
         to_come = 1.1 * scoring_a_chunk * scored.chunks_left + 1.5 * learning_a_chunk
-        return self.run.scoring_clock.elapsed() + to_come
+        return self.run.ledger.scoring_clock.elapsed() + to_come
 
     def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
         """SGD on the targets first to end, begun before `deadline`; returns steps taken."""
@@ -3978,9 +4148,9 @@ class Adapter:
         self.optimizer.param_groups[0]["lr"] = lr
         batches = in_batches(rows, cfg.ttt_batch_seqs)
         for steps, batch in enumerate(batches):
-            if run.agree(float(run.scoring_clock.elapsed() > deadline)):
+            if run.ranks.agree(float(run.ledger.scoring_clock.elapsed() > deadline)):
                 return steps
-            mine = batch[run.rank :: run.world_size]
+            mine = batch[run.ranks.rank :: run.ranks.world_size]
             shown = window_batch(self.val, mine, run.adaptation_rows, T, cfg).moved(run.put)
             assert shown.scored is not None
             nats, _ = self.forward(self.model, shown)
@@ -4006,7 +4176,7 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool 
     """Log a score under what was scored; raises FloatingPointError if it is not finite."""
     if not math.isfinite(result.nats):
         raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
-    run.log(
+    run.folder.log(
         "{label} val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} name:{name} targets:{targets} "
         "bytes:{num_bytes} eval_time:{ms:.0f}ms",
         "eval",
@@ -4023,20 +4193,16 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool 
 
 
 def score_artifact(
-    cfg: Config,
-    stored: dict[str, Stored],
-    val: Validation,
-    forward: Forward,
-    run: Run,
-    diagnostics: bool,
+    stored: dict[str, Stored], val: Validation, forward: Forward, run: Run, diagnostics: bool
 ) -> list[EvalResult]:
     """Score the model rebuilt from an artifact; the last is the headline, which is timed.
 
     Diagnostics are further scores under names of their own: in chunks, without adaptation, in a
-    published system's own windows.
+    published system's own windows. The settings of `run` are those of the artifact's header.
     """
-    run.phase = "scoring the artifact"
-    model = rebuild_model(cfg, stored, run)
+    model = rebuild_model(run.cfg, stored, run)
+    run = run.with_settings(run.cfg.for_scoring())
+    cfg = run.cfg
     label = grid_label(cfg, stored)
     stride = cfg.eval_stride
     results: list[EvalResult] = []
@@ -4056,7 +4222,7 @@ def score_artifact(
             score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
         if cfg.ttt_mode == "score_first":
             score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride=stride)
-    with run.scoring_clock.running():
+    with run.ledger.scoring_clock.running():
         if cfg.ttt_mode == "score_first":
             adapter = Adapter(forward, model, val, run)
             score("artifact_sliding", "legal_ttt_exact", stride=stride, learner=adapter)
@@ -4070,9 +4236,11 @@ def score_artifact(
             train_then_score(Adapter(forward, model, val, run), headline.seconds)
             name = "artifact_sliding_train_then_score"
             score(name, "illegal_ttt", stride=stride, legal=False)
-    seconds, budget = run.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
+    seconds, budget = run.ledger.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
     if seconds > budget:
-        run.mark_ineligible(f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}")
+        run.ledger.mark_ineligible(
+            f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}"
+        )
     results.remove(headline)
     return [*results, headline]
 
@@ -4081,10 +4249,10 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
     """Warn before scoring starts if the measured speed says that it will pass its budget."""
     cfg, budget = run.cfg, run.cfg.eval_wallclock_seconds
     num_windows = len(windows(val.num_targets(cfg), cfg.eval_seq_len, cfg.eval_stride))
-    seconds = batch_seconds * math.ceil(num_windows / (cfg.eval_batch_seqs * run.world_size))
-    run.log(f"scoring expected:{seconds:.0f}s budget:{budget:.0f}s")
+    seconds = batch_seconds * math.ceil(num_windows / (cfg.eval_batch_seqs * run.ranks.world_size))
+    run.folder.log(f"scoring expected:{seconds:.0f}s budget:{budget:.0f}s")
     if seconds > budget:
-        run.log(
+        run.folder.log(
             "warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
             "same, and the run will not be eligible as a record"
         )
@@ -4120,10 +4288,12 @@ def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
     end = adapter.val.num_targets(cfg)
     deadline = cfg.eval_wallclock_seconds - 1.1 * scoring_seconds
     steps_an_epoch = -(-end // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
-    run.occasions["ttt"] = cfg.ttt_epochs * steps_an_epoch
+    run.ledger.occasions["ttt"] = cfg.ttt_epochs * steps_an_epoch
     for _ in range(cfg.ttt_epochs):
-        run.activity["ttt"] += adapter.learn(0, end, cfg.ttt_lr, deadline)
-    run.log("warning: no legal score follows: the model has trained on the text before scoring it")
+        run.ledger.activity["ttt"] += adapter.learn(0, end, cfg.ttt_lr, deadline)
+    run.folder.log(
+        "warning: no legal score follows: the model has trained on the text before scoring it"
+    )
 
 
 # Published names of settings we call otherwise: (our name, {published value: ours}), where no
@@ -4309,6 +4479,10 @@ class Config(
     def for_model(self) -> Config:
         """The settings that the network may read; reading another one is refused."""
         return cast(Config, LimitedSettings(self, ("model",), "the model"))
+
+    def for_scoring(self) -> Config:
+        """The settings that scoring an artifact may read; reading another one is refused."""
+        return cast(Config, LimitedSettings(self, ("run", "model", "scoring"), "scoring"))
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> tuple[Config, list[str]]:
@@ -4619,19 +4793,19 @@ def look(
 def verb_train(cfg: Config, notes: list[str]) -> int:
     """Train, export, and score the exported model; returns the exit code."""
     with Run.start(cfg) as run:
-        with run.together():
+        with run.ranks.together():
             rows, val, kernel_name, kernel = look(cfg, run.device)
-        run.open_folder()
+        run.folder.open()
         run.log_header(notes)
         model = GPT(cfg, kernel, run.dtype)
         initialize(model, cfg)
-        run.copy_from_main(model.to(run.device))
+        run.ranks.copy_from_main(model.to(run.device))
         log_work(model, rows, val, kernel_name, run)
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)
         reserve = calibration_reserve(calibration_seconds, run)
         state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
-        if saved := run.last_checkpoint():
+        if saved := run.folder.last_checkpoint():
             state.restore(saved)
         model, steps = train(forward, state, rows, val, run), state.step
         hessians = calibrate(model, rows, steps, run)
@@ -4640,8 +4814,12 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         report("DIAGNOSTIC" + f" post_{cfg.avg_mode}" * (cfg.avg_mode != "none"), float_result, run)
         blob = export(model, hessians, val, run)
         announce_scoring(eval_seconds, val, run)
-        scores = score_artifact(cfg, decode_artifact(blob)[1], val, forward, run, diagnostics=True)
-        log_activity(run)
+        run.phase = "scoring the artifact"
+        header, stored = decode_artifact(blob)
+        scoring_cfg, _ = settings_within(header, environment_of(cfg, "run"))
+        scoring = run.with_settings(scoring_cfg)
+        scores = score_artifact(stored, val, forward, scoring, diagnostics=True)
+        run.ledger.log_activity()
         return log_summary(model, steps, len(blob), [float_result, *scores], run)
 
 
@@ -4649,19 +4827,23 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
     """Log what is about to be trained, on what."""
     cfg, first_xsa = run.cfg, run.cfg.num_layers - run.cfg.xsa_last_n
     machine = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
-    if "H100" not in machine or run.world_size != 8:
-        run.mark_ineligible(f"ran on {run.world_size} x {machine}, the track asks for 8 x H100")
+    if "H100" not in machine or run.ranks.world_size != 8:
+        run.ledger.mark_ineligible(
+            f"ran on {run.ranks.world_size} x {machine}, the track asks for 8 x H100"
+        )
     for reason in static_ineligibility(cfg):
-        run.mark_ineligible(reason)
-    run.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
-    run.log(
+        run.ledger.mark_ineligible(reason)
+    run.folder.log(
+        f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}"
+    )
+    run.folder.log(
         "train_loader:dataset:{dataset} train_shards:{shards} tokens:{tokens}",
         "train_data",
         dataset=Path(cfg.data_path).name,
         shards=len(rows.shards),
         tokens=rows.num_tokens,
     )
-    run.log(
+    run.folder.log(
         "val_loader:shards pattern={pattern} tokens:{tokens} documents:{documents} "
         "bytes:{num_bytes} recorded_bytes:{recorded} fingerprint:{fingerprint}",
         "val_data",
@@ -4672,13 +4854,15 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
         recorded=val.recorded_bytes,
         fingerprint=val.fingerprint,
     )
-    run.log("model_params:{params}", "model", params=sum(p.numel() for p in model.parameters()))
+    run.folder.log(
+        "model_params:{params}", "model", params=sum(p.numel() for p in model.parameters())
+    )
     most = max((count for _, count in micro_batches(cfg, run)), default=0)
-    run.log(
+    run.folder.log(
         "\n".join(
             (
                 f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
-                f"world_size:{run.world_size} rows_per_step:{cfg.rows_per_step} "
+                f"world_size:{run.ranks.world_size} rows_per_step:{cfg.rows_per_step} "
                 f"micro_batch_rows:{most}",
                 f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
                 f"kernel:{kernel}",
@@ -4715,42 +4899,42 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     """The last lines of the log: what was trained, its size, its scores; returns the exit code."""
     cfg = run.cfg
     if run.device.type == "cuda":
-        run.log(
+        run.folder.log(
             f"peak memory allocated: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() / 2**20:.0f} MiB"
         )
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
-    run.log(
+    run.folder.log(
         "peak memory resident: {mib:.0f} MiB",
         "memory",
         mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
     )
-    if (used := run.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
-        run.mark_ineligible(f"training and calibration took {used:.1f} s")
-    run.log(
+    if (used := run.ledger.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
+        run.ledger.mark_ineligible(f"training and calibration took {used:.1f} s")
+    run.folder.log(
         "eligible:{eligible} {reasons}",
         "eligibility",
-        eligible=int(not run.ineligible),
-        reasons="; ".join(run.ineligible),
+        eligible=int(not run.ledger.ineligible),
+        reasons="; ".join(run.ledger.ineligible),
     )
-    run.log(
+    run.folder.log(
         "params:{params} steps:{steps} tokens_per_second:{rate:.0f} "
         "train_seconds:{seconds:.1f} eval_seconds:{eval_seconds:.1f}",
         "summary",
         params=sum(p.numel() for p in model.parameters()),
         steps=steps,
-        rate=steps * cfg.train_batch_tokens / run.trained_seconds,
-        seconds=run.training_clock.elapsed(),
-        eval_seconds=run.scoring_clock.elapsed(),
+        rate=steps * cfg.train_batch_tokens / run.ledger.trained_seconds,
+        seconds=run.ledger.training_clock.elapsed(),
+        eval_seconds=run.ledger.scoring_clock.elapsed(),
     )
-    total, limit = len(run.source) + num_bytes, cfg.artifact_limit_bytes
-    run.log(
-        f"artifact {num_bytes:,} bytes + code {len(run.source):,} = {total:,} of "
+    total, limit = len(run.folder.source) + num_bytes, cfg.artifact_limit_bytes
+    run.folder.log(
+        f"artifact {num_bytes:,} bytes + code {len(run.folder.source):,} = {total:,} of "
         f"{limit:,} bytes, {limit - total:,} left"
     )
     for score in scores[:-1]:
-        run.log(f"{score.name} val_bpb:{score.bpb:.8f}")
-    run.log(
+        run.folder.log(f"{score.name} val_bpb:{score.bpb:.8f}")
+    run.folder.log(
         "val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} ({name}, stride {stride}, {sliding})",
         "final",
         val_bpb=scores[-1].bpb,
@@ -4759,10 +4943,10 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
         stride=cfg.eval_stride,
         sliding="cover",
     )
-    run.log(f"log: {run.folder}/log.txt\nartifact: {run.folder}/artifact.bin")
+    run.folder.log(f"log: {run.folder.path}/log.txt\nartifact: {run.folder.path}/artifact.bin")
     if total <= limit:
         return 0
-    run.log(
+    run.folder.log(
         f"error: code and artifact are {total - limit:,} bytes over ARTIFACT_LIMIT_BYTES="
         f"{limit:,}; take fewer parameters or BITS"
     )
@@ -4845,13 +5029,14 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
     cfg = locate_validation(cfg, header)
     with Run.start(cfg) as run:
         run.log_header(notes)
-        with run.together():
+        with run.ranks.together():
             val = load_validation(cfg)
         forward = make_forward(run)
         if run.compiled:  # off the clock, as in the run that made it
             prime_scoring(forward, rebuild_model(cfg, stored, run), run)
-        score = score_artifact(cfg, stored, val, forward, run, diagnostics=False)[-1]
-        run.log(
+        run.phase = "scoring the artifact"
+        score = score_artifact(stored, val, forward, run, diagnostics=False)[-1]
+        run.folder.log(
             f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
             f"stride {cfg.eval_stride})"
         )

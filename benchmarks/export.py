@@ -79,11 +79,11 @@ def exported(
         if model.cfg.quant_clip == "std" or name not in ("tok_emb", "lm_head")
     }
     with tempfile.TemporaryDirectory() as place:
-        run.folder = Path(place)
+        run.folder.path = Path(place)
         blob = train_gpt.export(model, used, val, run)
     rebuilt = train_gpt.rebuild_model(model.cfg, train_gpt.decode_artifact(blob)[1], run)
     result = train_gpt.evaluate("artifact", train_gpt.training_nats, rebuilt, val, run)
-    return blob, result.bpb, len(run.source)
+    return blob, result.bpb, len(run.folder.source)
 
 
 def main(folder: Path, variants: list[str]) -> None:

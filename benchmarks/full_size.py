@@ -130,7 +130,7 @@ def main(folder: Path, target: int) -> None:
         counted(name)
     run = Run(cfg, 0, 1, torch.device("cpu"))
     blob = train_gpt.fit_artifact(model, hessians, header, run)[1]
-    total = len(run.source) + len(blob)
+    total = len(run.folder.source) + len(blob)
     for name in seconds:
         print(f"{name}: {calls[name]} times, {seconds[name]:.1f} s, peak {peaks[name]:,} MiB")
     print(

@@ -30,9 +30,9 @@ def fitted(model: train_gpt.GPT, hessians: dict, header: dict, target: int) -> t
     settings = environment_of(asdict(model.cfg)) | {"ARTIFACT_TARGET_BYTES": str(target)}
     model.cfg = train_gpt.Config.from_env(settings)[0]
     run, passes = train_gpt.Run(model.cfg, 0, 1, torch.device("cpu")), []
-    run.log = lambda template, event="", **facts: passes.append(event)
+    run.folder.log = lambda template, event="", **facts: passes.append(event)
     blob = train_gpt.fit_artifact(model, hessians, header, run)[1]
-    return len(run.source) + len(blob), passes.count("size_pass")
+    return len(run.folder.source) + len(blob), passes.count("size_pass")
 
 
 def main(folder: Path) -> bool:

@@ -61,7 +61,7 @@ def speed(name: str, times: int) -> dict[str, object]:
     """Time calibration and quantisation."""
     bench, rate = Bench(name), sgemm()
     cfg, kept, rows = bench.cfg, {}, t.CALIBRATION_ROWS
-    bench.run.log = lambda *said, **facts: None
+    bench.run.folder.log = lambda *said, **facts: None
 
     def calibrate() -> None:
         kept.update(

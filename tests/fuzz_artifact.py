@@ -178,7 +178,7 @@ def bodies() -> list[bytes]:
             documents=1,
             recorded_bytes=0,
         )
-        run.log = run.progress = lambda *a, iterable=None, **k: iterable
+        run.folder.log = run.folder.progress = lambda *a, iterable=None, **k: iterable
         stored = train_gpt.quantize(GPT(cfg), {}, run)
         blob = train_gpt.encode_artifact(train_gpt.artifact_header(cfg, split), stored)
         size = PRELUDE.unpack_from(blob)[3]

@@ -146,8 +146,8 @@ def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: T
     assert primed >= 2
     model = train(forward, Training(model, 0.0, [], run), rows, val, run)
     evaluate("float_chunked", forward, model, val, run)
-    score_artifact(cfg, quantize(model, {}, run), val, forward, run, diagnostics=True)
-    assert all(run.activity.values())
+    score_artifact(quantize(model, {}, run), val, forward, run, diagnostics=True)
+    assert all(run.ledger.activity.values())
     assert graphs() == primed
     assert not COUNTERS["graph_break"]
 

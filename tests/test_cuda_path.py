@@ -70,7 +70,7 @@ clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
 def forget_kernels() -> Iterator[None]:
     """No kernel that stood in here is picked again."""
     yield
-    pick_attention.cache_clear()
+    train_gpt.find_attention.cache_clear()
 
 
 class Indexing(TorchFunctionMode):
@@ -522,7 +522,7 @@ def test_scoring_on_cuda(system: str, where: str) -> None:
             spans,
             cfg.eval_stride,
             run,
-            run.progress("scoring"),
+            run.folder.progress("scoring"),
         )
     assert notes["nats"] == {(FP32, (cfg.eval_batch_seqs, cfg.eval_stride))}
     assert (kind(sums), sums.device.type) == ((torch.float64, (3,)), "cpu")
@@ -681,7 +681,7 @@ def install(
 
 
 def picked(attention: str = "auto", where: str = "fake cuda") -> tuple[str, Callable]:
-    pick_attention.cache_clear()
+    train_gpt.find_attention.cache_clear()
     with at(where) as device:
         return pick_attention(Config(attention=attention), device)
 

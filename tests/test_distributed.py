@@ -111,7 +111,7 @@ class Ranks:
 @pytest.mark.parametrize("matrices", [1, 3, 8, 11])
 def test_shares_of_a_stack_are_equal_and_make_it_up(count: int, matrices: int) -> None:
     stack = torch.randn(matrices, 2, 3)
-    parts = [run.share_of(stack) for run in Ranks(count).runs]
+    parts = [run.ranks.part_of(stack) for run in Ranks(count).runs]
     assert len({part.shape for part in parts}) == 1
     whole = torch.cat(parts)
     assert torch.equal(whole[:matrices], stack)
@@ -128,7 +128,7 @@ def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> No
 
     def optimizer(run: Run, parameters: list) -> Muon:
         group = {"params": parameters, "weight_decay": 0.1, "route": "all"}
-        muon = Muon([group], 5, torch.float32, packed=packed, run=run)
+        muon = Muon([group], 5, torch.float32, packed=packed, ranks=run.ranks)
         muon.param_groups[0].update(lr=0.1, momentum=0.9)
         return muon
 
@@ -147,8 +147,8 @@ def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> No
     updates = []
     for run in Ranks(count).runs:
         mine = [nn.Parameter(w.clone()) for w in before]
-        run.scatter_sum = lambda stack, run=run: lambda: run.share_of(stack)
-        run.gather = lambda part: (updates.append(part), lambda: torch.zeros(6, *shape))[1]
+        run.ranks.scatter_sum = lambda stack, run=run: lambda: run.ranks.part_of(stack)
+        run.ranks.gather = lambda part: (updates.append(part), lambda: torch.zeros(6, *shape))[1]
         muon = optimizer(run, mine)
         muon.load_momentum(saved)
         take(muon, mine, gradients[-1])
@@ -174,12 +174,12 @@ def differing_replicas(rank: int) -> bool:
     torch.manual_seed(0)
     nn.init.normal_(model.weight)
     nn.init.zeros_(model.bias)
-    run.agree = agree
-    run.check_replicas(model, 1)
+    run.ranks.agree = agree
+    run.ranks.check_replicas(model, 1)
     with torch.no_grad():
         model.weight[1, 2] = torch.nextafter(model.weight[1, 2], torch.tensor(9.0))
     try:
-        run.check_replicas(model, 2)
+        run.ranks.check_replicas(model, 2)
     except RuntimeError as error:
         assert "step 2: the ranks' weights differ" in str(error)
         return True
@@ -308,7 +308,7 @@ def test_resume_refuses_what_is_not_the_same_run(
     before = {path: path.stat().st_mtime_ns for path in alone.iterdir()}
     refused("exists already")
     refused("MATRIX_LR=0.3, but the run in", RESUME="1", MATRIX_LR="0.3")
-    refused("RESUME needs the RUN_ID", RESUME="1", RUN_ID="")
+    refused("of the run to go on with", RESUME="1", RUN_ID="")
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "__file__", str(tmp_path / "other.py"))
         (tmp_path / "other.py").write_text("x = 1\n")

@@ -166,7 +166,7 @@ def test_neither_batches_nor_ranks_change_the_score(
     exchanged: list[torch.Tensor] = []
     for rank in range(world_size):
         run = Run(cfg, rank, world_size, CPU)
-        run.add_up = lambda tensors: exchanged.append(tensors[0].clone())
+        run.ranks.add_up = lambda tensors: exchanged.append(tensors[0].clone())
         evaluate("test", toy_nats, None, val, run, stride)
     assert sum((sums != 0).any(1).int() for sums in exchanged).max() <= 1  # a batch, one rank
     nats, targets, num_bytes = sum(exchanged).sum(0).tolist()
@@ -359,7 +359,7 @@ def adapted(
     cfg, copy_of = Config(eval_seq_len=16, **{**TTT, **changed}), copy.deepcopy(model)
     run = Run(cfg, rank, ranks, CPU)
     adapter = Adapter(training_nats, copy_of, val, run)
-    with run.scoring_clock.running():
+    with run.ledger.scoring_clock.running():
         result = evaluate("test", training_nats, copy_of, val, run, 8, learner=adapter)
     return copy_of, result, run
 
@@ -415,7 +415,7 @@ def test_score_first_is_scoring_then_sgd_chunk_by_chunk(model: GPT) -> None:
         same = torch.equal(mine, model.get_parameter(name))
         assert same == name.startswith("blocks.0."), name
     chunks = int(windows(71, 16, 8)[-1, 1]) // 20
-    assert dict(run.activity) == dict(run.occasions) == {"ttt": chunks}
+    assert dict(run.ledger.activity) == dict(run.ledger.occasions) == {"ttt": chunks}
 
 
 def test_what_comes_later_changes_no_score_before_it(model: GPT) -> None:
@@ -457,8 +457,8 @@ def test_ranks_share_the_rows_of_an_adaptation_step(model: GPT) -> None:
         for rank in range(ranks):
             net = copy.deepcopy(model)
             run = Run(cfg, rank, ranks, CPU)
-            run.agree, sums = (lambda value: value), []
-            run.add_up = lambda tensors, sums=sums: sums.append([t.clone() for t in tensors])
+            run.ranks.agree, sums = (lambda value: value), []
+            run.ranks.add_up = lambda tensors, sums=sums: sums.append([t.clone() for t in tensors])
             adapter = Adapter(training_nats, net, val, run)
             adapter.optimizer.step = lambda: None
             assert adapter.learn(0, 20, 0.1, math.inf) == 1
@@ -474,7 +474,7 @@ def test_adaptation_stops_for_the_budget_and_scoring_does_not(model: GPT) -> Non
     net, result, run = adapted(model, val, eval_wallclock_seconds=0.0)
     plain = score(val, evaluation(16, eval_batch_seqs=3), 8, training_nats, model)
     assert result.nats == pytest.approx(plain.nats, rel=1e-9)
-    assert (run.activity["ttt"], run.occasions["ttt"]) == (0, 3)
+    assert (run.ledger.activity["ttt"], run.ledger.occasions["ttt"]) == (0, 3)
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in net.named_parameters())
 
 
@@ -482,7 +482,7 @@ def test_a_single_chunk_leaves_adaptation_nothing_and_the_log_says_so(
     model: GPT, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = adapted(model, random_split(72, vocab_size=32), ttt_chunk_tokens=71)[2]
-    train_gpt.log_activity(run)
+    run.ledger.log_activity()
     assert "warning: ttt was configured and never acted" in capsys.readouterr().out
 
 
@@ -527,11 +527,11 @@ def test_adaptation_leaves_the_rest_of_the_scoring_its_time(
 
     adapter = Adapter(forward, torch.nn.Linear(2, 2), val, run)
     adapter.learn = lambda *how: now.__setitem__(0, now[0] + 2.0)
-    with run.scoring_clock.running():
+    with run.ledger.scoring_clock.running():
         evaluate("test", forward, None, val, run, 8, learner=adapter)
-    assert run.occasions["ttt"] == 9
-    assert least <= run.activity["ttt"] <= most
-    scoring = now[0] - 2.0 * run.activity["ttt"]
+    assert run.ledger.occasions["ttt"] == 9
+    assert least <= run.ledger.activity["ttt"] <= most
+    scoring = now[0] - 2.0 * run.ledger.activity["ttt"]
     assert 9 <= scoring <= 11
     assert now[0] <= max(budget, scoring)
 
@@ -541,11 +541,11 @@ def test_train_then_score_learns_from_all_of_it_first(model: GPT) -> None:
     cfg = Config(eval_seq_len=16, **{**TTT, "ttt_mode": "train_then_score", "ttt_batch_seqs": 1})
     run, net = Run(cfg, 0, 1, CPU), copy.deepcopy(model)
     train_then_score(Adapter(training_nats, net, val, run), 0.0)
-    assert dict(run.activity) == dict(run.occasions) == {"ttt": 2 * 5}
+    assert dict(run.ledger.activity) == dict(run.ledger.occasions) == {"ttt": 2 * 5}
     for name, p in net.named_parameters():
         frozen = name.startswith(("blocks.0.", "tok_emb.", "bigram.", "smear."))
         assert torch.equal(p, model.get_parameter(name)) == frozen, name
     late = Run(Config(**{**vars(cfg), "eval_wallclock_seconds": 0.0}), 0, 1, CPU)
-    with late.scoring_clock.running():
+    with late.ledger.scoring_clock.running():
         train_then_score(Adapter(training_nats, copy.deepcopy(model), val, late), 0.0)
-    assert (late.activity["ttt"], late.occasions["ttt"]) == (0, 10)
+    assert (late.ledger.activity["ttt"], late.ledger.occasions["ttt"]) == (0, 10)

@@ -121,7 +121,7 @@ def quantized(seed: int, **settings: object) -> tuple[dict, dict[str, Stored]]:
     )
     torch.manual_seed(seed)
     run = Run(cfg, 0, 1, torch.device("cpu"))
-    run.log = run.progress = lambda *rest, iterable=None, **more: iterable
+    run.folder.log = run.folder.progress = lambda *rest, iterable=None, **more: iterable
     split = train_gpt.Validation(
         np.zeros(2, np.uint16),
         np.zeros(1, np.int16),

@@ -708,8 +708,8 @@ def test_self_generated_calibration_touches_no_data(calibrated) -> None:
     expected = collect_hessians(model, lambda n: ids, 1, math.inf, run)
     for name, H in hessians.items():
         torch.testing.assert_close(H, expected[name], rtol=1e-3, atol=1e-4)
-    assert run.calibration_tokens == 2 * 8 * 8
-    assert run.training_clock.elapsed() == 0.0
+    assert run.ledger.calibration_tokens == 2 * 8 * 8
+    assert run.ledger.training_clock.elapsed() == 0.0
 
 
 def test_rounding_to_nearest_needs_no_calibration(calibrated) -> None:
@@ -729,6 +729,6 @@ def test_calibration_stops_before_its_deadline(calibrated) -> None:
         batches.append(n)
         return rows.batch(0, 8).input_ids
 
-    with run.training_clock.running():
-        collect_hessians(model, batch_of, 1000, run.training_clock.elapsed() + 0.3, run)
+    with run.ledger.training_clock.running():
+        collect_hessians(model, batch_of, 1000, run.ledger.training_clock.elapsed() + 0.3, run)
         assert 1 <= len(batches) < 1000

@@ -79,7 +79,7 @@ def random_model(**changed: object) -> GPT:
 def run_of(model: GPT, **changed: object) -> Run:
     """A run whose code has no bytes, so that a target is the artifact's own."""
     run = Run(Config(**{**SHAPE, **changed}), 0, 1, torch.device("cpu"))
-    run.source = b""
+    run.folder.source = b""
     model.cfg = run.cfg
     return run
 
@@ -103,7 +103,7 @@ def system(preset: str, **settings: str) -> tuple[GPT, Run]:
         }
     )[0]
     run = Run(cfg, 0, 1, torch.device("cpu"))
-    run.source = b""
+    run.folder.source = b""
     return noisy(GPT(cfg)), run
 
 
@@ -182,11 +182,11 @@ def test_every_system_meets_every_share_of_its_size(preset: str) -> None:
     """With code that takes a third of the whole, as at mini scale, so that models shrink more."""
     model, run = system(preset, QUANT_CLIP="std")
     hessians = collect_hessians(model, lambda n: torch.randint(2, 128, (8, 32)), 1, math.inf, run)
-    run.source = bytes(len(fit_artifact(model, hessians, HEADER, run)[1]) // 2)
-    whole = 3 * len(run.source)
+    run.folder.source = bytes(len(fit_artifact(model, hessians, HEADER, run)[1]) // 2)
+    whole = 3 * len(run.folder.source)
     for share in (1.0, 0.85, 0.7):
         run.cfg = replace(model.cfg, artifact_target_bytes=int(share * whole))
-        total = len(run.source) + len(fit_artifact(model, hessians, HEADER, run)[1])
+        total = len(run.folder.source) + len(fit_artifact(model, hessians, HEADER, run)[1])
         assert 0.99 * int(share * whole) <= total <= int(share * whole)
 
 
@@ -280,10 +280,10 @@ def test_a_run_says_early_that_it_will_be_over(tiny_data: TinyData, tmp_path: Pa
 def test_what_is_foreseen_is_a_little_less_than_what_comes(preset: str, clip: str) -> None:
     model, run = system(preset, QUANT_CLIP=clip)
     facts: dict = {}
-    run.log = lambda template, event="", **known: facts.update(
+    run.folder.log = lambda template, event="", **known: facts.update(
         known if event == "size_foreseen" else {}
     )
     train_gpt.foresee_size(model, 1, run)
-    total = len(run.source) + len(fit_artifact(model, {}, HEADER, run)[1])
+    total = len(run.folder.source) + len(fit_artifact(model, {}, HEADER, run)[1])
     assert 0.7 * total < facts["total"] < total
     assert (facts["coarsest"] < facts["total"]) == (clip == "std")

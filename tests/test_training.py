@@ -19,6 +19,7 @@ from train_gpt import (
     Config,
     Moment,
     Run,
+    RunFolder,
     Schedule,
     TrainingRows,
     build_optimizers,
@@ -232,17 +233,17 @@ def test_training_returns_the_average_from_the_initial_weights_on(setting, mode:
         assert torch.equal(last[name], p)
         expected = average[name].float() if mode == "ema" else p
         torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-6)
-    assert run.activity["late_qat"] == sum(moment.qat for moment in moments)
-    assert run.activity["warmdown"] == sum(moment.lr_scale < 1 for moment in moments) == 2
-    assert run.activity["ema"] == (5 if mode == "ema" else 0)
+    assert run.ledger.activity["late_qat"] == sum(moment.qat for moment in moments)
+    assert run.ledger.activity["warmdown"] == sum(moment.lr_scale < 1 for moment in moments) == 2
+    assert run.ledger.activity["ema"] == (5 if mode == "ema" else 0)
 
 
 def test_late_qat_changes_what_is_trained(setting) -> None:
     """From the step on at which it is logged."""
     with_it, _, run = trained(setting, late_qat_threshold=0.5)
     without, _, never = trained(setting, qat_mode="off")
-    assert run.activity["late_qat"] == 1
-    assert never.activity["late_qat"] == 0
+    assert run.ledger.activity["late_qat"] == 1
+    assert never.ledger.activity["late_qat"] == 0
     assert any(not torch.equal(with_it[name], without[name]) for name in without)
 
 
@@ -308,7 +309,7 @@ def test_mile_is_summed_over_ranks(setting) -> None:
     for rank in range(2):
         cfg, model, rows, _ = setting(mile_gamma=1.1, grad_clip_norm=0.0, muon_parallel=False)
         run = Run(cfg, rank, 2, torch.device("cpu"))
-        run.add_up = lambda tensors: shares.append([t.clone() for t in tensors])
+        run.ranks.add_up = lambda tensors: shares.append([t.clone() for t in tensors])
         groups = route_parameters(cfg, model)
         train_step(training_nats, model, [Recorder(groups)], rows, 2, moment, run)
     loss, weight, *grads = (a + b for a, b in zip(*shares, strict=True))
@@ -324,7 +325,7 @@ def test_each_rank_clips_its_own_mean(setting) -> None:
     cfg, model, rows, _ = setting(clip_before_reduce=True, grad_clip_norm=bound)
     shares: list[list[Tensor]] = []
     run = Run(cfg, 1, 2, torch.device("cpu"))
-    run.add_up = lambda tensors: shares.append([t.clone() for t in tensors])
+    run.ranks.add_up = lambda tensors: shares.append([t.clone() for t in tensors])
     groups = route_parameters(cfg, model)
     train_step(training_nats, model, [Recorder(groups)], rows, 2, MOMENT, run)
     reference = setting()[1]
@@ -372,20 +373,20 @@ def test_the_ledger_counts_what_acted(setting, capsys) -> None:
     run = trained(
         setting, avg_mode="swa", swa_start_frac=0.7, swa_every=1, mile_gamma=1.1, qat_mode="always"
     )[2]
-    assert dict(run.activity) == {
+    assert dict(run.ledger.activity) == {
         "always_qat": 5,
         "warmdown": 2,
         "momentum_ramp": 4,
         "mile": 5,
         "swa": 2,
     }
-    assert dict(run.occasions) == dict.fromkeys(run.activity, 5)
+    assert dict(run.ledger.occasions) == dict.fromkeys(run.ledger.activity, 5)
     out = capsys.readouterr().out
     assert "swa:start step:4" in out
     assert "swa:applying averaged 2 checkpoints" in out
     assert "always_qat:enabled step:0" in out
     silent = trained(setting, avg_mode="swa", swa_every=100)[2]
-    train_gpt.log_activity(silent)
+    silent.ledger.log_activity()
     assert "warning: swa was configured and never acted" in capsys.readouterr().out
 
 
@@ -408,8 +409,8 @@ def test_only_calibration_inside_the_budget_runs_on_its_clock(
         gptq_calib=calib, gptq_calib_batches=3, max_wallclock_seconds=1e-6
     )
     train_gpt.calibrate(model, rows, 5, run)
-    assert (run.training_clock.elapsed() > 0) == inside
-    assert run.calibration_tokens == train_gpt.CALIBRATION_ROWS * 16 * (1 if inside else 3)
+    assert (run.ledger.training_clock.elapsed() > 0) == inside
+    assert run.ledger.calibration_tokens == train_gpt.CALIBRATION_ROWS * 16 * (1 if inside else 3)
     assert (train_gpt.calibration_reserve(1.0, run) > 0) == inside
 
 
@@ -417,11 +418,17 @@ def test_only_calibration_inside_the_budget_runs_on_its_clock(
 def test_a_run_beyond_its_budget_is_not_eligible(setting, seconds: float, late: bool) -> None:
     """Whether or not anything was calibrated on the clock."""
     _, model, _, run = setting(gptq_variant="off", max_wallclock_seconds=600.0)
-    run.training_clock.banked, run.trained_seconds, run.folder = seconds, seconds, Path("nowhere")
-    run.append = lambda name, text: None
+    run.ledger.training_clock.banked, run.ledger.trained_seconds, run.folder.path = (
+        seconds,
+        seconds,
+        Path("nowhere"),
+    )
+    run.folder.append = lambda name, text: None
     result = train_gpt.EvalResult("artifact_sliding", 1.0, 1, 1, 1.0)
     assert train_gpt.log_summary(model, 5, 100, [result], run) == 0
-    assert any("training and calibration took 601.0 s" in why for why in run.ineligible) == late
+    assert (
+        any("training and calibration took 601.0 s" in why for why in run.ledger.ineligible) == late
+    )
 
 
 def test_the_last_checkpoint_is_off_the_clock_and_others_are_not(setting, monkeypatch) -> None:
@@ -429,7 +436,7 @@ def test_the_last_checkpoint_is_off_the_clock_and_others_are_not(setting, monkey
     monkeypatch.setattr(
         Run,
         "save_checkpoint",
-        lambda run, state: ticking.append(run.training_clock.since is not None),
+        lambda run, state: ticking.append(run.ledger.training_clock.since is not None),
     )
     trained(setting, checkpoint_seconds=1e-9)
     assert (len(ticking) > 2, all(ticking[:-1]), ticking[-1]) == (True, True, False)
@@ -451,15 +458,21 @@ def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
     )
     step(whole, 0, 5)
     step(before, 0, 3)
-    before.last_logged_share, saved = 30, []
-    monkeypatch.setattr(Run, "save_checkpoint", lambda run, state: saved.append(state))
+    before.ledger.last_logged_share, saved = 30, []
+    monkeypatch.setattr(RunFolder, "save_checkpoint", lambda _, state: saved.append(state))
     cut(before).save(1.5)
     cut(after).restore(saved[0])
-    assert (after.occasions, after.activity) == (before.occasions, before.activity)
-    assert (after.last_logged_share, after.training_clock.elapsed()) == (30, 1.5)
+    assert (after.ledger.occasions, after.ledger.activity) == (
+        before.ledger.occasions,
+        before.ledger.activity,
+    )
+    assert (after.ledger.last_logged_share, after.ledger.training_clock.elapsed()) == (30, 1.5)
     step(after, 3, 5)
-    assert (after.occasions, after.activity) == (whole.occasions, whole.activity)
-    assert after.occasions["swa"] == 5 and after.activity["swa"] == 2
+    assert (after.ledger.occasions, after.ledger.activity) == (
+        whole.ledger.occasions,
+        whole.ledger.activity,
+    )
+    assert after.ledger.occasions["swa"] == 5 and after.ledger.activity["swa"] == 2
 
 
 def forward_with_room_for(rows: int, seen: list[int]):
@@ -510,6 +523,6 @@ def test_one_rank_without_room_lowers_the_rows_of_all(setting) -> None:
     """Another rank, which agree() speaks for, has no room until 3 rows are left."""
     _, model, rows, run = setting()
     run.micro_batch_rows, seen = 6, []
-    run.agree = lambda failed, op: max(failed, float(run.micro_batch_rows > 3))
+    run.ranks.agree = lambda failed, op: max(failed, float(run.micro_batch_rows > 3))
     train_gpt.fit_micro_batch(forward_with_room_for(99, seen), model, rows, MOMENT, run)
     assert (seen, run.micro_batch_rows) == ([6, 3], 3)

@@ -351,9 +351,9 @@ def late_bad_id(place: Place) -> None:
 def replicas_differ(place: Place) -> None:
     """The other of two ranks has another sum of bits."""
     two = SimpleNamespace(world_size=2, agree=lambda value, op="first": value * (op == "most"))
-    original = train_gpt.Run.check_replicas
+    original = train_gpt.Ranks.check_replicas
     place.patch.setattr(
-        train_gpt.Run, "check_replicas", lambda run, model, step: original(two, model, step)
+        train_gpt.Ranks, "check_replicas", lambda ranks, model, step: original(two, model, step)
     )
 
 

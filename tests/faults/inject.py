@@ -113,7 +113,7 @@ def nobody() -> None:
         os.setgid(65534)
         os.setuid(65534)
 
-    at_call(train_gpt.Run, "open_folder", 1, drop)
+    at_call(train_gpt.RunFolder, "open", 1, drop)
 
 
 def plant_gradient(step: int, value: float) -> None:
@@ -159,7 +159,7 @@ def slow(rank: int, seconds: float) -> None:
     original = train_gpt.train_step
 
     def planted(*arguments):
-        if arguments[-1].rank == rank:
+        if arguments[-1].ranks.rank == rank:
             time.sleep(seconds)
         return original(*arguments)
 
