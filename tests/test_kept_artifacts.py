@@ -41,8 +41,9 @@ def nats_of_rows(trainer, artifact: Path) -> tuple[list[float], dict, object]:
     model = trainer.rebuild_model(cfg, stored, run)
     ids = rows_of_ids(cfg.eval_seq_len, cfg.vocab_size)
     with torch.no_grad():
-        nats = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())[0]
-    return nats.double().reshape(ROWS, -1).mean(1).tolist(), header, cfg
+        logits = model.logits(model.hidden(ids[:, :-1]))  # as every version so far can be asked
+    chosen = logits.log_softmax(-1).take_along_dim(ids[:, 1:, None], -1)
+    return (-chosen).double().reshape(ROWS, -1).mean(1).tolist(), header, cfg
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
