@@ -46,16 +46,19 @@ def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]
     return model, {kind: n / ids.numel() for kind, n in found.items()}
 
 
-def artifact_bytes(cfg: train_gpt.Config, model: dict, fit: dict = FITTED, by: float = 1) -> float:
+def artifact_bytes(
+    model: train_gpt.GPT, parameters: dict, fit: dict = FITTED, by: float = 1
+) -> float:
     """Predicted size, CLIP_SIGMAS times `by`: Gaussian rows on grids, coded near their entropy."""
+    cfg = model.cfg
     total, std = 1100.0, cfg.quant_clip == "std"  # the header
-    for name, p in model.items():
-        if not (bits := train_gpt.bits_of(cfg, name, p)):
+    for name, p in parameters.items():
+        if not (bits := train_gpt.bits_of(model, name)):
             total += fit["float"] * p.numel()
             continue
         block = "blocks" in name and fit["block"] * (cfg.model_dim / p.size(1)) ** 0.5
         mean_maximum = -float(torch.special.ndtri(torch.tensor(0.28 / p.size(1))))  # in rms
-        clip = max(mean_maximum, std * by * train_gpt.setting_of(name, cfg.sigmas_by_role))
+        clip = max(mean_maximum, std * by * train_gpt.setting_of(model, name, cfg.sigmas_by_role))
         floor = (bits == 8 or cfg.q_scale_floor == "inv_clip") / (block or fit["table"]) * (not std)
         step = max(clip, floor) / (top := train_gpt.largest_integer(bits))
         step /= (1 + std * step**2 / 12) ** 0.5  # GPTQ feeds errors back, which widens rows
@@ -98,7 +101,7 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     ranks = int(os.environ.get("WORLD_SIZE", 8))
     parameters, groups = dict(model.named_parameters()), train_gpt.route_parameters(cfg, model)
     for name, p in parameters.items():
-        widths[train_gpt.bits_of(cfg, name, p)] += p.numel()
+        widths[train_gpt.bits_of(model, name)] += p.numel()
     adam = sum(p.numel() for g in groups if g["optimizer"] == "adam" for p in g["params"])
     stacks = Counter(
         (g["route"], p.shape) for g in groups if g["optimizer"] == "muon" for p in g["params"]
@@ -112,7 +115,7 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     seconds = work * tokens / (ranks * PEAK_FLOPS * UTILISATION)
     steps = int(min(cfg.iterations, cfg.max_wallclock_seconds / seconds or math.inf))
     count, limit, end = widths.total(), cfg.artifact_limit_bytes, train_gpt.SOLVER_OCTAVES[1]
-    size, least = (artifact_bytes(cfg, parameters, by=2.0**octaves) for octaves in (0, end))
+    size, least = (artifact_bytes(model, parameters, by=2.0**octaves) for octaves in (0, end))
     least, target = (1 - FITTED["error"]) * least + code_bytes, cfg.artifact_target_bytes or limit
     memory = {
         "parameters": 4 * count,

@@ -62,7 +62,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 import sentencepiece
@@ -1389,15 +1389,190 @@ def like(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.to(x.dtype)
 
 
+# What a parameter is. Nothing else in this file goes by the names of parameters.
+
+Start = Callable[[Tensor, "Config"], object]  # fills a parameter with its initial value
+Shape = tuple[int, ...]
+Made = TypeVar("Made", bound=Tensor)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a parameter is; it decides how the parameter starts, learns and is stored."""
+
+    name: str  # its row in ROUTES, which says how it learns
+    role: str  # its row in BITS and CLIP_SIGMAS
+    fits: Callable[[Shape, Config], bool]  # whether a parameter of this kind can have a shape
+    expected: str  # the shapes that fit, in words
+    start: Start | None = None  # None leaves the value that the parameter was made with
+    may_be_integers: bool = False  # in the artifact; whether it is decided by BITS and its size
+    may_be_rounded: bool = False  # in training, by QAT
+    inputs_of: str = ""  # the matrix beside it that has the same inputs, and so the same Hessian
+
+
+def is_matrix(shape: Shape, cfg: Config) -> bool:
+    """Whether it leads from one width of the network to another."""
+    kv_width = cfg.num_kv_heads * cfg.head_dim
+    widths = (cfg.model_dim, kv_width, cfg.mlp_dim, cfg.bigram_dim, cfg.ve_dim)
+    return len(shape) == 2 and all(side in widths for side in shape)
+
+
+def is_table(shape: Shape, cfg: Config) -> bool:
+    """Whether it has a row for each token, or for each bucket of token pairs."""
+    return len(shape) == 2 and shape[0] in (cfg.vocab_size, cfg.bigram_vocab_size)
+
+
+def is_vector(shape: Shape, cfg: Config) -> bool:
+    """Whether it is a number or a row of numbers."""
+    return len(shape) < 2
+
+
+def is_rows(shape: Shape, cfg: Config) -> bool:
+    """Whether its rows have a number for each channel, or one for all of them."""
+    return len(shape) == 2 and shape[1] in (1, cfg.model_dim)
+
+
+def is_gate(shape: Shape, cfg: Config) -> bool:
+    """Whether it has a number, or a row of numbers, for each channel or head."""
+    return len(shape) < 2 or (len(shape) == 2 and shape[0] <= cfg.num_heads)
+
+
+def start_orthogonal(parameter: Tensor, cfg: Config) -> None:
+    """A random matrix whose singular values are all 1."""
+    nn.init.orthogonal_(parameter)
+
+
+def start_scaled(parameter: Tensor, cfg: Config) -> None:
+    """A random matrix whose singular values are all 1 / sqrt(2 L)."""
+    nn.init.orthogonal_(parameter, 1.0 / math.sqrt(2 * cfg.num_layers))
+
+
+def start_output(parameter: Tensor, cfg: Config) -> None:
+    """The output of attention or MLP, at 0 by default: a block starts as the identity."""
+    if cfg.proj_init == "zero":
+        parameter.zero_()
+    else:
+        start_scaled(parameter, cfg)
+
+
+def start_auxiliary(parameter: Tensor, cfg: Config) -> None:
+    """A projection of a table."""
+    if cfg.optimizer_routing == "banks":
+        start_orthogonal(parameter, cfg)
+    else:
+        start_scaled(parameter, cfg)
+
+
+def start_pair_projection(parameter: Tensor, cfg: Config) -> None:
+    """The projection of BigramHash, drawn in any case: BIGRAM_INIT changes no other matrix."""
+    start_auxiliary(parameter, cfg)
+    if cfg.bigram_init == "zero_proj":
+        parameter.zero_()
+
+
+def start_pair_table(parameter: Tensor, cfg: Config) -> None:
+    """The buckets of BigramHash; one of its two factors is 0, so that it starts without effect."""
+    if cfg.bigram_init == "zero_proj":
+        start_orthogonal(parameter, cfg)
+    else:
+        parameter.zero_()
+
+
+def start_token_table(parameter: Tensor, cfg: Config) -> None:
+    """A normal table; EMB_SVD_INIT makes its k-th singular value the first / sqrt(k)."""
+    nn.init.normal_(parameter, std=cfg.tied_embed_init_std)
+    if cfg.emb_svd_init:
+        U, S, Vh = torch.linalg.svd(parameter, full_matrices=False)
+        powers = torch.arange(1, len(S) + 1, dtype=torch.float32) ** -0.5
+        parameter.copy_(U * (S[0] * powers) @ Vh)
+
+
+def start_value_table(parameter: Tensor, cfg: Config) -> None:
+    """A small normal table."""
+    nn.init.normal_(parameter, std=0.01)
+
+
+def start_at_zero(parameter: Tensor, cfg: Config) -> None:
+    """Zeros."""
+    parameter.zero_()
+
+
+def start_backout(parameter: Tensor, cfg: Config) -> None:
+    """BACKOUT_INIT."""
+    parameter.fill_(cfg.backout_init)
+
+
+WIDTHS = "a width of the network on both sides"
+ATTENTION_MATRIX = Kind("attention matrix", "attn", is_matrix, WIDTHS, start_orthogonal, True, True)
+MLP_MATRIX = replace(ATTENTION_MATRIX, name="mlp matrix", role="mlp")
+AUXILIARY_MATRIX = replace(
+    ATTENTION_MATRIX, name="auxiliary matrix", role="aux", start=start_auxiliary
+)
+TABLE = Kind("table", "aux", is_table, "a row for each token or pair", may_be_integers=True)
+TOKEN_TABLE = replace(TABLE, name="token table", role="emb", start=start_token_table)
+HEAD = replace(TOKEN_TABLE, name="head", start=start_at_zero)
+GAIN = Kind("gain", "aux", is_vector, "no more than one dimension")
+ATTENTION_GAIN = replace(GAIN, role="attn")
+GAIN_ROWS = Kind("gain rows", "aux", is_rows, "rows of 1 or MODEL_DIM", may_be_integers=True)
+GATE = Kind("gate", "aux", is_gate, "at most a row for each head")
+
+
+def known(kind: Kind, parameter: Made) -> Made:
+    """The parameter, marked as one of this kind."""
+    parameter.kind = kind  # type: ignore[attr-defined]
+    return parameter
+
+
+def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
+    """The kind of each parameter by name; Refusal for one without a kind or of a wrong shape."""
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        kind = getattr(parameter, "kind", None)
+        if kind is None:
+            raise Refusal(f"parameter {name} has no kind: make it with known(KIND, ...)")
+        if not kind.fits(tuple(parameter.shape), cfg):
+            shape = " x ".join(map(str, parameter.shape))
+            raise Refusal(
+                f"parameter {name} is declared as {kind.name}, which has {kind.expected}, "
+                f"but its shape is {shape or 'a number'}: declare it as what it is"
+            )
+        kinds[name] = kind
+    return kinds
+
+
+@functools.lru_cache(8)
+def kinds_within(cfg: Config) -> dict[str, Kind]:
+    """The kinds of the model that these settings describe, which is laid out without memory."""
+    with torch.device("meta"):
+        return GPT(cfg).kinds
+
+
 class Linear(nn.Linear):
     """Matrix product without bias; the float32 weight is cast to the activations' type."""
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, kind: Kind) -> None:
         super().__init__(width_in, width_out, bias=False)
+        known(kind, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return F.linear(x, like(self.weight, x))
+    def forward(self, x: Tensor, delta: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, T, in) -> (B, T, out).
+
+        A delta (A, B) of low rank r adds B A to the weight, for each row of the batch its own:
+        (B, r, in) and (B, out, r).
+        """
+        y = F.linear(x, like(self.weight, x))
+        if delta is None:
+            return y
+        down, up = delta
+        return y + (x @ down.mT) @ up.mT
+
+
+class Table(nn.Embedding):
+    """A row of numbers for each token or bucket."""
+
+    def __init__(self, num_rows: int, width: int, kind: Kind) -> None:
+        super().__init__(num_rows, width)
+        known(kind, self.weight)
 
 
 class BigramHash(nn.Module):
@@ -1409,18 +1584,27 @@ class BigramHash(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.by_sum, self.bos_mask = cfg.bigram_hash == "sum", cfg.bigram_bos_mask
-        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
-        self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
-        self.scale = nn.Parameter(torch.tensor(0.05))
+        self.by_sum = cfg.bigram_hash == "sum"
+        self.bos_mask = cfg.bigram_bos_mask
+        table = replace(TABLE, start=start_pair_table)
+        projection = replace(AUXILIARY_MATRIX, start=start_pair_projection)
+        self.embed = Table(cfg.bigram_vocab_size, cfg.bigram_dim, table)
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim, projection)
+        self.scale = known(GAIN, nn.Parameter(torch.tensor(0.05)))
 
     def buckets(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T) bucket numbers."""
-        n, second = self.embed.num_embeddings, BIGRAM_PREVIOUS * input_ids[:, :-1]
-        first, none = BIGRAM_CURRENT * input_ids[:, 1:], 0 if self.by_sum else n - 1
-        hashed = (first + second) % n if self.by_sum else (first ^ second) % (n - 1)
-        hashed = F.pad(hashed, (1, 0), value=none)
-        return torch.where(input_ids == BOS, none, hashed) if self.bos_mask else hashed
+        n = self.embed.num_embeddings
+        current = BIGRAM_CURRENT * input_ids[:, 1:]
+        previous = BIGRAM_PREVIOUS * input_ids[:, :-1]
+        if self.by_sum:
+            hashed, without = (current + previous) % n, 0
+        else:
+            hashed, without = (current ^ previous) % (n - 1), n - 1
+        hashed = F.pad(hashed, (1, 0), value=without)
+        if self.bos_mask:
+            hashed = torch.where(input_ids == BOS, without, hashed)
+        return hashed
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) -> (B, T, D)."""
@@ -1433,7 +1617,7 @@ class SmearGate(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.bos_mask = cfg.smear_bos_mask
-        self.gate = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.gate = known(GATE, nn.Parameter(torch.zeros(cfg.model_dim)))
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
@@ -1448,9 +1632,9 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.ve_dim)
-        self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim)
-        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.embed = Table(cfg.vocab_size, cfg.ve_dim, replace(TABLE, start=start_value_table))
+        self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim, AUXILIARY_MATRIX)
+        self.scale = known(GAIN, nn.Parameter(torch.tensor(0.1)))
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) -> (B, T, G*K)."""
@@ -1542,13 +1726,17 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
         super().__init__()
-        width = cfg.num_kv_heads * cfg.head_dim
-        self.c_q, self.c_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, width)
-        self.c_v, self.proj = Linear(cfg.model_dim, width), Linear(cfg.model_dim, cfg.model_dim)
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.vr_lambda = (
-            nn.Parameter(torch.full((2,), 0.5)) if cfg.vrl_mode == "mix" and layer else None
-        )
+        width, kv_width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        beside_queries = replace(ATTENTION_MATRIX, inputs_of="c_q")
+        self.c_q = Linear(width, width, ATTENTION_MATRIX)
+        self.c_k = Linear(width, kv_width, beside_queries)
+        self.c_v = Linear(width, kv_width, beside_queries)
+        self.proj = Linear(width, width, replace(ATTENTION_MATRIX, start=start_output))
+        gains = torch.full((cfg.num_heads,), cfg.qk_gain_init)
+        self.q_gain = known(ATTENTION_GAIN, nn.Parameter(gains))
+        self.vr_lambda: nn.Parameter | None = None  # shares of layer 0's values and of its own
+        if cfg.vrl_mode == "mix" and layer > 0:
+            self.vr_lambda = known(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
         self.kernel, self.head_dim = kernel, cfg.head_dim
         self.xsa = exclude_own_value if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y
 
@@ -1598,7 +1786,8 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.fc, self.proj = Linear(cfg.model_dim, cfg.mlp_dim), Linear(cfg.mlp_dim, cfg.model_dim)
+        self.fc = Linear(cfg.model_dim, cfg.mlp_dim, MLP_MATRIX)
+        self.proj = Linear(cfg.mlp_dim, cfg.model_dim, replace(MLP_MATRIX, start=start_output))
         self.slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1617,6 +1806,15 @@ class Context:
     outputs: list[Tensor] = field(default_factory=list)  # stream (B, T, D) after each layer so far
 
 
+def start_mix_by_depth(parameter: Tensor, cfg: Config, layer: int) -> None:
+    """Shares of stream and embedding in a layer's input: the stream's grows with depth, or is 1."""
+    keep = 1.0
+    if cfg.resid_mix_init == "phase":
+        depth = layer / max(cfg.num_layers - 1, 1)  # from 0 to 1
+        keep = 1.0 / (1.0 + math.exp(-3.0 * (depth - 0.5)))
+    parameter.copy_(torch.tensor([[keep], [1.0 - keep]]).expand_as(parameter))
+
+
 class Block(nn.Module):
     """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
 
@@ -1624,11 +1822,12 @@ class Block(nn.Module):
         super().__init__()
         self.layer, depth = layer, 1.0 / math.sqrt(layer + 1)
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
-        phase = 1.0 / (1.0 + math.exp(-3.0 * (layer / max(cfg.num_layers - 1, 1) - 0.5)))
-        keep = phase if cfg.resid_mix_init == "phase" else 1.0
-        self.resid_mix = nn.Parameter(torch.tensor([[keep], [1.0 - keep]]).repeat(1, cfg.model_dim))
+        mix = torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim)
+        start_mix = functools.partial(start_mix_by_depth, layer=layer)
+        self.resid_mix = known(replace(GAIN_ROWS, start=start_mix), nn.Parameter(mix))
         gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
-        self.attn_scale, self.mlp_scale = nn.Parameter(gain), nn.Parameter(gain.clone())
+        self.attn_scale = known(GAIN, nn.Parameter(gain))
+        self.mlp_scale = known(GAIN, nn.Parameter(gain.clone()))
         self.depth_scale = depth if cfg.ln_scale == "1" else 1.0
         late = layer > cfg.backout_layer and layer >= cfg.num_layers // 2
         self.read_layer = cfg.backout_layer if cfg.backout_mode == "cache" and late else None
@@ -1717,25 +1916,40 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.cfg, self.dtype, layers, half = cfg, dtype, cfg.num_layers, cfg.num_layers // 2
+        self.cfg, self.dtype = cfg, dtype
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
-        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
-        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size)
-        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else lambda ids, dtype: 0.0
-        self.smear = SmearGate(cfg) if cfg.smear_enabled else lambda x, ids: x
+        cfg = cfg.for_model()
+        layers, half = cfg.num_layers, cfg.num_layers // 2
+        self.tok_emb = Table(cfg.vocab_size, cfg.model_dim, TOKEN_TABLE)
+        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, HEAD)
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
+        self.smear = SmearGate(cfg) if cfg.smear_enabled else None
         self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
         skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
-        self.skip_weights = nn.Parameter(torch.ones(skips))
+        self.skip_weights = known(GAIN_ROWS, nn.Parameter(torch.ones(skips)))
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
-        self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.value_layers)
+        self.ve_layer_scales = nn.ParameterList(
+            known(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
+        )
+        mixing = range(1, layers) if cfg.vrl_mode == "add" else ()
         self.vrl_alphas = nn.ParameterList(
-            torch.tensor(0.0) for _ in range(layers - 1 if cfg.vrl_mode == "add" else 0)
+            known(GATE, nn.Parameter(torch.tensor(0.0))) for _ in mixing
         )
-        self.backout_lambda = (
-            nn.Parameter(torch.tensor(cfg.backout_init)) if cfg.backout_layer >= 0 else None
-        )
+        self.backout_lambda: nn.Parameter | None = None
+        if cfg.backout_layer >= 0:
+            backout = replace(GAIN, start=start_backout)
+            self.backout_lambda = known(backout, nn.Parameter(torch.tensor(0.0)))
+        self.kinds = kinds_of(self, cfg)
 
     head = property(lambda self: self.tok_emb if self.lm_head is None else self.lm_head)
+
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """The normed embedding of tokens and token pairs, smeared: (B, T) -> (B, T, D)."""
+        x = self.tok_emb(input_ids)
+        if self.bigram is not None:
+            x = x + self.bigram(input_ids, self.dtype)
+        x = rms_norm(x.to(self.dtype))
+        return x if self.smear is None else self.smear(x, input_ids)
 
     def context(self, input_ids: Tensor, x0: Tensor) -> Context:
         """What all blocks share, with VRL layer 0's values too: of ids (B, T), x0 (B, T, D)."""
@@ -1765,8 +1979,7 @@ class GPT(nn.Module):
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last block."""
-        x = rms_norm((self.tok_emb(input_ids) + self.bigram(input_ids, self.dtype)).to(self.dtype))
-        x = self.smear(x, input_ids)
+        x = self.embedded(input_ids)
         c, half = self.context(input_ids, x), self.cfg.num_layers // 2
         for layer, block in enumerate(self.blocks):
             if half <= layer < half + len(self.skip_weights):
@@ -1812,34 +2025,18 @@ def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tens
 
 @torch.no_grad()
 def initialize(model: GPT, cfg: Config) -> None:
-    """Draw initial weights from SEED, on the CPU, so that every device starts alike.
+    """Give every parameter the initial value of its kind.
 
-    Matrices are orthogonal, some projections times 1 / sqrt(2 L); an untied head and by default
-    the blocks' output projections are zero: each block starts as the identity.
+    Random ones are drawn from SEED on the CPU, so that every device starts alike; matrices come
+    before tables.
     """
-    scale, with_zero_proj = 1.0 / math.sqrt(2 * cfg.num_layers), cfg.bigram_init == "zero_proj"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        for name, module in model.named_modules():
-            if isinstance(module, Linear):
-                output = re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.proj", name)
-                auxiliary = name in ("bigram.proj", "ve_shared.proj")
-                scaled = output or (auxiliary and cfg.optimizer_routing != "banks")
-                if name == "lm_head" or (output and cfg.proj_init == "zero"):
-                    module.weight.zero_()
-                else:
-                    nn.init.orthogonal_(module.weight, scale if scaled else 1.0)
-        nn.init.normal_(model.tok_emb.weight, std=cfg.tied_embed_init_std)
-        if model.ve_shared is not None:
-            nn.init.normal_(model.ve_shared.embed.weight, std=0.01)
-        if cfg.emb_svd_init:  # the k-th singular value becomes the first / sqrt(k)
-            U, S, Vh = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
-            powers = torch.arange(1, len(S) + 1, dtype=torch.float32) ** -0.5
-            model.tok_emb.weight.copy_(U * (S[0] * powers) @ Vh)
-        if isinstance(model.bigram, BigramHash):
-            (model.bigram.proj if with_zero_proj else model.bigram.embed).weight.zero_()
-            if with_zero_proj:
-                nn.init.orthogonal_(model.bigram.embed.weight)
+        for of_tables in (False, True):
+            for name, parameter in model.named_parameters():
+                kind = model.kinds[name]
+                if kind.start is not None and (kind.fits is is_table) == of_tables:
+                    kind.start(parameter, cfg)
 
 
 # =================================================================================================
@@ -1945,53 +2142,57 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
 MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
 
-GAINS = (
-    r"blocks\.\d+\.(attn\.(q_gain|vr_lambda)|attn_scale|mlp_scale|resid_mix)|skip_weights|"
-    r"smear\.gate|(bigram|ve_shared)\.scale|backout_lambda|(ve_layer_scales|vrl_alphas)\.\d+"
-)
-AUXILIARY = r"(bigram|ve_shared)\.proj\.weight"
-# Rows that OPTIMIZER_ROUTING puts before the common ones.
+# How each group of parameters learns.
 # fmt: off
-ROUTES_FIRST = {
-    "standard": (),
-    "banks": ((AUXILIARY,                               "adam", "scalar_lr",     "adam_wd"),),
-    "by_ndim": ((AUXILIARY + r"|(bigram|ve_shared)\.embed\.weight|skip_weights|"
-                 r"blocks\.\d+\.resid_mix",           "muon", "matrix_lr",     "muon_wd"),),
-    "adam": ((r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "adam", "matrix_lr",     "adam_wd"),),
+GROUPS = {
+    # group               optimizer  learning rate  weight decay
+    "head":              ("adam", "head_lr",       "adam_wd"),
+    "tokens":            ("adam", "token_lr",      "adam_wd"),
+    "tables":            ("adam", "tied_embed_lr", "adam_wd"),
+    "attention":         ("muon", "matrix_lr",     "muon_wd"),
+    "mlp":               ("muon", "matrix_lr",     "muon_wd"),
+    "auxiliary":         ("muon", "matrix_lr",     "muon_wd"),
+    "gains":             ("adam", "scalar_lr",     "adam_wd"),
+    "blocks by adam":    ("adam", "matrix_lr",     "adam_wd"),
+    "auxiliary by adam": ("adam", "scalar_lr",     "adam_wd"),
+    "other 2-D":         ("muon", "matrix_lr",     "muon_wd"),
 }
-ROUTES = (
-    # parameter name (full match, first row wins)      optimizer learning rate  decay
-    (r"lm_head\.weight",                                "adam", "head_lr",       "adam_wd"),
-    (r"tok_emb\.weight",                                "adam", "token_lr",      "adam_wd"),
-    (r"(bigram|ve_shared)\.embed\.weight",              "adam", "tied_embed_lr", "adam_wd"),
-    (r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight", "muon", "matrix_lr",     "muon_wd"),
-    (r"blocks\.\d+\.mlp\.(fc|proj)\.weight",           "muon", "matrix_lr",     "muon_wd"),
-    (AUXILIARY,                                         "muon", "matrix_lr",     "muon_wd"),
-    (GAINS,                                             "adam", "scalar_lr",     "adam_wd"),
-)
+# The group of each kind of parameter, by OPTIMIZER_ROUTING.
+ROUTINGS = ("standard", "banks", "by_ndim", "adam")
+ROUTES = {
+    # kind              standard     banks                by_ndim      adam
+    "head":             ("head",      "head",              "head",      "head"),
+    "token table":      ("tokens",    "tokens",            "tokens",    "tokens"),
+    "table":            ("tables",    "tables",            "other 2-D", "tables"),
+    "attention matrix": ("attention", "attention",         "attention", "blocks by adam"),
+    "mlp matrix":       ("mlp",       "mlp",               "mlp",       "blocks by adam"),
+    "auxiliary matrix": ("auxiliary", "auxiliary by adam", "other 2-D", "auxiliary"),
+    "gain":             ("gains",     "gains",             "gains",     "gains"),
+    "gain rows":        ("gains",     "gains",             "other 2-D", "gains"),
+    "gate":             ("gains",     "gains",             "gains",     "gains"),
+}
 # fmt: on
 
 
-def route_parameters(cfg: Config, model: nn.Module) -> list[dict]:
-    """Parameter groups, one for each row of ROUTES in use; raises ValueError on one unrouted."""
-    rates = {**asdict(cfg), "token_lr": cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr}
-    routes = (*ROUTES_FIRST[cfg.optimizer_routing], *ROUTES)
+def route_parameters(cfg: Config, model: GPT) -> list[dict]:
+    """Parameter groups of the optimizers, one for each group of GROUPS in use.
+
+    Each has its name ("route"), optimizer, parameters and their names, rate and weight decay.
+    """
+    routing = ROUTINGS.index(cfg.optimizer_routing)
     groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
-        row = next((row for row in routes if re.fullmatch(row[0], name)), None)
-        if row is None:
-            raise ValueError(f"parameter {name} matches no row of ROUTES")
-        group = groups.setdefault(
-            row[0],
-            {
-                "route": row[0],
-                "optimizer": row[1],
-                "params": [],
-                "names": [],
-                "base_lr": rates[row[2]] * cfg.lr_mult,
-                "weight_decay": rates[row[3]],
-            },
-        )
+        route = ROUTES[model.kinds[name].name][routing]
+        optimizer, rate, decay = GROUPS[route]
+        empty = {
+            "route": route,
+            "optimizer": optimizer,
+            "params": [],
+            "names": [],
+            "base_lr": getattr(cfg, rate) * cfg.lr_mult,
+            "weight_decay": getattr(cfg, decay),
+        }
+        group = groups.setdefault(route, empty)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -2755,27 +2956,16 @@ def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
 # =================================================================================================
 
 
-# Roles of parameters in BITS and CLIP_SIGMAS: the first whose pattern fits a parameter's name.
-ROLES = {
-    "mlp": r"blocks\.\d+\.mlp\..*",
-    "attn": r"blocks\.\d+\.attn\..*",
-    "emb": r"(tok_emb|lm_head)\..*",
-    "aux": r".*",
-}
-TENSOR_NAME = (
-    r"blocks\.\d{1,3}\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))|tok_emb|lm_head|"
-    r"(bigram|ve_shared)\.(embed|proj)"
-)
+ROLES = ("mlp", "attn", "emb", "aux")  # of parameters, in BITS and CLIP_SIGMAS
 
 
 @functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
 def values_by_role(name: str, text: str, kind: type, pattern: str, expected: str) -> dict:
-    """The values of a text like mlp:6,attn:6,emb:8,aux:8 of roles and tensors, fp16 as 0."""
+    """The values of a text like mlp:6,attn:6,emb:8,aux:8 of roles and matrices, fp16 as 0."""
     found: dict = {}
     for part in text.split(","):
         role, _, value = part.strip().partition(":")
-        named = role in ROLES or re.fullmatch(TENSOR_NAME, role)
-        if role in found or not named or not re.fullmatch(pattern, value):
+        if role in found or not re.fullmatch(r"[\w.]+", role) or not re.fullmatch(pattern, value):
             raise Refusal(
                 f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
                 f"and a colon and {expected}"
@@ -2856,13 +3046,18 @@ class GridSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Tensors named in BITS and CLIP_SIGMAS are of layers that exist."""
+        """Tensors named in BITS and CLIP_SIGMAS are of the model."""
         for name, given in (("BITS", cfg.bits_by_role), ("CLIP_SIGMAS", cfg.sigmas_by_role)):
             layers = [int(number) for role in given for number in re.findall(r"\d+", role)]
             yield (
                 all(layer < cfg.num_layers for layer in layers),
                 f"{name} names a layer beyond NUM_LAYERS",
             )
+            for tensor in set(given) - set(ROLES):
+                yield (
+                    f"{tensor}.weight" in kinds_within(cfg),
+                    f"{name} names {tensor!r}, which is no tensor of the model",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2922,20 +3117,18 @@ class Stored:
         return values if self.scale is None else values.mul_(self.scale.float()[:, None])
 
 
-def role_of(name: str) -> str:
-    """The role of a parameter in BITS and CLIP_SIGMAS."""
-    return next(role for role, pattern in ROLES.items() if re.fullmatch(pattern, name))
-
-
-def setting_of(name: str, by_role: dict):
+def setting_of(model: GPT, name: str, by_role: dict):
     """What BITS or CLIP_SIGMAS says of a parameter, by its own name or by its role."""
-    return by_role.get(name.removesuffix(".weight"), by_role[role_of(name)])
+    return by_role.get(name.removesuffix(".weight"), by_role[model.kinds[name].role])
 
 
-def bits_of(cfg: Config, name: str, tensor: Tensor) -> int:
+def bits_of(model: GPT, name: str) -> int:
     """Bits of a parameter's integers; 0 for fp16, as all but large matrices are stored."""
-    small = tensor.ndim != 2 or tensor.numel() <= cfg.int8_keep_float_max_numel
-    return 0 if small else setting_of(name, cfg.bits_by_role)
+    parameter = model.get_parameter(name)
+    small = parameter.ndim != 2 or parameter.numel() <= model.cfg.int8_keep_float_max_numel
+    if small or not model.kinds[name].may_be_integers:
+        return 0
+    return setting_of(model, name, model.cfg.bits_by_role)
 
 
 def largest_integer(bits: int) -> int:
@@ -2951,12 +3144,13 @@ def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
 def qat_grids(model: GPT) -> dict[str, int]:
     """Name and bits (6 for what is stored as fp16) of each linear weight that QAT reaches."""
     grids = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and name != "lm_head":
-            bits = bits_of(model.cfg, f"{name}.weight", module.weight)
-            reached = {"stored": bits, "linears": True, "aux": not name.startswith("blocks.")}
-            if reached[model.cfg.qat_targets]:
-                grids[f"{name}.weight"] = bits or 6
+    for name, kind in model.kinds.items():
+        if not kind.may_be_rounded:
+            continue
+        bits = bits_of(model, name)
+        reached = {"stored": bits > 0, "linears": True, "aux": kind.role == "aux"}
+        if reached[model.cfg.qat_targets]:
+            grids[name] = bits or 6
     return grids
 
 
@@ -3089,9 +3283,12 @@ def weighted_error(W: Tensor, stored: Stored, H: Tensor) -> float:
     return float(((delta @ H.double()) * delta).sum())
 
 
-def hessian_source(name: str) -> str:
-    """The linear whose inputs a linear shares: queries, keys and values read the same."""
-    return re.sub(r"attn\.c_[kv]$", "attn.c_q", name)
+def hessian_source(model: GPT, name: str) -> str:
+    """The module by whose inputs a matrix is rounded: its own, or one with the same inputs."""
+    module, beside = name.removesuffix(".weight"), model.kinds[name].inputs_of
+    if not beside:
+        return module
+    return f"{module.rpartition('.')[0]}.{beside}"
 
 
 @torch.no_grad()
@@ -3116,13 +3313,13 @@ def collect_hessians(
     another could end after `deadline` seconds of its clock. The matrix that makes logits is among
     them only with QUANT_CLIP=std.
     """
-    head = "" if model.cfg.quant_clip != "std" else "lm_head" if model.lm_head else "tok_emb"
-    sums = {
-        hessian_source(name): torch.zeros(2 * [module.weight.size(1)], device=run.device)
-        for name, module in model.named_modules()
-        if (name == head != "" or (isinstance(module, Linear) and name != "lm_head"))
-        and bits_of(model.cfg, f"{name}.weight", module.weight)
-    }
+    head = "tok_emb" if model.lm_head is None else "lm_head"
+    sums: dict[str, Tensor] = {}
+    for name, kind in model.kinds.items():
+        wanted = kind.may_be_rounded or (name == f"{head}.weight" and model.cfg.quant_clip == "std")
+        if wanted and bits_of(model, name):
+            width = model.get_parameter(name).size(1)
+            sums[hessian_source(model, name)] = torch.zeros(width, width, device=run.device)
     seen = torch.zeros(1, device=run.device)
 
     def add(name: str, x: Tensor) -> None:
@@ -3233,13 +3430,13 @@ def quantize(
     for name, p in run.folder.progress(
         "quantizing", iterable=[*model.named_parameters()], unit="tensor"
     ):
-        W, bits = p.detach().float().to(device), bits_of(cfg, name, p)
+        W, bits = p.detach().float().to(device), bits_of(model, name)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
             W = W.masked_fill(W.abs() < row_quantile(W.abs().view(1, -1), cfg.prune_frac), 0.0)
-        H = hessians.get(hessian_source(name.removesuffix(".weight")))
-        how = bits, cfg, factor * setting_of(name, cfg.sigmas_by_role)
+        H = hessians.get(hessian_source(model, name))
+        how = bits, cfg, factor * setting_of(model, name, cfg.sigmas_by_role)
         if not bits:
             made = Stored(W.half())
         elif H is None:
@@ -3254,7 +3451,7 @@ def quantize(
                 made, fallbacks = round_to_nearest(W, *how), fallbacks + 1
             objective += weighted_error(W, made, H)
         stored[name] = Stored(made.values.cpu(), None if made.scale is None else made.scale.cpu())
-    low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(cfg, n, s.values) < 8}
+    low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(model, n) < 8}
     if cfg.prune_pct and low:
         run.folder.log(
             "prune:zeroed {zeroed} of {of} integers below 8 bits",
@@ -3648,12 +3845,12 @@ def estimated_bytes(model: GPT, factor: float) -> float:
     """Entropy of all matrices' nearest integers at the largest clips, CLIP_SIGMAS by `factor`."""
     total = 0.0
     for name, parameter in model.named_parameters():
-        bits = bits_of(model.cfg, name, parameter)
+        bits = bits_of(model, name)
         if bits == 0:
             continue
         weight = parameter.detach().float()
         levels = largest_integer(bits)
-        sigmas = factor * setting_of(name, model.cfg.sigmas_by_role)
+        sigmas = factor * setting_of(model, name, model.cfg.sigmas_by_role)
         step = clip_candidates(weight, bits, model.cfg, sigmas)[-1]
         total += entropy_bytes(torch.round(weight / step[:, None]).clamp_(-levels, levels))
     return total
@@ -3687,7 +3884,7 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
     fixed = len(run.folder.source)
     for name, parameter in model.named_parameters():
         # A scale for each row of integers, or every float.
-        fixed += len(parameter) if bits_of(cfg, name, parameter) else parameter.numel()
+        fixed += len(parameter) if bits_of(model, name) else parameter.numel()
     total = fixed + LEAST_CODED * estimated_bytes(model, 1.0)
     coarsest = fixed + LEAST_CODED * estimated_bytes(model, 2.0**coarsest_octaves)
     run.folder.log(
@@ -3794,10 +3991,10 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
     run.phase = "export"
     write_file(path, blob)
     blob = path.read_bytes()
-    log_sizes(stored, run)
+    log_sizes(model, stored, run)
     total = len(run.folder.source) + len(blob)
     limit = cfg.artifact_limit_bytes
-    label = f"{grid_label(cfg, stored)}+{cfg.codec}"
+    label = f"{grid_label(model, stored)}+{cfg.codec}"
     run.folder.log(
         f"Serialized model {label}: {len(blob)} bytes\nCode size: {len(run.folder.source)} bytes"
     )
@@ -3820,10 +4017,10 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
     return run.ranks.broadcast(blob)
 
 
-def log_sizes(stored: dict[str, Stored], run: Run) -> None:
+def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
     """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
     for role in ROLES:
-        tensors = [tensor for name, tensor in stored.items() if role_of(name) == role]
+        tensors = [tensor for name, tensor in stored.items() if model.kinds[name].role == role]
         grids = [tensor.values.flatten() for tensor in tensors if tensor.scale is not None]
         integers = torch.cat([torch.empty(0, dtype=torch.int8), *grids])
         floats = 0
@@ -3841,11 +4038,11 @@ def log_sizes(stored: dict[str, Stored], run: Run) -> None:
         )
 
 
-def grid_label(cfg: Config, stored: dict[str, Stored]) -> str:
+def grid_label(model: GPT, stored: dict[str, Stored]) -> str:
     """How log lines call the artifact's block matrices."""
-    mlps = [tensor for name, tensor in stored.items() if role_of(name) == "mlp"]
+    mlps = [tensor for name, tensor in stored.items() if model.kinds[name].role == "mlp"]
     if any(tensor.scale is not None for tensor in mlps):
-        return f"int{cfg.bits_by_role['mlp']}"
+        return f"int{model.cfg.bits_by_role['mlp']}"
     return "fp16"
 
 
@@ -4113,8 +4310,8 @@ class Adapter:
         self.run = run
         self.chunk_targets = cfg.ttt_chunk_tokens
         self.seconds = 0.0  # spent on learning so far
-        frozen = frozen_prefixes(cfg)
-        self.parameters = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
+        frozen = frozen_parameters(model, cfg)
+        self.parameters = [p for p in model.parameters() if p not in frozen]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         run.ledger.occasions["ttt"] = 0  # a split of one chunk leaves it none
 
@@ -4164,12 +4361,14 @@ class Adapter:
         return len(batches)
 
 
-def frozen_prefixes(cfg: Config) -> tuple[str, ...]:
-    """How the names of parameters begin that do not adapt."""
-    frozen = [f"blocks.{layer}." for layer in range(cfg.ttt_freeze_blocks)]
+def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
+    """The parameters that do not adapt."""
+    frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
     if cfg.ttt_mode == "train_then_score":
-        frozen += ["tok_emb.", "bigram.", "smear."]
-    return tuple(frozen)
+        for module in (model.tok_emb, model.bigram, model.smear):
+            if module is not None:
+                frozen.update(module.parameters())
+    return frozen
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
@@ -4203,7 +4402,7 @@ def score_artifact(
     model = rebuild_model(run.cfg, stored, run)
     run = run.with_settings(run.cfg.for_scoring())
     cfg = run.cfg
-    label = grid_label(cfg, stored)
+    label = grid_label(model, stored)
     stride = cfg.eval_stride
     results: list[EvalResult] = []
 
@@ -4886,7 +5085,7 @@ def repeats(run: Run) -> str:
     return f"to the bit on this machine, with {torch.get_num_threads()} threads a process"
 
 
-def routing_table(cfg: Config, model: nn.Module) -> Iterator[str]:
+def routing_table(cfg: Config, model: GPT) -> Iterator[str]:
     """One line a parameter group: how many parameters learn how."""
     for group in route_parameters(cfg, model):
         yield (

@@ -121,21 +121,22 @@ STD = tuple(
 
 
 @functools.cache
-def layout(settings: str) -> tuple[Config, dict[int, dict[str, torch.Tensor]], int]:
-    """Settings; tensors by bits, equal matrices of all layers as one; tensors that are stored."""
+def layout(settings: str) -> tuple[GPT, dict[int, dict[str, torch.Tensor]], int]:
+    """The model; tensors by bits, equal matrices of all layers as one; tensors that are stored."""
     cfg, _ = Config.from_env(dict(part.split("=", 1) for part in settings.split()))
     with torch.device("meta"):
-        parameters = dict(GPT(cfg).named_parameters())
+        model = GPT(cfg)
+    parameters = dict(model.named_parameters())
     same: dict[tuple, list[str]] = {}
     for name, p in parameters.items():
-        bits = bits_of(cfg, name, p)
+        bits = bits_of(model, name)
         alike = (*p.shape, name.startswith("blocks")) if bits else (name,)
         same.setdefault((bits, *alike), []).append(name)
     by_bits: dict[int, dict[str, torch.Tensor]] = {}
     for (bits, *_), names in same.items():
         stack = torch.cat([parameters[name] for name in names]) if bits else parameters[names[0]]
         by_bits.setdefault(bits, {})[names[0]] = stack
-    return cfg, by_bits, sum(len(names) * (1 + (key[0] > 0)) for key, names in same.items())
+    return model, by_bits, sum(len(names) * (1 + (key[0] > 0)) for key, names in same.items())
 
 
 @functools.cache
@@ -150,11 +151,11 @@ def coding_overhead(codec: str, bits: int) -> float:
 
 def predicted(artifact: Artifact, fit: dict[str, float]) -> float:
     """Bytes of the model that the constants predict."""
-    cfg, by_bits, tensors = layout(artifact.settings)
-    total = header = plan.artifact_bytes(cfg, {}, fit)
+    model, by_bits, tensors = layout(artifact.settings)
+    total = header = plan.artifact_bytes(model, {}, fit)
     for bits, stacks in by_bits.items():
         packing = {"coded": coding_overhead("zlib", bits)} if artifact.zlib and bits else {}
-        total += plan.artifact_bytes(cfg, stacks, fit | packing) - header
+        total += plan.artifact_bytes(model, stacks, fit | packing) - header
     if artifact.float32:
         total += sum(2 * p.numel() for name, p in by_bits[0].items() if "proj" not in name)
     return total + CONTAINER_BYTES * tensors * artifact.container

@@ -51,7 +51,7 @@ def corrected(matrices: int, rank: int) -> Iterator[None]:
     def with_corrections(model: GPT, hessians: dict, run: Run, factor: float) -> dict[str, Stored]:
         stored, errors = quantize(model, hessians, run, factor), {}
         for name, p in model.named_parameters():
-            H = hessians.get(train_gpt.hessian_source(name.removesuffix(".weight")))
+            H = hessians.get(train_gpt.hessian_source(model, name))
             if H is not None and name.startswith("blocks"):
                 W = p.detach().float()
                 errors[train_gpt.weighted_error(W, stored[name], H), name] = W, H

@@ -93,7 +93,7 @@ def speed(name: str, times: int) -> dict[str, object]:
         spent["whole, with clocks inside"] = seconds(
             lambda: t.quantize(bench.model, kept, bench.run)
         )
-    matrices = sum(bool(t.bits_of(cfg, name, p)) for name, p in bench.model.named_parameters())
+    matrices = sum(bool(t.bits_of(bench.model, name)) for name in bench.model.kinds)
     table(
         (f"{matrices} matrices, {len(kept)} Hessians", "s"),
         [("quantisation", median(whole)), *spent.most_common()],
@@ -121,8 +121,8 @@ def loss(name: str, steps: int) -> dict[str, object]:
         solved = t.quantize(model, hessians, run)
         nearest, ratios = dict(solved), {}
         for name, p in model.named_parameters():
-            H = hessians.get(t.hessian_source(name.removesuffix(".weight")))
-            bits, W = t.bits_of(cfg, name, p), p.detach().float()
+            H = hessians.get(t.hessian_source(model, name))
+            bits, W = t.bits_of(model, name), p.detach().float()
             if bits and H is not None:
                 nearest[name] = t.round_to_nearest(W, bits, cfg)
                 errors = [t.weighted_error(W, s[name], H) for s in (solved, nearest)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import ARTIFACT_MAGIC, CODECS, PRELUDE, Stored, entropy_bytes, read_artifact, role_of
+from train_gpt import ARTIFACT_MAGIC, CODECS, PRELUDE, Stored, entropy_bytes, read_artifact
 
 ROLE_NAMES = {"mlp": "MLP", "attn": "attention", "emb": "token embedding", "aux": "the rest"}
 
@@ -59,8 +59,11 @@ class Anatomy:
 
 
 def role_in(name: str) -> str:
-    """A tensor's role; a stranger's name may hold line ends, which role_of does not expect."""
-    return role_of(name.replace("\n", " "))
+    """A tensor's role in BITS, by its name, which is all that a stranger's artifact tells of it."""
+    for role in ("mlp", "attn"):
+        if name.startswith("blocks.") and f".{role}." in name:
+            return role
+    return "emb" if name.startswith(("tok_emb.", "lm_head.")) else "aux"
 
 
 def part_of(name: str, stored: Stored) -> Part:

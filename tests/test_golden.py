@@ -450,7 +450,7 @@ def test_storage_of_every_parameter(system: str) -> None:
         for name, kept in facts(f"init_{system}")["export_category"].items()
     }
     assert set(published.values()) == {0, 6, 8}
-    ours = {name: bits_of(model.cfg, name, p) for name, p in model.named_parameters()}
+    ours = {name: bits_of(model, name) for name in model.kinds}
     assert ours == published
 
 

@@ -11,14 +11,22 @@ import torch
 from test_model import SIZES, VARIANTS
 from torch import Tensor, nn
 
+import train_gpt
 from train_gpt import (
+    ATTENTION_MATRIX,
+    GAIN,
+    GATE,
     GPT,
+    GROUPS,
     PRESETS,
     ROUTES,
-    ROUTES_FIRST,
+    ROUTINGS,
+    TABLE,
     Config,
     Muon,
+    Refusal,
     build_optimizers,
+    known,
     orthogonalize,
     pack_momentum,
     route_parameters,
@@ -171,25 +179,46 @@ def test_every_parameter_is_routed_once(variant: str) -> None:
     assert sum(len(group["names"]) for group in groups) == len(routed)
     assert routed.keys() == dict(model.named_parameters()).keys()
     assert all(routed[name] is p for name, p in model.named_parameters())
-    for name in routed:
-        assert sum(bool(re.fullmatch(row[0], name)) for row in ROUTES) == 1, name
     adam, muon = build_optimizers(cfg, groups, torch.float32)
     assert {p.ndim for group in muon.param_groups for p in group["params"]} == {2}
     assert sum(len(g["params"]) for o in (adam, muon) for g in o.param_groups) == len(routed)
 
 
 def test_every_route_is_in_use() -> None:
-    settings = (Config(**SIZES, tie_embeddings=tied) for tied in (True, False))
-    used = {group["route"] for cfg in settings for group in route_parameters(cfg, GPT(cfg))}
-    assert used == {row[0] for row in ROUTES}
+    used = set()
+    for tied in (True, False):
+        for routing in ROUTINGS:
+            cfg = Config(**SIZES, tie_embeddings=tied, optimizer_routing=routing)
+            used |= {group["route"] for group in route_parameters(cfg, GPT(cfg))}
+    assert used == GROUPS.keys()
+    assert all(set(row) <= GROUPS.keys() for row in ROUTES.values())
 
 
-def test_an_unrouted_parameter_is_an_error() -> None:
-    cfg = Config(**SIZES)
-    model = GPT(cfg)
-    model.blocks[0].forgotten = nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match=r"blocks\.0\.forgotten"):
-        route_parameters(cfg, model)
+@pytest.mark.parametrize(
+    ("made", "complaint"),
+    [
+        (nn.Parameter(torch.ones(1)), "parameter blocks.0.attn.odd has no kind"),
+        (
+            known(ATTENTION_MATRIX, nn.Parameter(torch.ones(4, 12))),
+            "blocks.0.attn.odd is declared as attention matrix",
+        ),
+        (known(GAIN, nn.Parameter(torch.ones(32, 32))), "blocks.0.attn.odd is declared as gain"),
+        (known(TABLE, nn.Parameter(torch.ones(5, 32))), "blocks.0.attn.odd is declared as table"),
+        (known(GATE, nn.Parameter(torch.ones(32, 32))), "blocks.0.attn.odd is declared as gate"),
+    ],
+)
+def test_a_parameter_without_a_kind_or_of_a_wrong_one_is_refused(
+    made: nn.Parameter, complaint: str, monkeypatch
+) -> None:
+    make = train_gpt.Attention.__init__
+
+    def with_one_more(self, *given) -> None:
+        make(self, *given)
+        self.odd = made
+
+    monkeypatch.setattr(train_gpt.Attention, "__init__", with_one_more)
+    with pytest.raises(Refusal, match=re.escape(complaint)):
+        GPT(Config(**SIZES))
 
 
 def test_rates_and_decay_come_from_their_settings() -> None:
@@ -245,7 +274,7 @@ def test_routing_variants_move_what_they_say() -> None:
     }
     muon, scalar, table = ("muon", 2.0, 0.2), ("adam", 3.0, 0.1), ("adam", 5.0, 0.1)
     shapes = {name: p.ndim for name, p in GPT(Config(**SIZES)).named_parameters()}
-    for routing in ROUTES_FIRST:
+    for routing in ROUTINGS:
         routes = grouped(**rates, optimizer_routing=routing)
         aux = scalar if routing == "banks" else muon
         assert routes["bigram.proj.weight"] == routes["ve_shared.proj.weight"] == aux
@@ -280,9 +309,8 @@ def test_published_rates_and_decays(
     for group in route_parameters(model.cfg, model):
         decay = 0.04 if group["optimizer"] == "muon" else adam_wd
         assert group["weight_decay"] == decay
-        rate = (
-            matrix if group["optimizer"] == "muon" else token if "emb" in group["route"] else scalar
-        )
+        rates = {"tokens": token, "tables": token}
+        rate = matrix if group["optimizer"] == "muon" else rates.get(group["route"], scalar)
         assert group["base_lr"] == pytest.approx(rate)
 
 

@@ -183,23 +183,25 @@ def test_a_row_of_zeros_stays_zero(quantizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "bits"),
+    ("name", "bits"),
     [
-        ("blocks.3.mlp.fc.weight", (11, 10), 4),
-        ("blocks.10.attn.c_k.weight", (11, 10), 5),
-        ("tok_emb.weight", (11, 10), 7),
-        ("lm_head.weight", (11, 10), 7),
-        ("bigram.embed.weight", (11, 10), 0),
-        ("ve_shared.proj.weight", (11, 10), 0),
-        ("blocks.3.mlp.fc.weight", (10, 10), 0),
-        ("blocks.3.attn_scale", (999,), 0),
+        ("blocks.3.mlp.fc.weight", 4),
+        ("blocks.10.attn.c_k.weight", 5),
+        ("tok_emb.weight", 7),
+        ("lm_head.weight", 7),
+        ("bigram.embed.weight", 0),
+        ("ve_shared.proj.weight", 0),
+        ("blocks.3.attn_scale", 0),
     ],
 )
-def test_the_integers_of_a_tensor_follow_its_role_and_size(
-    name: str, shape: tuple[int, ...], bits: int
-) -> None:
-    cfg = Config(bits="mlp:4,attn:5,emb:7,aux:fp16", int8_keep_float_max_numel=100)
-    assert bits_of(cfg, name, torch.empty(shape)) == bits
+def test_the_integers_of_a_tensor_follow_its_role_and_size(name: str, bits: int) -> None:
+    chosen = {"bits": "mlp:4,attn:5,emb:7,aux:fp16", "tie_embeddings": False}
+    with torch.device("meta"):
+        size = GPT(Config(**chosen)).get_parameter(name).numel()
+        just_larger = GPT(Config(**chosen, int8_keep_float_max_numel=size - 1))
+        no_larger = GPT(Config(**chosen, int8_keep_float_max_numel=size))
+    assert bits_of(just_larger, name) == bits
+    assert bits_of(no_larger, name) == 0
 
 
 # GPTQ
@@ -375,7 +377,7 @@ def test_every_exported_tensor_stands_for_its_parameter(calibrated, bits: str, t
     parameters = dict(model.named_parameters())
     assert stored.keys() == parameters.keys()
     for name, p in parameters.items():
-        wanted = bits_of(cfg, name, p)
+        wanted = bits_of(model, name)
         assert (stored[name].scale is None) == (wanted == 0), name
         if wanted:
             assert stored[name].values.abs().max() <= largest_integer(wanted)
@@ -515,7 +517,7 @@ def test_bits_of_single_tensors_come_before_their_roles() -> None:
     """The published 10-layer system keeps its embedding and the last two layers' keys as fp16."""
     with torch.device("meta"):
         model = GPT(Config(**train_gpt.PRESETS["pr295"]))
-    bits = {name: bits_of(model.cfg, name, p) for name, p in model.named_parameters()}
+    bits = {name: bits_of(model, name) for name in model.kinds}
     assert bits["tok_emb.weight"] == 0
     assert [bits[f"blocks.{n}.attn.c_k.weight"] for n in range(10)] == [6] * 8 + [0, 0]
     assert {

@@ -144,9 +144,9 @@ def test_the_matrix_of_the_logits_has_a_hessian_too(tied: bool) -> None:
 def test_the_estimate_is_the_entropy_of_nearest_integers() -> None:
     model, total = random_model(), 0.0
     for name, p in model.named_parameters():
-        if bits := bits_of(model.cfg, name, p):
+        if bits := bits_of(model, name):
             top, W = largest_integer(bits), p.detach()
-            sigmas = 1.5 * setting_of(name, model.cfg.sigmas_by_role)
+            sigmas = 1.5 * setting_of(model, name, model.cfg.sigmas_by_role)
             steps = clip_candidates(W, bits, model.cfg, sigmas)[0]
             counts = Counter(
                 max(-top, min(top, round(float(x / step))))

@@ -564,6 +564,12 @@ CASES: dict[str, Case] = {
     "BITS=... names a layer beyond NUM_LAYERS=...": env(
         BITS="mlp:6,attn:6,emb:8,aux:8,blocks.11.attn.c_k:8"
     ),
+    "BITS=... names ..., which is no tensor of the model": env(
+        BITS="mlp:6,attn:6,emb:8,aux:8,all:8"
+    ),
+    "CLIP_SIGMAS=... names ..., which is no tensor of the model": env(
+        CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,all:8"
+    ),
     "CLIP_SIGMAS=... names a layer beyond NUM_LAYERS=...": env(
         CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,blocks.11.attn.c_k:8"
     ),
