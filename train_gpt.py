@@ -23,10 +23,11 @@ Sections, in the order of a run:
   7  Quantization                 int6/int8 grids, Hessians, GPTQ
   8  Artifact                     bytes to model and back
   9  Size                         what it will take, and how it is made to fit
- 10  Evaluation                   windows, bits per byte, learning from what is scored
- 11  Published variants           what only a published system needs
- 12  Configuration                all settings together, presets, the environment
- 13  Main                         the story, and the verbs above
+ 10  Counts                       n-grams and repeats, mixed with the network
+ 11  Evaluation                   windows, bits per byte, learning from what is scored
+ 12  Published variants           what only a published system needs
+ 13  Configuration                all settings together, presets, the environment
+ 14  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -417,6 +418,18 @@ class Ranks:
         if self.world_size > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
+
+    def copy_of(self, own: Tensor | None, owner: int, shape: tuple[int, ...]) -> Tensor:
+        """Rank `owner`'s float32 tensor of this shape in host memory, on every rank."""
+        if self.world_size == 1:
+            assert own is not None
+            return own
+        copied = torch.empty(shape)
+        if self.rank == owner:
+            assert own is not None
+            copied.copy_(own)
+        dist.broadcast(copied, src=owner, group=self.control)
+        return copied
 
     def check_replicas(self, model: nn.Module, step: int) -> None:
         """Raise RuntimeError unless all ranks hold the same weights, by a sum of their bits."""
@@ -1035,6 +1048,13 @@ class TrainingRows:
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
         return Batch(ids[:, :-1], ids[:, 1:])
+
+    def first_tokens(self, count: int) -> np.ndarray:
+        """The first tokens of the shards in their order, at most `count`: uint16 (n,)."""
+        found: list[np.ndarray] = []
+        for shard in self.shards:
+            found.append(np.asarray(shard[: max(0, count - sum(map(len, found)))]))
+        return np.concatenate(found)
 
     def row(self, n: int) -> np.ndarray:
         """Row n as uint16 (T+1,)."""
@@ -3109,6 +3129,8 @@ class Stored:
     @property
     def kind(self) -> str:
         """Its storage kind, of STORAGE_KINDS."""
+        if self.values.dtype == torch.uint8:
+            return "packed"
         return "float" if self.scale is None else "grid"
 
     def restore(self) -> Tensor:
@@ -3551,14 +3573,16 @@ class StorageKind:
     streams: tuple[Stream, ...]
 
 
-# The body holds all streams of the first type, tensor by tensor, then all of the second.
-STREAM_TYPES = ("<i1", "<f2")
+# The body holds all streams of the first type, tensor by tensor, then all of the second, ...
+STREAM_TYPES = ("<i1", "<f2", "|u1")
 STORAGE_KINDS = {
     "float": StorageKind((0, 1, 2), (Stream("values", "<f2", math.prod),)),
     "grid": StorageKind(
         (2,), (Stream("values", "<i1", math.prod), Stream("scale", "<f2", lambda shape: shape[0]))
     ),
+    "packed": StorageKind((1,), (Stream("values", "|u1", math.prod),)),
 }
+TRAINING_TEXT = "training_text"  # the name of the packed tokens that COUNTS reads
 
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
@@ -3810,9 +3834,10 @@ def rebuild_model(cfg: Config, stored: dict[str, Stored], run: Run) -> GPT:
     with torch.device("meta"):
         model = GPT(cfg, pick_attention(cfg, run.device)[1], run.dtype)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if expected != {name: tuple(tensor.values.shape) for name, tensor in stored.items()}:
+    tensors = {name: tensor for name, tensor in stored.items() if tensor.kind != "packed"}
+    if expected != {name: tuple(tensor.values.shape) for name, tensor in tensors.items()}:
         raise Refusal("the artifact's tensors are not those of the model its settings describe")
-    restored = {name: tensor.restore() for name, tensor in stored.items()}
+    restored = {name: tensor.restore() for name, tensor in tensors.items()}
     model.load_state_dict(restored, assign=True)
     return model.to(run.device)
 
@@ -3944,7 +3969,7 @@ class SizeSolver:
 
 
 def fit_artifact(
-    model: GPT, hessians: dict[str, Tensor], header: dict, run: Run
+    model: GPT, hessians: dict[str, Tensor], packed_text: bytes, header: dict, run: Run
 ) -> tuple[dict[str, Stored], bytes]:
     """Quantised tensors and their artifact, the largest below the target that few passes find.
 
@@ -3959,7 +3984,7 @@ def fit_artifact(
     tries: list[tuple[int, dict[str, Stored], bytes]] = []
     for solver_pass in range(SOLVER_PASSES):
         stored = quantize(model, hessians, run, factor)
-        blob = encode_artifact(header, stored, cfg.codec)
+        blob = encode_artifact(header, {**stored, **stored_text(packed_text)}, cfg.codec)
         total = len(run.folder.source) + len(blob)
         tries.append((total, stored, blob))
         run.folder.log(
@@ -3981,13 +4006,15 @@ def fit_artifact(
     return min(tries, key=lambda one: one[0])[1:]
 
 
-def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -> bytes:
+def export(
+    model: GPT, hessians: dict[str, Tensor], packed_text: bytes, val: Validation, run: Run
+) -> bytes:
     """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
     if run.folder.path is None:  # only rank 0 has one
         return run.ranks.broadcast(b"")
     cfg = run.cfg
     path = run.folder.path / "artifact.bin"
-    stored, blob = fit_artifact(model, hessians, artifact_header(cfg, val), run)
+    stored, blob = fit_artifact(model, hessians, packed_text, artifact_header(cfg, val), run)
     run.phase = "export"
     write_file(path, blob)
     blob = path.read_bytes()
@@ -4017,6 +4044,14 @@ def export(model: GPT, hessians: dict[str, Tensor], val: Validation, run: Run) -
     return run.ranks.broadcast(blob)
 
 
+def stored_text(packed_text: bytes) -> dict[str, Stored]:
+    """Training text as the artifact holds it, if there is any."""
+    if not packed_text:
+        return {}
+    content = np.frombuffer(packed_text, np.uint8).copy()
+    return {TRAINING_TEXT: Stored(torch.from_numpy(content))}
+
+
 def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
     """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
     for role in ROLES:
@@ -4040,10 +4075,751 @@ def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
 
 def grid_label(model: GPT, stored: dict[str, Stored]) -> str:
     """How log lines call the artifact's block matrices."""
-    mlps = [tensor for name, tensor in stored.items() if model.kinds[name].role == "mlp"]
+    mlps = [stored[name] for name, kind in model.kinds.items() if kind.role == "mlp"]
     if any(tensor.scale is not None for tensor in mlps):
         return f"int{model.cfg.bits_by_role['mlp']}"
     return "fp16"
+
+
+# =================================================================================================
+# Counts
+# N-grams and repeats of the training text and of the validation text that is already scored,
+# mixed with the network's distribution. Every distribution is over the whole vocabulary and sums
+# to one; nothing that predicts a token depends on that token or on a later one. The equation of
+# the mixture stands at Mixture, that of the n-grams at CountModel.
+# =================================================================================================
+
+MAX_VOCABULARY = 65_536  # ids are stored as uint16
+MAX_ORDER = 16  # tokens of the longest n-gram
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountSettings(Part):
+    """Which texts are counted, and how their distributions join the network's."""
+
+    title = "Counts"
+    prefixes: ClassVar[tuple[str, ...]] = ("COUNT_",)
+
+    counts: str = scoring_knob(
+        "off",
+        ("off", "scored", "artifact", "both"),
+        "Texts whose n-grams are mixed with the network: those that are scored already, training "
+        "text in the artifact, both.",
+        absent="off",
+    )
+    count_bytes: int = training_knob(
+        4_000_000, (1, 1 << 40), "Bytes of the artifact for the training text that is counted."
+    )
+    count_orders: str = scoring_knob(
+        "2,4,8", (), "Orders of the n-grams of training and scored text.", absent="2,4,8"
+    )
+    count_scored_orders: str = scoring_knob(
+        "2,6", (), "Orders of the n-grams of the scored text alone.", absent="2,6"
+    )
+    count_recent_tokens: int = scoring_knob(
+        128, (1, 1 << 20), "Last tokens that are expected to come again.", absent=128
+    )
+    count_longest_match: int = scoring_knob(
+        32, (1, 256), "Tokens of context that are compared to find repeats.", absent=32
+    )
+    count_chunk_tokens: int = scoring_knob(
+        64, (1, 4096), "Targets that are scored before the counts learn from them.", absent=64
+    )
+    count_gate_rate: float = scoring_knob(
+        0.04, (0.0, 10.0), "Learning rate of the mixture's weights; 0 keeps them.", absent=0.04
+    )
+    count_match_rate: float = scoring_knob(
+        0.8, (0.0, 10.0), "Learning rate of the biases for repeats; 0 keeps them.", absent=0.8
+    )
+
+    @property
+    def orders_of_texts(self) -> tuple[int, ...]:
+        """COUNT_ORDERS as numbers; or Refusal."""
+        return parse_orders("COUNT_ORDERS", self.count_orders)
+
+    @property
+    def orders_of_scored(self) -> tuple[int, ...]:
+        """COUNT_SCORED_ORDERS as numbers; or Refusal."""
+        return parse_orders("COUNT_SCORED_ORDERS", self.count_scored_orders)
+
+    @property
+    def counts_scored_text(self) -> bool:
+        """Whether validation text is counted once it is scored."""
+        return self.counts in ("scored", "both")
+
+    @property
+    def counts_training_text(self) -> bool:
+        """Whether the artifact carries training text to be counted."""
+        return self.counts in ("artifact", "both")
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Orders are numbers, and counting goes along sliding windows."""
+        yield cfg.orders_of_texts and cfg.orders_of_scored, "COUNT_ORDERS must name an order"
+        yield (
+            cfg.counts == "off" or cfg.eval_stride > 0,
+            "COUNTS needs sliding windows, not EVAL_STRIDE",
+        )
+
+
+def parse_orders(name: str, text: str) -> tuple[int, ...]:
+    """Different orders of n-grams, from 2 on, from a text like 2,4,8; or Refusal."""
+    numbers = [part.strip() for part in text.split(",")]
+    if all(re.fullmatch(r"[1-9]\d?", number) for number in numbers):
+        orders = tuple(map(int, numbers))
+        if len(set(orders)) == len(orders) and min(orders) >= 2 and max(orders) <= MAX_ORDER:
+            return orders
+    raise Refusal(f"{name}={text!r}: expected different numbers from 2 to {MAX_ORDER}")
+
+
+@dataclass(frozen=True)
+class GramTable:
+    """The n-grams of one order in a text, numbered in the order of (context, last token).
+
+    A gram's context is all of it but its last token, a gram of the order below. All grams with one
+    context have neighbouring numbers. Places whose context occurs nowhere else have no number: no
+    other place could learn from them.
+    """
+
+    gram_at: np.ndarray  # int32 (N,): number of the gram that ends at each token, or -1
+    is_first: np.ndarray  # bool (N,): no earlier token ends the same gram
+    first_gram: np.ndarray  # int32 (contexts + 1,): where the grams of each context begin
+    last_token: np.ndarray  # uint16 (grams,)
+
+
+class TextIndex:
+    """Numbers for the n-grams of a text, and the longest earlier repeat before each token.
+
+    The numbers are names only: what a text holds later never changes which earlier places share a
+    name. Numbering by sorting is exact; nothing is hashed. Tokens from `boundary` on are those to
+    predict; what lies before is training text.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, longest_order: int, longest_match: int = 0, boundary: int = 0
+    ) -> None:
+        self.tokens = np.asarray(tokens, np.uint16)
+        self.boundary = boundary
+        self.tables: list[GramTable] = []
+        targets = len(tokens) - boundary
+        self.matches = {name: MatchModel(targets) for name in ("training", "scored")}
+        # Of each gram to number: the place of its last token, ascending, and its context's number.
+        places: np.ndarray = np.arange(len(tokens))
+        contexts: np.ndarray = np.zeros(len(tokens), np.int64)
+        num_contexts = 1
+        for order in range(1, max(longest_order, longest_match) + 1):
+            # A stable sort leaves equal grams in the order of the text.
+            keys = torch.from_numpy(contexts * MAX_VOCABULARY + self.tokens[places])
+            sorted_keys, permutation = (x.numpy() for x in torch.sort(keys, stable=True))
+            opens = np.ones(len(places), bool)
+            opens[1:] = sorted_keys[1:] != sorted_keys[:-1]
+            gram_sorted = np.cumsum(opens, dtype=np.int64) - 1
+            grams = np.empty_like(gram_sorted)
+            grams[permutation] = gram_sorted
+            if order <= longest_order:
+                is_first = np.empty_like(opens)
+                is_first[permutation] = opens
+                self.add_table(places, grams, is_first, sorted_keys[opens], num_contexts)
+            if order <= longest_match:
+                group_start = np.flatnonzero(opens)[gram_sorted]
+                self.note_matches(order, places[permutation], group_start)
+            num_contexts = int(opens.sum())
+            is_context = np.bincount(grams, minlength=num_contexts) > 1
+            if order >= longest_order:
+                # Only matches are looked for from here on, and only grams before targets matter.
+                before_target = np.zeros(num_contexts, bool)
+                before_target[grams[places + 1 + longest_match - order >= boundary]] = True
+                is_context &= before_target
+            keep = is_context[grams] & (places < len(tokens) - 1)
+            contexts = grams[keep]
+            places = places[keep] + 1
+
+    def add_table(
+        self,
+        places: np.ndarray,
+        grams: np.ndarray,
+        is_first: np.ndarray,
+        keys: np.ndarray,
+        num_contexts: int,
+    ) -> None:
+        """Keep the numbers of the next order: of the grams ending at `places`; a key for each."""
+        gram_at = np.full(len(self.tokens), -1, np.int32)
+        gram_at[places] = grams
+        first_anywhere = np.ones(len(self.tokens), bool)  # a gram without a number occurs once
+        first_anywhere[places] = is_first
+        sizes = np.bincount(keys // MAX_VOCABULARY, minlength=num_contexts)
+        first_gram = np.append(0, np.cumsum(sizes)).astype(np.int32)
+        last_token = (keys % MAX_VOCABULARY).astype(np.uint16)
+        self.tables.append(GramTable(gram_at, first_anywhere, first_gram, last_token))
+
+    def note_matches(self, length: int, places: np.ndarray, group_start: np.ndarray) -> None:
+        """Keep the latest repeat of each target's last `length` tokens.
+
+        `places` end grams of that length, sorted by gram and then by place; `group_start` says
+        where in them each one's gram begins.
+        """
+        rank = np.arange(len(places))
+        is_target = (places + 1 >= self.boundary) & (places + 1 < len(self.tokens))
+        for name, match in self.matches.items():
+            is_source = (places + 1 < self.boundary) == (name == "training")
+            latest = np.maximum.accumulate(np.where(is_source, rank, -1))
+            earlier = np.append(-1, latest[:-1])  # the latest source before each rank
+            found = is_target & (earlier >= group_start)
+            target = places[found] + 1 - self.boundary
+            match.length[target] = length
+            match.source[target] = places[earlier[found]] + 1
+
+
+class MatchModel:
+    """What followed the longest repeat of the tokens before each target, the latest such place."""
+
+    def __init__(self, targets: int) -> None:
+        self.length = np.zeros(targets, np.int16)  # tokens that agree; 0: none does
+        self.source = np.zeros(targets, np.int32)  # place in the text of what followed them there
+
+
+class Tally:
+    """How often the grams of one order were counted, and how often each count occurs."""
+
+    def __init__(self, grams: int) -> None:
+        self.counts = np.zeros(grams, np.int32)
+        self.grams_with = np.zeros(6, np.int64)  # grams counted 0, 1, 2, 3, 4 and more times
+        self.unnumbered = 0  # grams without a number, which are counted once
+
+    def add(self, grams: np.ndarray, weights: np.ndarray) -> None:
+        """Count each gram `weights` (0 or 1) more times; grams may repeat, -1 has no number."""
+        numbered = grams >= 0
+        self.unnumbered += int(weights[~numbered].sum())
+        grams = grams[numbered]
+        weights = weights[numbered]
+        if len(grams) > len(self.counts) // 8:
+            self.counts += np.bincount(grams, weights, len(self.counts)).astype(np.int32)
+            self.grams_with[:] = np.bincount(np.minimum(self.counts, 5), minlength=6)
+            return
+        touched = np.unique(grams)
+        self.grams_with -= np.bincount(np.minimum(self.counts[touched], 5), minlength=6)
+        np.add.at(self.counts, grams, weights)
+        self.grams_with += np.bincount(np.minimum(self.counts[touched], 5), minlength=6)
+
+    def discounts(self) -> np.ndarray:
+        """Discounts of the counts 0, 1, 2 and 3 or more, float64 (4,).
+
+        D_c = c - (c + 1) Y n_(c+1) / n_c with Y = n_1 / (n_1 + 2 n_2) and n_c the grams counted c
+        times (Chen & Goodman 1998, equation 26). Too few counts to estimate them give 0.5, 1 and
+        1.5. A discount stays within 0.1 and its count, so that every token keeps a probability.
+        """
+        n = self.grams_with.astype(np.float64)
+        n[1] += self.unnumbered
+        if min(n[1:5]) == 0:
+            return np.array([0.0, 0.5, 1.0, 1.5])
+        Y = n[1] / (n[1] + 2 * n[2])
+        c = np.arange(1, 4)
+        estimates = c - (c + 1) * Y * n[2:5] / n[1:4]
+        return np.append(0.0, np.clip(estimates, 0.1, c))
+
+
+@dataclass
+class Evidence:
+    """What the longest context that was seen before each target has shown: int64 (n,) each."""
+
+    order: np.ndarray  # tokens of that context and one, 1 if there is none
+    count: np.ndarray  # occurrences
+    continuations: np.ndarray  # different tokens after it
+
+
+class CountModel:
+    """Interpolated modified Kneser-Ney over token ids (Chen & Goodman 1998, section 3.5).
+
+    With h the context, h' the same without its first token, and c the count of h followed by w:
+
+        p(w|h) = (c - D(c)) / sum_w c + sum_w D(c) / sum_w c * p(w|h'),    p() = 1/V.
+
+    A model of order K counts occurrences at order K and, below it, the different tokens that came
+    before: c(h w) = |{v: v h w was seen}|. Models of several orders share what is below them.
+    `log_probs` reads counts up to each target; the lowest order alone is as of the last lesson.
+    """
+
+    def __init__(
+        self, index: TextIndex, orders: tuple[int, ...], vocab_size: int, learned: int
+    ) -> None:
+        self.index = index
+        self.orders = orders
+        self.vocab_size = vocab_size
+        self.learned = 0  # tokens of the text that are counted
+        self.occurrences = {order: self.empty_tally(order) for order in orders}
+        self.predecessors = {order: self.empty_tally(order) for order in range(1, max(orders))}
+        self.learn(learned)
+
+    def empty_tally(self, order: int) -> Tally:
+        """A tally of nothing yet for the grams of an order."""
+        return Tally(len(self.index.tables[order - 1].last_token))
+
+    def learn(self, until: int) -> None:
+        """Count the tokens from the last lesson up to `until`, exclusive."""
+        places = np.arange(self.learned, until)
+        for order, tally in self.occurrences.items():
+            whole = places[places >= order - 1]
+            tally.add(self.index.tables[order - 1].gram_at[whole], np.ones(len(whole), np.int32))
+        for order, tally in self.predecessors.items():
+            tally.add(
+                self.index.tables[order - 1].gram_at[places], self.new_predecessors(order, places)
+            )
+        self.learned = until
+
+    def new_predecessors(self, order: int, places: np.ndarray) -> np.ndarray:
+        """1 where the gram of `order` that ends at a place has a new token before it, else 0."""
+        longer = self.index.tables[order]
+        return (longer.is_first[places] & (places >= order)).astype(np.int32)
+
+    def lowest_order(self) -> np.ndarray:
+        """p(w) without a context, float64 (V,)."""
+        tally = self.predecessors[1]
+        # Over the vocabulary, so that no sum's rounding knows which tokens come later.
+        counts = np.zeros(self.vocab_size)
+        counts[self.index.tables[0].last_token] = tally.counts
+        discount = tally.discounts()[np.minimum(counts, 3).astype(np.int64)]
+        uniform = np.full(self.vocab_size, 1.0 / self.vocab_size)
+        total = counts.sum()
+        return (counts - discount + discount.sum() * uniform) / total if total else uniform
+
+    def probs(self, places: np.ndarray, online: bool) -> tuple[dict[int, np.ndarray], Evidence]:
+        """Distributions of the tokens at neighbouring places, float64 (n, V) by order.
+
+        online: tokens since the last lesson count too, each for the places after it.
+        """
+        n = len(places)
+        lower = np.tile(self.lowest_order(), (n, 1))
+        seen = Evidence(np.ones(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64))
+        result = {}
+        for order in range(2, max(self.orders) + 1):
+            continuations = Continuations(self, order, places, online)
+            if order in self.occurrences:
+                counts = continuations.counts(
+                    self.occurrences[order], np.ones(len(continuations.pending))
+                )
+                result[order] = continuations.interpolate(lower, counts, self.occurrences[order])
+            if order in self.predecessors:
+                is_new = self.new_predecessors(order, continuations.pending)
+                counts = continuations.counts(self.predecessors[order], is_new)
+                lower = continuations.interpolate(lower, counts, self.predecessors[order])
+            continuations.note(seen, counts)
+        return result, seen
+
+
+class Continuations:
+    """The grams that continue the contexts of some places: a sparse matrix (n, V), row by row."""
+
+    def __init__(self, model: CountModel, order: int, places: np.ndarray, online: bool) -> None:
+        self.model = model
+        self.order = order
+        table = model.index.tables[order - 1]
+        contexts = self.contexts_of(places)
+        # A context without a number has no grams.
+        first = np.where(contexts >= 0, table.first_gram[contexts], 0)
+        end = np.where(contexts >= 0, table.first_gram[contexts + 1], 0)
+        row_start = np.cumsum(end - first) - (end - first)
+        self.row = np.repeat(np.arange(len(places)), end - first)
+        self.gram = np.arange(len(self.row)) + np.repeat(first - row_start, end - first)
+        self.cell = self.row * model.vocab_size + table.last_token[self.gram]
+        # Tokens that the tallies do not hold yet join the rows of the places after them.
+        self.pending = np.arange(model.learned, places[-1] if online else model.learned)
+        same_context = contexts[:, None] == self.contexts_of(self.pending)
+        is_earlier = self.pending < places[:, None]
+        later, self.earlier = np.nonzero(same_context & is_earlier & (end > first)[:, None])
+        gram = table.gram_at[self.pending[self.earlier]]
+        self.pending_entry = row_start[later] + gram - first[later]
+
+    def contexts_of(self, places: np.ndarray) -> np.ndarray:
+        """Numbers of the contexts before places, int64 (n,), -1 where a place has none."""
+        numbers = self.model.index.tables[self.order - 2].gram_at[places - 1]
+        return np.where(places >= self.order - 1, numbers, -1).astype(np.int64)
+
+    def counts(self, tally: Tally, pending_weights: np.ndarray) -> np.ndarray:
+        """Counts of the matrix's entries at the time of their rows, float64."""
+        counts = tally.counts[self.gram].astype(np.float64)
+        np.add.at(counts, self.pending_entry, pending_weights[self.earlier])
+        return counts
+
+    def interpolate(self, lower: np.ndarray, counts: np.ndarray, tally: Tally) -> np.ndarray:
+        """The distributions of this order from those of the order below, float64 (n, V)."""
+        discount = tally.discounts()[np.minimum(counts, 3).astype(np.int64)]
+        total = np.bincount(self.row, counts, len(lower))
+        discounted = np.bincount(self.row, discount, len(lower))
+        is_known = total > 0
+        total[~is_known] = 1
+        probs = lower * np.where(is_known, discounted / total, 1.0)[:, None]
+        probs.reshape(-1)[self.cell] += (counts - discount) / total[self.row]
+        return probs
+
+    def note(self, seen: Evidence, counts: np.ndarray) -> None:
+        """Write down the evidence of the contexts that were seen."""
+        total = np.bincount(self.row, counts, len(seen.order)).astype(np.int64)
+        kinds = np.bincount(self.row, counts > 0, len(seen.order)).astype(np.int64)
+        is_known = total > 0
+        seen.order[is_known] = self.order
+        seen.count[is_known] = total[is_known]
+        seen.continuations[is_known] = kinds[is_known]
+
+
+# Weights before any lesson. The network and the longest counts agree on most tokens; short orders
+# say little that these do not know.
+START_NETWORK, START_COUNTS, START_RECENT = 0.6, 0.4, 0.1
+MAX_LOG2_COUNT = 5  # counts are told apart by powers of two up to here
+MATCH_CLASSES = np.array([4, 6, 8, 10, 12, 16, 24, 32])  # shortest length of each class but none
+MAX_CONFIDENCE = 7  # largest probabilities, by powers of the square root of one half
+
+
+class Mixture:
+    """The network's, the counts' and the matches' distributions as one; it learns as it scores.
+
+        p(w) = softmax over w of ( sum_i a_i log p_i(w) + sum_m b_m [w is what match m predicts] )
+
+    The weights a_i are sums over gates: each gate has a bucket of evidence known before the target,
+    and one weight for each distribution in each bucket. The bias b_m belongs to the match's length.
+    After a chunk of targets is scored, each weight goes one Adagrad step (Duchi et al. 2011) down
+    the gradient of the chunk's nats, d nats / d a_i = sum_w p(w) log p_i(w) - log p_i(target), and
+    the chunk's tokens are counted. All state is float64 and depends on the data alone.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        training_tokens: np.ndarray,
+        validation_tokens: np.ndarray,
+        vocab_size: int,
+    ) -> None:
+        """Index and count the training tokens; targets are validation_tokens[1:]."""
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.tokens = np.asarray(validation_tokens, np.int64)
+        self.scored = 0  # targets
+        self.learned = 0  # targets
+        self.largest_sum_error = 0.0
+        self.models: dict[str, CountModel] = {}  # by the text they read, the most telling first
+        self.matches: list[MatchModel] = []
+        self.count_texts(training_tokens)
+        experts = [("network", 0)]
+        experts += [(name, order) for name, model in self.models.items() for order in model.orders]
+        if settings.counts_scored_text:
+            experts.append(("recent", 0))
+        self.experts = experts
+        self.start = torch.tensor([self.start_weight(*e) for e in experts], dtype=torch.float64)
+        shapes = [(size, len(experts)) for size in self.gate_sizes()]
+        self.gates = [AdagradTable(shape, settings.count_gate_rate) for shape in shapes]
+        lengths = (settings.count_longest_match + 1,)
+        self.biases = [AdagradTable(lengths, settings.count_match_rate) for _ in self.matches]
+        self.pending: list[Lesson] = []
+
+    def count_texts(self, training: np.ndarray) -> None:
+        """Make the count models and match models of the texts that the settings name."""
+        settings = self.settings
+        if settings.counts_training_text:
+            text = np.concatenate([training, self.tokens])
+            orders = settings.orders_of_texts
+            index = TextIndex(text, max(orders), settings.count_longest_match, len(training))
+            learned = len(training) + int(
+                settings.counts_scored_text
+            )  # the first token is no target
+            self.models["training"] = CountModel(index, orders, self.vocab_size, learned)
+            self.matches.append(index.matches["training"])
+        if settings.counts_scored_text:
+            orders = settings.orders_of_scored
+            index = TextIndex(self.tokens, max(orders), settings.count_longest_match)
+            self.models["scored"] = CountModel(index, orders, self.vocab_size, 1)
+            self.matches.append(index.matches["scored"])
+
+    def start_weight(self, source: str, order: int) -> float:
+        """The plain constant that a distribution's weight begins with."""
+        if source == "network":
+            return START_NETWORK
+        if source == "recent":
+            return START_RECENT
+        main = next(iter(self.models))
+        return START_COUNTS if (source, order) == (main, max(self.models[main].orders)) else 0.0
+
+    def gate_sizes(self) -> list[int]:
+        """Buckets of each gate, in the order of buckets()."""
+        orders = 1 + max(max(model.orders) for model in self.models.values())
+        classes = 1 + MAX_LOG2_COUNT
+        confidences = 1 + MAX_CONFIDENCE
+        lengths = 1 + len(MATCH_CLASSES)
+        return [orders * classes, classes * classes, lengths ** len(self.matches), confidences**2]
+
+    def score(self, network: Tensor) -> Tensor:
+        """Nats of the next n targets, float64 (n,), given the network's log-probabilities (n, V).
+
+        Chunks lie on a fixed grid of targets: how the rows are dealt to calls changes nothing.
+        """
+        chunk = self.settings.count_chunk_tokens
+        nats = [torch.zeros(0, dtype=torch.float64)]
+        while len(network):
+            n = min(chunk - self.scored % chunk, len(network))
+            log_probs, lesson = self.mix(network[:n].double())
+            target = torch.from_numpy(self.tokens[self.scored + 1 : self.scored + n + 1])
+            nats.append(-log_probs.gather(1, target[:, None]).squeeze(1))
+            self.pending.append(lesson.graded(log_probs, target))
+            self.scored += n
+            network = network[n:]
+            if self.scored % chunk == 0:
+                self.learn()
+        return torch.cat(nats)
+
+    def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
+        """Log-probabilities of the next targets, float64 (n, V), which must lie in one chunk."""
+        n = len(network)
+        rows = [network]
+        telling = []  # the distribution of the longest order, and the evidence for it
+        for model in self.models.values():
+            # The validation text ends every text that is counted.
+            place = len(model.index.tokens) - len(self.tokens) + 1 + self.scored
+            online = self.settings.counts_scored_text
+            probs, seen = model.probs(np.arange(place, place + n), online)
+            rows += [torch.from_numpy(probs[order]).log() for order in model.orders]
+            telling.append((probs[max(model.orders)], seen))
+        main, evidence = telling[0]
+        if self.settings.counts_scored_text:
+            rows.append(torch.from_numpy(self.expect_recent(main)).log())
+        targets = slice(self.scored + 1, self.scored + 1 + n)
+        lengths = np.stack([match.length[targets] for match in self.matches]).astype(np.int64)
+        predictions = np.stack(
+            [
+                model.index.tokens[match.source[targets]]
+                for model, match in zip(self.models.values(), self.matches, strict=True)
+            ]
+        )
+        lesson = Lesson(
+            expert_rows=rows,
+            buckets=self.buckets(evidence, lengths, network, main),
+            lengths=torch.from_numpy(lengths),
+            predictions=torch.from_numpy(predictions.astype(np.int64)),
+        )
+        weights = self.start.expand(n, -1)
+        for gate, bucket in zip(self.gates, lesson.buckets, strict=True):
+            weights = weights + gate.values[bucket]
+        logits = torch.zeros_like(network)
+        for i in range(len(rows)):
+            logits.addcmul_(rows[i], weights[:, i : i + 1])
+        for m in range(len(self.matches)):
+            bias = self.biases[m].values[lesson.lengths[m]] * (lesson.lengths[m] > 0)
+            logits.scatter_add_(1, lesson.predictions[m][:, None], bias[:, None])
+        log_probs = logits.log_softmax(1)
+        sum_error = float((log_probs.exp().sum(1) - 1).abs().max())
+        self.largest_sum_error = max(self.largest_sum_error, sum_error)
+        return log_probs, lesson
+
+    def expect_recent(self, main: np.ndarray) -> np.ndarray:
+        """Each of the last W tokens counted once, and W / 2 times the counts' distribution."""
+        W = self.settings.count_recent_tokens
+        n = len(main)
+        first = self.scored + 1
+        counts = np.zeros((n, self.vocab_size))
+        counts[0] = np.bincount(self.tokens[max(first - W, 0) : first], minlength=self.vocab_size)
+        for row in range(1, n):
+            counts[row] = counts[row - 1]
+            counts[row, self.tokens[first + row - 1]] += 1
+            if first + row - 1 >= W:
+                counts[row, self.tokens[first + row - 1 - W]] -= 1
+        return (counts + W / 2 * main) / (counts.sum(1, keepdims=True) + W / 2)
+
+    def buckets(
+        self, evidence: Evidence, lengths: np.ndarray, network: Tensor, main: np.ndarray
+    ) -> Tensor:
+        """The bucket of each gate for each target: int64 (gates, n)."""
+        classes = 1 + MAX_LOG2_COUNT
+        count = log2_class(evidence.count)
+        by_order = evidence.order * classes + count
+        by_variety = log2_class(evidence.continuations) * classes + count
+        by_match = np.zeros_like(count)
+        for length in lengths:
+            by_match = by_match * (1 + len(MATCH_CLASSES))
+            by_match += np.searchsorted(MATCH_CLASSES, length, side="right")
+        half_bits = [-2 * network.amax(1).numpy() / np.log(2), -2 * np.log2(main.max(1))]
+        confidence = [np.clip(h, 0, MAX_CONFIDENCE).astype(np.int64) for h in half_bits]
+        by_confidence = confidence[0] * (1 + MAX_CONFIDENCE) + confidence[1]
+        return torch.from_numpy(np.stack([by_order, by_variety, by_match, by_confidence]))
+
+    def learn(self) -> None:
+        """Learn from the scored targets of the chunk: weights, biases and counts."""
+        buckets = torch.cat([lesson.buckets for lesson in self.pending], 1)
+        gradients = torch.cat([lesson.weight_gradients for lesson in self.pending])
+        for gate, bucket in zip(self.gates, buckets, strict=True):
+            gate.step(bucket, gradients)
+        lengths = torch.cat([lesson.lengths for lesson in self.pending], 1)
+        gradients = torch.cat([lesson.bias_gradients for lesson in self.pending], 1)
+        for m in range(len(self.matches)):
+            self.biases[m].step(lengths[m], gradients[m])
+        self.pending = []
+        if self.settings.counts_scored_text:
+            for model in self.models.values():
+                model.learn(len(model.index.tokens) - len(self.tokens) + 1 + self.scored)
+
+
+def log2_class(counts: np.ndarray) -> np.ndarray:
+    """floor(log2(count)) up to MAX_LOG2_COUNT, 0 for a count of 0: int64."""
+    exponent = np.frexp(np.maximum(counts, 1).astype(np.float64))[1] - 1
+    return np.minimum(exponent, MAX_LOG2_COUNT).astype(np.int64)
+
+
+class Lesson:
+    """What the mixture needs of some targets to learn from them once they are scored."""
+
+    def __init__(
+        self, expert_rows: list[Tensor], buckets: Tensor, lengths: Tensor, predictions: Tensor
+    ) -> None:
+        self.expert_rows = expert_rows  # float64 (n, V) each; let go after grading
+        self.buckets = buckets  # int64 (gates, n)
+        self.lengths = lengths  # int64 (matches, n)
+        self.predictions = predictions  # int64 (matches, n)
+        self.weight_gradients = torch.zeros(0)  # float64 (n, experts)
+        self.bias_gradients = torch.zeros(0)  # float64 (matches, n)
+
+    def graded(self, log_probs: Tensor, target: Tensor) -> Lesson:
+        """Compute the gradients of the targets' nats; log_probs (n, V), target (n,)."""
+        probs = log_probs.exp()
+        expected = torch.stack([(probs * row).sum(1) for row in self.expert_rows], 1)
+        place = target[:, None]
+        observed = torch.cat([row.gather(1, place) for row in self.expert_rows], 1)
+        self.weight_gradients = expected - observed
+        predicted = probs.gather(1, self.predictions.T).T
+        is_right = (self.predictions == target).double()
+        self.bias_gradients = (predicted - is_right) * (self.lengths > 0)
+        self.expert_rows = []
+        return self
+
+
+class AdagradTable:
+    """A table of weights by bucket, each with its own sum of squared gradients."""
+
+    def __init__(self, shape: tuple[int, ...], rate: float) -> None:
+        self.values = torch.zeros(shape, dtype=torch.float64)
+        self.squares = torch.ones(shape, dtype=torch.float64)
+        self.rate = rate
+
+    def step(self, bucket: Tensor, gradients: Tensor) -> None:
+        """Move the weights of each target's bucket by its gradients: (n,), (n, ...)."""
+        total = torch.zeros_like(self.values).index_add_(0, bucket, gradients)
+        self.squares.index_add_(0, bucket, gradients.square())
+        self.values -= self.rate * total / self.squares.sqrt()
+
+
+# Training tokens in the artifact:
+# A little-endian uint32, the number of tokens, and then the tokens as uint16 in a raw LZMA2 stream.
+# Coding them with the counts would save a tenth, but decode one token after the other.
+
+PACKED_COUNT = struct.Struct("<I")
+MAX_PACKED_TOKENS = 100_000_000  # an unpacked text takes two bytes a token
+# Two-byte units: lp and pb let the coder know which byte of a token it is at.
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 24, "lp": 1, "pb": 1}]
+PACKING_LOOKS_AT = 8  # tokens for each byte of COUNT_BYTES
+HOLDOUT_EVERY = 20  # documents, of which one shows what the others are worth
+TYPICAL_DOCUMENT = 1000  # tokens of average worth that every document is taken to have besides
+
+
+def pack_tokens(tokens: np.ndarray) -> bytes:
+    """The tokens' bytes in an artifact; unpack_tokens() reads them."""
+    body = lzma.compress(tokens.astype("<u2").tobytes(), lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    return PACKED_COUNT.pack(len(tokens)) + body
+
+
+def unpack_tokens(packed: bytes, vocab_size: int) -> np.ndarray:
+    """The tokens of pack_tokens(), uint16 (n,); raises Refusal if they are malformed."""
+    if len(packed) < PACKED_COUNT.size:
+        raise Refusal(f"{len(packed)} bytes of training tokens: expected a count first")
+    (count,) = PACKED_COUNT.unpack_from(packed)
+    if count > MAX_PACKED_TOKENS:
+        raise Refusal(f"{count:,} training tokens; at most {MAX_PACKED_TOKENS:,} are read")
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    try:
+        # One byte more than promised tells a longer stream.
+        content = decoder.decompress(packed[PACKED_COUNT.size :], max_length=2 * count + 1)
+    except lzma.LZMAError as error:
+        raise Refusal(f"the training tokens are no LZMA2 stream ({error})") from None
+    if len(content) != 2 * count or not decoder.eof or decoder.unused_data:
+        raise Refusal(f"the training tokens are not the {count:,} that their count promises")
+    tokens = np.frombuffer(content, "<u2")
+    if count and tokens.max() >= vocab_size:
+        raise Refusal(f"training token {tokens.max()} is outside VOCAB_SIZE={vocab_size}")
+    return tokens
+
+
+def text_of_artifact(stored: dict[str, Stored], cfg: Config) -> np.ndarray:
+    """The training tokens in an artifact, uint16 (n,); or Refusal."""
+    if TRAINING_TEXT not in stored:
+        raise Refusal(
+            f"COUNTS={cfg.counts} counts training text, and the artifact holds none: "
+            "COUNTS=scored needs none"
+        )
+    return unpack_tokens(stored[TRAINING_TEXT].values.numpy().tobytes(), cfg.vocab_size)
+
+
+def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
+    """On rank 0, training text of at most COUNT_BYTES for the artifact; empty without COUNTS.
+
+    It counts as training. Only the first tokens are looked at, several times what can fit.
+    """
+    cfg = run.cfg
+    if not cfg.counts_training_text or not run.ranks.is_main:
+        return b""
+    run.phase = "packing training text"
+    with run.ledger.training_clock.running():
+        tokens = rows.first_tokens(PACKING_LOOKS_AT * cfg.count_bytes)
+        packed = pack_within(tokens, cfg.count_bytes, BOS)
+    run.folder.log(
+        "counts:packed tokens_looked_at:{tokens} bytes:{num_bytes} train_time:{ms:.0f}ms",
+        "counts_packed",
+        tokens=len(tokens),
+        num_bytes=len(packed),
+        ms=1e3 * run.ledger.training_clock.elapsed(),
+    )
+    return packed
+
+
+def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
+    """The documents of a text, those first that predict most tokens of a hold-out per own token.
+
+    A document is credited with each token of the hold-out that the longest repeat before it,
+    when that repeat lies in the document, predicts rightly. The hold-out's own documents are
+    taken to be of average worth.
+    """
+    documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
+    held_out = documents[::HOLDOUT_EVERY]
+    others = [document for i, document in enumerate(documents) if i % HOLDOUT_EVERY]
+    if not others:
+        return documents
+    boundary = sum(map(len, others))
+    text = np.concatenate(others + held_out)
+    match = TextIndex(text, 1, 16, boundary).matches["training"]
+    is_right = (match.length > 0) & (text[match.source] == text[boundary:])
+    starts = np.cumsum([0] + [len(document) for document in others])
+    document_of = np.searchsorted(starts, match.source[is_right], side="right") - 1
+    credit = np.bincount(document_of, minlength=len(others))
+    average = credit.sum() / boundary
+    smoothed = credit + average * TYPICAL_DOCUMENT
+    worth = smoothed / (np.diff(starts) + TYPICAL_DOCUMENT)
+    ranking = np.argsort(-np.append(worth, np.full(len(held_out), average)), kind="stable")
+    return [(others + held_out)[i] for i in ranking]
+
+
+def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
+    """As much of the training text as `limit` bytes hold, the worthiest documents, packed.
+
+    Raises Refusal if not even the first document fits.
+    """
+    packed = pack_tokens(tokens)
+    if len(packed) <= limit:
+        return packed
+    documents = documents_by_worth(tokens, bos)
+    ends = np.cumsum([len(document) for document in documents])
+    bytes_per_token = len(packed) / len(tokens)
+    while True:
+        kept = int(np.searchsorted(ends, limit / bytes_per_token, side="right"))
+        if not kept:
+            raise Refusal(f"COUNT_BYTES={limit} holds none of the training documents: allow more")
+        # The worthiest come last, so that the latest of equal repeats lies in them.
+        packed = pack_tokens(np.concatenate(documents[:kept][::-1]))
+        if len(packed) <= limit:
+            return packed
+        bytes_per_token = 1.01 * max(bytes_per_token, len(packed) / ends[kept - 1])
 
 
 # =================================================================================================
@@ -4204,19 +4980,9 @@ def score_windows(
     run: Run,
     bar: tqdm,
 ) -> Tensor:
-    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,).
-
-    Only `width` places of a window meet the head; one that scores more is shown again for them.
-    """
+    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,)."""
     cfg = run.cfg
-    strips = np.array(
-        [
-            (start, at, min(at + width, end))
-            for start, first, end in spans.tolist()
-            for at in range(first, end, width)
-        ]
-    )
-    batches = in_batches(strips, cfg.eval_batch_seqs)
+    batches = in_batches(strips_of(spans, width), cfg.eval_batch_seqs)
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for index in range(run.ranks.rank, len(batches), run.ranks.world_size):
         for rows in in_batches(batches[index], run.scored_rows):
@@ -4229,6 +4995,71 @@ def score_windows(
         bar.update(run.ranks.world_size)
     run.ranks.add_up([sums])
     return sums.sum(0)
+
+
+@torch.no_grad()
+def score_mixed(
+    mixture: Mixture,
+    model: GPT,
+    val: Validation,
+    spans: np.ndarray,
+    width: int,
+    run: Run,
+    bar: tqdm,
+) -> Tensor:
+    """As score_windows(), by the mixture of the model's distributions and the counts'.
+
+    Ranks share out the batches; the mixture sees all of them, in the order of the text, on every
+    rank, since it learns from what was scored before.
+    """
+    cfg, ranks = run.cfg, run.ranks
+    batches = in_batches(strips_of(spans, width), cfg.eval_batch_seqs)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for first in range(0, len(batches), ranks.world_size):
+        at_once = batches[first : first + ranks.world_size]
+        own = None
+        if ranks.rank < len(at_once):
+            own = log_probabilities(model, val, at_once[ranks.rank], width, run)
+        for owner, batch in enumerate(at_once):
+            targets = int((batch[:, 2] - batch[:, 1]).sum())
+            log_probs = ranks.copy_of(own, owner, (targets, cfg.vocab_size))
+            start = int(batch[0, 1])
+            num_bytes = val.target_bytes[start : start + targets].sum(dtype=np.int64)
+            nats = mixture.score(log_probs).sum()
+            sums += torch.stack([nats, torch.tensor(targets), torch.tensor(num_bytes)]).double()
+            bar.update()
+    # Where processors differ, rank 0's sums are those of all ranks.
+    return torch.tensor([ranks.agree(x) for x in sums.tolist()], dtype=torch.float64)
+
+
+def log_probabilities(
+    model: GPT, val: Validation, strips: np.ndarray, width: int, run: Run
+) -> Tensor:
+    """The model's log-probabilities of what the strips score, in their order: float32 (n, V)."""
+    rows = []
+    for few in in_batches(strips, run.scored_rows):
+        batch = window_batch(val, few, run.scored_rows, width, run.cfg).moved(run.put)
+        assert batch.scored is not None
+        hidden = model.hidden(batch.input_ids)
+        if batch.places is not None:
+            hidden = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
+        logits = model.logits(hidden[batch.scored.bool()])
+        rows.append(torch.log_softmax(logits, dim=-1).cpu())
+    return torch.cat(rows)
+
+
+def strips_of(spans: np.ndarray, width: int) -> np.ndarray:
+    """Windows as strips of at most `width` targets: rows (start, first scored, end).
+
+    Only a strip of a window meets the head; a window that scores more is shown again.
+    """
+    return np.array(
+        [
+            (start, at, min(at + width, end))
+            for start, first, end in spans.tolist()
+            for at in range(first, end, width)
+        ]
+    )
 
 
 class Learner(Protocol):
@@ -4264,12 +5095,14 @@ def evaluate(
     run: Run,
     stride: int = 0,
     spans: np.ndarray | None = None,
+    mixture: Mixture | None = None,
     learner: Learner | None = None,
 ) -> EvalResult:
     """Score the validation split in windows of EVAL_SEQ_LEN, chunks side by side at stride 0.
 
-    The loop is the rule of a legal score: a chunk of targets is scored, and only then may a
-    learner learn from it. `spans` replaces the windows by others.
+    The loop is the rule of a legal score: a chunk of targets is scored, by the model's
+    distributions or their mixture with the counts', and only then may a learner learn from it.
+    `spans` replaces the windows by others.
     """
     cfg = run.cfg
     started = time.perf_counter()
@@ -4284,8 +5117,12 @@ def evaluate(
     with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
             of_chunk = spans[chunk_of == chunk]
-            if len(of_chunk):  # a window may be longer than a chunk
-                width = stride or cfg.eval_seq_len
+            width = stride or cfg.eval_seq_len
+            if len(of_chunk) == 0:  # a window may be longer than a chunk
+                pass
+            elif mixture is not None:
+                sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
+            else:
                 sums += score_windows(forward, model, val, of_chunk, width, run, bar)
             if learner is not None and chunk < num_chunks - 1:
                 seconds = time.perf_counter() - started
@@ -4396,8 +5233,8 @@ def score_artifact(
 ) -> list[EvalResult]:
     """Score the model rebuilt from an artifact; the last is the headline, which is timed.
 
-    Diagnostics are further scores under names of their own: in chunks, without adaptation, in a
-    published system's own windows. The settings of `run` are those of the artifact's header.
+    Diagnostics are further scores under names of their own: in chunks, without adaptation, without
+    counts, in a published system's own windows. The settings of `run` are those of the artifact.
     """
     model = rebuild_model(run.cfg, stored, run)
     run = run.with_settings(run.cfg.for_scoring())
@@ -4421,16 +5258,18 @@ def score_artifact(
             score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
         if cfg.ttt_mode == "score_first":
             score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride=stride)
+        if cfg.counts != "off":
+            score("artifact_sliding_no_counts", f"final_{label}_no_counts", stride=stride)
     with run.ledger.scoring_clock.running():
-        if cfg.ttt_mode == "score_first":
-            adapter = Adapter(forward, model, val, run)
-            score("artifact_sliding", "legal_ttt_exact", stride=stride, learner=adapter)
-        elif stride:
-            tag = f"final_{label}_sliding_window_exact"
-            score("artifact_sliding", tag, stride=stride)
+        if stride == 0:
+            headline = score("artifact_chunked", f"final_{label}_roundtrip_exact")
         else:
-            score("artifact_chunked", f"final_{label}_roundtrip_exact")
-        headline = results[-1]
+            mixture = make_mixture(stored, val, run)
+            learner = Adapter(forward, model, val, run) if cfg.ttt_mode == "score_first" else None
+            tag = f"final_{label}_sliding_window_exact" if learner is None else "legal_ttt_exact"
+            headline = score(
+                "artifact_sliding", tag, stride=stride, mixture=mixture, learner=learner
+            )
         if diagnostics and cfg.ttt_mode == "train_then_score":
             train_then_score(Adapter(forward, model, val, run), headline.seconds)
             name = "artifact_sliding_train_then_score"
@@ -4442,6 +5281,27 @@ def score_artifact(
         )
     results.remove(headline)
     return [*results, headline]
+
+
+def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixture | None:
+    """The counts of an artifact, ready to score the split; None if COUNTS is off."""
+    cfg = run.cfg
+    if cfg.counts == "off":
+        return None
+    started = time.perf_counter()
+    training_text = np.empty(0, np.uint16)
+    if cfg.counts_training_text:
+        training_text = text_of_artifact(stored, cfg)
+    scored_text = val.tokens[: val.num_targets(cfg) + 1]
+    mixture = Mixture(cfg, training_text, scored_text, cfg.vocab_size)
+    run.folder.log(
+        "counts:ready mode:{mode} training_tokens:{training_tokens} seconds:{seconds:.1f}",
+        "counts",
+        mode=cfg.counts,
+        training_tokens=len(training_text),
+        seconds=time.perf_counter() - started,
+    )
+    return mixture
 
 
 def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
@@ -4633,6 +5493,7 @@ class Config(
     GridSettings,
     GptqSettings,
     ArtifactSettings,
+    CountSettings,
     EvaluationSettings,
     AdaptationSettings,
 ):
@@ -5006,12 +5867,13 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
         if saved := run.folder.last_checkpoint():
             state.restore(saved)
+        packed_text = pack_training_text(rows, run)
         model, steps = train(forward, state, rows, val, run), state.step
         hessians = calibrate(model, rows, steps, run)
         run.phase = "scoring the float model"
         float_result = evaluate("float_chunked", forward, model, val, run)
         report("DIAGNOSTIC" + f" post_{cfg.avg_mode}" * (cfg.avg_mode != "none"), float_result, run)
-        blob = export(model, hessians, val, run)
+        blob = export(model, hessians, packed_text, val, run)
         announce_scoring(eval_seconds, val, run)
         run.phase = "scoring the artifact"
         header, stored = decode_artifact(blob)
