@@ -24,9 +24,10 @@ Sections, in the order of a run:
   8  Artifact                     bytes to model and back
   9  Size                         what it will take, and how it is made to fit
  10  Evaluation                   windows, bits per byte, learning from what is scored
- 11  Published variants           what only a published system needs
- 12  Configuration                all settings together, presets, the environment
- 13  Main                         the story, and the verbs above
+ 11  Faster on a CPU              derivatives by hand
+ 12  Published variants           what only a published system needs
+ 13  Configuration                all settings together, presets, the environment
+ 14  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -1355,26 +1356,6 @@ BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class RmsNorm(torch.autograd.Function):
-    """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float | Tensor) -> Tensor:
-        """y = scale r x, r = 1 / sqrt(mean(x^2) + eps): (..., D) -> (..., D)."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = torch.rsqrt(norm.square() / x.size(-1) + RMS_EPS)
-        ctx.save_for_backward(x, r)
-        ctx.scale = scale
-        return x * (scale * r)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        """scale r (g - r^2 mean(g x) x)."""
-        x, r = ctx.saved_tensors
-        along = (grad * x).sum(-1, keepdim=True) * r.square() / x.size(-1)
-        return torch.addcmul(grad, along, x, value=-1).mul_(ctx.scale * r), None
-
-
 def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """scale x / sqrt(mean(x^2) + eps) over the last dimension."""
     return (
@@ -1721,10 +1702,71 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One step through the network: whose weights it has, and what goes into it beside the stream.
+
+    Layers are counted by their place in the plan; what belongs to weights goes by `block`.
+    """
+
+    block: int  # whose weights
+    depth_scale: float  # of the normed inputs of attention and MLP
+    exclusive: bool  # whether a token's own value is taken out of what attention gives (XSA)
+    skip_from: int | None  # the earlier layer whose output is added before (U-Net)
+    skip_row: int | None  # of the skip weights, by which it is multiplied
+    reads: int | None  # the earlier layer whose output attention reads instead of the stream
+    value_scale: int | None  # which of the value embedding's scales; None without one
+    value_gate: int | None  # which of the gates that add layer 0's values (VRL_MODE=add)
+    mixes_values: bool  # whether layer 0's values are mixed with its own (VRL_MODE=mix)
+
+    def __str__(self) -> str:
+        """A line for the log, of what is there."""
+        parts = [f"block:{self.block} depth_scale:{self.depth_scale:.3f}"]
+        parts += ["xsa"] if self.exclusive else []
+        parts += ["mixes_first_values"] if self.mixes_values else []
+        for name in ("skip_from", "skip_row", "reads", "value_scale", "value_gate"):
+            number = getattr(self, name)
+            parts += [] if number is None else [f"{name}:{number}"]
+        return " ".join(parts)
+
+
+def plan_layers(cfg: Config) -> tuple[Layer, ...]:
+    """The layers of the network, in the order in which the stream goes through them.
+
+    The second half takes skips from the first, the last output first.
+    """
+    half = cfg.num_layers // 2
+    plan = []
+    for place, block in enumerate(range(cfg.num_layers)):
+        skip_row = skip_from = reads = value_scale = value_gate = None
+        if cfg.skip_per_dim != "off" and half <= place < 2 * half:
+            skip_row = place - half
+            skip_from = half - 1 - skip_row
+        if cfg.backout_mode == "cache" and place >= half and place > cfg.backout_layer:
+            reads = cfg.backout_layer
+        if block in cfg.value_layers:
+            value_scale = cfg.value_layers.index(block)
+        if cfg.vrl_mode == "add" and block > 0:
+            value_gate = block - 1
+        layer = Layer(
+            block=block,
+            depth_scale=1.0 / math.sqrt(block + 1) if cfg.ln_scale == "1" else 1.0,
+            exclusive=block >= cfg.num_layers - cfg.xsa_last_n,
+            skip_from=skip_from,
+            skip_row=skip_row,
+            reads=reads,
+            value_scale=value_scale,
+            value_gate=value_gate,
+            mixes_values=cfg.vrl_mode == "mix" and block > 0,
+        )
+        plan.append(layer)
+    return tuple(plan)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised, rotated queries and keys."""
 
-    def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
+    def __init__(self, cfg: Config, layer: Layer, kernel: AttentionKernel) -> None:
         super().__init__()
         width, kv_width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         beside_queries = replace(ATTENTION_MATRIX, inputs_of="c_q")
@@ -1735,10 +1777,11 @@ class Attention(nn.Module):
         gains = torch.full((cfg.num_heads,), cfg.qk_gain_init)
         self.q_gain = known(ATTENTION_GAIN, nn.Parameter(gains))
         self.vr_lambda: nn.Parameter | None = None  # shares of layer 0's values and of its own
-        if cfg.vrl_mode == "mix" and layer > 0:
+        if layer.mixes_values:
             self.vr_lambda = known(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
-        self.kernel, self.head_dim = kernel, cfg.head_dim
-        self.xsa = exclude_own_value if layer >= cfg.num_layers - cfg.xsa_last_n else lambda y, v: y
+        self.kernel = kernel
+        self.head_dim = cfg.head_dim
+        self.exclusive = layer.exclusive
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
         """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
@@ -1760,25 +1803,9 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
         y = self.kernel(q, rotate(rms_norm(k), rotation), v)
-        return self.proj(self.xsa(y, v).flatten(2))
-
-
-class SquaredLeaky(torch.autograd.Function):
-    """leaky_relu(u)^2 in fewer passes on a CPU, and with one tensor kept for the backward."""
-
-    @staticmethod
-    def forward(ctx, u: Tensor, slope: float) -> Tensor:
-        """h = leaky_relu(u), h^2: any shape."""
-        h = F.leaky_relu(u, slope)
-        ctx.save_for_backward(h)
-        ctx.slope = slope
-        return h * h
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        """2 h leaky_relu'(u) g, where h leaky_relu'(u) is leaky_relu(h)."""
-        (h,) = ctx.saved_tensors
-        return F.leaky_relu(h, ctx.slope).mul_(grad).mul_(2.0), None
+        if self.exclusive:
+            y = exclude_own_value(y, v)
+        return self.proj(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -1797,7 +1824,7 @@ class MLP(nn.Module):
 
 @dataclass
 class Context:
-    """What all blocks read beside the stream."""
+    """What the layers read beside the stream."""
 
     x0: Tensor  # normed embedding (B, T, D)
     rotation: tuple[Tensor, Tensor]
@@ -1806,11 +1833,11 @@ class Context:
     outputs: list[Tensor] = field(default_factory=list)  # stream (B, T, D) after each layer so far
 
 
-def start_mix_by_depth(parameter: Tensor, cfg: Config, layer: int) -> None:
+def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
     """Shares of stream and embedding in a layer's input: the stream's grows with depth, or is 1."""
     keep = 1.0
     if cfg.resid_mix_init == "phase":
-        depth = layer / max(cfg.num_layers - 1, 1)  # from 0 to 1
+        depth = block / max(cfg.num_layers - 1, 1)  # from 0 to 1
         keep = 1.0 / (1.0 + math.exp(-3.0 * (depth - 0.5)))
     parameter.copy_(torch.tensor([[keep], [1.0 - keep]]).expand_as(parameter))
 
@@ -1818,19 +1845,16 @@ def start_mix_by_depth(parameter: Tensor, cfg: Config, layer: int) -> None:
 class Block(nn.Module):
     """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
 
-    def __init__(self, cfg: Config, layer: int, kernel: AttentionKernel) -> None:
+    def __init__(self, cfg: Config, layer: Layer, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.layer, depth = layer, 1.0 / math.sqrt(layer + 1)
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
         mix = torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim)
-        start_mix = functools.partial(start_mix_by_depth, layer=layer)
+        start_mix = functools.partial(start_mix_by_depth, block=layer.block)
         self.resid_mix = known(replace(GAIN_ROWS, start=start_mix), nn.Parameter(mix))
-        gain = torch.full((cfg.model_dim,), depth if cfg.ln_scale == "learned" else 1.0)
+        start = 1.0 / math.sqrt(layer.block + 1) if cfg.ln_scale == "learned" else 1.0
+        gain = torch.full((cfg.model_dim,), start)
         self.attn_scale = known(GAIN, nn.Parameter(gain))
         self.mlp_scale = known(GAIN, nn.Parameter(gain.clone()))
-        self.depth_scale = depth if cfg.ln_scale == "1" else 1.0
-        late = layer > cfg.backout_layer and layer >= cfg.num_layers // 2
-        self.read_layer = cfg.backout_layer if cfg.backout_mode == "cache" and late else None
 
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
         """A stream with the embedding mixed in: (B, T, D) and (B, T, D) -> (B, T, D)."""
@@ -1855,57 +1879,6 @@ class Block(nn.Module):
         return x + b * self.mlp(rms_norm(x, s))
 
 
-class HeadNats(torch.autograd.Function):
-    """Nats of the targets at capped logits and their weights, with one [tokens, vocabulary] copy.
-
-    The gradient of each nat is found while its row of logits is in the processor's cache; its
-    factor in the loss is known only later, and then scales hidden states instead.
-    """
-
-    ROWS = 128  # at a time
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        cap: float,
-        gamma: Tensor | None,
-        clamp_min: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Of hidden (B, T, D), head (V, D) and targets (B, T): what GPT.forward gives."""
-        hidden, shape, nats, weights = hidden.flatten(0, 1), targets.shape, [], []
-        pull = hidden.new_empty(len(hidden), len(head))
-        for own, at, bent in zip(
-            *(x.split(HeadNats.ROWS) for x in (hidden, targets.reshape(-1, 1), pull)), strict=True
-        ):
-            torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
-            logits = cap * bent
-            total = logits.logsumexp(-1, keepdim=True)
-            nats.append(total - logits.gather(1, at))
-            weights.append(mile_weights(logits, gamma, clamp_min))
-            excess = logits.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total))
-            bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
-        ctx.save_for_backward(hidden, head, pull)
-        ctx.mark_non_differentiable(of_loss := torch.cat(weights).view(shape))
-        return torch.cat(nats).view(shape), of_loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Of hidden and head, the only inputs that have one."""
-        (hidden, head, pull), shape = ctx.saved_tensors, grad.shape
-        grad = grad.reshape(-1, 1)
-        return (
-            (grad * (pull @ head)).view(*shape, -1),
-            pull.t() @ (grad * hidden),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
 class GPT(nn.Module):
     """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
 
@@ -1919,19 +1892,21 @@ class GPT(nn.Module):
         self.cfg, self.dtype = cfg, dtype
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
         cfg = cfg.for_model()
-        layers, half = cfg.num_layers, cfg.num_layers // 2
+        self.plan = plan_layers(cfg)
+        half = cfg.num_layers // 2
         self.tok_emb = Table(cfg.vocab_size, cfg.model_dim, TOKEN_TABLE)
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, HEAD)
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(cfg) if cfg.smear_enabled else None
-        self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(layers))
+        first_use = {layer.block: layer for layer in reversed(self.plan)}
+        self.blocks = nn.ModuleList(Block(cfg, first_use[n], kernel) for n in sorted(first_use))
         skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
         self.skip_weights = known(GAIN_ROWS, nn.Parameter(torch.ones(skips)))
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(
             known(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
         )
-        mixing = range(1, layers) if cfg.vrl_mode == "add" else ()
+        mixing = range(1, cfg.num_layers) if cfg.vrl_mode == "add" else ()
         self.vrl_alphas = nn.ParameterList(
             known(GATE, nn.Parameter(torch.tensor(0.0))) for _ in mixing
         )
@@ -1952,39 +1927,52 @@ class GPT(nn.Module):
         return x if self.smear is None else self.smear(x, input_ids)
 
     def context(self, input_ids: Tensor, x0: Tensor) -> Context:
-        """What all blocks share, with VRL layer 0's values too: of ids (B, T), x0 (B, T, D)."""
-        cfg, extra_v, first_v = self.cfg, {}, None
+        """What the layers read beside the stream, of ids (B, T) and embedding x0 (B, T, D)."""
+        rotation = rotary_tables(self.cfg, input_ids.size(1), x0.device)
+        extra_v: dict[int, Tensor] = {}
         if self.ve_shared is not None:
             shared = self.ve_shared(input_ids, self.dtype)
-            for layer, scale in zip(cfg.value_layers, self.ve_layer_scales, strict=True):
-                extra_v[layer] = like(scale, shared) * shared
-        if cfg.vrl_mode != "off":
-            first = self.blocks[0]
-            assert isinstance(first, Block)
-            h = rms_norm(first.mixed(x0, x0), first.depth_scale)
-            # Only with mix do layer 0's values have its value embedding.
-            first_v = first.attn.values(h, extra_v.get(0) if cfg.vrl_mode == "mix" else None, None)
-            for layer, alpha in enumerate(self.vrl_alphas, start=1):
-                extra_v[layer] = extra_v.get(layer, 0.0) + like(torch.sigmoid(alpha), h) * first_v
-        return Context(x0, rotary_tables(cfg, input_ids.size(1), x0.device), extra_v, first_v)
+            for place, layer in enumerate(self.plan):
+                if layer.value_scale is not None:
+                    scale = self.ve_layer_scales[layer.value_scale]
+                    extra_v[place] = like(scale, shared) * shared
+        if self.cfg.vrl_mode == "off":
+            return Context(x0, rotation, extra_v)
+        # Only VRL_MODE=mix takes layer 0's values with its value embedding.
+        own_extra = extra_v.get(0) if self.cfg.vrl_mode == "mix" else None
+        first_v = self.first_values(x0, own_extra)
+        for place, layer in enumerate(self.plan):
+            if layer.value_gate is not None:
+                gate = torch.sigmoid(self.vrl_alphas[layer.value_gate])
+                extra_v[place] = extra_v.get(place, 0.0) + like(gate, first_v) * first_v
+        return Context(x0, rotation, extra_v, first_v)
 
-    def layer(self, block: Any, x: Tensor, c: Context) -> Tensor:
-        """The stream (B, T, D) -> (B, T, D) through a Block, in training perhaps compiled."""
-        read = None if block.read_layer is None else c.outputs[block.read_layer]
-        given = x, c.x0, read, c.rotation, c.extra_v.get(block.layer), c.first_v
+    def first_values(self, x0: Tensor, extra_v: Tensor | None) -> Tensor:
+        """The values of layer 0, of the embedding (B, T, D): (B, T, G*K)."""
+        block = self.blocks[self.plan[0].block]
+        assert isinstance(block, Block)
+        u = rms_norm(block.mixed(x0, x0), self.plan[0].depth_scale)
+        return block.attn.values(u, extra_v, None)
+
+    def layer(self, place: int, x: Tensor, c: Context) -> Tensor:
+        """The stream (B, T, D) -> (B, T, D) through a layer of the plan."""
+        layer = self.plan[place]
+        block: Any = self.blocks[layer.block]
+        if layer.skip_from is not None:
+            x = x + like(self.skip_weights[layer.skip_row], x) * c.outputs[layer.skip_from]
+        read = None if layer.reads is None else c.outputs[layer.reads]
+        given = x, c.x0, read, c.rotation, c.extra_v.get(place), c.first_v
         if self.compiled_block is None or not torch.is_grad_enabled():
-            return block(*given, block.depth_scale)
+            return block(*given, layer.depth_scale)
         # A tensor, or each depth would need a compiled block of its own.
-        return self.compiled_block(block, *given, torch.tensor(block.depth_scale))
+        return self.compiled_block(block, *given, torch.tensor(layer.depth_scale))
 
     def hidden(self, input_ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D): the normed residual stream after the last block."""
+        """(B, T) -> (B, T, D): the normed residual stream after the last layer."""
         x = self.embedded(input_ids)
-        c, half = self.context(input_ids, x), self.cfg.num_layers // 2
-        for layer, block in enumerate(self.blocks):
-            if half <= layer < half + len(self.skip_weights):
-                x = x + like(self.skip_weights[layer - half], x) * c.outputs[2 * half - 1 - layer]
-            x = self.layer(block, x, c)
+        c = self.context(input_ids, x)
+        for place in range(len(self.plan)):
+            x = self.layer(place, x, c)
             c.outputs.append(x)
         if self.backout_lambda is not None:
             x = x - like(self.backout_lambda, x) * c.outputs[self.cfg.backout_layer]
@@ -4458,6 +4446,102 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
 
 
 # =================================================================================================
+# Faster on a CPU
+# Functions with a derivative of their own, in fewer passes over memory than torch takes on a CPU.
+# Each says which plain expression it stands for; a GPU's compiler fuses that itself.
+# =================================================================================================
+
+
+class RmsNorm(torch.autograd.Function):
+    """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float | Tensor) -> Tensor:
+        """y = scale r x, r = 1 / sqrt(mean(x^2) + eps): (..., D) -> (..., D)."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.rsqrt(norm.square() / x.size(-1) + RMS_EPS)
+        ctx.save_for_backward(x, r)
+        ctx.scale = scale
+        return x * (scale * r)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """scale r (g - r^2 mean(g x) x)."""
+        x, r = ctx.saved_tensors
+        along = (grad * x).sum(-1, keepdim=True) * r.square() / x.size(-1)
+        return torch.addcmul(grad, along, x, value=-1).mul_(ctx.scale * r), None
+
+
+class SquaredLeaky(torch.autograd.Function):
+    """leaky_relu(u)^2 in fewer passes on a CPU, and with one tensor kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, slope: float) -> Tensor:
+        """h = leaky_relu(u), h^2: any shape."""
+        h = F.leaky_relu(u, slope)
+        ctx.save_for_backward(h)
+        ctx.slope = slope
+        return h * h
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """2 h leaky_relu'(u) g, where h leaky_relu'(u) is leaky_relu(h)."""
+        (h,) = ctx.saved_tensors
+        return F.leaky_relu(h, ctx.slope).mul_(grad).mul_(2.0), None
+
+
+class HeadNats(torch.autograd.Function):
+    """Nats of the targets at capped logits and their weights, with one [tokens, vocabulary] copy.
+
+    The gradient of each nat is found while its row of logits is in the processor's cache; its
+    factor in the loss is known only later, and then scales hidden states instead.
+    """
+
+    ROWS = 128  # at a time
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        cap: float,
+        gamma: Tensor | None,
+        clamp_min: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Of hidden (B, T, D), head (V, D) and targets (B, T): what GPT.forward gives."""
+        hidden, shape, nats, weights = hidden.flatten(0, 1), targets.shape, [], []
+        pull = hidden.new_empty(len(hidden), len(head))
+        for own, at, bent in zip(
+            *(x.split(HeadNats.ROWS) for x in (hidden, targets.reshape(-1, 1), pull)), strict=True
+        ):
+            torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
+            logits = cap * bent
+            total = logits.logsumexp(-1, keepdim=True)
+            nats.append(total - logits.gather(1, at))
+            weights.append(mile_weights(logits, gamma, clamp_min))
+            excess = logits.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total))
+            bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
+        ctx.save_for_backward(hidden, head, pull)
+        ctx.mark_non_differentiable(of_loss := torch.cat(weights).view(shape))
+        return torch.cat(nats).view(shape), of_loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Of hidden and head, the only inputs that have one."""
+        (hidden, head, pull), shape = ctx.saved_tensors, grad.shape
+        grad = grad.reshape(-1, 1)
+        return (
+            (grad * (pull @ head)).view(*shape, -1),
+            pull.t() @ (grad * hidden),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+# =================================================================================================
 # Published variants
 # What only a published system needs to be reproduced, and names that its command lines use.
 # Nothing here is recommended; a reader of the main path may leave the section out.
@@ -5068,6 +5152,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
                 f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
                 f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
+                *(f"layer:{place} {layer}" for place, layer in enumerate(model.plan)),
                 *routing_table(cfg, model),
                 f"repeats:{repeats(run)}",
                 f"seed:{cfg.seed}",

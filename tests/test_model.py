@@ -478,7 +478,7 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
     class Unit(nn.Module):
         def __init__(self, layer: int) -> None:
             super().__init__()
-            self.layer, self.read_layer, self.depth_scale = layer, None, 1.0
+            self.layer = layer
 
         def forward(self, x, *context):
             received[self.layer] = x[0, 0].tolist()
@@ -591,7 +591,9 @@ def test_blocks_start_as_the_identity(variant: str) -> None:
     initialize(model, cfg)
     x, x0 = torch.randn(2, 1, 6, 32)
     context = train_gpt.Context(x0, rotary_tables(cfg, 6, x.device), {})
-    assert all(torch.equal(model.layer(block, x, context), x) for block in model.blocks)
+    for block in model.blocks:
+        given = x, x0, None, context.rotation, None, None, 1.0
+        assert torch.equal(block(*given), x)
 
 
 def initial(**changes: object) -> GPT:
@@ -673,10 +675,11 @@ def test_matrices_start_orthogonal_some_scaled_some_zero(
 
 
 def test_a_learned_scale_starts_as_the_fixed_one() -> None:
-    for layer, block in enumerate(initial(ln_scale="learned").blocks):
+    model = initial(ln_scale="learned")
+    for layer, block in enumerate(model.blocks):
         for gain in (block.attn_scale, block.mlp_scale):
             np.testing.assert_allclose(gain.detach(), 1 / math.sqrt(layer + 1), rtol=1e-6)
-        assert block.depth_scale == 1.0
+        assert model.plan[layer].depth_scale == 1.0
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
