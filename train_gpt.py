@@ -2271,14 +2271,14 @@ class Muon(torch.optim.Optimizer):
             update = orthogonalize(update.to(self.dtype), self.steps)
             updates.append(self.ranks.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
-            (rows, cols), decay = weights[0].shape, 1.0 - group["lr"] * group["weight_decay"]
-            update = wait()[: len(weights)].to(weights[0].dtype)
+            rows, cols = weights[0].shape
+            decay = 1.0 - group["lr"] * group["weight_decay"]
             rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
+            if not self.decay_first:
+                rate = decayed_rate(rate, decay)
+            update = wait()[: len(weights)].to(weights[0].dtype)
             torch._foreach_mul_(weights, decay)
-            # Decay that comes after the step decays the step as well.
-            torch._foreach_add_(
-                weights, update.unbind(), alpha=-rate * (1.0 if self.decay_first else decay)
-            )
+            torch._foreach_add_(weights, update.unbind(), alpha=-rate)
         self.shares = []
 
     def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
@@ -3252,17 +3252,6 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Ten
             rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
         rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
     return Q.T.reshape(len(step), *W.shape)
-
-
-def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
-    """The form of #1361, kept to reproduce it: H^-1 is never updated, so it over-corrects."""
-    levels, U = largest_integer(bits), inverse_factor(H)
-    scales = clip_candidates(W, bits, cfg, sigmas)
-    inverse, step = U.mT @ U, scales.unsqueeze(-1)  # rounding comes before the scales' fp16
-    Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], bits, cfg)
-    # Nearest rounding chooses the clip.
-    delta = W - torch.round(W / step).clamp(-levels, levels) * step
-    return pick(delta.square().mean(dim=2), Q, scales.half(), cfg)
 
 
 def weighted_error(W: Tensor, stored: Stored, H: Tensor) -> float:
@@ -4546,6 +4535,26 @@ class HeadNats(torch.autograd.Function):
 # What only a published system needs to be reproduced, and names that its command lines use.
 # Nothing here is recommended; a reader of the main path may leave the section out.
 # =================================================================================================
+
+
+def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
+    """The GPTQ of #1361: it never updates the inverse of H, and so corrects too much.
+
+    It rounds by scales that are not yet fp16, and chooses the clip by nearest rounding.
+    """
+    levels = largest_integer(bits)
+    U = inverse_factor(H)
+    inverse = U.mT @ U
+    scales = clip_candidates(W, bits, cfg, sigmas)
+    step = scales.unsqueeze(-1)
+    Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], bits, cfg)
+    error = W - torch.round(W / step).clamp(-levels, levels) * step
+    return pick(error.square().mean(dim=2), Q, scales.half(), cfg)
+
+
+def decayed_rate(rate: float, decay: float) -> float:
+    """Muon's rate under MUON_WD_ORDER=after: decay that follows the step decays the step too."""
+    return rate * decay
 
 
 def published_windows(num_targets: int, seq_len: int, stride: int, form: str) -> np.ndarray:
