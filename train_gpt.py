@@ -1358,11 +1358,9 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """scale x / sqrt(mean(x^2) + eps) over the last dimension."""
-    return (
-        RmsNorm.apply(x, scale)
-        if x.device.type == "cpu"
-        else F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
-    )
+    if x.device.type == "cpu":
+        return RmsNorm.apply(x, scale)
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
 
 
 def like(parameter: Tensor, x: Tensor) -> Tensor:
@@ -1602,10 +1600,11 @@ class SmearGate(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
-        share = torch.sigmoid(like(self.gate, x))
+        gate = torch.sigmoid(like(self.gate, x))
         if self.bos_mask:
-            share = share * (input_ids != BOS).unsqueeze(-1)
-        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), share.expand_as(x))
+            gate = gate * (input_ids != BOS).unsqueeze(-1)
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return torch.lerp(x, previous, gate.expand_as(x))
 
 
 class ValueEmbedding(nn.Module):
@@ -1624,9 +1623,13 @@ class ValueEmbedding(nn.Module):
 
 
 def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and +-sin of position * base^(-2i/R), i mod R/2: always float32 (T, R), R dimensions."""
+    """Tables of rotate(): cos and signed sin of position times frequency, float32 (T, R) each.
+
+    The frequency of pair i is base^(-2i/R); each table has the R/2 pairs twice, and the sine has
+    its sign turned the second time. The NTK rule raises the base for rows beyond ROPE_NTK_REF.
+    """
     dims, base = cfg.rotary_dims, cfg.rope_base
-    if 0 < cfg.rope_ntk_ref < seq_len:  # the NTK rule
+    if 0 < cfg.rope_ntk_ref < seq_len:
         base = base * (seq_len / cfg.rope_ntk_ref) ** (dims / (dims - 2))
     exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
@@ -1635,7 +1638,7 @@ def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first R of K dimensions of each head, in half-split pairs: (B, T, H, K)."""
+    """Rotary positions, (B, T, H, K) -> the same: of the first R dimensions, i pairs i + R/2."""
     cos, sin = (like(table, x)[:, None, :] for table in rotation)
     turned, rest = x.tensor_split([cos.size(-1)], dim=-1)
     turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, -1), sin)
@@ -1647,7 +1650,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cuda":  # repeated heads take 0.7 of the time of enable_gqa on a CPU
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    grouped = q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -1662,7 +1666,7 @@ def find_attention(
 ) -> tuple[str, AttentionKernel]:
     """FlashAttention-3 where a trial of it works, else torch's kernel; and its name.
 
-    Its sources are tried in turn. Raises Refusal if ATTENTION=fa3 and it is not to be had.
+    Raises Refusal if ATTENTION=fa3 and no source of it works here.
     """
     why = [] if device.type == "cuda" else ["there is no CUDA device"]
     sources = () if why or wanted == "sdpa" else ("flash_attn_interface", "kernels")
@@ -1695,8 +1699,12 @@ def flash_attention(source: str) -> Callable:
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA (arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||; (B, T, H, K), (B, T, G, K)."""
-    v, grouped = v.unsqueeze(3), y.unflatten(2, (v.size(2), -1))  # (B, T, G, 1 and H/G, K)
+    """Exclusive self attention (XSA, arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||.
+
+    y: (B, T, H, K), v: (B, T, G, K) -> (B, T, H, K), what is left at right angles to v.
+    """
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
+    v = v.unsqueeze(3)  # (B, T, G, 1, K)
     square = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-12).square()
     along = (grouped * v).sum(-1, keepdim=True) / square
     return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
@@ -1784,8 +1792,10 @@ class Attention(nn.Module):
         self.exclusive = layer.exclusive
 
     def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
-        """v = W x + extra, with VRL_MODE=mix (arXiv:2410.17897) l_0 v0 + l_1 v: (B, T, G*K)."""
-        v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
+        """W x + extra, which VRL_MODE=mix (arXiv:2410.17897) mixes with layer 0's: (B, T, G*K)."""
+        v = self.c_v(x)
+        if extra_v is not None:
+            v = v + extra_v
         if self.vr_lambda is not None:
             first, own = like(self.vr_lambda, v)
             v = first * first_v + own * v
@@ -2221,8 +2231,9 @@ class Muon(torch.optim.Optimizer):
 
     Equal shapes are stacked and orthogonalised together, in `dtype`. Decay may come after the
     step instead, and M be kept as int8 blocks between steps. Source: Keller Jordan's Muon.
-    A run's ranks share each stack out (MUON_PARALLEL): a rank has the summed gradients, momentum
-    and updates of its part only, and all gather the updates.
+
+    With MUON_PARALLEL the ranks divide each stack among them: a rank has the summed gradients,
+    the momentum and the updates of its own part only, and then all ranks gather the updates.
     """
 
     def __init__(
@@ -2283,10 +2294,12 @@ class Muon(torch.optim.Optimizer):
 
     def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
         """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (m, r, c)."""
-        state, grads = self.state[key], grads.to(self.dtype) if self.packed else grads
-        old = state.get("momentum", (torch.zeros_like(grads),))
-        momentum = unpack_momentum(old, grads) if len(old) == 2 else old[0]
-        momentum = momentum.mul_(mu).add_(grads)
+        state = self.state[key]
+        if self.packed:
+            grads = grads.to(self.dtype)
+        kept = state.get("momentum", (torch.zeros_like(grads),))
+        momentum = unpack_momentum(kept, grads) if len(kept) == 2 else kept[0]
+        momentum.mul_(mu).add_(grads)
         state["momentum"] = pack_momentum(momentum) if self.packed else (momentum,)
         return grads.add(momentum, alpha=mu)
 
@@ -3125,8 +3138,12 @@ def largest_integer(bits: int) -> int:
 
 
 def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
-    """Steps that put `clip` at the top; inv_clip keeps small rows coarse, and so cheap."""
-    return (clip / levels).clamp_min(1.0 / levels if floor == "inv_clip" else TINY_STEP)
+    """The step of each row's grid whose top is at `clip`, but no less than Q_SCALE_FLOOR says.
+
+    inv_clip keeps rows of small numbers coarse, and so cheap to code.
+    """
+    least = 1.0 / levels if floor == "inv_clip" else TINY_STEP
+    return (clip / levels).clamp_min(least)
 
 
 def qat_grids(model: GPT) -> dict[str, int]:
@@ -3150,16 +3167,19 @@ def row_quantile(x: Tensor, q: float) -> Tensor:
 
 
 def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
-    """The weights of `grids` as clamp(round(W / s)) s, gradients passing; s from QAT_CLIP."""
+    """The weights of `grids` on their grids, clamp(round(W / s)) s, where s is by QAT_CLIP.
+
+    Gradients pass as if nothing had been rounded.
+    """
     seen = {}
     for name, bits in grids.items():
         weight = model.get_parameter(name)
-        levels, magnitude = largest_integer(bits), weight.detach().abs()
-        clip = (
-            row_quantile(magnitude, QAT_QUANTILE)
-            if model.cfg.qat_clip == "quantile"
-            else magnitude.amax(dim=1, keepdim=True)
-        )
+        levels = largest_integer(bits)
+        magnitude = weight.detach().abs()
+        if model.cfg.qat_clip == "quantile":
+            clip = row_quantile(magnitude, QAT_QUANTILE)
+        else:
+            clip = magnitude.amax(dim=1, keepdim=True)
         scale = row_scales(clip, levels, model.cfg.q_scale_floor)
         grid = torch.round(weight.detach() / scale).clamp(-levels, levels) * scale
         seen[name] = weight + (grid - weight.detach())
@@ -3169,8 +3189,9 @@ def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
 def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Tensor:
     """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r).
 
-    QUANT_CLIP=std has one, `sigmas` deviations at the top, or the maximum where that is farther, on
-    a logarithmic grid: it costs nothing in error, and the scales become a few different numbers.
+    QUANT_CLIP=std has only one: the row's grid ends at `sigmas` standard deviations, or at its
+    maximum where that is farther. The scale is rounded to a logarithmic grid, which costs nothing
+    in error and leaves few different scales to be coded.
     """
     clips = W.abs().amax(dim=1)[None]
     if cfg.quant_clip == "std":
@@ -3186,13 +3207,16 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> T
 def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
     """The candidate of least error: (n, r), (n, r, c), (n, r) -> by matrix, or by row."""
     rows = torch.arange(errors.size(1), device=errors.device)
-    best = errors.argmin(0) if cfg.clip_search == "row" else errors.sum(1).argmin().expand_as(rows)
+    best = errors.argmin(0)
+    if cfg.clip_search != "row":
+        best = errors.sum(1).argmin().expand_as(rows)
     return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
 
 
 def round_to_nearest(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
     """Nearest integers at the clip of least squared error."""
-    levels, scales = largest_integer(bits), clip_candidates(W, bits, cfg, sigmas).half()
+    levels = largest_integer(bits)
+    scales = clip_candidates(W, bits, cfg, sigmas).half()
     step = scales.float().unsqueeze(-1)
     Q = torch.round(W / step).clamp(-levels, levels)
     return pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
@@ -3221,26 +3245,32 @@ def inverse_factor(H: Tensor) -> Tensor:
 def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
     """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
 
-    arXiv:2210.17323: a column's rounding error is pushed onto the columns not yet rounded, for
-    all clip candidates at once; GPTQ_SELECT says which wins. W: (r, c), H: (c, c), float32.
+    W: (r, c), H: (c, c), float32. arXiv:2210.17323: the rounding error of a column is made up for
+    in the columns that are not rounded yet. All clip candidates are tried, and the one of the
+    least error is taken, squared or by the Hessian (GPTQ_SELECT).
     """
-    scales, dead = clip_candidates(W, bits, cfg, sigmas).half(), H.diagonal() == 0
-    H, step = H + torch.diag(dead.float()), scales.float().unsqueeze(-1)  # (candidates, r, 1)
-    order = (
-        torch.argsort(H.diagonal(), descending=True, stable=True)
-        if cfg.gptq_actorder
-        else torch.arange(W.size(1), device=W.device)
-    )
-    W, H = W.masked_fill(dead, 0.0)[:, order], H[order][:, order]
+    scales = clip_candidates(W, bits, cfg, sigmas).half()
+    step = scales.float().unsqueeze(-1)  # (candidates, r, 1)
+    dead = H.diagonal() == 0  # inputs that were never seen
+    H = H + torch.diag(dead.float())
+    order = torch.arange(W.size(1), device=W.device)
+    if cfg.gptq_actorder:
+        order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    W = W.masked_fill(dead, 0.0)[:, order]
+    H = H[order][:, order]
     Q = feed_back(W, step, inverse_factor(H), bits, cfg)
-    delta = W - Q * step
-    weighed = delta @ H if cfg.gptq_select == "hessian" else delta
-    return pick((weighed * delta).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+    error = W - Q * step
+    weighed = error @ H if cfg.gptq_select == "hessian" else error
+    return pick((weighed * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
 
 
 def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Tensor:
-    """GPTQ's loop over columns, e = (w - q s) / U_ii, later columns -= e U_ij: Q, (n, r, c)."""
-    levels, steps, diagonal = largest_integer(bits), step.flatten(), U.diagonal().tolist()
+    """GPTQ's loop over columns i: e = (w_i - q_i s) / U_ii, then w_j <- w_j - e U_ij for j > i.
+
+    W: (r, c), step: (n, r, 1) of n candidates, U: (c, c) -> Q: (n, r, c).
+    """
+    levels = largest_integer(bits)
+    steps, diagonal = step.flatten(), U.diagonal().tolist()
     rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes lies together
     Q = torch.empty_like(rest)
     for start in range(0, len(rest), cfg.gptq_block_size):
@@ -3391,43 +3421,58 @@ def prune_integers(stored: dict[str, Stored], share: float) -> int:
     return count
 
 
+def to_integers(
+    W: Tensor, H: Tensor | None, bits: int, cfg: Config, sigmas: float
+) -> tuple[Stored, bool]:
+    """A matrix on its grid, by GPTQ where there is a Hessian; and whether GPTQ had to give up."""
+    if H is None and bits == 8 and cfg.quant_clip != "std":
+        return int8_rows(W), False
+    if H is None:
+        return round_to_nearest(W, bits, cfg, sigmas), False
+    solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
+    try:
+        return solve(W, H, bits, cfg, sigmas), False
+    except torch.linalg.LinAlgError:
+        return round_to_nearest(W, bits, cfg, sigmas), True
+
+
 @torch.no_grad()
 def quantize(
     model: GPT, hessians: dict[str, Tensor], run: Run, factor: float = 1.0
 ) -> dict[str, Stored]:
-    """Every parameter as it will be stored: integers where BITS says so, else fp16; pruned.
+    """Every parameter as the artifact will hold it: integers where BITS says so, else fp16.
 
-    `factor` multiplies CLIP_SIGMAS.
+    What PRUNE_FRAC and PRUNE_PCT ask for is zeroed. `factor` multiplies CLIP_SIGMAS. Raises
+    FloatingPointError, naming the parameter, if one is not finite or too large for fp16.
     """
-    run.phase, cfg = "quantization", model.cfg
-    stored, fallbacks, objective = {}, 0, 0.0
-    solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
+    run.phase = "quantization"
+    cfg = model.cfg
+    stored: dict[str, Stored] = {}
+    fallbacks, objective = 0, 0.0
     # Factorisations and float64 sums are not to be had on every other device.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
     for name, p in run.folder.progress(
         "quantizing", iterable=[*model.named_parameters()], unit="tensor"
     ):
-        W, bits = p.detach().float().to(device), bits_of(model, name)
+        W = p.detach().float().to(device)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
-            W = W.masked_fill(W.abs() < row_quantile(W.abs().view(1, -1), cfg.prune_frac), 0.0)
+            least = row_quantile(W.abs().view(1, -1), cfg.prune_frac)
+            W = W.masked_fill(W.abs() < least, 0.0)
+        bits = bits_of(model, name)
+        if bits == 0:
+            stored[name] = Stored(W.half().cpu())
+            continue
         H = hessians.get(hessian_source(model, name))
-        how = bits, cfg, factor * setting_of(model, name, cfg.sigmas_by_role)
-        if not bits:
-            made = Stored(W.half())
-        elif H is None:
-            made = (
-                int8_rows(W) if bits == 8 and cfg.quant_clip != "std" else round_to_nearest(W, *how)
-            )
-        else:
-            H = H.to(device)
-            try:
-                made = solve(W, H, *how)
-            except torch.linalg.LinAlgError:
-                made, fallbacks = round_to_nearest(W, *how), fallbacks + 1
+        H = None if H is None else H.to(device)
+        sigmas = factor * setting_of(model, name, cfg.sigmas_by_role)
+        made, fell_back = to_integers(W, H, bits, cfg, sigmas)
+        if H is not None:
             objective += weighted_error(W, made, H)
-        stored[name] = Stored(made.values.cpu(), None if made.scale is None else made.scale.cpu())
+        fallbacks += fell_back
+        assert made.scale is not None
+        stored[name] = Stored(made.values.cpu(), made.scale.cpu())
     low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(model, n) < 8}
     if cfg.prune_pct and low:
         run.folder.log(
