@@ -478,7 +478,7 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
     class Unit(nn.Module):
         def __init__(self, layer: int) -> None:
             super().__init__()
-            self.layer, self.read_layer, self.depth_scale = layer, None, 1.0
+            self.layer = layer
 
         def forward(self, x, *context):
             received[self.layer] = x[0, 0].tolist()
@@ -495,6 +495,37 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
         assert terms == {layer - 1: 1.0} | (
             {skips[layer]: 7.0 + (skips[layer] == layer - 1)} if layer in skips else {}
         )
+
+
+@pytest.mark.parametrize(("layers", "variant"), [(1, {}), (4, {}), (11, {"vrl_mode": "add"})])
+def test_the_plan_is_what_the_settings_say(layers: int, variant: dict) -> None:
+    """Every layer has weights of its own; a layer reads only what is there before it."""
+    cfg = Config(**{**SIZES, "num_layers": layers, "xsa_last_n": 1, "ve_layers": "0"} | variant)
+    plan = train_gpt.plan_layers(cfg.for_model())
+    assert [layer.block for layer in plan] == list(range(layers))
+    assert [layer.exclusive for layer in plan] == [False] * (layers - 1) + [True]
+    assert [layer.value_scale for layer in plan] == [0] + [None] * (layers - 1)
+    gates = [layer.value_gate for layer in plan]
+    assert gates == ([None, *range(layers - 1)] if variant else [None] * layers)
+    rows = [layer.skip_row for layer in plan if layer.skip_row is not None]
+    assert rows == list(range(layers // 2))
+    for place, layer in enumerate(plan):
+        assert layer.skip_from is None or layer.skip_from < place
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_delta_adds_a_matrix_of_low_rank_for_each_row(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = train_gpt.Linear(6, 4, train_gpt.ATTENTION_MATRIX).double()
+    x, down, up = (
+        torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 6), (2, 6), (4, 2))
+    )
+    given = linear(x, (down, up)).detach()
+    for row in range(rows):
+        whole = linear.weight.detach() + up[row] @ down[row]
+        torch.testing.assert_close(given[row], x[row] @ whole.T)
+    assert torch.equal(linear(x), x @ linear.weight.T)
 
 
 # Properties of the whole.
@@ -591,7 +622,9 @@ def test_blocks_start_as_the_identity(variant: str) -> None:
     initialize(model, cfg)
     x, x0 = torch.randn(2, 1, 6, 32)
     context = train_gpt.Context(x0, rotary_tables(cfg, 6, x.device), {})
-    assert all(torch.equal(model.layer(block, x, context), x) for block in model.blocks)
+    for block in model.blocks:
+        given = x, x0, None, context.rotation, None, None, 1.0
+        assert torch.equal(block(*given), x)
 
 
 def initial(**changes: object) -> GPT:
@@ -673,10 +706,11 @@ def test_matrices_start_orthogonal_some_scaled_some_zero(
 
 
 def test_a_learned_scale_starts_as_the_fixed_one() -> None:
-    for layer, block in enumerate(initial(ln_scale="learned").blocks):
+    model = initial(ln_scale="learned")
+    for layer, block in enumerate(model.blocks):
         for gain in (block.attn_scale, block.mlp_scale):
             np.testing.assert_allclose(gain.detach(), 1 / math.sqrt(layer + 1), rtol=1e-6)
-        assert block.depth_scale == 1.0
+        assert model.plan[layer].depth_scale == 1.0
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:

@@ -647,14 +647,14 @@ def test_hessians_are_those_of_a_banked_computation(calibrated) -> None:
             m0, m1 = block.resid_mix
             u = m0 * x + m1 * x0
             read = m0 * outputs[2] + m1 * x0 if n > 2 else u
-            h = keep(f"blocks.{n}.attn.c_q", norm(read) * block.depth_scale)
+            h = keep(f"blocks.{n}.attn.c_q", norm(read) * model.plan[n].depth_scale)
             v = h @ kv[L + n].T + c.extra_v.get(n, 0.0)
             q, k, v = (y.unflatten(-1, (-1, cfg.head_dim)) for y in (h @ qo[n].T, h @ kv[n].T, v))
             q = train_gpt.rotate(norm(q), c.rotation) * block.attn.q_gain[:, None]
             y = train_gpt.sdpa_attention(q, train_gpt.rotate(norm(k), c.rotation), v)
-            y = keep(f"blocks.{n}.attn.proj", block.attn.xsa(y, v).flatten(2))
+            y = keep(f"blocks.{n}.attn.proj", train_gpt.exclude_own_value(y, v).flatten(2))
             x = u + block.attn_scale * (y @ qo[L + n].T)
-            h = keep(f"blocks.{n}.mlp.fc", norm(x) * block.depth_scale)
+            h = keep(f"blocks.{n}.mlp.fc", norm(x) * model.plan[n].depth_scale)
             h = keep(
                 f"blocks.{n}.mlp.proj", torch.nn.functional.leaky_relu(h @ up[n].T, 0.5).square()
             )

@@ -195,10 +195,13 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
         ({"BITS": "mlp:6,attn:6,emb:8"}, ["BITS=mlp:6,attn:6,emb:8", "aux"]),
         ({"BITS": "mlp:6,attn:6,emb:8,aux:9"}, ["aux:9", "2 to 8 or fp16"]),
         ({"BITS": "mlp:6,mlp:6,attn:6,emb:8,aux:8"}, ["BITS=", "mlp:6"]),
-        ({"BITS": "mlp:6,attn:6,emb:8,aux:8,all:8"}, ["BITS=", "'all'", "no tensor of the model"]),
+        (
+            {"BITS": "mlp:6,attn:6,emb:8,aux:8,all:8"},
+            ["BITS=", "names all", "no tensor of the model"],
+        ),
         (
             {"BITS": "mlp:6,attn:6,emb:8,aux:8,blocks.3.attn.c_x:8"},
-            ["'blocks.3.attn.c_x'", "no tensor of the model"],
+            ["names blocks.3.attn.c_x", "no tensor of the model"],
         ),
         ({"BITS": "mlp:6,attn:6,emb:8,aux:8,blocks.11.attn.c_k:8"}, ["BITS=", "NUM_LAYERS=11"]),
         ({"CLIP_SIGMAS": "mlp:12,attn:12,emb:20"}, ["CLIP_SIGMAS=mlp:12,attn:12,emb:20", "aux"]),
