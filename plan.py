@@ -72,27 +72,22 @@ def artifact_bytes(
 
 def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
     """When each scheduled thing starts, in the unit that drives the run, or before its end."""
-    whole, unit = (cfg.iterations, "steps") if cfg.step_driven else (cfg.max_wallclock_seconds, "s")
-    known, swa = cfg.warmdown_frac or cfg.step_driven, cfg.swa_start_frac * ("swa" in cfg.avg_mode)
-    warmdown = cfg.warmdown_frac * whole or min(cfg.warmdown_iters, whole if known else math.inf)
-    yield f"end: {whole:g} {unit}" + f", or {cfg.iterations:,} steps" * (not cfg.step_driven)
-    yield f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
-    for name, share in (
-        (f"warmdown ({cfg.warmdown_type})", 1.0),
-        ("late QAT", cfg.late_qat_threshold * (cfg.qat_mode == "late")),
-        (f"SWA, every {cfg.swa_every} steps", swa),
-        ("MiLe: plain cross entropy", train_gpt.MILE_ENDS * (cfg.mile_gamma > 0)),
-    ):
-        if share:
-            yield (
-                f"{name}: "
-                + (
-                    f"from {whole - share * warmdown:g} {unit} on"
-                    if known
-                    else f"the last {share * warmdown:,.0f} steps"
-                )
-                + " if the warmdown were linear" * (cfg.warmdown_type != "linear" and share < 1)
-            )
+    ramp = f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
+    schedule = train_gpt.Schedule(cfg)
+    if cfg.step_driven:
+        unit, whole = "steps", float(cfg.iterations)
+        yield f"end: {whole:g} steps"
+    else:
+        unit, whole = "s", schedule.budget
+        yield f"end: {whole:g} s, or {cfg.iterations:,} steps"
+    yield ramp
+    if cfg.step_driven or cfg.warmdown_frac:
+        _, warmdown = schedule.remaining_and_warmdown(0, 0.0)
+        for name, left in schedule.turning_points():
+            yield f"{name}: from {whole - left * warmdown:g} {unit} on"
+    else:  # WARMDOWN_ITERS become seconds once the time of a step is known
+        for name, left in schedule.turning_points():
+            yield f"{name}: the last {left * cfg.warmdown_iters:,.0f} steps"
 
 
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:

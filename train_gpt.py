@@ -633,7 +633,6 @@ class Ledger:
         self.scoring_clock = Clock()
         self.trained_seconds = 0.0  # of the training clock, before calibration
         self.calibration_tokens = 0
-        self.last_logged_share = -1  # of the run, in fiftieths
         # By technique: how often it could have acted, and how often it did.
         self.occasions = Counter[str]()
         self.activity = Counter[str]()
@@ -2360,8 +2359,19 @@ def build_optimizers(
 
 def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
     """Learning-rate scale with `remaining` of the run left, in the unit of `warmdown`."""
-    linear = min(1.0, max(0.0, remaining) / warmdown) if warmdown > 0 else 1.0
-    return linear if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * linear))
+    if warmdown <= 0:
+        return 1.0
+    linear = min(1.0, max(0.0, remaining) / warmdown)
+    if shape == "linear":
+        return linear
+    return 0.5 * (1.0 - math.cos(math.pi * linear))
+
+
+def decay_left(scale: float, shape: str) -> float:
+    """The fraction of the warmdown that is left when the rates have this scale."""
+    if shape == "linear":
+        return scale
+    return math.acos(1.0 - 2.0 * scale) / math.pi
 
 
 @dataclass(frozen=True)
@@ -2369,73 +2379,130 @@ class Moment:
     """What the schedules say at one step."""
 
     lr_scale: float
-    momentum: float
+    momentum: float  # of Muon
     qat: bool
-    done: bool
+    done: bool  # the run has ended; this step is not made
     mile_gamma: float = 0.0
-    snapshot: bool = False  # SWA, after the step
+    snapshot: bool = False  # SWA takes one after the step
 
 
 class Schedule:
-    """Where the run stands, from steps done and seconds used; the same on every rank.
+    """Rates and switches at a given step and time; the same on every rank.
 
-    Clock-driven runs measure what is left in seconds, step-driven ones in steps. WARMDOWN_ITERS
-    becomes seconds through the median of recent step times, once a few are known: a slow first
-    step must not look like the end of the run. A warmdown never exceeds the run.
+    observe() takes in what was measured, at() answers and changes nothing. Clock-driven runs
+    measure what is left in seconds, step-driven ones in steps. WARMDOWN_ITERS becomes seconds
+    through the median of recent step times, once a few are known: a slow first step must not
+    look like the end of the run. A warmdown never exceeds the run.
     """
 
-    STEPS_TIMED = (5, 50)  # needed before the median counts; kept
+    STEPS_NEEDED = 5  # step times that must be known before their median counts
+    STEPS_KEPT = 50
 
     def __init__(self, cfg: Config, reserve_seconds: float = 0.0, queued_steps: int = 0) -> None:
-        self.cfg, self.queued_steps, self.qat = cfg, queued_steps, False
+        self.cfg = cfg
         self.budget = max(cfg.max_wallclock_seconds - reserve_seconds, 0.0)
-        self.step_seconds: deque[float] = deque(maxlen=self.STEPS_TIMED[1])
+        self.queued_steps = queued_steps  # that a GPU may still have to do
+        self.step_seconds: deque[float] = deque(maxlen=self.STEPS_KEPT)
         self.last_seconds = 0.0
+        self.qat = False  # whether it has begun
 
-    def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
-        """What is left of the run and how much of it decays, in steps or seconds alike."""
-        cfg, steps_left = self.cfg, float(self.cfg.iterations - step)
-        if cfg.step_driven:
-            whole, left, iters = float(cfg.iterations), steps_left, float(cfg.warmdown_iters)
-        else:
-            whole, iters = self.budget, 0.0
-            if step_seconds := self.typical_step():
-                whole = min(whole, seconds + steps_left * step_seconds)
-                iters = cfg.warmdown_iters * step_seconds
-            left = whole - seconds
-        return left, cfg.warmdown_frac * whole if cfg.warmdown_frac else min(iters, whole)
-
-    def typical_step(self) -> float:
-        """Median seconds of recent steps; 0 until enough are known."""
-        known = len(self.step_seconds) >= self.STEPS_TIMED[0]
-        return float(np.median(self.step_seconds)) if known else 0.0
-
-    def at(self, step: int, seconds: float) -> Moment:
-        """The schedules before step `step` (from 0), `seconds` into training."""
+    def observe(self, step: int, seconds: float) -> None:
+        """Take in that step `step` (from 0) is about to begin, `seconds` into training."""
         if step > 0:
             self.step_seconds.append(seconds - self.last_seconds)
         self.last_seconds = seconds
-        cfg = self.cfg
-        scale = decay_scale(*self.remaining_and_warmdown(step, seconds), cfg.warmdown_type)
-        ramp = (
-            min(step / cfg.muon_momentum_warmup_steps, 1.0)
-            if cfg.muon_momentum_warmup_steps
-            else 1.0
-        )
         # Late QAT stays on once it is on: the scale is measured and may waver.
-        self.qat = (
-            self.qat
-            or cfg.qat_mode == "always"
-            or (cfg.qat_mode == "late" and scale < cfg.late_qat_threshold)
+        self.qat = self.at(step, seconds).qat
+
+    def at(self, step: int, seconds: float) -> Moment:
+        """The schedules at step `step` (from 0), `seconds` into training."""
+        cfg = self.cfg
+        remaining, warmdown = self.remaining_and_warmdown(step, seconds)
+        scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
+        qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
+        return Moment(
+            lr_scale=scale,
+            momentum=self.momentum(step),
+            qat=self.qat or cfg.qat_mode == "always" or qat_begins,
+            done=self.has_ended(step, seconds),
+            mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
+            snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
         )
-        gamma = cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS)
-        snapshot = scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0
+
+    def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
+        """What is left of the run and how much of it decays, in steps or seconds alike."""
+        cfg = self.cfg
+        steps_left = float(cfg.iterations - step)
+        if cfg.step_driven:
+            whole = float(cfg.iterations)
+            remaining = steps_left
+            warmdown = float(cfg.warmdown_iters)
+        else:
+            step_seconds = self.typical_step()
+            whole = self.budget
+            if step_seconds:  # the last of ITERATIONS may come before the budget ends
+                whole = min(whole, seconds + steps_left * step_seconds)
+            remaining = whole - seconds
+            warmdown = cfg.warmdown_iters * step_seconds
+        if cfg.warmdown_frac:
+            warmdown = cfg.warmdown_frac * whole
+        return remaining, min(warmdown, whole)
+
+    def typical_step(self) -> float:
+        """Median seconds of recent steps; 0 until enough are known."""
+        if len(self.step_seconds) < self.STEPS_NEEDED:
+            return 0.0
+        return float(np.median(self.step_seconds))
+
+    def momentum(self, step: int) -> float:
+        """Muon's momentum, which rises linearly to its last value."""
+        cfg, ramp = self.cfg, 1.0
+        if cfg.muon_momentum_warmup_steps:
+            ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0)
+        return (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
+
+    def has_ended(self, step: int, seconds: float) -> bool:
+        """Whether training has ended; the first step is always made."""
+        if step >= self.cfg.iterations:
+            return True
+        if self.cfg.step_driven or step == 0:
+            return False
         # The last step must end inside the budget, after those still in a GPU's queue.
         ahead = (1 + self.queued_steps) * self.typical_step()
-        over = seconds + ahead >= self.budget and not cfg.step_driven
-        done = step >= cfg.iterations or (step > 0 and over)
-        momentum = (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
-        return Moment(scale, momentum, self.qat, done, gamma, snapshot)
+        return seconds + ahead >= self.budget
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The fraction of the run that is over, from 0 to 1."""
+        if self.cfg.step_driven:
+            return step / self.cfg.iterations
+        return seconds / self.cfg.max_wallclock_seconds
+
+    def acting(self, moment: Moment) -> dict[str, bool]:
+        """Each configured technique that the schedule turns on or off: whether it acts now."""
+        cfg, found = self.cfg, {}
+        if cfg.qat_mode != "off":
+            found[f"{cfg.qat_mode}_qat"] = moment.qat
+        if cfg.warmdown_iters or cfg.warmdown_frac:
+            found["warmdown"] = moment.lr_scale < 1.0
+        if cfg.muon_momentum_warmup_steps:
+            found["momentum_ramp"] = moment.momentum != cfg.muon_momentum
+        if cfg.mile_gamma:
+            found["mile"] = moment.mile_gamma > 0
+        return found
+
+    def turning_points(self) -> Iterator[tuple[str, float]]:
+        """What changes as the rates decay, and the fraction of the warmdown left at that time."""
+        cfg = self.cfg
+        scales = {f"warmdown ({cfg.warmdown_type})": 1.0}
+        if cfg.qat_mode == "late":
+            scales["late QAT"] = cfg.late_qat_threshold
+        if "swa" in cfg.avg_mode:
+            scales[f"SWA, every {cfg.swa_every} steps"] = cfg.swa_start_frac
+        if cfg.mile_gamma:
+            scales["MiLe: plain cross entropy"] = MILE_ENDS
+        for name, scale in scales.items():
+            if scale:
+                yield name, decay_left(scale, cfg.warmdown_type)
 
 
 # =================================================================================================
@@ -2739,28 +2806,52 @@ class Averages:
     """The weight averages of AVG_MODE: EMA, mean of snapshots (SWA), or SWA of the EMA."""
 
     def __init__(self, model: GPT, cfg: Config) -> None:
-        self.model, self.decay, self.snapshots = model, cfg.ema_decay, 0
+        self.model = model
+        self.decay = cfg.ema_decay
+        self.snapshots = 0  # that SWA has taken
         self.kept = {name: copy.deepcopy(model) for name in ("ema", "swa") if name in cfg.avg_mode}
 
     @torch.no_grad()
     def update(self, snapshot: bool) -> None:
-        """Take in the weights of a step: A <- A + share (W - A), without waiting for a GPU."""
-        self.snapshots, source = self.snapshots + snapshot, self.model
-        shares = {"ema": 1.0 - self.decay, "swa": snapshot and 1.0 / self.snapshots}
-        for name, average in self.kept.items():
-            if share := shares[name]:
-                torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), share)
-            source = average  # SWA takes the EMA's weights, where there is one
+        """Take in the weights of a step: A <- A + weight (W - A), without waiting for a GPU."""
+        if "ema" in self.kept:
+            self.move("ema", self.model, 1.0 - self.decay)
+        if not snapshot:
+            return
+        self.snapshots += 1
+        if "swa" in self.kept:  # of the EMA's weights, where there is one
+            self.move("swa", self.kept.get("ema", self.model), 1.0 / self.snapshots)
+
+    def move(self, name: str, source: GPT, weight: float) -> None:
+        """Move an average towards the weights of `source`."""
+        average = list(self.kept[name].parameters())
+        torch._foreach_lerp_(average, list(source.parameters()), weight)
+
+    def acting(self, snapshot: bool) -> dict[str, bool]:
+        """Each average that is kept: whether the step changed it."""
+        changed = {"ema": True, "swa": snapshot}
+        return {name: changed[name] for name in self.kept}
 
     def result(self, run: Run) -> GPT:
         """The model to export; without any snapshot, SWA falls back to what it would average."""
-        if "swa" not in self.kept or not self.snapshots:
-            run.folder.log("ema:applying EMA weights" if "ema" in self.kept else "")
-            return self.kept.get("ema", self.model)
-        run.folder.log(
-            "swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots
-        )
-        return self.kept["swa"]
+        if "swa" in self.kept and self.snapshots:
+            run.folder.log(
+                "swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots
+            )
+            return self.kept["swa"]
+        if "ema" in self.kept:
+            run.folder.log("ema:applying EMA weights")
+            return self.kept["ema"]
+        return self.model
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that a GPU may still be at work on, and that is not in the log yet."""
+
+    stats: Callable[[], list[float]]  # waits for train_step()'s numbers
+    moment: Moment
+    show: bool  # in the log, even if it is not its turn
 
 
 class Training:
@@ -2768,18 +2859,118 @@ class Training:
 
     def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
         cfg = run.cfg
-        self.model, self.run, self.data, self.step, self.saved_at = model, run, data, 0, 0.0
-        self.optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run.ranks)
+        self.model = model
+        self.run = run
+        self.data = data  # what a checkpoint's data must be equal to
+        self.step = 0  # steps done
+        self.saved_at = 0.0  # seconds of training at the last checkpoint
+        groups = route_parameters(cfg, model)
+        self.optimizers = build_optimizers(cfg, groups, run.dtype, run.ranks)
         self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
         self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
+        self.rounded_matrices = len(qat_grids(model))
+        self.pending: Pending | None = None
+        self.last_logged_share = -1  # of the run, in fiftieths
+
+    @property
+    def groups(self) -> list[dict]:
+        """The parameter groups of all optimizers, in the order of train_step()'s norms."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def begin_step(self, seconds: float) -> Moment:
+        """What the schedules say of the step that is to be made, `seconds` into training."""
+        run, schedule = self.run, self.schedule
+        progress_before = schedule.progress(self.step - 1, schedule.last_seconds)
+        schedule.observe(self.step, seconds)
+        moment = schedule.at(self.step, seconds)
+        if moment.done:
+            return moment
+        progress = schedule.progress(self.step, seconds)
+        if run.ranks.is_main and progress_before < SIZE_FORESEEN_AT <= progress:
+            foresee_size(self.model, self.step, run)
+        return moment
+
+    def log_starts(self, moment: Moment, qat_begins: bool) -> None:
+        """Log what begins with this step."""
+        run, mode = self.run, self.run.cfg.qat_mode
+        if "swa" in self.averages.kept and moment.snapshot and not run.ledger.activity["swa"]:
+            run.folder.log(f"swa:start step:{self.step + 1}")
+        if not qat_begins:
+            return
+        run.folder.log(
+            "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+            f"{mode}_qat",
+            mode=mode,
+            step=self.step,
+            scale=moment.lr_scale,
+            matrices=self.rounded_matrices,
+        )
+
+    def end_step(self, stats: Tensor, moment: Moment, seconds: float, show: bool) -> None:
+        """Take in a step that was begun at `seconds`; its own numbers are read one step later."""
+        run = self.run
+        self.averages.update(moment.snapshot)
+        self.note_activity(moment)
+        self.log_pending(seconds)
+        self.step += 1
+        if self.step % REPLICA_CHECK_STEPS == 0:
+            run.ranks.check_replicas(self.model, self.step)
+        self.pending = Pending(run.fetch(stats), moment, show)
+
+    def note_activity(self, moment: Moment) -> None:
+        """Count, for each technique that acts at some time only, whether it acts in this step."""
+        acting = self.schedule.acting(moment) | self.averages.acting(moment.snapshot)
+        for name, acts in acting.items():
+            if name.endswith("_qat") and not self.rounded_matrices:
+                acts = False
+            self.run.ledger.note(name, acts)
+
+    def log_pending(self, seconds: float, show: bool = False) -> None:
+        """Check and log the last finished step; `seconds` have passed since training began."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        loss, *norms = pending.stats()
+        refuse_non_finite([loss, *norms], self.step, self.groups)
+        iterations = self.run.cfg.iterations
+        progress = self.schedule.progress(self.step, seconds)
+        template = (
+            "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
+            "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s"
+        )
+        shown = show or pending.show or self.is_due(progress)
+        if shown:
+            self.last_logged_share = int(50 * progress)
+        self.run.folder.log(
+            template if shown else "",
+            "step",
+            step=self.step,
+            iterations=iterations,
+            train_loss=loss,
+            ms=1e3 * seconds,
+            step_avg=1e3 * seconds / self.step,
+            lr_scale=pending.moment.lr_scale,
+            eta=max(0.0, seconds * (1 - progress) / max(progress, 1e-9)),
+        )
+
+    def is_due(self, progress: float) -> bool:
+        """Whether it is the last step's turn to be shown in the log."""
+        every = self.run.cfg.train_log_every
+        if self.step <= 10:
+            return True
+        if every:
+            return self.step % every == 0
+        return int(50 * progress) > self.last_logged_share
 
     def save(self, seconds: float) -> None:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
-        run, schedule, self.saved_at = self.run, self.schedule, seconds
+        run, schedule = self.run, self.schedule
+        self.saved_at = seconds
         momentum = self.muon.whole_momentum()
-        if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
-            raise FloatingPointError(f"step {self.step}: {bad[0]} is not finite any more")
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(f"step {self.step}: {name} is not finite any more")
         run.ranks.check_replicas(self.model, self.step)
         run.folder.save_checkpoint(
             {
@@ -2794,7 +2985,7 @@ class Training:
                 "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
                 "occasions": dict(run.ledger.occasions),
                 "activity": dict(run.ledger.activity),
-                "last_logged_share": run.ledger.last_logged_share,
+                "last_logged_share": self.last_logged_share,
             }
         )
 
@@ -2806,7 +2997,8 @@ class Training:
                 f"the checkpoint was made on other data ({saved['data']}, now "
                 f"{self.data}): give the run its data back, or begin a new one"
             )
-        self.step, self.saved_at = saved["step"], saved["seconds"]
+        self.step = saved["step"]
+        self.saved_at = saved["seconds"]
         run.ledger.training_clock.banked = saved["seconds"]
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
@@ -2814,13 +3006,11 @@ class Training:
         for average, state in zip(self.averages.kept.values(), saved["averages"], strict=True):
             average.load_state_dict(state)
         self.averages.snapshots = saved["snapshots"]
-        schedule.qat, schedule.last_seconds = saved["schedule"][:2]
-        schedule.step_seconds.extend(saved["schedule"][2])
-        run.ledger.occasions, run.ledger.activity = (
-            Counter(saved["occasions"]),
-            Counter(saved["activity"]),
-        )
-        run.ledger.last_logged_share = saved["last_logged_share"]
+        schedule.qat, schedule.last_seconds, step_seconds = saved["schedule"]
+        schedule.step_seconds.extend(step_seconds)
+        run.ledger.occasions = Counter(saved["occasions"])
+        run.ledger.activity = Counter(saved["activity"])
+        self.last_logged_share = saved["last_logged_share"]
         run.folder.log(
             "resumed from step:{step} train_time:{ms:.0f}ms",
             "resumed",
@@ -2829,145 +3019,70 @@ class Training:
         )
         run.ledger.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
 
+    def save_if_asked(self, seconds: float) -> None:
+        """Write a checkpoint if one is due or a signal asks the run to end; then end it."""
+        every = self.run.cfg.checkpoint_seconds
+        # Not written back to run.signal, which a signal may set while ranks agree.
+        asked = int(self.run.ranks.agree(self.run.signal, "most"))
+        due = every > 0 and seconds - self.saved_at >= every
+        if asked or due:
+            self.log_pending(seconds)
+            self.save(seconds)
+            self.stop(asked)
+
     def stop(self, asked: int) -> None:
         """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
         if asked:
-            path = self.run.folder.path  # rank 0 has one
-            situation = (
-                f"after step {self.step}; RESUME=1 RUN_ID={path and path.name} goes on from there"
-            )
+            name = self.run.folder.path.name if self.run.folder.path is not None else ""
+            situation = f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there"
             self.run.stop(asked, situation)
 
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
     """Train until the budget less the reserve ends; returns the averaged model."""
-    cfg, run.phase, model, schedule = run.cfg, "training", state.model, state.schedule
-    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
-    matrices = len(qat_grids(model))
-    pending = None  # the step that a GPU may still be at work on
-    total, unit = (cfg.iterations, "step") if cfg.step_driven else (schedule.budget, "s")
-    with (
-        run.ledger.training_clock.running(),
-        run.folder.progress("training", total=total, unit=unit) as bar,
-    ):
+    run.phase = "training"
+    cfg, model, schedule = run.cfg, state.model, state.schedule
+    clock = run.ledger.training_clock
+    with clock.running(), training_bar(schedule, run) as bar:
         while True:
-            step, seconds = state.step, run.ranks.agree(run.ledger.training_clock.elapsed())
-            # Not written back to run.signal, which a signal may set while ranks agree.
-            asked, every = int(run.ranks.agree(run.signal, "most")), cfg.checkpoint_seconds
-            if asked or (every and seconds - state.saved_at >= every):
-                if pending is not None:
-                    log_step(*pending, step, seconds, groups, run)
-                    pending = None
-                state.save(seconds)
-                state.stop(asked)
-            qat_started, before = schedule.qat, share_of_run(cfg, step - 1, schedule.last_seconds)
-            moment = schedule.at(step, seconds)
+            step, seconds = state.step, run.ranks.agree(clock.elapsed())
+            state.save_if_asked(seconds)
+            qat_before = schedule.qat
+            moment = state.begin_step(seconds)
             if moment.done:
                 break
-            if run.ranks.is_main and before < SIZE_FORESEEN_AT <= share_of_run(cfg, step, seconds):
-                foresee_size(model, step, run)
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 run.settle()
-                with run.ledger.training_clock.running(False):
-                    report(
-                        f"step:{step}/{cfg.iterations}",
-                        evaluate("validation", forward, model, val, run),
-                        run,
-                        step,
-                    )
-            if qat_starts := moment.qat and not qat_started:
-                run.folder.log(
-                    "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
-                    f"{cfg.qat_mode}_qat",
-                    mode=cfg.qat_mode,
-                    step=step,
-                    scale=moment.lr_scale,
-                    matrices=matrices,
-                )
-            if "swa" in cfg.avg_mode and moment.snapshot and not run.ledger.activity["swa"]:
-                run.folder.log(f"swa:start step:{step + 1}")
+                with clock.running(False):
+                    result = evaluate("validation", forward, model, val, run)
+                    report(f"step:{step}/{cfg.iterations}", result, run, step)
+            qat_begins = moment.qat and not qat_before
+            state.log_starts(moment, qat_begins)
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
-            state.averages.update(moment.snapshot)
-            count_activity(moment, matrices, run)
-            if pending is not None:
-                log_step(*pending, step, seconds, groups, run)
-            if (step + 1) % REPLICA_CHECK_STEPS == 0:
-                run.ranks.check_replicas(model, step + 1)
-            pending, state.step = (run.fetch(stats), moment, qat_starts), step + 1
+            state.end_step(stats, moment, seconds, show=qat_begins)
             bar.update((state.step if cfg.step_driven else seconds) - bar.n)
-        if pending is not None:
-            log_step(*pending[:2], True, step, run.ledger.training_clock.elapsed(), groups, run)
-    state.save(
-        run.ranks.agree(run.ledger.training_clock.elapsed())
-    )  # off the clock: training has ended
+        state.log_pending(clock.elapsed(), show=True)
+    state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
     run.phase = "calibration"  # a signal ends the run at once from here on
     state.stop(int(run.ranks.agree(run.signal, "most")))  # a signal that came after the last step
-    run.ledger.trained_seconds = run.ledger.training_clock.elapsed()
+    run.ledger.trained_seconds = clock.elapsed()
+    whole = state.step == cfg.iterations
     run.folder.log(
         "{reason} train_time:{ms:.0f}ms step:{step}/{iterations}",
         "trained",
-        step=step,
+        step=state.step,
         ms=1e3 * run.ledger.trained_seconds,
         iterations=cfg.iterations,
-        reason="stopping: last step" if step == cfg.iterations else "stopping_early: wallclock_cap",
+        reason="stopping: last step" if whole else "stopping_early: wallclock_cap",
     )
     return state.averages.result(run)
 
 
-def share_of_run(cfg: Config, step: int, seconds: float) -> float:
-    """How much of the run is over after so many steps and seconds; from 0 to 1."""
-    return step / cfg.iterations if cfg.step_driven else seconds / cfg.max_wallclock_seconds
-
-
-def log_step(
-    stats: Callable[[], list[float]],
-    moment: Moment,
-    show: bool,
-    step: int,
-    seconds: float,
-    groups: list[dict],
-    run: Run,
-) -> None:
-    """Check the step-th step, which is finished; note it, and log it if its turn has come."""
-    loss, *norms = stats()
-    refuse_non_finite([loss, *norms], step, groups)
-    cfg, share = run.cfg, share_of_run(run.cfg, step, seconds)
-    every, part = cfg.train_log_every, int(50 * share)
-    show = (
-        show or step <= 10 or (step % every == 0 if every else part > run.ledger.last_logged_share)
-    )
-    if show:
-        run.ledger.last_logged_share = part
-    template = (
-        "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
-        "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s"
-    )
-    run.folder.log(
-        template if show else "",
-        "step",
-        step=step,
-        iterations=cfg.iterations,
-        train_loss=loss,
-        ms=1e3 * seconds,
-        step_avg=1e3 * seconds / step,
-        lr_scale=moment.lr_scale,
-        eta=max(0.0, seconds * (1 - share) / max(share, 1e-9)),
-    )
-
-
-def count_activity(moment: Moment, qat_matrices: int, run: Run) -> None:
-    """Count the steps in which each technique that is configured to act at some time acted."""
-    cfg = run.cfg
-    for name, configured, acts in (
-        (f"{cfg.qat_mode}_qat", cfg.qat_mode != "off", moment.qat and qat_matrices > 0),
-        ("warmdown", cfg.warmdown_iters or cfg.warmdown_frac, moment.lr_scale < 1.0),
-        ("momentum_ramp", cfg.muon_momentum_warmup_steps, moment.momentum != cfg.muon_momentum),
-        ("mile", cfg.mile_gamma, moment.mile_gamma > 0),
-        ("ema", "ema" in cfg.avg_mode, True),
-        ("swa", "swa" in cfg.avg_mode, moment.snapshot),
-    ):
-        if configured:
-            run.ledger.note(name, bool(acts))
+def training_bar(schedule: Schedule, run: Run) -> tqdm:
+    """The progress bar of training, in the unit that ends the run."""
+    if run.cfg.step_driven:
+        return run.folder.progress("training", total=run.cfg.iterations, unit="step")
+    return run.folder.progress("training", total=schedule.budget, unit="s")
 
 
 # =================================================================================================

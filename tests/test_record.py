@@ -533,7 +533,11 @@ def test_the_schedule_derived_is_the_trainers(step_driven: bool, changed: dict) 
     )
     draw = random.Random(str(changed))
     schedule, now, steps = train_gpt.Schedule(cfg, 1.5), 0.0, []
-    while not (moment := schedule.at(len(steps), now)).done:
+    while True:
+        schedule.observe(len(steps), now)
+        moment = schedule.at(len(steps), now)
+        if moment.done:
+            break
         now += draw.uniform(0.1, 0.3)
         steps.append(
             {"event": "step", "step": len(steps) + 1, "ms": 1e3 * now, "lr_scale": moment.lr_scale}

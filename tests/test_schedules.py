@@ -15,7 +15,9 @@ def imagine(cfg: Config, step_seconds, reserve: float = 0.0) -> list[Moment]:
     """What the schedules say at each step of a run whose step n takes step_seconds(n)."""
     schedule, seconds, moments = Schedule(cfg, reserve), 0.0, []
     while not moments or not moments[-1].done:
+        schedule.observe(len(moments), seconds)
         moments.append(schedule.at(len(moments), seconds))
+        assert schedule.at(len(moments) - 1, seconds) == moments[-1]  # asking changes nothing
         seconds += step_seconds(len(moments) - 1)
     return moments[:-1]
 
@@ -191,6 +193,23 @@ def test_snapshots_come_every_so_often_below_their_rate_scale(
     naive = [n for n in range(1, 101) if min(1, (101 - n) / 40) < start and n % every == 0]
     assert taken == naive
     assert len(taken) == pytest.approx(count, abs=1)
+
+
+@given(
+    warmdown=st.integers(1, 100),
+    threshold=st.floats(0.01, 1.0),
+    shape=st.sampled_from(["linear", "cosine"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_what_starts_at_a_rate_scale_starts_when_it_is_said_to(
+    warmdown: int, threshold: float, shape: str
+) -> None:
+    cfg = stepped(warmdown_iters=warmdown, late_qat_threshold=threshold, warmdown_type=shape)
+    left = dict(Schedule(cfg).turning_points())["late QAT"] * warmdown
+    moments = imagine(cfg, lambda n: 1.0)
+    for n, moment in enumerate(moments):
+        if abs(100 - n - left) > 1e-6:
+            assert moment.qat == (100 - n < left)
 
 
 def test_qat_that_is_always_on_and_never() -> None:

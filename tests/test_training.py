@@ -225,6 +225,7 @@ def test_training_returns_the_average_from_the_initial_weights_on(setting, mode:
     average = {name: p.double() for name, p in weights(model).items()}
     schedule, moments = Schedule(cfg), []
     for step in range(cfg.iterations):
+        schedule.observe(step, 0.0)
         moments.append(schedule.at(step, 0.0))
         train_step(training_nats, model, optimizers, rows, step, moments[-1], run)
         average = {name: 0.7 * average[name] + 0.3 * p for name, p in weights(model).items()}
@@ -445,34 +446,28 @@ def test_the_last_checkpoint_is_off_the_clock_and_others_are_not(setting, monkey
 def test_a_resumed_run_knows_what_acted_before(setting, monkeypatch) -> None:
     """The ledger of a run that was cut after three of five steps is that of a whole one."""
 
-    def cut(run: Run) -> train_gpt.Training:
+    def state_of(run: Run) -> train_gpt.Training:
         return train_gpt.Training(random_model(run.cfg, dtype=torch.float32), 0.0, ["data"], run)
 
-    def step(run: Run, first: int, end: int) -> None:
-        schedule = Schedule(run.cfg)
+    def step(state: train_gpt.Training, first: int, end: int) -> None:
         for number in range(first, end):
-            train_gpt.count_activity(schedule.at(number, float(number)), 2, run)
+            state.schedule.observe(number, float(number))
+            state.note_activity(state.schedule.at(number, float(number)))
 
-    whole, before, after = (
-        setting(avg_mode="swa", swa_start_frac=0.7, swa_every=1)[3] for _ in range(3)
-    )
+    runs = [setting(avg_mode="swa", swa_start_frac=0.7, swa_every=1)[3] for _ in range(3)]
+    whole, before, after = map(state_of, runs)
     step(whole, 0, 5)
     step(before, 0, 3)
-    before.ledger.last_logged_share, saved = 30, []
+    before.last_logged_share, saved = 30, []
     monkeypatch.setattr(RunFolder, "save_checkpoint", lambda _, state: saved.append(state))
-    cut(before).save(1.5)
-    cut(after).restore(saved[0])
-    assert (after.ledger.occasions, after.ledger.activity) == (
-        before.ledger.occasions,
-        before.ledger.activity,
-    )
-    assert (after.ledger.last_logged_share, after.ledger.training_clock.elapsed()) == (30, 1.5)
+    before.save(1.5)
+    after.restore(saved[0])
+    of_whole, of_before, of_after = (run.ledger for run in runs)
+    assert (of_after.occasions, of_after.activity) == (of_before.occasions, of_before.activity)
+    assert (after.last_logged_share, of_after.training_clock.elapsed()) == (30, 1.5)
     step(after, 3, 5)
-    assert (after.ledger.occasions, after.ledger.activity) == (
-        whole.ledger.occasions,
-        whole.ledger.activity,
-    )
-    assert after.ledger.occasions["swa"] == 5 and after.ledger.activity["swa"] == 2
+    assert (of_after.occasions, of_after.activity) == (of_whole.occasions, of_whole.activity)
+    assert of_after.occasions["swa"] == 5 and of_after.activity["swa"] == 2
 
 
 def forward_with_room_for(rows: int, seen: list[int]):
