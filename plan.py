@@ -2,8 +2,10 @@
 
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -151,3 +153,12 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     yield from schedule_dates(cfg)
     reasons = "; ".join(train_gpt.static_ineligibility(cfg))
     yield f"eligible as a record: {f'no: {reasons}' if reasons else 'yes, in time on 8 x H100'}"
+
+
+if __name__ == "__main__":
+    try:
+        settings, _ = train_gpt.Config.from_env(dict(os.environ))
+        print(*lines(settings, Path(train_gpt.__file__).stat().st_size), sep="\n")
+    except train_gpt.Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(2)

@@ -39,7 +39,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import fcntl
 import functools
 import hashlib
 import inspect
@@ -50,7 +49,7 @@ import math
 import os
 import platform
 import re
-import resource
+import runpy
 import signal
 import struct
 import sys
@@ -64,7 +63,59 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Protocol, TypeVar, cast
+
+try:
+    import fcntl
+    import resource
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    print("error: this needs Linux or macOS; on Windows, run it inside WSL", file=sys.stderr)
+    sys.exit(2)
+
+# What asks a process to end: a scheduler, Ctrl-C, a terminal that goes away, a limit of CPU time,
+# and what SLURM and its like send some time before they kill.
+END_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGXCPU,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+
+
+def handle_end_signals(handler: Callable[[int, FrameType | None], None]) -> dict:
+    """Let `handler` take what asks the process to end; returns the handlers before.
+
+    A hang-up that is ignored already stays so: that is what nohup asks for. Off the main thread
+    signals are the host program's matter.
+    """
+    before: dict = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in END_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+def end_before_work(number: int, frame: FrameType | None) -> None:
+    """End a process that has not begun to work: nothing can be lost."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one a host is enough
+        line = f"error: {signal.Signals(number).name} during starting; nothing was begun\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    # Before what follows, as importing torch takes seconds and settles how its threads wait.
+    # Threads that spin while they wait take the CPU from each other where there is less of it
+    # than cores: in a container with a quota, beside a neighbour at work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    handle_end_signals(end_before_work)
 
 import numpy as np
 import sentencepiece
@@ -301,6 +352,36 @@ class BudgetSettings(Part):
         return self.max_wallclock_seconds == 0
 
 
+def say(line: str, to_stderr: bool = False) -> None:
+    """Write a line to the console. It may have gone away: output is never essential."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    if stream is None:  # closed before the process began
+        return
+    try:
+        tqdm.write(line, file=stream)
+        stream.flush()
+    except UnicodeEncodeError:
+        tqdm.write(line.encode("ascii", "backslashreplace").decode(), file=stream)
+    except (OSError, ValueError):
+        # What is left in the stream's buffer must not fail again when Python exits.
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def open_standard_streams() -> None:
+    """Open what was closed of stdin, stdout and stderr, or a file of the run would take its place.
+
+    Python has no stream for a closed one; say() knows.
+    """
+    while True:
+        number = os.open(os.devnull, os.O_RDWR)
+        if number > 2:
+            os.close(number)
+            return
+
+
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
 CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
 
@@ -521,11 +602,7 @@ class RunFolder:
         self.refuse_other_settings(settings)
         if source.is_file() and source.read_bytes() != self.source:
             raise Refusal(f"RESUME=1: {source} began this run, and another one is running now")
-        self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends, however it does
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
+        no_locks = self.lock_folder(folder)
         self.path = folder
         for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
             torn.unlink()
@@ -535,6 +612,25 @@ class RunFolder:
                 write_file(log, whole_lines + end)
         write_file(settings, json.dumps(asdict(self.cfg), indent=1).encode())
         write_file(source, self.source)
+        if no_locks:
+            self.log(
+                f"warning: {folder} cannot be locked ({no_locks}): see to it that no other "
+                "process works in it, or choose a RUNS_DIR on another file system"
+            )
+
+    def lock_folder(self, folder: Path) -> str:
+        """Keep other processes out until this one ends, however it does; Refusal if one is in.
+
+        Returns why the file system has no locks, where it has none: a lock is a precaution.
+        """
+        self.lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"RUN_ID={folder.name}: another process is at work in {folder}") from None
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def refuse_other_settings(self, path: Path) -> None:
         """Raise Refusal if the run that wrote these settings was to give another result."""
@@ -596,8 +692,7 @@ class RunFolder:
             return
         if template:
             line = template.format(**facts) if facts else template
-            tqdm.write(line)
-            sys.stdout.flush()
+            say(line)
             self.append("log.txt", line + "\n")
         if event:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
@@ -686,7 +781,8 @@ class Run:
         self.folder = RunFolder(cfg, self.ranks)
         self.ledger = Ledger(self.folder)
         self.phase = "starting"  # told if the run fails
-        self.signal = 0  # the signal that asked training to end
+        self.signals: list[int] = []  # that asked training to end
+        self.continued = False  # after a stop, by Ctrl-Z or a scheduler
         tokens_at_once = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
 
@@ -725,7 +821,9 @@ class Run:
     def start(cls, cfg: Config) -> Iterator[Run]:
         """Open the process group that torchrun's environment describes, if any; close it after."""
         run = cls(cfg, *join_ranks(cfg))
-        before = {s: signal.signal(s, run.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = handle_end_signals(run.on_signal)
+        if before:
+            before[signal.SIGCONT] = signal.signal(signal.SIGCONT, run.on_continue)
         try:
             yield run
         except Refusal:
@@ -746,21 +844,32 @@ class Run:
             absent = self.ranks.absent()
             text = f"waited {self.cfg.watchdog_seconds:g} s; not there: rank {absent}"
         line = f"error: rank {self.ranks.rank}, during {self.phase}: {text}"
-        tqdm.write(line, file=sys.stderr)
+        say(line, to_stderr=True)
         with contextlib.suppress(OSError):  # a full disk has been named already
             self.folder.append("log.txt", "".join(traceback.format_exception(error)))
 
-    def on_signal(self, number: int, frame: object) -> None:
+    @property
+    def signal(self) -> int:
+        """The number of the signal that asked training to end; 0 if none did."""
+        return self.signals[0] if self.signals else 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
-        if self.phase == "training" and not self.signal:
-            self.signal = number
-        else:
+        insists = number in self.signals and number in (signal.SIGINT, signal.SIGTERM)
+        if self.phase != "training" or insists:
             self.stop(number, f"during {self.phase}; what the run folder holds was kept")
+        # One that came before the end asks no more: a CPU limit's signal comes every second, and
+        # who closes a terminal may send two kinds.
+        self.signals.append(number)
+
+    def on_continue(self, number: int, frame: FrameType | None) -> None:
+        """Note that the process was stopped for a while, and goes on."""
+        self.continued = True
 
     def stop(self, number: int, situation: str) -> None:
         """End the process because of a signal."""
         if self.ranks.is_main:
-            tqdm.write(f"error: {signal.Signals(number).name} {situation}", file=sys.stderr)
+            say(f"error: {signal.Signals(number).name} {situation}", to_stderr=True)
         raise SystemExit(128 + number)
 
     def settle(self) -> None:
@@ -821,6 +930,28 @@ class Run:
         )
 
 
+def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, here: int) -> None:
+    """Raise Refusal if what a launcher says of this process cannot be."""
+    if rank >= world_size:
+        raise Refusal(
+            f"RANK={rank}, WORLD_SIZE={world_size}: ranks go from 0 to WORLD_SIZE - 1; start "
+            "the processes with torchrun, or a single one without these variables"
+        )
+    if "LOCAL_WORLD_SIZE" in os.environ and not local_rank < here <= world_size:
+        raise Refusal(
+            f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={here}, WORLD_SIZE={world_size}: expected "
+            "LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE; torchrun sets them so"
+        )
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if os.environ.get(name, "0") not in ("", "0"):
+            raise Refusal(
+                f"{name}={os.environ[name]}, but no WORLD_SIZE: each process would train alone; "
+                "start one torchrun a host, or a single process"
+            )
+
+
 def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
     """Find the other processes: (rank, world size, device, where they found each other).
 
@@ -839,6 +970,7 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
             "whole numbers; torchrun sets them, a single process needs none"
         )
     rank, local_rank, world_size, here = map(int, given.values())
+    refuse_odd_ranks(rank, local_rank, world_size, here)
     device = pick_device(local_rank, world_size, here)
     asked = os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ
     if device.type == "cpu" and here > 1 and asked:
@@ -957,6 +1089,9 @@ FULL_SCAN_TOKENS, SCAN_TOKENS = 200_000_000, 1 << 20
 SIDECAR = "fineweb_val.json"
 
 
+OPEN_SHARDS = 128  # training shards that stay mapped; macOS allows a process 256 files
+
+
 def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.memmap:
     """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
     size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
@@ -974,6 +1109,13 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
     check_ids(tokens[:scan_tokens], vocab_size, str(path))
     return tokens
+
+
+def refuse_cut_shard(tokens: np.memmap) -> None:
+    """Raise RuntimeError if the file is shorter now: reading on would end the process by SIGBUS."""
+    size = tokens.base.size()  # type: ignore[union-attr, operator]  # its base is an mmap
+    if size < SHARD_HEADER_BYTES + tokens.nbytes:
+        raise RuntimeError(f"{tokens.filename} was cut short while the run read it")
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Refusal) -> None:
@@ -1023,9 +1165,15 @@ class TrainingRows:
         paths = shard_paths(cfg.data_path, "train")
         total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
         scan = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
-        self.shards = [open_shard(path, cfg.vocab_size, scan) for path in paths]
+        self.shards = paths
+        self.opened: dict[int, np.memmap] = {}  # by number, the one longest open first
         self.seq_len, self.seed, self.vocab_size = cfg.train_seq_len, cfg.seed, cfg.vocab_size
-        self.shuffled, sizes = cfg.loader == "shuffled", [len(shard) for shard in self.shards]
+        self.shuffled = cfg.loader == "shuffled"
+        sizes = []
+        for number, path in enumerate(paths):
+            tokens = open_shard(path, cfg.vocab_size, scan)
+            sizes.append(len(tokens))
+            self.keep_open(number, tokens)
         self.first_token = np.cumsum([0, *sizes])
         self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
         self.num_tokens, self.num_blocks = int(self.first_token[-1]), int(self.first_block[-1])
@@ -1039,10 +1187,8 @@ class TrainingRows:
 
     def batch(self, first_row: int, num_rows: int) -> Batch:
         """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
-        for shard in self.shards:  # what a file no longer holds would end the process by SIGBUS
-            size = shard.base.size()  # type: ignore[union-attr, operator]  # its base is an mmap
-            if size < SHARD_HEADER_BYTES + shard.nbytes:
-                raise RuntimeError(f"{shard.filename} was cut short while the run read it")
+        for tokens in self.opened.values():
+            refuse_cut_shard(tokens)
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
         # Too late to refuse: the run has begun.
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
@@ -1052,9 +1198,31 @@ class TrainingRows:
     def first_tokens(self, count: int) -> np.ndarray:
         """The first tokens of the shards in their order, at most `count`: uint16 (n,)."""
         found: list[np.ndarray] = []
-        for shard in self.shards:
-            found.append(np.asarray(shard[: max(0, count - sum(map(len, found)))]))
+        left = count
+        for number in range(len(self.shards)):
+            if left == 0:
+                break
+            found.append(np.asarray(self.tokens_of(number)[:left]))
+            left -= len(found[-1])
         return np.concatenate(found)
+
+    def keep_open(self, number: int, tokens: np.memmap) -> None:
+        """Keep a shard open, and of many only the last few: a process may have 256 files open."""
+        self.opened[number] = tokens
+        if len(self.opened) > OPEN_SHARDS:
+            del self.opened[next(iter(self.opened))]
+
+    def tokens_of(self, number: int) -> np.memmap:
+        """A shard's tokens, uint16 (n,); opened again if it was not kept open."""
+        if number not in self.opened:
+            try:
+                tokens = open_shard(self.shards[number], self.vocab_size, 1)
+            except Refusal as refusal:  # too late to refuse: the run has begun
+                raise RuntimeError(str(refusal)) from None
+            if len(tokens) != self.first_token[number + 1] - self.first_token[number]:
+                raise RuntimeError(f"{self.shards[number]} has changed since the run began")
+            self.keep_open(number, tokens)
+        return self.opened[number]
 
     def row(self, n: int) -> np.ndarray:
         """Row n as uint16 (T+1,)."""
@@ -1070,7 +1238,7 @@ class TrainingRows:
         block = int(self.order[position])
         shard = int(np.searchsorted(self.first_block, block, side="right")) - 1
         start = (block - int(self.first_block[shard])) * self.seq_len
-        return self.shards[shard][start : start + self.seq_len + 1]
+        return self.tokens_of(shard)[start : start + self.seq_len + 1]
 
     def take(self, start: int) -> np.ndarray:
         """T+1 tokens of the circular stream from token `start` on, uint16 (T+1,)."""
@@ -1078,7 +1246,7 @@ class TrainingRows:
         shards, row = np.searchsorted(self.first_token, at, side="right") - 1, at.astype(np.uint16)
         for shard in np.unique(shards):
             here = shards == shard
-            row[here] = self.shards[shard][at[here] - self.first_token[shard]]
+            row[here] = self.tokens_of(int(shard))[at[here] - self.first_token[shard]]
         return row
 
 
@@ -2824,7 +2992,7 @@ class Averages:
 
     def move(self, name: str, source: GPT, weight: float) -> None:
         """Move an average towards the weights of `source`."""
-        average = list(self.kept[name].parameters())
+        average: list[Tensor] = list(self.kept[name].parameters())
         torch._foreach_lerp_(average, list(source.parameters()), weight)
 
     def acting(self, snapshot: bool) -> dict[str, bool]:
@@ -3021,6 +3189,11 @@ class Training:
 
     def save_if_asked(self, seconds: float) -> None:
         """Write a checkpoint if one is due or a signal asks the run to end; then end it."""
+        if self.run.continued:
+            self.run.continued = False
+            self.run.ledger.mark_ineligible(
+                f"stopped and continued before step {self.step + 1}: its clock went on meanwhile"
+            )
         every = self.run.cfg.checkpoint_seconds
         # Not written back to run.signal, which a signal may set while ranks agree.
         asked = int(self.run.ranks.agree(self.run.signal, "most"))
@@ -6305,15 +6478,12 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
 
 
 def verb_plan(cfg: Config, notes: list[str]) -> int:
-    """Say what a run would do, without data and without training; the saying is in plan.py."""
-    folder = Path(__file__).resolve().parent
-    if not (folder / "plan.py").is_file():
+    """Say what a run would do, without data and without training: plan.py is run, and says it."""
+    script = Path(__file__).resolve().with_name("plan.py")
+    if not script.is_file():
         raise Refusal("--plan needs plan.py, which stands beside train_gpt.py in its repository")
-    sys.modules["train_gpt"] = sys.modules[__name__]  # or plan.py would run this file once more
-    sys.path.insert(0, str(folder))
-    import plan
-
-    print(*notes, *plan.lines(cfg, Path(__file__).stat().st_size), sep="\n")
+    print(*notes, sep="\n", end="\n" if notes else "")
+    runpy.run_path(str(script), run_name="__main__")
     return 0
 
 
@@ -6360,7 +6530,7 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
 
 def verb_help(cfg: Config, notes: list[str]) -> int:
     """Print every setting with value, range and meaning."""
-    print(__doc__, *cfg.listing(), sep="\n")
+    print(__doc__ or "", *cfg.listing(), sep="\n")  # python -OO leaves no docstrings
     print(f"\nPresets: {', '.join(PRESETS)}. * marks what differs from the defaults.")
     return 0
 
@@ -6376,25 +6546,38 @@ VERBS = {
 
 def main(arguments: list[str]) -> int:
     """Do what the command line asks; returns the exit code, having said in one line what failed."""
+    open_standard_streams()
     try:
-        if arguments[:1] == ["--eval"] and len(arguments) == 2:
-            return verb_eval(Path(arguments[1]), dict(os.environ))
-        if tuple(arguments) not in VERBS:
-            raise Refusal(
-                f"arguments {' '.join(arguments)!r}: expected nothing, --help, --check, "
-                "--plan or --eval ARTIFACT; hyperparameters are environment variables"
-            )
-        return VERBS[tuple(arguments)](*Config.from_env(dict(os.environ)))
+        return do(arguments)
     except Refusal as refusal:
         code, said = EXIT_REFUSED, str(refusal)
+    except BrokenPipeError:  # who read the output has seen enough
+        return EXIT_FAILED
     except OSError as error:
         code, said = EXIT_FAILED, str(error)
     except KeyboardInterrupt:
         code, said = EXIT_INTERRUPTED, "interrupted; what the run folder holds was kept"
-    if code != EXIT_REFUSED or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one a host is enough
-        print(f"error: {said}", file=sys.stderr)
+    if code != EXIT_REFUSED or os.environ.get("LOCAL_RANK", "0") == "0":  # one a host is enough
+        say(f"error: {said}", to_stderr=True)
     return code
 
 
+def do(arguments: list[str]) -> int:
+    """Find the verb, and read the settings; returns the verb's exit code."""
+    if arguments[:1] == ["--eval"] and len(arguments) == 2:
+        return verb_eval(Path(arguments[1]), dict(os.environ))
+    verb = VERBS.get(tuple(arguments))
+    if verb is None:
+        raise Refusal(
+            f"arguments {' '.join(arguments)!r}: expected nothing, --help, --check, "
+            "--plan or --eval ARTIFACT; hyperparameters are environment variables"
+        )
+    cfg, notes = Config.from_env(dict(os.environ))
+    return verb(cfg, notes)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    # All is done, and as Python exits no handler can say anything any more.
+    handle_end_signals(lambda number, frame: None)
+    sys.exit(exit_code)

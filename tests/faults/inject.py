@@ -207,7 +207,7 @@ def child(rank: int, settings: dict[str, str], out: Path, plants: tuple[tuple, .
     for stream, kind in ((1, "out"), (2, "err")):
         with open(f"{out}.{rank}.{kind}", "w") as to:
             os.dup2(to.fileno(), stream)
-    faulthandler.register(signal.SIGUSR1)  # where a run hangs is told to its stderr
+    faulthandler.register(signal.SIGQUIT)  # where a run hangs is told to its stderr
     torch.set_num_threads(1)
     for name, *arguments in plants:
         PLANTS[name](*arguments)
@@ -264,7 +264,7 @@ class Job:
         ]
         for process in hung:
             with contextlib.suppress(OSError):
-                os.kill(process.pid, signal.SIGUSR1)
+                os.kill(process.pid, signal.SIGQUIT)
             time.sleep(0.2)
             process.kill()
         assert not hung, f"hung for {TIMEOUT:.0f} s: {codes}\n{self.said()}\n{self.log[-600:]}"
