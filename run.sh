@@ -1,20 +1,41 @@
 #!/usr/bin/env bash
 # ./run.sh               set up, prepare data, train, export and score on what this machine has
-# ./run.sh --VERB ...    set up, then a verb of train_gpt.py: --help, --check, --plan, --eval FILE
+# ./run.sh --VERB ...    set up, then a verb of train_gpt.py: --help, --check, --plan, --eval FILE,
+#                        --sample FILE [PROMPT]
 # ./run.sh test [--all]  lint, types and the CI set of tests (--all: slow ones too); further
 #                        arguments go to pytest
 # Settings are environment variables: SEED=7 ./run.sh. PYTHON=... names the Python for .venv.
+
+# `sh run.sh` may start a plainer shell, which reads no further than this.
+if [ -z "${BASH_VERSION:-}" ]; then
+    command -v bash >/dev/null || { echo "run.sh: bash is not on PATH; install it" >&2 && exit 1; }
+    exec bash "$0" "$@"
+fi
 set -euo pipefail
 
 caller_dir=$PWD
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 python=.venv/bin/python
+made_here=.venv/made-by-run.sh # is in every .venv of ours
 
+# Lines on stderr: of progress, of something to know, of what ends the script.
 say() { printf 'run.sh: %s\n' "$*" >&2; }
+
+warn() { say "$*"; }
 
 die() {
     say "$*"
     exit 1
+}
+
+# This script makes .venv and data where it stands, so that must be the repository, on a system
+# that the trainer runs on.
+check_place() {
+    case "$(uname -s)" in
+    MINGW* | MSYS* | CYGWIN*) die "Windows is supported through WSL only: run this in WSL" ;;
+    esac
+    [ -f train_gpt.py ] && [ -f requirements.txt ] ||
+        die "$PWD is not the repository: train_gpt.py does not stand beside run.sh there"
 }
 
 is_supported() {
@@ -49,6 +70,54 @@ has_venv() {
         "$python" -m pip --version >/dev/null 2>&1
 }
 
+# Whether something is at .venv that this script did not make: uv, a person, a link to elsewhere.
+is_foreign() {
+    [ -e .venv ] || [ -L .venv ] || return 1
+    [ -L .venv ] || ! { [ -f "$made_here" ] || [ -f .venv/requirements.txt.stamp ]; }
+}
+
+# What the Python of .venv has of requirements files: a line of packages that it lacks, a line of
+# those that it has in another version.
+compare_packages() {
+    "$python" - "$@" <<'PYTHON'
+import importlib.metadata
+import re
+import sys
+
+missing, other = [], []
+for line in "".join(open(file).read() for file in sys.argv[1:]).splitlines():
+    name, _, version = line.strip().partition("==")
+    if not re.match(r"\w", name):
+        continue
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        missing.append(f"{name} {version}")
+        continue
+    if found.split("+")[0] != version:
+        other.append(f"{name} {found} where {version} is asked for")
+print(*(", ".join(names) for names in (missing, other)), sep="\n")
+PYTHON
+}
+
+# A .venv that somebody else made is used if the packages are in it; nothing is changed there.
+use_foreign_venv() {
+    local missing other
+    is_supported "$python" ||
+        die ".venv, which run.sh did not make, has no Python 3.10 to 3.13 that runs here;" \
+            "move it away, and run.sh makes one"
+    [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of "$python")" ] ||
+        die "PYTHON=$PYTHON is another version than the Python of .venv, which run.sh did not" \
+            "make; move .venv away, or unset PYTHON"
+    { read -r missing && read -r other; } < <(compare_packages "$@") ||
+        die ".venv, which run.sh did not make, cannot list its packages; move it away, and" \
+            "run.sh makes one"
+    [ -z "$other" ] || warn ".venv, which run.sh did not make, has $other"
+    [ -z "$missing" ] ||
+        die ".venv, which run.sh did not make, lacks $missing; install $* into it, or move it" \
+            "away, and run.sh makes one"
+}
+
 ensure_venv() {
     local base
     if has_venv; then
@@ -56,7 +125,8 @@ ensure_venv() {
     fi
     base=$(find_python)
     say "creating .venv with Python $(version_of "$base")"
-    if ! "$base" -m venv --clear .venv >&2; then
+    # The mark comes first, so that what an interruption leaves is known as ours.
+    if ! { rm -rf .venv && mkdir .venv && : >"$made_here" && "$base" -m venv .venv >&2; }; then
         rm -rf .venv
         die "could not create .venv with $base (Debian and Ubuntu need the package python3-venv)"
     fi
@@ -65,7 +135,7 @@ ensure_venv() {
 hint_cpu_torch() {
     if [ "$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null &&
         [ -z "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}" ]; then
-        say "no GPU here: if pip picks the CUDA build of torch (several GB), point" \
+        warn "no GPU here: if pip picks the CUDA build of torch (several GB), point" \
             "PIP_EXTRA_INDEX_URL or PIP_INDEX_URL at an index of CPU builds"
     fi
 }
@@ -89,12 +159,17 @@ $(cat "$@")"
     printf '%s\n' "$wanted" >"$stamp"
 }
 
+# Usage: set_up FILE [FILES IT INCLUDES], as for install.
 set_up() {
+    if is_foreign; then
+        use_foreign_venv "$@"
+        return
+    fi
     ensure_venv
     if [ ! -f .venv/requirements.txt.stamp ]; then
         hint_cpu_torch
     fi
-    install requirements.txt
+    install "$@"
 }
 
 run_tests() {
@@ -108,15 +183,15 @@ run_tests() {
         fi
     done
     [ "$all" = 1 ] || set -- -m "not slow" "$@"
-    set_up
-    install requirements-dev.txt requirements.txt
+    set_up requirements.txt
+    set_up requirements-dev.txt requirements.txt
     "$python" -m ruff check . || lint=$?
     "$python" -m ruff format --check --quiet . || layout=$?
     "$python" -m mypy || types=$?
     "$python" -m pytest -n auto --dist loadfile "$@" || tests=$?
-    [ "$lint" = 0 ] || say "ruff found problems, see above pytest's output"
-    [ "$layout" = 0 ] || say "some files are not laid out by 'ruff format .'"
-    [ "$types" = 0 ] || say "mypy found problems, see above pytest's output"
+    [ "$lint" = 0 ] || warn "ruff found problems, see above pytest's output"
+    [ "$layout" = 0 ] || warn "some files are not laid out by 'ruff format .'"
+    [ "$types" = 0 ] || warn "mypy found problems, see above pytest's output"
     [ "$tests" = 0 ] || exit "$tests"
     exit $((lint ? lint : layout ? layout : types))
 }
@@ -127,9 +202,9 @@ count_gpus() {
     local gpus
     gpus=$("$python" -c 'import torch
 print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>/dev/null) ||
-        die "torch does not import; remove .venv and run again"
+        die "torch does not import; move .venv away and run again"
     if [ "$gpus" = 0 ] && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
-        say "nvidia-smi lists GPUs but torch sees none (hidden, an old driver, or a CPU build):" \
+        warn "nvidia-smi lists GPUs but torch sees none (hidden, an old driver, or a CPU build):" \
             "using the CPU"
     fi
     printf '%s\n' "$gpus"
@@ -151,7 +226,7 @@ prepare_data() {
         return
     fi
     if [ "$3" = fineweb ] && [ "$gpus" = 0 ]; then
-        say "no GPU and a PRESET without mini: data is not prepared, set DATA_PATH"
+        warn "no GPU and a PRESET without mini: data is not prepared, set DATA_PATH"
         return
     fi
     if [ "${VOCAB_SIZE:-1024}" != 1024 ]; then
@@ -165,11 +240,43 @@ prepare_data() {
     "$python" data/prepare.py "$@"
 }
 
-# Freed memory is kept, in huge pages where Linux offers them: a training step on a CPU takes 10 to
-# 25 % less time. Only glibc reads this, at the start of a process; a value of the caller's stays.
-keep_memory() {
-    local kept=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
+# CPUs that the control groups of this process allow, rounded up; nothing where none limits them.
+allowed_cpus() {
+    local line folder quota period cpus least=
+    while IFS= read -r line; do
+        case $line in
+        0::*) folder=/sys/fs/cgroup${line#0::} ;;
+        *[:,]cpu[:,]*) folder=/sys/fs/cgroup/cpu${line#*:*:} ;;
+        *) continue ;;
+        esac
+        while [ "$folder" != /sys/fs ]; do
+            read -r quota period <<<"$(cd "$folder" 2>/dev/null &&
+                cat cpu.max cpu.cfs_quota_us cpu.cfs_period_us 2>/dev/null | tr '\n' ' ')"
+            if [[ $quota =~ ^[0-9]+$ ]]; then
+                cpus=$(((quota + period - 1) / period))
+                if [ -z "$least" ] || [ "$cpus" -lt "$least" ]; then least=$cpus; fi
+            fi
+            folder=${folder%/*}
+        done
+    done < <(cat /proc/self/cgroup 2>/dev/null)
+    printf '%s' "$least"
+}
+
+# What a process reads at its start. A value of the caller's stays.
+tune_for_cpu() {
+    local kept=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0 allowed
+    # Freed memory is kept, in huge pages where Linux offers them: a training step on a CPU takes
+    # 10 to 25 % less time. Only glibc reads this.
     export GLIBC_TUNABLES="${GLIBC_TUNABLES-$kept:glibc.malloc.trim_threshold=17179869184}"
+    # Threads that spin while they wait take the time of those they wait for, where CPUs are fewer.
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-passive}"
+    if [ -z "${OMP_NUM_THREADS:-}" ]; then
+        allowed=$(allowed_cpus)
+        if [ -n "$allowed" ] && [ "$allowed" -lt "$(getconf _NPROCESSORS_ONLN)" ]; then
+            say "this machine's limits allow $allowed CPUs, so there are as many threads"
+            export OMP_NUM_THREADS=$allowed
+        fi
+    fi
 }
 
 absolute() {
@@ -180,6 +287,7 @@ absolute() {
     fi
 }
 
+check_place
 if [ "${1:-}" = test ]; then
     shift
     run_tests "$@"
@@ -195,24 +303,24 @@ esac
 previous=
 for arg in "$@"; do
     shift
-    [ "$previous" != --eval ] || arg=$(absolute "$arg")
+    case $previous in --eval | --sample) arg=$(absolute "$arg") ;; esac
     set -- "$@" "$arg"
     previous=$arg
 done
 
-set_up
+set_up requirements.txt
 
-# --eval takes its model settings from the artifact, so no preset is named for it.
-case " $* " in
-*" --eval"*)
-    command -v nvidia-smi >/dev/null || keep_memory
+# What takes its model settings from an artifact gets no preset.
+case "${1:-}" in
+--eval* | --sample*)
+    command -v nvidia-smi >/dev/null || tune_for_cpu
     exec "$python" train_gpt.py "$@"
     ;;
 esac
 gpus=$(count_gpus)
 if [ "$gpus" = 0 ]; then
     export PRESET="${PRESET-mini}"
-    keep_memory
+    tune_for_cpu
 fi
 if [ $# -gt 0 ]; then
     exec "$python" train_gpt.py "$@"

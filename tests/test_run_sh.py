@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from jobs import snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = "-m pytest -n auto --dist loadfile"
@@ -18,9 +22,11 @@ STUB = r"""#!/bin/sh
 case "$*" in
 -c*version_info*) exit "${STUB_VERSION_EXIT:-0}" ;;
 -c*python_version*) echo "${STUB_VERSION:-3.11.9}" ; exit ;;
+"- "*) cat >/dev/null ; printf '%s\n%s\n' "$STUB_MISSING" "$STUB_OTHER" ; exit ;;
 -c*device_count*) echo "${STUB_GPUS:-0}" ; exit ;;
 esac
-echo "$* | PRESET=${PRESET-unset} SEED=${SEED-unset} DATA_PATH=${DATA_PATH-unset}" >>"$STUB_CALLS"
+echo "$* | PRESET=${PRESET-unset} SEED=${SEED-unset} DATA_PATH=${DATA_PATH-unset}" \
+    "WAIT=$OMP_WAIT_POLICY THREADS=$OMP_NUM_THREADS" >>"$STUB_CALLS"
 case "$*" in
 "-m venv"*)
     for folder in "$@"; do :; done
@@ -96,11 +102,16 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
     """A fresh checkout in a folder whose name has spaces, with the stub as python3."""
-    folder, programs = tmp_path / "with two spaces" / "repo", tmp_path / "bin"
+    return make_checkout(tmp_path / "with two spaces" / "repo", tmp_path / "bin")
+
+
+def make_checkout(folder: Path, programs: Path) -> Checkout:
+    """run.sh and what it looks for in a new folder, and in another the stub as python3."""
     folder.mkdir(parents=True)
     programs.mkdir()
     for name in ("run.sh", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "train_gpt.py").touch()
     stub = programs / "python3"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -118,7 +129,7 @@ def test_first_run_sets_up_prepares_checks_and_trains(checkout: Checkout) -> Non
     result = checkout.run(SEED="7")
     assert result.returncode == 0, result.stderr
     venv, pip_probe_or_install, *rest = checkout.calls
-    assert venv == "-m venv --clear .venv"
+    assert venv == "-m venv .venv"
     assert pip_probe_or_install.startswith("-m pip install")
     assert pip_probe_or_install.endswith("-r requirements.txt")
     assert rest == [
@@ -177,7 +188,7 @@ def test_named_python_is_used(checkout: Checkout) -> None:
     shutil.copy(checkout.stub, other)
     checkout.stub.unlink()
     assert checkout.run("--check", PYTHON=str(other)).returncode == 0
-    assert checkout.calls[0] == "-m venv --clear .venv"
+    assert checkout.calls[0] == "-m venv .venv"
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 130])
@@ -208,9 +219,21 @@ def test_eval_finds_the_artifact_where_the_caller_stands(
     artifact = tmp_path / "my artifact.bin"
     artifact.touch()
     assert checkout.run("--eval", artifact.name, cwd=tmp_path, DATA_PATH="data").returncode == 0
-    assert checkout.lines[-1] == (
-        f"train_gpt.py --eval {artifact} | PRESET=unset SEED=unset DATA_PATH=data"
-    )
+    assert f"train_gpt.py --eval {artifact} | PRESET=unset " in checkout.lines[-1]
+    assert " DATA_PATH=data " in checkout.lines[-1]
+
+
+def test_sample_finds_the_artifact_and_leaves_the_prompt(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    for name in ("my artifact.bin", "Once upon"):
+        (tmp_path / name).touch()
+    for prompt in ([], ["Once upon"]):
+        assert checkout.run("--sample", "my artifact.bin", *prompt, cwd=tmp_path).returncode == 0
+        assert checkout.calls[-1] == " ".join(
+            ["train_gpt.py --sample", str(tmp_path / "my artifact.bin"), *prompt]
+        )
+        assert "PRESET=unset" in checkout.lines[-1]
 
 
 def test_relative_data_path_is_the_callers(checkout: Checkout, tmp_path: Path) -> None:
@@ -295,6 +318,189 @@ def test_tests_fail_when_lint_types_or_pytest_fail(checkout: Checkout) -> None:
     assert checkout.run("test", STUB_MYPY_EXIT="1").returncode == 1
     assert checkout.calls[-1].startswith("-m pytest")
     assert checkout.run("test", STUB_PYTEST_EXIT="5").returncode == 5
+
+
+# A .venv of somebody else
+
+
+def put_venv(checkout: Checkout) -> Path:
+    """Make a .venv as uv does, without run.sh's mark; return somebody's file in it."""
+    (checkout.folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(checkout.stub, checkout.folder / ".venv" / "bin" / "python")
+    own = checkout.folder / ".venv" / "their own"
+    own.write_text("kept")
+    return own
+
+
+def link_venv(checkout: Checkout) -> Path:
+    """Make .venv a link to one that run.sh made elsewhere; return somebody's file in it."""
+    own = put_venv(checkout)
+    (own.parent / "made-by-run.sh").touch()
+    elsewhere = checkout.folder.parent / "elsewhere"
+    own.parent.rename(elsewhere)
+    own.parent.symlink_to(elsewhere)
+    return elsewhere / own.name
+
+
+@pytest.mark.parametrize("put", [put_venv, link_venv])
+@pytest.mark.parametrize("arguments", [("--help",), (), ("test",)])
+def test_a_venv_of_somebody_else_is_used(
+    checkout: Checkout, put: Callable[[Checkout], Path], arguments: tuple[str, ...]
+) -> None:
+    own = put(checkout)
+    before = snapshot(own.parent)
+    result = checkout.run(*arguments, STUB_OTHER="torch 2.0 where 2.1 is asked for")
+    assert result.returncode == 0 and "torch 2.0" in result.stderr
+    assert snapshot(own.parent) == before
+    assert not any("venv" in call or "pip" in call for call in checkout.calls)
+
+
+@pytest.mark.parametrize("put", [put_venv, link_venv])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"STUB_MISSING": "torch 2.1"},
+        {"STUB_VERSION_EXIT": "1"},
+        {"PYTHON": "python3.12"},
+    ],
+)
+def test_a_venv_of_somebody_else_that_does_not_do_is_left_alone(
+    checkout: Checkout, put: Callable[[Checkout], Path], settings: dict[str, str]
+) -> None:
+    own = put(checkout)
+    before = snapshot(own.parent)
+    other_version = STUB.replace("3.11.9", "3.12.1")
+    add_program(checkout, "python3.12", other_version)
+    result = checkout.run("--help", **settings)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert settings.get("STUB_MISSING", ".venv") in result.stderr
+    assert snapshot(own.parent) == before
+    assert checkout.calls == []
+
+
+def test_a_venv_that_cannot_be_run_is_left_alone(checkout: Checkout) -> None:
+    own = put_venv(checkout)
+    (own.parent / "bin" / "python").write_text("#!/no/such/python\n")
+    assert checkout.run("--help").returncode == 1
+    assert own.is_file() and checkout.calls == []
+
+
+def test_what_an_interrupted_set_up_leaves_is_ours(checkout: Checkout) -> None:
+    checkout.run(STUB_PIP_ERROR="no network")
+    (checkout.folder / ".venv" / "bin" / "python").unlink()
+    assert checkout.run("--help").returncode == 0
+    assert "-m venv .venv" in checkout.calls
+
+
+def test_packages_are_compared_with_the_requirements(tmp_path: Path) -> None:
+    """The comparison itself, by a real Python and files that name what it has and lacks."""
+    found = importlib.metadata.version("numpy")
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    (tmp_path / "train_gpt.py").write_text("print('ran')")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    cases = (
+        (f"# of numbers\nnumpy=={found}\n", 0, ""),
+        ("numpy==0.0.1\n", 0, f"numpy {found} where 0.0.1 is asked for"),
+        (f"no-such-package==7\nnumpy=={found}\nnor-this==8\n", 1, "no-such-package 7, nor-this 8"),
+    )
+    for text, code, said in cases:
+        (tmp_path / "requirements.txt").write_text(text)
+        result = subprocess.run(
+            [str(tmp_path / "run.sh"), "--eval"], capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == code and said in result.stderr, result
+        assert ("ran" in result.stdout) == (code == 0)
+
+
+# Other hosts, other callers
+
+
+@pytest.mark.parametrize("system", ["MINGW64_NT-10.0", "MSYS_NT-10.0", "CYGWIN_NT-10.0"])
+def test_windows_is_told_of_wsl(checkout: Checkout, system: str) -> None:
+    add_program(checkout, "uname", f"echo {system}")
+    result = checkout.run()
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert "WSL" in result.stderr and checkout.calls == []
+
+
+def test_another_shell_hands_over_to_bash(checkout: Checkout) -> None:
+    checkout.run("--help")
+    done = subprocess.run(
+        ["/bin/sh", "run.sh", "--help"],
+        cwd=checkout.folder,
+        env={"PATH": f"{checkout.stub.parent}:/usr/bin:/bin", "STUB_CALLS": "calls.txt"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_script_does_nothing_in_another_project(checkout: Checkout, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "somewhere"
+    elsewhere.mkdir()
+    shutil.copy(ROOT / "run.sh", elsewhere / "run.sh")
+    (elsewhere / "requirements.txt").touch()
+    result = Checkout(elsewhere, checkout.stub).run()
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["requirements.txt", "run.sh"]
+
+
+def test_threads_wait_passively_unless_the_caller_says_otherwise(checkout: Checkout) -> None:
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        checkout.run("--check", **given)
+        assert f"WAIT={expected} " in checkout.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({"cpu.max": "max 100000"}, ""),
+        ({"cpu.max": "100000 100000"}, "1"),
+        ({"cpu.max": "150000 100000"}, "2"),
+        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, ""),
+        ({"cpu.cfs_quota_us": "250000", "cpu.cfs_period_us": "100000"}, "3"),
+        ({"cpu.max": "6400000 100000"}, ""),  # more than there are
+    ],
+)
+def test_threads_are_as_many_as_the_quota_allows(
+    checkout: Checkout, files: dict[str, str], threads: str
+) -> None:
+    add_program(checkout, "getconf", "echo 8")
+    answers = "".join(f"    {name}) echo '{text}' ;;\n" for name, text in files.items())
+    groups = "0::/" if "cpu.max" in files else "3:cpuset:/\n2:cpu,cpuacct:/"
+    add_program(
+        checkout,
+        "cat",
+        f'case "$*" in cpu.max*) ;; /proc/self/cgroup) printf "{groups}\\n" ; exit ;;'
+        ' *) exec /bin/cat "$@" ;; esac\n'
+        f'for name in "$@"; do\n    case $name in\n{answers}    esac\ndone',
+    )
+    checkout.run("--check")
+    assert checkout.lines[-1].endswith(f"THREADS={threads}")
+    checkout.run("--check", OMP_NUM_THREADS="5")
+    assert checkout.lines[-1].endswith("THREADS=5")
+
+
+def test_a_checkout_changes_no_line_ends(tmp_path: Path) -> None:
+    """Not even one by a Git that is set to: scripts are executed, records are hashed."""
+    files = {"run.sh": b"#!/bin/sh\n", "log.txt": b"one\ntwo\n", "theirs.txt": b"one\r\ntwo\r\n"}
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    shutil.copy(ROOT / ".gitattributes", origin)
+    for name, content in files.items():
+        (origin / name).write_bytes(content)
+    for settings in ("core.autocrlf=true", "core.autocrlf=input", "core.eol=crlf"):
+        git = ["git", "-c", settings, "-c", "user.name=a", "-c", "user.email=a@b"]
+        shutil.rmtree(origin / ".git", ignore_errors=True)
+        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+            subprocess.run([*git, *command], cwd=origin, check=True, capture_output=True)
+        copy = tmp_path / settings
+        subprocess.run([*git, "clone", "-q", str(origin), str(copy)], check=True)
+        assert {name: (copy / name).read_bytes() for name in files} == files
 
 
 def test_scripts_are_executable() -> None:
