@@ -129,7 +129,7 @@ def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int
     Best score first, the leftmost of equal ones; any two neighbours merge that form a piece.
     """
     symbols = list(text)
-    merges = []
+    merges: list[tuple[float, int]] = []
     while True:
         candidates = [
             (-score_of[left + right], place)

@@ -60,7 +60,7 @@ def mark_word(found: re.Match[str]) -> str:
 
 
 def transform(text: str) -> str:
-    """Text with marks before lower-case letters instead of capitals; other scripts stay as they are.
+    """Text with marks before lower-case letters instead of capitals; other scripts stay.
 
     Only runs of ASCII letters are changed, and control characters that the text itself holds are
     escaped, so that inverse() gives back any text.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import ngram_tilt
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ngram_tilt
 
 
 def published() -> dict[str, np.ndarray]:
@@ -137,9 +137,7 @@ def test_the_tilted_distribution_is_one() -> None:
     every = torch.arange(11).expand(50, 11)
     nats = -torch.log_softmax(logits, -1)
     hint_nats = nats.gather(1, hints[:, None])
-    tilted = ngram_tilt.tilted_nats(
-        nats, hint_nats, every == hints[:, None], gates[:, None], beta
-    )
+    tilted = ngram_tilt.tilted_nats(nats, hint_nats, every == hints[:, None], gates[:, None], beta)
     torch.testing.assert_close(torch.exp(-tilted).sum(-1), torch.ones(50, dtype=torch.float64))
     raised = ngram_tilt.tilted_logits(logits, hints, gates, beta)
     torch.testing.assert_close(tilted, -torch.log_softmax(raised, -1))
