@@ -190,6 +190,20 @@ def read_sidecar(path: Path, tokens: int) -> np.ndarray:
         return np.fromfile(file, "<u2", tokens)
 
 
+def contradiction(tokenizer, tokens: np.ndarray, counts: np.ndarray) -> int | None:
+    """The place of the first token that cannot stand for so many bytes; None if there is none.
+
+    For the published accounting, where BOS and marks stand for none, but for a mark of the text
+    itself, after ESC: it shows byte counts that belong to other shards.
+    """
+    marks = [tokenizer.piece_to_id(mark) for mark in CONTROLS]
+    silent = np.isin(tokens, [tokenizer.bos_id(), *marks])
+    literal = np.zeros(len(tokens), bool)
+    literal[1:] = (tokens[:-1] == tokenizer.piece_to_id(ESC)) & np.isin(tokens[1:], marks)
+    allowed = ~silent | (counts == 0) | (literal & (counts == len(ESC.encode())))
+    return None if allowed.all() else int(allowed.argmin())
+
+
 def transformed(texts: Iterable[str]) -> Iterator[str]:
     """Each text transformed: what a CaseOps tokenizer is trained on."""
     yield from map(transform, texts)

@@ -264,3 +264,21 @@ def test_sidecars_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="header"):
         caseops.read_sidecar(path, 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(PLAIN_TEXTS, min_size=1, max_size=4))
+def test_published_counts_contradict_no_token(texts: list[str]) -> None:
+    for tokenizer in (OURS, PUBLISHED_STYLE):
+        pairs = [caseops.tokens_and_bytes(tokenizer, text, published=True) for text in texts]
+        tokens, counts = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        assert caseops.contradiction(tokenizer, tokens, counts) is None
+
+
+def test_counts_of_other_shards_are_found() -> None:
+    text = f"The NASA Launch of {ESC} in Florida"
+    tokens, counts = caseops.tokens_and_bytes(OURS, text, published=True)
+    assert caseops.contradiction(OURS, tokens, np.roll(counts, -1)) == 1
+    changed = counts.copy()
+    changed[0] = 2
+    assert caseops.contradiction(OURS, tokens, changed) == 0
