@@ -347,20 +347,22 @@ def test_masked_head_is_the_renormalised_distribution() -> None:
     assert (nats < plain - 1e-2).any()
 
 
-def test_masked_head_without_forbidden_pairs_is_the_plain_head() -> None:
+def test_masked_head_without_a_mask_is_the_plain_head() -> None:
     hidden, head, targets, ids, _ = case(torch.float32)
-    penalty = token_mask.penalties(np.zeros((len(head), len(head)), bool))
+    nothing = token_mask.penalties(np.zeros((len(head), len(head)), bool))
     results = []
     for apply, extra in (
         (train_gpt.HeadNats.apply, ()),
-        (token_mask.MaskedHeadNats.apply, (ids, penalty)),
+        (token_mask.MaskedHeadNats.apply, (ids, nothing)),
+        (token_mask.MaskedHeadNats.apply, (ids, None)),
     ):
         leaves = [x.clone().requires_grad_() for x in (hidden, head)]
         nats, _ = apply(*leaves, targets, 4.0, None, 0.1, *extra)
         nats.mean().backward()
         results.append((nats, *(leaf.grad for leaf in leaves)))
-    for plain, with_mask in zip(*results, strict=True):
-        torch.testing.assert_close(with_mask, plain, rtol=0, atol=1e-6)
+    for plain, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, plain, rtol=0, atol=1e-6)
 
 
 def test_masked_head_has_the_gradient_of_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
