@@ -175,7 +175,7 @@ def cost_of_step(configuration: str, pairs: int) -> None:
     medians = [1e3 * statistics.median(own) for own in kept]
     least = [1e3 * min(own) for own in kept]
     print(
-        f"{configuration}: {medians[0]:.2f} CPU ms a step, {medians[1]:.2f} with the mask; ratio of "
+        f"{configuration}: {medians[0]:.2f} CPU ms a step, {medians[1]:.2f} masked; ratio of "
         f"medians {medians[1] / medians[0]:.4f}, of minima {least[1] / least[0]:.4f}, median of "
         f"the pairs' ratios {statistics.median(ratios):.4f}"
     )
