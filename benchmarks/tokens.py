@@ -2,14 +2,14 @@
 
     python benchmarks/tokens.py mask ENTRY       what the mask gains at scoring
     python benchmarks/tokens.py tilt ENTRY       what the n-gram tilt gains
-    python benchmarks/tokens.py step mini 31     what the mask costs a step: 31 pairs of steps
+    python benchmarks/tokens.py head 1024 64     what the mask costs the head of a training step
     python benchmarks/tokens.py table MODEL...   seconds of a mask's table, pairs forbidden
     python benchmarks/tokens.py hints 47851520   seconds of the hints of so many targets
     python benchmarks/tokens.py caseops 1024     tokens and seconds of CaseOps, built-in text
 
 ENTRY is a folder of records/track_cpu_5min; its model is rebuilt with its own train_gpt.py and
-scores in chunks, 32,768 validation tokens for the mask and all for the tilt. "step" times training
-steps in turn, A B A B, with the head's two forms, of a preset or of settings ("NAME=value ...").
+scores in chunks, 32,768 validation tokens for the mask and all for the tilt. "head" times its two
+forms in turn, A B A B, for a vocabulary and a width.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import ngram_tilt  # noqa: E402
 import token_mask  # noqa: E402
+import train_gpt  # noqa: E402
 
 SCORED_TOKENS = 32768
 BATCH_ROWS = 8
@@ -144,40 +145,32 @@ def report(label: str, plain: float, better: float, scored: int) -> None:
     print(f"{label}: {scored:,} tokens, {plain:.5f} -> {better:.5f} nats a token, {share:.3%}")
 
 
-def cost_of_step(configuration: str, pairs: int) -> None:
-    """Print how much longer steps take with the mask in the head."""
-    from measure import Bench, t
-
-    bench = Bench(configuration, "COMPILE=0")
-    tokenizer = load_tokenizer(ROOT / bench.cfg.tokenizer_path)
-    penalty = token_mask.penalties(token_mask.forbidden_pairs(tokenizer))
-    plain_apply = t.HeadNats.apply
-    plain_forward = t.GPT.forward
-    seen: list[torch.Tensor] = []
-
-    def forward(model: t.GPT, input_ids: torch.Tensor, *rest: Any) -> Any:
-        seen[:] = [input_ids]
-        return plain_forward(model, input_ids, *rest)
-
-    def masked_apply(*given: Any) -> Any:
-        return token_mask.MaskedHeadNats.apply(*given, seen[0], penalty)
-
-    setattr(t.GPT, "forward", forward)  # noqa: B010
+def cost_of_head(vocab_size: int, width: int, pairs: int = 41) -> None:
+    """Print what the head takes for 2,048 tokens, forward and backward: plain, masked, in turn."""
+    torch.manual_seed(0)
+    forbidden = torch.rand(vocab_size, vocab_size) < 0.25
+    forbidden[:, 0] = False
+    penalty = token_mask.penalties(forbidden.numpy())
+    hidden = torch.randn(8, 256, width, requires_grad=True)
+    head = torch.randn(vocab_size, width, requires_grad=True)
+    ids = torch.randint(vocab_size, (8, 256))
+    given = (hidden, head, torch.zeros_like(ids), 30.0, None, 0.1)
+    forms = (
+        lambda: train_gpt.HeadNats.apply(*given),
+        lambda: token_mask.MaskedHeadNats.apply(*given, ids, penalty),
+    )
     times: list[list[float]] = [[], []]
     for number in range(2 * (pairs + 2)):
         form = number % 2
-        setattr(t.HeadNats, "apply", masked_apply if form else plain_apply)  # noqa: B010
         start = time.process_time()  # which other processes disturb least
-        bench.step(number)
+        forms[form]()[0].mean().backward()
         times[form].append(time.process_time() - start)
     kept = [own[2:] for own in times]
     ratios = [b / a for a, b in zip(*kept, strict=True)]
     medians = [1e3 * statistics.median(own) for own in kept]
-    least = [1e3 * min(own) for own in kept]
     print(
-        f"{configuration}: {medians[0]:.2f} CPU ms a step, {medians[1]:.2f} masked; ratio of "
-        f"medians {medians[1] / medians[0]:.4f}, of minima {least[1] / least[0]:.4f}, median of "
-        f"the pairs' ratios {statistics.median(ratios):.4f}"
+        f"head of {vocab_size} x {width}: {medians[0]:.2f} CPU ms, {medians[1]:.2f} masked; median "
+        f"of the pairs' ratios {statistics.median(ratios):.4f}"
     )
 
 
@@ -260,8 +253,8 @@ def main(verb: str, *arguments: str) -> None:
         gain_of_mask(Path(arguments[0]))
     elif verb == "tilt":
         gain_of_tilt(Path(arguments[0]))
-    elif verb == "step":
-        cost_of_step(arguments[0], int(arguments[1]))
+    elif verb == "head":
+        cost_of_head(int(arguments[0]), int(arguments[1]))
     elif verb == "table":
         cost_of_table(list(arguments))
     elif verb == "hints":
