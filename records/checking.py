@@ -347,7 +347,8 @@ def check_entry(folder: Path, rescore: bool, result: Result) -> None:
         raise Wrong("artifact.bin: not kept here, so that nothing can be scored again")
     else:
         result.findings += score_again(folder, best_of(runs), result)
-        result.findings += try_rules_again(folder, claims)
+        if not result.findings:
+            result.findings += try_rules_again(folder, claims)
 
 
 def check_folder(folder: Path, rescore: bool = False) -> Result:
