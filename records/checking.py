@@ -13,11 +13,11 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import run as run_process
 
 import official
 import pack
@@ -379,8 +379,11 @@ def check_folder(folder: Path, rescore: bool = False) -> Result:
 
 
 def environment_without(settings: dict) -> dict[str, str]:
-    """This process's environment without settings of whoever checks, but for where data lie."""
-    kept = ("DATA_PATH", "TOKENIZER_PATH")
+    """This process's environment without settings of whoever checks.
+
+    Where the data lie and whether to compile say nothing about the score, and stay.
+    """
+    kept = ("DATA_PATH", "TOKENIZER_PATH", "COMPILE")
     found = {
         name: value
         for name, value in os.environ.items()
@@ -394,7 +397,7 @@ def score_again(folder: Path, best: Run, result: Result) -> Iterator[str]:
     """Score artifact.bin with the folder's own script; data are looked for in this repository."""
     logged, seconds = best.one("final")["val_bpb"], best.one("summary")["eval_seconds"]
     print(f"{folder}: scoring its artifact; the run took {seconds:,.0f} s for it", file=sys.stderr)
-    done = subprocess.run(
+    done = run_process(
         [
             sys.executable,
             str(folder.resolve() / "train_gpt.py"),
@@ -418,7 +421,7 @@ def score_again(folder: Path, best: Run, result: Result) -> Iterator[str]:
 def ask_script(script: Path, artifact: Path, settings: Path) -> dict:
     """What compliance.py says of a script and its artifact, in a process of its own."""
     paths = [str(path.resolve()) for path in (script, artifact, settings)]
-    done = subprocess.run(
+    done = run_process(
         [sys.executable, "-B", str(RECORDS / "compliance.py"), *paths],
         text=True,
         capture_output=True,

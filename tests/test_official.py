@@ -1,4 +1,4 @@
-"""Folders in the challenge's own form: what is wrong in them is named, what nobody can tell said."""
+"""Folders in the form of the challenge: what is wrong is named, what nobody can tell is said."""
 
 from __future__ import annotations
 

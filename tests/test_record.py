@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import ROOT, TinyData
@@ -50,6 +56,32 @@ def runs(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[
         with environment(**tiny_job(tiny_data, folder, f"seed-{seed}", **given_settings)):
             assert train_gpt.main([]) == 0
     return [folder / f"seed-{seed}" for seed in SEEDS]
+
+
+def run_here(command: list[str], env: dict[str, str], cwd: Path = ROOT, **_) -> SimpleNamespace:
+    """What subprocess.run does with a Python script, in this process, which has torch already."""
+    at = next(n for n, word in enumerate(command) if word.endswith(".py"))
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, env, clear=True):
+        patch.setattr(sys, "argv", command[at:])
+        patch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(command[at], run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+            except Exception:
+                traceback.print_exc()
+                code = 1
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_are_quick():
+    """No process of its own for each question to a script: importing torch takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checking, "run_process", run_here)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -348,7 +380,7 @@ def test_the_verdict_comes_first_and_a_line_for_each_folder(
 
 
 def test_a_score_is_proved_by_scoring_again(
-    made: Path, entry: Path, tiny_data: TinyData, capsys
+    made: Path, entry: Path, tiny_data: TinyData, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A forger who changes all that is said of a score alike passes, until it is scored."""
     best = min(reading.read_entry(entry), key=lambda run: run.one("final")["val_bpb"])
@@ -370,11 +402,15 @@ def test_a_score_is_proved_by_scoring_again(
     assert record.main(["check", str(entry)]) == 0
     own = {name: value for name, value in tiny_data.env.items() if name != "VOCAB_SIZE"}
     # A setting of whoever checks does not reach the script.
-    with environment(**own, EVAL_STRIDE="7", NUM_LAYERS="9"):
+    with environment(**own, COMPILE="0", EVAL_STRIDE="7", NUM_LAYERS="9"):
         assert record.main(["check", str(entry), "--rescore"]) == 1
         assert truth in capsys.readouterr().out
         assert record.main(["check", str(made), "--rescore"]) == 0
-    assert truth in capsys.readouterr().out
+        honest = capsys.readouterr().out
+        best = checking.best_of(reading.read_entry(made))
+        monkeypatch.setattr(checking, "run_process", subprocess.run)  # as it is without this file
+        assert not list(checking.score_again(made, best, checking.Result(made)))
+    assert truth in honest
     assert not list(made.glob("__pycache__"))
 
 
@@ -394,8 +430,8 @@ def test_check_runs_nothing_and_rescore_is_not_fooled_by_an_exit(
 def test_rules_that_cannot_be_tried_are_not_kept(
     said: str, entry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = subprocess.CompletedProcess([], 0, stdout=said, stderr="")
-    monkeypatch.setattr(checking.subprocess, "run", lambda *_, **how: done)
+    done = SimpleNamespace(returncode=0, stdout=said, stderr="")
+    monkeypatch.setattr(checking, "run_process", lambda *_, **how: done)
     with pytest.raises(reading.Wrong):
         list(checking.try_rules_again(entry, claims_of(entry)))
 
