@@ -192,7 +192,8 @@ def entry_page(claims: dict, settings: dict, pictures: Sequence[tuple[str, str]]
     {claims["command"]}
 
 with this folder's `train_gpt.py`{text_of_script} in place of the repository's. Then
-`python records/record.py check --rescore` on this folder scores its artifact once more.
+`python records/record.py check` looks at this folder, and with `--rescore` scores the artifact that
+it keeps once more.
 """
 
 

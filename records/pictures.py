@@ -139,9 +139,9 @@ def draw_runs(path: Path, runs: Sequence[tuple[str, Run]], by: str) -> None:
     for axis in (loss, validation, rate, sizes):
         axis.title.set_fontsize(10)
         axis.grid(color=PALE, linewidth=0.5)
-    rate.set_ylim(bottom=0)
-    sizes.set_ylim(bottom=0)
     sizes.margins(x=0.08)
+    for axis in (rate, sizes):
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     if loss.get_legend_handles_labels()[0]:
         loss.legend(frameon=False, fontsize=8)
     save(figure, path)
@@ -154,7 +154,7 @@ def draw_runs(path: Path, runs: Sequence[tuple[str, Run]], by: str) -> None:
 
 def draw_bytes(path: Path, best: Run) -> None:
     """Bytes of the best seed's artifact by role, as its log estimates them."""
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     sizes = {e["role"]: (e["entropy"] / 1e3, e["floats"] / 1e3) for e in best.all("size")}
     whole = sum(map(sum, sizes.values())) or 1.0
     names = [plain(ROLE_NAMES.get(role, role), 34) for role in sizes]
@@ -178,7 +178,7 @@ def draw_bytes(path: Path, best: Run) -> None:
         title=f"Seed {best.seed}: what fills the artifact's "
         f"{best.one('artifact')['model_bytes']:,} bytes",
     )
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save(figure, path)
 
 

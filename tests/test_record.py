@@ -84,17 +84,6 @@ def processes_are_quick():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def artifacts_are_kept():
-    """The track of these tests keeps the artifact, as those do on which entries are small."""
-    rules = tracks.TRACKS[TRACK]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            tracks.TRACKS, TRACK, tracks.Track(title=rules.title, min_seeds=1, keeps_artifact=True)
-        )
-        yield
-
-
 def new(folders: list[Path], root: Path, **changed: str) -> int:
     options = ABOUT | {f"--{name}": value for name, value in changed.items()}
     words = [word for pair in options.items() for word in pair]
