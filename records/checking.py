@@ -52,7 +52,15 @@ OLDER_PICTURES = ("loss.png", "bpb.png")
 # Written by hand or after the others, so that no sha256 of them is listed.
 UNLISTED, MAX_NOTES_BYTES = ("submission.json", "NOTES.md"), 1 << 20
 # What reading a stranger's folder may raise, apart from Wrong.
-MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, TypeError)
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+)
 NOT_VERIFIED = (
     "what the trainer wrote into metrics and logs, but for the sums: its script or what it wrote "
     "may have been changed; read the script, or train again by the README's command",

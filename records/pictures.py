@@ -77,10 +77,16 @@ def draw_training(loss: plt.Axes, rate: plt.Axes, run: Run, x: np.ndarray, style
     rate.plot(x, [event["lr_scale"] for event in steps], linewidth=1.4, color=style["color"])
 
 
+def at_steps(run: Run, x: np.ndarray, kind: str) -> tuple[list[dict], list[float]]:
+    """Events of a kind that fell into training, and where their steps stand."""
+    where = {event["step"]: place for event, place in zip(run.all("step"), x, strict=True)}
+    found = [event for event in run.all(kind) if event["step"] in where]
+    return found, [where[event["step"]] for event in found]
+
+
 def draw_validation(axis: plt.Axes, run: Run, x: np.ndarray, colour: str) -> None:
     """Bits per byte of the validations on the way, and of the scores after the last step."""
-    on_the_way = [event for event in run.all("eval") if 0 < event["step"] <= len(x)]
-    places = [x[event["step"] - 1] for event in on_the_way]
+    on_the_way, places = at_steps(run, x, "eval")
     axis.plot(places, [e["val_bpb"] for e in on_the_way], marker=".", color=colour)
     for name, marker in (("float_chunked", "o"), ("artifact_chunked", "s")):
         if (score := run.score(name)) and not score["step"]:
@@ -100,8 +106,7 @@ def draw_validation(axis: plt.Axes, run: Run, x: np.ndarray, colour: str) -> Non
 
 def draw_sizes(axis: plt.Axes, run: Run, x: np.ndarray, colour: str) -> None:
     """Bytes of code and artifact: foreseen on the way, and at last."""
-    foreseen = [event for event in run.all("size_foreseen") if 0 < event["step"] <= len(x)]
-    places = [x[event["step"] - 1] for event in foreseen]
+    foreseen, places = at_steps(run, x, "size_foreseen")
     sizes = [event["total"] / 1e3 for event in foreseen]
     axis.plot(places, sizes, "o", color=colour, markerfacecolor="none")
     for event in run.all("size_pass"):
