@@ -1,8 +1,12 @@
-"""The four conditions of a legal score, tried on an artifact with the script that made it.
+"""What only a train_gpt.py itself can say: whether its artifact keeps the rules, and its defaults.
 
-C1 strict causality, C2 a full distribution fixed before the target is seen, C3 score before
-update, C4 one left-to-right pass. `suite` runs the given script: use it on your own runs, or on
-folders whose script you have read.
+The four conditions of a legal score are tried on an artifact with the script that made it: strict
+causality, a full distribution fixed before the target is seen, score before update, one pass from
+left to right. A condition whose parts a script does not have, because it was written differently,
+is None: not tried.
+
+This file runs the script that it is given. record.py calls it as a process of its own, for runs
+of your own and, with --rescore, for folders whose script you have read.
 """
 
 from __future__ import annotations
@@ -10,13 +14,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+import tracks
+from reading import shown
 
 BOS = 1
 
@@ -65,43 +72,49 @@ def is_a_distribution(model: Any, vocab_size: int, length: int) -> bool:
     ids = random_ids(vocab_size, 2, length + 1)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     logits = model.logits(model.hidden(inputs)).double()
-    p = torch.softmax(logits, dim=-1)
+    probabilities = torch.softmax(logits, dim=-1)
     nats = model(inputs, targets)[0].double()
-    scored = -torch.log(p.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+    scored = -torch.log(probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
     other = targets.clone()
     other[:, 3] = 2 + (other[:, 3] + 5) % (vocab_size - 2)
     moved = model(inputs, other)[0].double() != nats
     moved[:, 3] = False
     return (
         logits.size(-1) == vocab_size
-        and bool(p.isfinite().all())
+        and bool(probabilities.isfinite().all())
         and not bool(moved.any())
-        and float((p.sum(-1) - 1).abs().max()) < 1e-9
+        and float((probabilities.sum(-1) - 1).abs().max()) < 1e-9
         and float((scored - nats).abs().max()) < 1e-3
     )
 
 
-def scores_once(script: ModuleType, cfg, num_targets: int) -> bool:
+def scores_once(windows: Callable, length: int, stride: int, num_targets: int) -> bool:
     """Every target is scored by exactly one window, from left to right."""
-    spans = script.windows(num_targets, cfg.eval_seq_len, cfg.eval_stride)
+    spans = windows(num_targets, length, stride)
     scored = np.concatenate([np.arange(first, end) for _, first, end in spans])
     return np.array_equal(scored, np.arange(num_targets))
 
 
-def scores_before_update(script: Any, cfg, model: Any) -> bool:
+def scores_before_update(script: Any, settings: dict[str, str], model: Any) -> bool:
     """Weights learn from no target before its score is final; without adaptation, never."""
-    cfg = replace(
-        cfg,
-        ttt_chunk_tokens=2 * cfg.eval_seq_len,
-        compile="0",
-        eval_truncate=False,
-        eval_stride=max(1, cfg.eval_seq_len // 4),
+    length = int(settings["EVAL_SEQ_LEN"])
+    stride = max(1, length // 4)
+    cfg = settings_of(
+        script,
+        settings
+        | {
+            "TTT_CHUNK_TOKENS": str(2 * length),
+            "EVAL_TRUNCATE": "0",
+            "EVAL_STRIDE": str(stride),
+        },
     )
-    tokens = random_ids(cfg.vocab_size, 1, 5 * cfg.eval_seq_len)[0].numpy().astype(np.uint16)
+    values = flat(cfg)
+    tokens = random_ids(values["vocab_size"], 1, 5 * length)[0].numpy().astype(np.uint16)
     val = script.Validation(tokens, np.ones(len(tokens) - 1, np.int16), "", "", 1, len(tokens))
-    run, scored, legal = script.Run(cfg, 0, 1, torch.device("cpu")), [0], []
+    run = script.Run(cfg, 0, 1, torch.device("cpu"))
+    scored, legal = [0], []
     score_windows = script.score_windows
-    before = [p.clone() for p in model.parameters()]
+    before = [parameter.clone() for parameter in model.parameters()]
 
     def recorded(forward, net, val, spans, *rest):
         result = score_windows(forward, net, val, spans, *rest)
@@ -109,7 +122,7 @@ def scores_before_update(script: Any, cfg, model: Any) -> bool:
         return result
 
     adapter = None
-    if cfg.ttt_mode == "score_first":
+    if values["ttt_mode"] == "score_first":
         adapter = script.Adapter(script.training_nats, model, val, run)
         learn = adapter.learn
 
@@ -121,7 +134,7 @@ def scores_before_update(script: Any, cfg, model: Any) -> bool:
     script.score_windows = recorded
     try:
         script.evaluate(
-            "compliance", script.training_nats, model, val, run, cfg.eval_stride, "cover", adapter
+            "compliance", script.training_nats, model, val, run, stride, "cover", adapter
         )
     finally:
         script.score_windows = score_windows
@@ -130,40 +143,100 @@ def scores_before_update(script: Any, cfg, model: Any) -> bool:
     return all(map(torch.equal, before, model.parameters()))
 
 
-def suite(script_path: Path, artifact: Path, settings: dict) -> dict[str, bool]:
-    """Condition to whether it holds, on the model in `artifact`."""
-    script = load_script(script_path)
+# =================================================================================================
+# What is asked of a script
+# All names of a train_gpt.py that are used here: read_artifact, Config.from_env, Run and
+# rebuild_model; for single conditions windows, and evaluate with score_windows and Adapter.
+# =================================================================================================
+
+
+def settings_of(script: Any, settings: dict[str, str]) -> Any:
+    """Settings by their environment names as the script's own object; nothing is compiled."""
+    return script.Config.from_env(settings | {"COMPILE": "0"})[0]
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Settings by lower-case name; those of parts stand beside the others."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            found |= flat(value)
+        else:
+            found[field.name] = value
+    return found
+
+
+def chosen_by(script: Any, given: dict[str, str]) -> dict[str, Any]:
+    """All settings of the script where these are given."""
+    return flat(script.Config.from_env(given)[0])
+
+
+def attempt(condition: Callable[[], bool]) -> bool | None:
+    """Whether a condition holds; None where the script lacks what it is tried with."""
+    try:
+        return condition()
+    except (AttributeError, TypeError) as error:
+        print(f"not tried: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def settings_are_legal(header: dict, settings: dict) -> bool:
+    """No setting is illegal on every track, and the artifact was made with these settings."""
+    illegal = any(settings.get(name) == value for name, value in tracks.ILLEGAL)
+    stated = {name.upper(): shown(value) for name, value in settings.items()}
+    return not illegal and all(
+        stated.get(name) == value for name, value in header["settings"].items()
+    )
+
+
+def suite(script: Any, artifact: Path, settings: dict) -> dict[str, bool | None]:
+    """Condition to whether it holds, on the model in `artifact`. settings: of settings.json."""
     header, stored = script.read_artifact(artifact)
-    cfg = replace(script.Config.from_env(header["settings"])[0], compile="0")
-    length = min(cfg.eval_seq_len, 512)
+    cfg = settings_of(script, header["settings"])
+    values = flat(cfg)
+    vocab_size, window = values["vocab_size"], values["eval_seq_len"]
+    length = min(window, 512)
     run = script.Run(cfg, 0, 1, torch.device("cpu"))
 
-    def fresh():
+    def fresh() -> Any:
         return script.rebuild_model(cfg, stored, run)
 
-    model, ids = fresh(), random_ids(cfg.vocab_size, 2, length)
-    with torch.no_grad():
-        same = torch.equal(model.hidden(ids), fresh().hidden(ids))
+    @torch.no_grad()
+    def is_deterministic() -> bool:
+        ids = random_ids(vocab_size, 2, length)
+        return torch.equal(fresh().hidden(ids), fresh().hidden(ids))
+
+    def scores_all_once() -> bool:
+        counts = (1, window, 10 * window + 3)
+        stride = values["eval_stride"]
+        return all(scores_once(script.windows, window, stride, count) for count in counts)
+
     return {
-        "causality": is_causal(model, cfg.vocab_size, length),
-        "full_distribution": is_a_distribution(model, cfg.vocab_size, length),
-        "single_pass": all(
-            scores_once(script, cfg, n) for n in (1, cfg.eval_seq_len, 10 * cfg.eval_seq_len + 3)
+        "causality": attempt(lambda: is_causal(fresh(), vocab_size, length)),
+        "full_distribution": attempt(lambda: is_a_distribution(fresh(), vocab_size, length)),
+        "single_pass": attempt(scores_all_once),
+        "score_before_update": attempt(
+            lambda: scores_before_update(script, header["settings"], fresh())
         ),
-        "score_before_update": scores_before_update(script, cfg, fresh()),
-        "determinism": same,
-        "legal_settings": settings["ttt_mode"] != "train_then_score"
-        and settings["gptq_calib"] != "train_after_cap",
+        "determinism": attempt(is_deterministic),
+        "legal_settings": settings_are_legal(header, settings),
     }
 
 
+def main(script_path: str, artifact: str, settings_path: str) -> int:
+    """Print what the script says of itself and its artifact, as one line of JSON."""
+    script = load_script(Path(script_path))
+    settings = json.loads(Path(settings_path).read_text(encoding="utf-8"))
+    preset = {"PRESET": settings["preset"]} if settings.get("preset") else {}
+    said = {
+        "compliance": suite(script, Path(artifact), settings),
+        "defaults": chosen_by(script, {}),
+        "preset": chosen_by(script, preset),
+    }
+    print(json.dumps(said))
+    return 0
+
+
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            suite(
-                Path(sys.argv[1]),
-                Path(sys.argv[2]),
-                json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")),
-            )
-        )
-    )
+    sys.exit(main(*sys.argv[1:]))

@@ -18,6 +18,8 @@ import re
 import sys
 from pathlib import Path
 
+from reading import end_quietly
+
 MAX_TEXT_BYTES = 1 << 22
 # What runs is the payload and nothing else. linecache is told the text, so that logged tracebacks
 # and whatever compiles functions from their source find the lines they ask for.
@@ -99,4 +101,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_quietly()
     sys.exit(main(sys.argv[1:]))

@@ -1,71 +1,175 @@
-"""The pictures of the records tool, all through matplotlib.
-
-A run is anything with `seed`, `all(kind)` and `one(kind)`; see record.py.
-"""
+"""The pictures of the records tool, all through matplotlib."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from artifact import ROLE_NAMES, Anatomy, Part, kind_of, printable
+import tracks
+from reading import Run, Wrong
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#e0953a", "#777777", "#dddddd"
-SEED_COLOURS = ("#3b6ea5", "#e0953a", "#4f9d69", "#a05195", "#777777")
-KINDS_SHOWN = 16
+COLOURS = ("#3b6ea5", "#e0953a", "#4f9d69", "#a05195", "#8c6d46", "#777777", "#d45087", "#2f4b7c")
+NAMES_SHOWN = 12  # of a legend or list
+KINDS_SHOWN = 16  # of tensors
+POINTS_OF_MEAN = 40  # the running mean of the loss covers a fortieth of the steps
+PNG = b"\x89PNG"
+ROLE_NAMES = {"mlp": "MLP", "attn": "attention", "emb": "token embedding", "aux": "the rest"}
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write a picture and let go of it; the same data gives the same bytes on one machine."""
+    """Write a picture whole or not at all; never over a file that is no picture."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    if path.exists() and not (path.is_file() and path.read_bytes()[:4] == PNG):
+        raise Wrong(f"{path}: exists and is no PNG picture; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
+    partial.replace(path)
     plt.close(figure)
 
 
-def colours(runs: list) -> list[tuple]:
-    """Each run with its colour."""
-    return [(run, SEED_COLOURS[n % len(SEED_COLOURS)]) for n, run in enumerate(runs)]
+def plain(words: str, width: int) -> str:
+    """Words of a stranger for a picture: printable, none of matplotlib's mathematics, bounded."""
+    words = "".join(c if c.isprintable() and c != "$" else "?" for c in words)
+    return words if len(words) <= width else words[: width - 3] + "..."
 
 
-def draw_loss(path: Path, runs: list) -> None:
-    """Training loss against steps and against seconds, all seeds."""
-    figure, (by_step, by_time) = plt.subplots(
-        1, 2, figsize=(10, 4), sharey=True, layout="constrained"
+# =================================================================================================
+# Runs, finished or live
+# =================================================================================================
+
+AXES = {
+    "steps": ("step", "step", 1.0),
+    "seconds": ("ms", "seconds of training", 1e-3),
+    "tflops": ("tflops", "TFLOP of counted training", 1.0),
+}
+
+
+def positions(run: Run, by: str) -> np.ndarray:
+    """Where each step of a run stands on the horizontal axis: (steps,)."""
+    key, words, factor = AXES[by]
+    steps = run.all("step")
+    if any(key not in event for event in steps):
+        raise Wrong(f"{run.path}: its steps do not say their {words}; plot --by another axis")
+    return factor * np.array([event[key] for event in steps], dtype=float)
+
+
+def running_mean(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Means over the last few values, and how many those are."""
+    width = max(1, len(values) // POINTS_OF_MEAN)
+    return np.convolve(values, np.ones(width) / width, mode="valid"), width
+
+
+def draw_training(loss: plt.Axes, rate: plt.Axes, run: Run, x: np.ndarray, style: dict) -> None:
+    """Training loss and learning-rate scale of one run."""
+    steps = run.all("step")
+    losses = np.array([event["train_loss"] for event in steps], dtype=float)
+    smooth, width = running_mean(losses)
+    loss.plot(x, losses, linewidth=0.5, alpha=0.2, color=style["color"])
+    loss.plot(x[width - 1 :], smooth, linewidth=1.4, **style)
+    rate.plot(x, [event["lr_scale"] for event in steps], linewidth=1.4, color=style["color"])
+
+
+def at_steps(run: Run, x: np.ndarray, kind: str) -> tuple[list[dict], list[float]]:
+    """Events of a kind that fell into training, and where their steps stand."""
+    where = {event["step"]: place for event, place in zip(run.all("step"), x, strict=True)}
+    found = [event for event in run.all(kind) if event["step"] in where]
+    return found, [where[event["step"]] for event in found]
+
+
+def draw_validation(axis: plt.Axes, run: Run, x: np.ndarray, colour: str) -> None:
+    """Bits per byte of the validations on the way, and of the scores after the last step."""
+    on_the_way, places = at_steps(run, x, "eval")
+    axis.plot(places, [e["val_bpb"] for e in on_the_way], marker=".", color=colour)
+    for name, marker in (("float_chunked", "o"), ("artifact_chunked", "s")):
+        if (score := run.score(name)) and not score["step"]:
+            axis.plot(x[-1], score["val_bpb"], marker, color=colour, markerfacecolor="none")
+    if final := run.all("final"):
+        axis.plot(x[-1], final[-1]["val_bpb"], "*", color=colour, markersize=11)
+        axis.annotate(
+            f"{final[-1]['val_bpb']:.4f}",
+            (x[-1], final[-1]["val_bpb"]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+
+
+def draw_sizes(axis: plt.Axes, run: Run, x: np.ndarray, colour: str) -> None:
+    """Bytes of code and artifact: foreseen on the way, and at last."""
+    foreseen, places = at_steps(run, x, "size_foreseen")
+    sizes = [event["total"] / 1e3 for event in foreseen]
+    axis.plot(places, sizes, "o", color=colour, markerfacecolor="none")
+    for event in run.all("size_pass"):
+        axis.plot(x[-1], event["total"] / 1e3, "_", color=colour, markersize=12)
+    if artifact := run.all("artifact"):
+        last = artifact[-1]["total"] / 1e3
+        axis.plot([*places, x[-1]], [*sizes, last], ":", color=colour, linewidth=1)
+        axis.plot(x[-1], last, "s", color=colour)
+
+
+def draw_runs(path: Path, runs: Sequence[tuple[str, Run]], by: str) -> None:
+    """Loss, rate, validation and bytes of several runs in one picture; live ones too."""
+    figure, panels = plt.subplots(2, 2, figsize=(12, 7.5), sharex=True, layout="constrained")
+    (loss, validation), (rate, sizes) = panels
+    for number, (name, run) in enumerate(runs):
+        x, colour = positions(run, by), COLOURS[number % len(COLOURS)]
+        if not len(x):
+            continue
+        shown = plain(name, 34) if number < NAMES_SHOWN else "_"
+        draw_training(loss, rate, run, x, {"color": colour, "label": shown})
+        draw_validation(validation, run, x, colour)
+        draw_sizes(sizes, run, x, colour)
+    words = AXES[by][1]
+    loss.set(title="Training loss (thick: running mean)", ylabel="nats a token")
+    validation.set(
+        title="Validation (star: headline; ring: float weights, square: artifact, in chunks)",
+        ylabel="bits per byte",
     )
-    width = max(1, min(len(run.all("step")) for run in runs) // 40)
-    for run, colour in colours(runs):
-        steps = run.all("step")
-        loss = np.array([e["train_loss"] for e in steps])
-        smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-        for axis, x in (
-            (by_step, [e["step"] for e in steps]),
-            (by_time, [e["ms"] / 1e3 for e in steps]),
-        ):
-            axis.plot(x, loss, linewidth=0.5, color=colour, alpha=0.2)
-            axis.plot(x[width - 1 :], smooth, linewidth=1.4, color=colour, label=f"seed {run.seed}")
-    figure.suptitle(f"Training loss; thin: each step, thick: mean of {width} steps")
-    by_step.set(xlabel="step", ylabel="nats a token (less is better)")
-    by_time.set(xlabel="seconds of training")
-    by_step.legend(frameon=False)
+    rate.set(title="Learning-rate scale", ylabel="scale", xlabel=words)
+    sizes.set(
+        title="Code and artifact (ring: foreseen, dash: a pass, square: final)",
+        ylabel="kB",
+        xlabel=words,
+    )
+    for axis in (loss, validation, rate, sizes):
+        axis.title.set_fontsize(10)
+        axis.grid(color=PALE, linewidth=0.5)
+    sizes.margins(x=0.08)
+    for axis in (rate, sizes):
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    if loss.get_legend_handles_labels()[0]:
+        loss.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
-def draw_bytes(path: Path, best) -> None:
+# =================================================================================================
+# Entries
+# =================================================================================================
+
+
+def draw_bytes(path: Path, best: Run) -> None:
     """Bytes of the best seed's artifact by role, as its log estimates them."""
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     sizes = {e["role"]: (e["entropy"] / 1e3, e["floats"] / 1e3) for e in best.all("size")}
-    whole, names = sum(map(sum, sizes.values())), [ROLE_NAMES.get(r, r) for r in sizes]
-    integers, floats = zip(*sizes.values(), strict=True)
+    whole = sum(map(sum, sizes.values())) or 1.0
+    names = [plain(ROLE_NAMES.get(role, role), 34) for role in sizes]
+    integers = [both[0] for both in sizes.values()]
+    floats = [both[1] for both in sizes.values()]
     axis.barh(names, integers, color=BLUE, label="integers, by their entropy")
     axis.barh(names, floats, left=integers, color=ORANGE, label="scales and floats as they are")
     for y, both in enumerate(sizes.values()):
         axis.annotate(
-            f"{sum(both) / (whole or 1):.0%}",
+            f"{sum(both) / whole:.0%}",
             (sum(both), y),
             xytext=(4, 0),
             textcoords="offset points",
@@ -79,120 +183,110 @@ def draw_bytes(path: Path, best) -> None:
         title=f"Seed {best.seed}: what fills the artifact's "
         f"{best.one('artifact')['model_bytes']:,} bytes",
     )
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save(figure, path)
 
 
-def draw_bpb(path: Path, runs: list) -> None:
-    """Bits per byte of the float weights, of the artifact, and the headline, all seeds."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for run, colour in colours(runs):
-        scores = {e["name"]: e["val_bpb"] for e in run.all("eval") if not e["step"]}
-        axis.plot(
-            [name.replace("_", "\n", 1) for name in scores],
-            list(scores.values()),
-            marker="o",
-            color=colour,
-            label=f"seed {run.seed}",
-        )
+def draw_scores(axis: plt.Axes, ranked: Sequence[dict], key: str, factor: float) -> None:
+    """Discs with the rank of each entry, and a dash for each of its seeds."""
+    for rank, claims in reversed(list(enumerate(ranked, start=1))):
+        if key not in claims:
+            continue
+        x = factor * claims[key]
+        scores = [seed["val_bpb"] for seed in claims["seed_results"].values()]
+        axis.plot([x] * len(scores), scores, "_", color=GREY, markersize=14)
+        axis.plot([x], [claims["val_bpb"]], "o", color=BLUE, markersize=15, markeredgecolor="w")
         axis.annotate(
-            f"{run.one('final')['val_bpb']:.4f}",
-            (len(scores) - 1, run.one("final")["val_bpb"]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
+            str(rank),
+            (x, claims["val_bpb"]),
+            ha="center",
+            va="center_baseline",
+            color="white",
             fontsize=8,
-            color=colour,
+            fontweight="bold",
         )
-    axis.margins(x=0.15)
-    axis.set(
-        ylabel="bits per byte (less is better)",
-        title="Score of the float weights, of the artifact, and the headline (last)",
-    )
-    axis.legend(frameon=False)
-    save(figure, path)
+    axis.margins(0.2)
+    axis.grid(color=PALE, linewidth=0.5)
 
 
-def draw_board(path: Path, found: list[tuple[str, dict]]) -> None:
-    """Bits per byte against bytes of (text, entry); another text has a panel of its own."""
+def draw_board(path: Path, found: Sequence[dict]) -> None:
+    """Bits per byte against bytes, and against counted work where any was; a row a track and text.
+
+    found: what submission.json holds, of each entry.
+    """
     groups: dict[tuple[str, str], list[dict]] = {}
-    for text, claims in found:
+    for claims in found:
+        text = tracks.text_of(claims["data"]["fingerprint"])
         groups.setdefault((claims["track"], text), []).append(claims)
+    with_work = any("tflops" in claims for claims in found)
+    columns = 2 if with_work else 1
     figure, axes = plt.subplots(
-        1, len(groups), figsize=(7.5 * len(groups), 4.2), squeeze=False, layout="constrained"
+        len(groups),
+        columns,
+        figsize=(4.6 * columns + 3.2, 4.4 * len(groups)),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, ((track, text), mine) in zip(axes[0], sorted(groups.items()), strict=True):
+    for row, ((track, text), mine) in zip(axes, sorted(groups.items()), strict=True):
         ranked = sorted(mine, key=lambda claims: claims["val_bpb"])
-        for rank, claims in reversed(list(enumerate(ranked, start=1))):
-            x, scores = (
-                claims["bytes_total"] / 1e6,
-                [result["val_bpb"] for result in claims["seed_results"].values()],
-            )
-            axis.plot([x] * len(scores), scores, "_", color=GREY, markersize=14)
-            axis.plot([x], [claims["val_bpb"]], "o", color=BLUE, markersize=15, markeredgecolor="w")
-            axis.annotate(
-                str(rank),
-                (x, claims["val_bpb"]),
-                ha="center",
-                va="center_baseline",
-                color="white",
-                fontsize=8,
-                fontweight="bold",
-            )
+        draw_scores(row[0], ranked, "bytes_total", 1e-6)
+        row[0].set(
+            title=f"{track}, {plain(text, 12)}\ndisc: mean of the seeds, dashes: each seed",
+            ylabel="bits per byte (less is better)",
+            xlabel="code and artifact, MB (the limit is 16)",
+        )
+        if with_work:
+            draw_scores(row[1], ranked, "tflops", 1.0)
+            row[1].set(xlabel="counted training, TFLOP", title="the same against work")
+            row[1].sharey(row[0])
         names = [
-            f"{rank}  {claims['name']}  {claims['val_bpb']:.4f}"
+            f"{rank}  {plain(claims['name'], 34)}  {claims['val_bpb']:.4f}"
             for rank, claims in enumerate(ranked, start=1)
         ]
-        more = [f"and {len(names) - 12} more"] if len(names) > 12 else []
-        axis.text(
+        if len(names) > NAMES_SHOWN:
+            names[NAMES_SHOWN:] = [f"and {len(names) - NAMES_SHOWN} more"]
+        row[-1].text(
             1.02,
             1.0,
-            "\n".join([*names[:12], *more]),
-            transform=axis.transAxes,
+            "\n".join(names),
+            transform=row[-1].transAxes,
             va="top",
             fontsize=9,
             linespacing=1.6,
         )
-        axis.set(
-            title=f"{track}, {printable(text, 12)}\ndisc: mean of the seeds, dashes: each seed",
-            ylabel="bits per byte (less is better)",
-            xlabel="code and artifact, MB (the limit is 16)",
-        )
-        axis.margins(0.25)
     save(figure, path)
 
 
-def draw_artifact(found: Anatomy, path: Path, limit: int, code_bytes: int) -> None:
-    """Kinds of tensors by what they take, and the whole against the limit."""
-    kinds: dict[str, list[Part]] = {}
-    for part in found.parts:
-        kinds.setdefault(kind_of(part.name), []).append(part)
-    order = sorted(kinds, key=lambda kind: -sum(p.estimate for p in kinds[kind]))
-    if len(order) > KINDS_SHOWN:
-        kinds["all others"] = [part for kind in order[KINDS_SHOWN - 1 :] for part in kinds[kind]]
-        order = [*order[: KINDS_SHOWN - 1], "all others"]
+# =================================================================================================
+# An artifact
+# =================================================================================================
+
+
+def draw_artifact(found, path: Path, limit: int, code_bytes: int) -> None:
+    """Kinds of tensors by what they take, and the whole against the limit. found: Anatomy."""
+    kinds = found.by_kind(KINDS_SHOWN)
     figure, (axis, bar) = plt.subplots(
         2,
         1,
-        figsize=(9, 2.4 + 0.3 * len(order)),
-        gridspec_kw={"height_ratios": [max(3, len(order)), 1.6]},
+        figsize=(9, 2.4 + 0.3 * len(kinds)),
+        gridspec_kw={"height_ratios": [max(3, len(kinds)), 1.6]},
         layout="constrained",
     )
-    names = [f"{printable(kind, 34)}  ({len(kinds[kind])})" for kind in order]
-    start = [0.0] * len(order)
-    for label, field, colour in (
-        ("entropy of the integers", "entropy", BLUE),
-        ("scales and floats", "raw_floats", ORANGE),
-    ):
-        widths = [sum(getattr(p, field) for p in kinds[kind]) / 1e3 for kind in order]
-        axis.barh(names, widths, left=start, color=colour, label=label)
-        start = [a + b for a, b in zip(start, widths, strict=True)]
-    for y, (kind, width) in enumerate(zip(order, start, strict=True)):
-        bits = sorted({str(p.bits or "fp16") for p in kinds[kind]}, key=lambda b: (len(b), b))
-        share = 1e3 * width / (found.total("estimate") or 1.0)
+    rows = range(len(kinds))
+    names = [f"{plain(kind, 34)}  ({len(parts)})" for kind, parts in kinds.items()]
+    integers = [sum(part.entropy for part in parts) / 1e3 for parts in kinds.values()]
+    floats = [sum(part.raw_floats for part in parts) / 1e3 for parts in kinds.values()]
+    axis.barh(rows, integers, color=BLUE, label="entropy of the integers")
+    axis.barh(rows, floats, left=integers, color=ORANGE, label="scales and floats")
+    axis.set_yticks(rows, names)
+    whole = found.total("estimate") or 1.0
+    for y, parts in enumerate(kinds.values()):
+        size = integers[y] + floats[y]
+        grids = sorted({part.bits for part in parts})
+        bits = "/".join(f"{width} bits" if width else "floats" for width in grids[:3])
         axis.annotate(
-            f"{share:.1%}, {'/'.join(bits[:3])}{' bits' * (bits != ['fp16'])}",
-            (width, y),
+            f"{1e3 * size / whole:.1%}, {bits}",
+            (size, y),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -206,11 +300,17 @@ def draw_artifact(found: Anatomy, path: Path, limit: int, code_bytes: int) -> No
         title=f"What fills {found.file_bytes:,} bytes: kinds of tensors, how many of each",
     )
     axis.tick_params(axis="y", labelsize=8)
+    draw_limit(bar, found.file_bytes, code_bytes, limit)
+    save(figure, path)
+
+
+def draw_limit(bar: plt.Axes, artifact_bytes: int, code_bytes: int, limit: int) -> None:
+    """Artifact, code and what is left as one bar."""
     left = 0.0
     for label, size, colour in (
-        ("artifact", found.file_bytes, BLUE),
+        ("artifact", artifact_bytes, BLUE),
         ("code", code_bytes, GREY),
-        ("left", max(0, limit - found.file_bytes - code_bytes), PALE),
+        ("left", max(0, limit - artifact_bytes - code_bytes), PALE),
     ):
         bar.barh([0], [size / 1e6], left=[left], color=colour, label=f"{label} {size:,}")
         left += size / 1e6
@@ -218,4 +318,3 @@ def draw_artifact(found: Anatomy, path: Path, limit: int, code_bytes: int) -> No
     bar.set(yticks=[], xlabel=f"MB of {limit / 1e6:g}", xlim=(0, max(left, limit / 1e6) * 1.01))
     bar.legend(loc="upper center", bbox_to_anchor=(0.5, 1.55), ncols=3, frameon=False, fontsize=8)
     bar.spines["left"].set_visible(False)
-    save(figure, path)

@@ -13,11 +13,8 @@ import pytest
 from conftest import ROOT, TinyData
 from jobs import BARE_ENVIRONMENT, tiny_job
 
-import train_gpt
-
 sys.path.insert(0, str(ROOT / "records"))
 import pack
-import record
 
 TEXT = (ROOT / "train_gpt.py").read_bytes()
 
@@ -86,8 +83,6 @@ def test_a_damaged_or_swollen_payload_is_one_line(tmp_path: Path, capsys) -> Non
         assert pack.is_packed(script)
         with pytest.raises(ValueError, match="payload"):
             pack.text_of(script)
-        with pytest.raises(record.Wrong, match=r"train_gpt\.py: cannot be read"):
-            record.readable(script)
     path = tmp_path / "x.py"
     path.write_bytes(bomb)
     assert pack.main(["--text", str(path)]) == 1
@@ -157,9 +152,3 @@ def test_the_packed_file_is_told_its_own_lines(tmp_path: Path) -> None:
     assert found.stderr.count("line 3, in f\n") == 2
     assert "line 3, in f\n    return 1 / 0  # here" in found.stderr
     assert "b85decode" not in found.stderr
-
-
-def test_what_the_tool_reads_of_a_packed_script(packed: Path) -> None:
-    text = record.readable(packed.read_bytes())
-    assert text.encode() == TEXT
-    assert record.defaults_of(text)["num_layers"] == train_gpt.Config().num_layers
