@@ -17,18 +17,19 @@ Sections, in the order of a run:
   1  Settings                     what a setting is, and what its readers may read
   2  Run                          ranks, device, clock, log, run folder
   3  Data                         shards, training rows, validation split, bytes per token
-  4  Model                        the network, one forward for everything
-  5  Optimizers and schedules     Muon, AdamW, routing table, learning rate at a given time
-  6  Training                     priming, one step, the loop
-  7  Quantization                 int6/int8 grids, Hessians, GPTQ
-  8  Artifact                     bytes to model and back
-  9  Size                         what it will take, and how it is made to fit
- 10  Counts                       n-grams and repeats, mixed with the network
- 11  Evaluation                   windows, bits per byte, learning from what is scored
- 12  Faster on a CPU              derivatives by hand
- 13  Published variants           what only a published system needs
- 14  Configuration                all settings together, presets, the environment
- 15  Main                         the story, and the verbs above
+  4  Token mask                   what a tokenizer cannot emit
+  5  Model                        the network, one forward for everything
+  6  Optimizers and schedules     Muon, AdamW, routing table, learning rate at a given time
+  7  Training                     priming, one step, the loop
+  8  Quantization                 int6/int8 grids, Hessians, GPTQ
+  9  Artifact                     bytes to model and back
+ 10  Size                         what it will take, and how it is made to fit
+ 11  Counts                       n-grams and repeats, mixed with the network
+ 12  Evaluation                   windows, bits per byte, learning from what is scored
+ 13  Faster on a CPU              derivatives by hand
+ 14  Published variants           what only a published system needs
+ 15  Configuration                all settings together, presets, the environment
+ 16  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -57,7 +58,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1164,14 +1165,14 @@ class TrainingRows:
     def __init__(self, cfg: Config) -> None:
         paths = shard_paths(cfg.data_path, "train")
         total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
-        scan = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
+        self.scan_tokens = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
         self.shards = paths
         self.opened: dict[int, np.memmap] = {}  # by number, the one longest open first
         self.seq_len, self.seed, self.vocab_size = cfg.train_seq_len, cfg.seed, cfg.vocab_size
         self.shuffled = cfg.loader == "shuffled"
         sizes = []
         for number, path in enumerate(paths):
-            tokens = open_shard(path, cfg.vocab_size, scan)
+            tokens = open_shard(path, cfg.vocab_size, self.scan_tokens)
             sizes.append(len(tokens))
             self.keep_open(number, tokens)
         self.first_token = np.cumsum([0, *sizes])
@@ -1282,6 +1283,7 @@ class Validation:
     tokenizer_sha256: str
     documents: int
     recorded_bytes: int
+    forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: pairs never emitted
 
     def num_targets(self, cfg: Config) -> int:
         """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
@@ -1303,27 +1305,36 @@ def read_sidecar(folder: str) -> dict:
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
 
-def load_validation(cfg: Config) -> Validation:
-    """Read the validation split whole and check it; raises Refusal on any disagreement."""
-    tokenizer_path = Path(cfg.tokenizer_path)
-    if not tokenizer_path.is_file():
-        raise Refusal(f"TOKENIZER_PATH={tokenizer_path}: no such file; data/prepare.py makes it")
-    paths, sidecar = shard_paths(cfg.data_path, "val"), read_sidecar(cfg.data_path)
-    tokenizer_hash = sha256_of(tokenizer_path)
-    if tokenizer_hash != sidecar["tokenizer"]["sha256"]:
+def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+    """The tokenizer that a sidecar records, and its sha256; raises Refusal if it is another one."""
+    path = Path(cfg.tokenizer_path)
+    sha256 = sha256_of(path)
+    if sha256 != recorded["sha256"]:
         raise Refusal(
-            f"TOKENIZER_PATH={tokenizer_path} (sha256 {tokenizer_hash[:12]}) is not the "
-            f"shards' tokenizer, sha256 {sidecar['tokenizer']['sha256'][:12]}"
+            f"TOKENIZER_PATH={path} (sha256 {sha256[:12]}) is not the "
+            f"shards' tokenizer, sha256 {recorded['sha256'][:12]}"
         )
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise Refusal(f"{tokenizer_path}: not a SentencePiece model ({error})") from None
+        raise Refusal(f"{path}: not a SentencePiece model ({error})") from None
     if tokenizer.vocab_size() != cfg.vocab_size or tokenizer.bos_id() != BOS:
         raise Refusal(
-            f"TOKENIZER_PATH={tokenizer_path} has {tokenizer.vocab_size()} pieces, BOS "
+            f"TOKENIZER_PATH={path} has {tokenizer.vocab_size()} pieces, BOS "
             f"id {tokenizer.bos_id()}; expected VOCAB_SIZE={cfg.vocab_size} and {BOS}"
         )
+    return tokenizer, sha256
+
+
+def load_validation(cfg: Config) -> Validation:
+    """Read the validation split whole and check it; raises Refusal on any disagreement."""
+    if not Path(cfg.tokenizer_path).is_file():
+        raise Refusal(
+            f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file; data/prepare.py makes it"
+        )
+    paths = shard_paths(cfg.data_path, "val")
+    sidecar = read_sidecar(cfg.data_path)
+    tokenizer, tokenizer_sha256 = load_tokenizer(cfg, sidecar["tokenizer"])
     if {path.name: sha256_of(path) for path in paths} != sidecar["val_shards"]:
         raise Refusal(
             f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
@@ -1338,13 +1349,18 @@ def load_validation(cfg: Config) -> Validation:
             f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
             f"records {sidecar['encoded_bytes']:,}: run data/prepare.py again"
         )
+    forbidden = None
+    if cfg.token_mask != "0":
+        forbidden = forbidden_pairs(tokenizer)
+        refuse_forbidden_pairs(tokens, forbidden, f"the validation split in {cfg.data_path}")
     val = Validation(
-        tokens,
-        target_bytes.astype(np.int16),
-        sidecar["fingerprint"],
-        tokenizer_hash,
-        int((tokens == BOS).sum()),
-        counted,
+        tokens=tokens,
+        target_bytes=target_bytes.astype(np.int16),
+        fingerprint=sidecar["fingerprint"],
+        tokenizer_sha256=tokenizer_sha256,
+        documents=int((tokens == BOS).sum()),
+        recorded_bytes=counted,
+        forbidden=forbidden,
     )
     if not target_bytes[: val.num_targets(cfg)].any():
         raise Refusal(
@@ -1352,6 +1368,337 @@ def load_validation(cfg: Config) -> Validation:
             f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}"
         )
     return val
+
+
+# =================================================================================================
+# Token mask
+# A BPE tokenizer never emits some pairs of tokens: their text would have been merged differently.
+# Their probability is taken away exactly, P'(x | context) = P(x | context) [(p, x) is allowed] /
+# (1 - sum of P over forbidden tokens), p the token before x. Context beyond p decides nothing:
+# a pair can stand in some text if and only if its own text, alone, is encoded as this pair.
+# =================================================================================================
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSettings(Part):
+    """Whether tokens that the tokenizer cannot emit get any probability."""
+
+    title = "Token mask"
+
+    token_mask: str = scoring_knob(
+        "0",
+        ("0", "eval", "1"),
+        "Give no probability to tokens that the tokenizer cannot emit after the one before: "
+        "never, in the artifact's score, in training too.",
+        absent="0",
+    )
+
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type
+BPE_MODEL = 2  # TrainerSpec.ModelType
+CHECKED_PAIRS = 1 << 22  # at a time
+LOG2_E = math.log2(math.e)
+
+
+def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Each field of a serialised protobuf message: its number, and a number or bytes.
+
+    Fixed-size values come as their little-endian bytes. Raises Refusal if it is no message.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            if at >= len(message) or shift > 63:
+                raise Refusal("the tokenizer is not a SentencePiece model")
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        sizes = {1: 8, 5: 4}
+        if kind not in sizes and kind != 2:
+            raise Refusal("the tokenizer is not a SentencePiece model")
+        size = varint() if kind == 2 else sizes[kind]
+        if at + size > len(message):
+            raise Refusal("the tokenizer is not a SentencePiece model")
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of a SentencePiece model by id, and how it encodes."""
+
+    texts: list[str]
+    scores: list[float]
+    kinds: list[int]
+    is_bpe: bool
+    byte_fallback: bool
+    escapes_spaces: bool  # a space is written U+2581, so that no text holds U+0020
+
+
+def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
+    """What the model file says; the processor itself does not tell user-defined from others."""
+    texts, scores, kinds = [], [], []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for number, content in wire_fields(tokenizer.serialized_model_proto()):
+        if number == 1 and isinstance(content, bytes):
+            piece = dict(wire_fields(content))
+            texts.append(bytes(piece[1]).decode("utf-8"))
+            scores.append(float(np.frombuffer(bytes(piece.get(2, bytes(4))), "<f4")[0]))
+            kinds.append(int(piece.get(3, NORMAL)))
+        elif number == 2 and isinstance(content, bytes):
+            trainer.update(wire_fields(content))
+        elif number == 3 and isinstance(content, bytes):
+            normalizer.update(wire_fields(content))
+    return Pieces(
+        texts,
+        scores,
+        kinds,
+        is_bpe=trainer.get(3, 1) == BPE_MODEL,
+        byte_fallback=bool(trainer.get(35, 0)),
+        escapes_spaces=bool(normalizer.get(5, 1)),
+    )
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A symbol that is at one time the last (or the first) of a token that is being merged.
+
+    Merges are done best score first. `birth` is the worst score of the merges up to the one that
+    makes the symbol, `death` the worst of those from there to the one that swallows it.
+    """
+
+    symbol: str
+    birth: float
+    death: float
+
+
+def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int]]:
+    """The merges of a text in their order: score, and the place of the left symbol at that time.
+
+    Best score first, the leftmost of equal ones; any two neighbours merge that form a piece.
+    """
+    symbols = list(text)
+    merges: list[tuple[float, int]] = []
+    while True:
+        candidates = [
+            (-score_of[left + right], place)
+            for place, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False))
+            if left + right in score_of
+        ]
+        if not candidates:
+            return merges
+        cost, place = min(candidates)
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+        merges.append((-cost, place))
+
+
+def edges_of(text: str, merges: list[tuple[float, int]]) -> tuple[list[Edge], list[Edge]]:
+    """The symbols that are the first and the last of a token, each from birth to death."""
+    symbols = list(text)
+    found: tuple[list[Edge], list[Edge]] = ([], [])
+    births = [np.inf, np.inf]
+    since = [np.inf, np.inf]
+    worst = np.inf
+    for score, place in merges:
+        worst = min(worst, score)
+        since = [min(score, lowest) for lowest in since]
+        touched = (place == 0, place + 2 == len(symbols))
+        ends = (symbols[0], symbols[-1])
+        for side in (0, 1):
+            if touched[side]:
+                found[side].append(Edge(ends[side], births[side], since[side]))
+                births[side] = worst
+                since[side] = np.inf
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+    for side in (0, 1):
+        found[side].append(Edge(text, births[side], -np.inf))
+    return found
+
+
+@dataclass(frozen=True)
+class EdgeTable:
+    """All tokens that have a symbol at their end (or start): ids, births and deaths."""
+
+    ids: np.ndarray
+    births: np.ndarray
+    deaths: np.ndarray
+
+
+def by_symbol(edges: dict[int, list[Edge]]) -> dict[str, EdgeTable]:
+    """The edges of each token, gathered by symbol."""
+    gathered = defaultdict(list)
+    for token, own in edges.items():
+        for edge in own:
+            gathered[edge.symbol].append((token, edge.birth, edge.death))
+    tables = {}
+    for symbol, rows in gathered.items():
+        ids, births, deaths = zip(*rows, strict=True)
+        tables[symbol] = EdgeTable(np.array(ids), np.array(births), np.array(deaths))
+    return tables
+
+
+def forbid_merges(
+    forbidden: np.ndarray, score_of: dict[str, float], lasts: dict, firsts: dict
+) -> None:
+    """Forbid each pair of which a merge would join the end of the first and the start of the other.
+
+    Both halves are merged in one common order, best first, those of the left first among equals. A
+    merge over the boundary happens if its symbols live at one time and it is better than what would
+    swallow either; against the left half it loses a tie, against the right half it wins one.
+    """
+    for text, score in score_of.items():
+        for cut in range(1, len(text)):
+            left = lasts.get(text[:cut])
+            right = firsts.get(text[cut:])
+            if left is None or right is None:
+                continue
+            own = score > left.deaths
+            other = score >= right.deaths
+            birth, death = left.births[own, None], left.deaths[own, None]
+            births, deaths = right.births[other], right.deaths[other]
+            meet = births > np.minimum(birth, death)
+            meet &= birth >= np.minimum(births, deaths)
+            forbidden[np.ix_(left.ids[own], right.ids[other])] |= meet
+
+
+def forbid_symbols(forbidden: np.ndarray, texts: dict[int, str], defined: dict[str, int]) -> None:
+    """Forbid each pair over whose boundary a user-defined symbol would be read.
+
+    Such symbols are found before all merges, from left to right, the longest first, so one begins
+    wherever its text does, except inside another one.
+    """
+    owners = set(defined.values())
+    for symbol in defined:
+        for cut in range(1, len(symbol)):
+            start = symbol[:cut]
+            rest = symbol[cut:]
+            left = [
+                token
+                for token, text in texts.items()
+                if (text == start if token in owners else text.endswith(start))
+            ]
+            right = [token for token, text in texts.items() if text.startswith(rest)]
+            forbidden[np.ix_(left, right)] = True
+
+
+def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes beside each other in a character that is no piece (256, 256); last ones, first ones.
+
+    Byte tokens spell what is no piece, one whole character of UTF-8 after the other.
+    """
+    codes = np.arange(0x110000, dtype="<u4")
+    spelt = (codes < 0xD800) | (codes > 0xDFFF)  # surrogates are no characters
+    spelt[[ord(character) for character in known]] = False
+    if escapes_spaces:
+        spelt[ord(" ")] = False
+    spelling = np.frombuffer(codes[spelt].tobytes().decode("utf-32-le").encode("utf-8"), np.uint8)
+    following = np.append(spelling[1:], np.uint8(0))
+    goes_on = (following & 0xC0) == 0x80
+    inside = np.zeros((256, 256), bool)
+    inside[spelling[goes_on], following[goes_on]] = True
+    last = np.zeros(256, bool)
+    last[spelling[~goes_on]] = True
+    first = np.zeros(256, bool)
+    first[spelling[(spelling & 0xC0) != 0x80]] = True
+    return inside, last, first
+
+
+def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """Which tokens x (columns) no text can have after a token p (rows): bool (V, V).
+
+    Exact for the text and byte pieces of a BPE model that reads every text; a normaliser makes some
+    texts impossible, which is not used. Beside control and unknown pieces everything is allowed: a
+    document may be cut anywhere. Nothing is forbidden for other kinds of model and for those with
+    unused pieces, which are merged and taken apart again. Raises Refusal if it is no model.
+    """
+    pieces = read_pieces(tokenizer)
+    size = len(pieces.texts)
+    if not pieces.is_bpe or UNUSED in pieces.kinds:
+        return np.zeros((size, size), bool)
+    tokens = range(size)
+    defined = {pieces.texts[i]: i for i in tokens if pieces.kinds[i] == USER_DEFINED}
+    # Characters spell symbols before they can be merged into one.
+    score_of = {pieces.texts[i]: pieces.scores[i] for i in tokens if pieces.kinds[i] == NORMAL}
+    texts: dict[int, str] = {}  # of the tokens that stand for text and do occur
+    firsts: dict[int, list[Edge]] = {}
+    lasts: dict[int, list[Edge]] = {}
+    for token in tokens:
+        text = pieces.texts[token]
+        if pieces.kinds[token] == USER_DEFINED:
+            texts[token] = text
+        if pieces.kinds[token] != NORMAL or any(symbol in text for symbol in defined):
+            continue
+        merges = encode_alone(text, score_of)
+        if len(merges) == len(text) - 1:
+            texts[token] = text
+            firsts[token], lasts[token] = edges_of(text, merges)
+
+    forbidden = np.ones((size, size), bool)
+    emitted = np.array(list(texts), dtype=np.int64)
+    forbidden[np.ix_(emitted, emitted)] = False
+    forbid_merges(forbidden, score_of, by_symbol(lasts), by_symbol(firsts))
+    forbid_symbols(forbidden, texts, defined)
+    if pieces.byte_fallback:
+        byte_ids = np.array([tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)])
+        known = {text for text in texts.values() if len(text) == 1}
+        inside, last, first = byte_places(known, pieces.escapes_spaces)
+        forbidden[np.ix_(byte_ids, byte_ids)] = ~(inside | (last[:, None] & first))
+        forbidden[np.ix_(emitted, byte_ids[first])] = False
+        forbidden[np.ix_(byte_ids[last], emitted)] = False
+    special = [i for i in tokens if pieces.kinds[i] in (CONTROL, UNKNOWN)]
+    forbidden[special] = False
+    forbidden[:, special] = False
+    return forbidden
+
+
+def check_stream(tokens: np.ndarray, forbidden: np.ndarray) -> int | None:
+    """The place of the first token that may not follow the one before it; None if there is none."""
+    for start in range(0, len(tokens) - 1, CHECKED_PAIRS):
+        block = np.asarray(tokens[start : start + CHECKED_PAIRS + 1])
+        violations = forbidden[block[:-1], block[1:]]
+        if violations.any():
+            return start + 1 + int(violations.argmax())
+    return None
+
+
+def penalties(forbidden: np.ndarray) -> Tensor:
+    """What to add to logits: -inf where forbidden, else 0; bfloat16 (V, V), 2 V^2 bytes.
+
+    Adding rows of such a table costs a CPU a tenth of what masked_fill() of a boolean one does.
+    """
+    table = torch.zeros(forbidden.shape, dtype=torch.bfloat16)
+    return table.masked_fill_(torch.from_numpy(forbidden), -torch.inf)
+
+
+def mask_tokens(model: GPT, val: Validation, device: torch.device) -> None:
+    """Let a model give no probability to what the split's tokenizer cannot emit."""
+    assert val.forbidden is not None
+    model.penalty = penalties(val.forbidden).to(device)
+
+
+def refuse_forbidden_pairs(tokens: np.ndarray, forbidden: np.ndarray, where: str) -> None:
+    """Raise Refusal, naming the place, if a text holds what its tokenizer cannot emit."""
+    place = check_stream(tokens, forbidden)
+    if place is not None:
+        raise Refusal(
+            f"{where}: token {int(tokens[place])} after {int(tokens[place - 1])} at place {place} "
+            "is none that the tokenizer emits, so the text was not encoded with it as a whole; "
+            "TOKEN_MASK=0 goes on without the mask"
+        )
 
 
 # =================================================================================================
@@ -2087,6 +2434,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
+        self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
         cfg = cfg.for_model()
         self.plan = plan_layers(cfg)
@@ -2175,25 +2523,45 @@ class GPT(nn.Module):
             x = x - like(self.backout_lambda, x) * c.outputs[self.cfg.backout_layer]
         return rms_norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c)."""
-        z, cap = F.linear(hidden, like(self.head.weight, hidden)).float(), self.cfg.logit_softcap
-        return cap * z.div_(cap).tanh_()
+    def logits(self, hidden: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c).
+
+        With the token mask, -inf where a token may not follow that of `input_ids` (B, T).
+        """
+        z = F.linear(hidden, like(self.head.weight, hidden)).float()
+        cap = self.cfg.logit_softcap
+        logits = cap * z.div_(cap).tanh_()
+        if self.penalty is None:
+            return logits
+        assert input_ids is not None, "the token mask needs the tokens before"
+        return logits + self.penalty[input_ids]
+
+    def asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states of a batch where its targets are, and the tokens there: (B, S, D), (B, S).
+
+        S is T where the batch names no places.
+        """
+        hidden = self.hidden(batch.input_ids)
+        if batch.places is None:
+            return hidden, batch.input_ids
+        asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
+        return asked, batch.input_ids.take_along_dim(batch.places, dim=1)
 
     def forward(self, batch: Batch, mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nats of each target and its weight in the loss, float32 like the targets (B, T or S).
 
         A `mile_gamma` of None leaves out MiLe, and then all weights are 1.
         """
-        hidden, targets = self.hidden(batch.input_ids), batch.target_ids
-        if batch.places is not None:
-            hidden = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
+        hidden, input_ids = self.asked(batch)
+        targets = batch.target_ids
         cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
         # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
         if hidden.requires_grad and not plain:
-            return HeadNats.apply(hidden, self.head.weight, targets, cap, mile_gamma, clamp_min)
-        logits = self.logits(hidden)
+            mask = (input_ids, self.penalty)
+            head = self.head.weight
+            return HeadNats.apply(hidden, head, targets, cap, mile_gamma, clamp_min, *mask)
+        logits = self.logits(hidden, input_ids)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return nats.view_as(targets), mile_weights(logits, mile_gamma, clamp_min)
 
@@ -3614,7 +3982,9 @@ def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Te
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((CALIBRATION_ROWS, seq_len), BOS)
     for at in range(1, seq_len):  # whole rows: their length sets the rotary base
-        logits = model.logits(model.hidden(ids.to(device))[:, at - 1 : at])[:, 0]
+        on_device = ids.to(device)
+        last = model.hidden(on_device)[:, at - 1 : at]
+        logits = model.logits(last, on_device[:, at - 1 : at])[:, 0]
         p = torch.softmax(logits / TEMPERATURE, dim=-1).cpu()
         ids[:, at] = torch.multinomial(p, 1, generator=generator)[:, 0]
     return ids
@@ -5350,10 +5720,9 @@ def log_probabilities(
     for few in in_batches(strips, run.scored_rows):
         batch = window_batch(val, few, run.scored_rows, width, run.cfg).moved(run.put)
         assert batch.scored is not None
-        hidden = model.hidden(batch.input_ids)
-        if batch.places is not None:
-            hidden = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
-        logits = model.logits(hidden[batch.scored.bool()])
+        hidden, input_ids = model.asked(batch)
+        scored = batch.scored.bool()
+        logits = model.logits(hidden[scored], input_ids[scored])
         rows.append(torch.log_softmax(logits, dim=-1).cpu())
     return torch.cat(rows)
 
@@ -5547,6 +5916,8 @@ def score_artifact(
     counts, in a published system's own windows. The settings of `run` are those of the artifact.
     """
     model = rebuild_model(run.cfg, stored, run)
+    if run.cfg.token_mask != "0":
+        mask_tokens(model, val, run.device)
     run = run.with_settings(run.cfg.for_scoring())
     cfg = run.cfg
     label = grid_label(model, stored)
@@ -5690,37 +6061,55 @@ class HeadNats(torch.autograd.Function):
         cap: float,
         gamma: Tensor | None,
         clamp_min: float,
+        input_ids: Tensor,
+        penalty: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Of hidden (B, T, D), head (V, D) and targets (B, T): what GPT.forward gives."""
-        hidden, shape, nats, weights = hidden.flatten(0, 1), targets.shape, [], []
+        """Of hidden (B, T, D), head (V, D), targets and inputs (B, T): what GPT.forward gives.
+
+        penalty: the token mask (V, V), or None without it.
+        """
+        shape = targets.shape
+        hidden = hidden.flatten(0, 1)
         pull = hidden.new_empty(len(hidden), len(head))
-        for own, at, bent in zip(
-            *(x.split(HeadNats.ROWS) for x in (hidden, targets.reshape(-1, 1), pull)), strict=True
-        ):
+        nats, weights = [], []
+        columns = (hidden, targets.reshape(-1, 1), input_ids.flatten(), pull)
+        blocks = zip(*(column.split(HeadNats.ROWS) for column in columns), strict=True)
+        for own, at, before, bent in blocks:
             torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
             logits = cap * bent
-            total = logits.logsumexp(-1, keepdim=True)
-            nats.append(total - logits.gather(1, at))
+            if penalty is not None:
+                logits += penalty.index_select(0, before)
             weights.append(mile_weights(logits, gamma, clamp_min))
-            excess = logits.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total))
+            own_nats, p = nats_and_shares(logits, at, penalty is not None)
+            nats.append(own_nats)
+            excess = p.scatter_add_(1, at, p.new_full(at.shape, -1.0))
             bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
         ctx.save_for_backward(hidden, head, pull)
-        ctx.mark_non_differentiable(of_loss := torch.cat(weights).view(shape))
+        of_loss = torch.cat(weights).view(shape)
+        ctx.mark_non_differentiable(of_loss)
         return torch.cat(nats).view(shape), of_loss
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Of hidden and head, the only inputs that have one."""
-        (hidden, head, pull), shape = ctx.saved_tensors, grad.shape
+        hidden, head, pull = ctx.saved_tensors
+        shape = grad.shape
         grad = grad.reshape(-1, 1)
-        return (
-            (grad * (pull @ head)).view(*shape, -1),
-            pull.t() @ (grad * hidden),
-            None,
-            None,
-            None,
-            None,
-        )
+        of_hidden = (grad * (pull @ head)).view(*shape, -1)
+        of_head = pull.t() @ (grad * hidden)
+        return of_hidden, of_head, None, None, None, None, None, None
+
+
+def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which are lost."""
+    if masked:
+        log_shares = torch.log_softmax(logits, -1)
+        nats = -log_shares.gather(1, targets)
+        # On a CPU exp() takes ten times as long where it gives 0; exp2() does not.
+        return nats, log_shares.mul_(math.log2(math.e)).exp2_()
+    total = logits.logsumexp(-1, keepdim=True)
+    nats = total - logits.gather(1, targets)
+    return nats, logits.sub_(total).exp_()
 
 
 # =================================================================================================
@@ -5905,6 +6294,7 @@ class Config(
     RunSettings,
     BudgetSettings,
     DataSettings,
+    MaskSettings,
     ShapeSettings,
     TokenSettings,
     AttentionSettings,
@@ -6273,7 +6663,13 @@ def look(
     """What a run takes from outside itself: data, kernel and its name; or Refusal."""
     if cfg.codec == "brotli":
         brotli_module()
-    return TrainingRows(cfg), load_validation(cfg), *pick_attention(cfg, device)
+    rows = TrainingRows(cfg)
+    val = load_validation(cfg)
+    if val.forbidden is not None:
+        for number, path in enumerate(rows.shards):
+            tokens = rows.tokens_of(number)[: rows.scan_tokens]
+            refuse_forbidden_pairs(tokens, val.forbidden, str(path))
+    return rows, val, *pick_attention(cfg, device)
 
 
 def verb_train(cfg: Config, notes: list[str]) -> int:
@@ -6286,6 +6682,8 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         model = GPT(cfg, kernel, run.dtype)
         initialize(model, cfg)
         run.ranks.copy_from_main(model.to(run.device))
+        if cfg.token_mask == "1":
+            mask_tokens(model, val, run.device)
         log_work(model, rows, val, kernel_name, run)
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)

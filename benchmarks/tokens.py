@@ -32,7 +32,6 @@ from torch.nn.functional import cross_entropy
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import ngram_tilt  # noqa: E402
-import token_mask  # noqa: E402
 import train_gpt  # noqa: E402
 
 SCORED_TOKENS = 32768
@@ -89,21 +88,21 @@ class Entry:
 def gain_of_mask(folder: Path) -> None:
     """Print violations in the data, and the score with and without the mask."""
     entry = Entry(folder)
-    forbidden = token_mask.forbidden_pairs(entry.tokenizer)
+    forbidden = train_gpt.forbidden_pairs(entry.tokenizer)
     for split in ("train", "val"):
         tokens = split_tokens(entry.data, split)
-        place = token_mask.check_stream(tokens, forbidden)
+        place = train_gpt.check_stream(tokens, forbidden)
         print(f"{split}: {len(tokens):,} tokens, first violation {place}")
     tokens = split_tokens(entry.data, "val")[: SCORED_TOKENS + 1]
     targets = torch.from_numpy(tokens[1:].astype(np.int64))
-    penalty = token_mask.penalties(forbidden)
+    penalty = train_gpt.penalties(forbidden)
     sums = np.zeros(2)
     scored = 0
     worst = -math.inf
     for where, ids, logits in entry.scored(tokens):
         own = targets[where]
         plain = cross_entropy(logits.flatten(0, 1), own, reduction="none").double()
-        masked = token_mask.masked(logits, ids, penalty)
+        masked = logits + penalty[ids]
         with_mask = cross_entropy(masked.flatten(0, 1), own, reduction="none").double()
         sums += float(plain.sum()), float(with_mask.sum())
         worst = max(worst, float((with_mask - plain).max()))
@@ -150,14 +149,14 @@ def cost_of_head(vocab_size: int, width: int, pairs: int = 41) -> None:
     torch.manual_seed(0)
     forbidden = torch.rand(vocab_size, vocab_size) < 0.25
     forbidden[:, 0] = False
-    penalty = token_mask.penalties(forbidden.numpy())
+    penalty = train_gpt.penalties(forbidden.numpy())
     hidden = torch.randn(8, 256, width, requires_grad=True)
     head = torch.randn(vocab_size, width, requires_grad=True)
     ids = torch.randint(vocab_size, (8, 256))
     given = (hidden, head, torch.zeros_like(ids), 30.0, None, 0.1)
     forms = (
-        lambda: train_gpt.HeadNats.apply(*given),
-        lambda: token_mask.MaskedHeadNats.apply(*given, ids, penalty),
+        lambda: train_gpt.HeadNats.apply(*given, ids, None),
+        lambda: train_gpt.HeadNats.apply(*given, ids, penalty),
     )
     times: list[list[float]] = [[], []]
     for number in range(2 * (pairs + 2)):
@@ -179,7 +178,7 @@ def cost_of_table(models: list[str]) -> None:
     for model in models:
         tokenizer = load_tokenizer(Path(model))
         start = time.perf_counter()
-        forbidden = token_mask.forbidden_pairs(tokenizer)
+        forbidden = train_gpt.forbidden_pairs(tokenizer)
         seconds = time.perf_counter() - start
         size = len(forbidden)
         print(
@@ -237,13 +236,13 @@ def tokens_of_caseops(vocab_size: int) -> None:
         raise SystemExit("CaseOps lost bytes")
     stream = np.concatenate([ids for ids, _ in pairs])
     before = sum(len(plain.encode(text)) + 1 for text in texts["val"])
-    forbidden = token_mask.forbidden_pairs(tokenizer)
+    forbidden = train_gpt.forbidden_pairs(tokenizer)
     marks = np.isin(stream, (4, 5, 6, 7)).mean()
     print(
         f"{val_bytes:,} validation bytes: {before:,} tokens, {len(stream):,} with CaseOps "
         f"({len(stream) / before - 1:+.1%}), of which marks {marks:.1%}; "
         f"tokens and bytes {val_bytes / seconds / 1e6:.2f} MB/s; mask: {forbidden.mean():.2%} "
-        f"forbidden, first violation {token_mask.check_stream(stream, forbidden)}"
+        f"forbidden, first violation {train_gpt.check_stream(stream, forbidden)}"
     )
 
 

@@ -63,7 +63,9 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     first_v = None if context.first_v is None else context.first_v.detach()
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
-        return t.HeadNats.apply(hidden, model.head.weight, targets, cfg.logit_softcap, None, 0.0)[0]
+        return t.HeadNats.apply(
+            hidden, model.head.weight, targets, cfg.logit_softcap, None, 0.0, targets, None
+        )[0]
 
     def embed() -> None:
         start = t.rms_norm(model.tok_emb(ids) + model.bigram(ids, model.dtype))

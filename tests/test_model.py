@@ -288,7 +288,7 @@ def test_the_loss_with_its_own_gradient_is_cross_entropy(
     for own in (True, False):
         h, W = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         if own:
-            nats, weights = train_gpt.HeadNats.apply(h, W, targets, cap, gamma, 0.1)
+            nats, weights = train_gpt.HeadNats.apply(h, W, targets, cap, gamma, 0.1, targets, None)
         else:
             logits = cap * torch.tanh(h @ W.t() / cap)
             nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]

@@ -14,7 +14,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import token_mask
 import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +137,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 def variant(name: str) -> tuple[sentencepiece.SentencePieceProcessor, np.ndarray]:
     """A trained tokenizer and its table."""
     tokenizer = trained(**VARIANTS[name])
-    return tokenizer, token_mask.forbidden_pairs(tokenizer)
+    return tokenizer, train_gpt.forbidden_pairs(tokenizer)
 
 
 FRAGMENTS = st.one_of(
@@ -160,7 +159,7 @@ TEXTS = st.lists(FRAGMENTS, max_size=12).map("".join)
 def test_no_pair_that_a_text_holds_is_forbidden(name: str, text: str) -> None:
     tokenizer, forbidden = variant(name)
     stream = np.array([BOS, *tokenizer.encode(text), BOS])
-    assert token_mask.check_stream(stream, forbidden) is None
+    assert train_gpt.check_stream(stream, forbidden) is None
     assert not forbidden[stream[:-1], stream[1:]].any()
 
 
@@ -170,14 +169,14 @@ PUBLISHED = sorted((ROOT.parent / "shared/data/tokenizers").glob("fineweb_*.mode
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_published_tokenizers_hold_to_their_tables(path: Path) -> None:
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    forbidden = token_mask.forbidden_pairs(tokenizer)
+    forbidden = train_gpt.forbidden_pairs(tokenizer)
     assert 0.02 < forbidden.mean() < 0.5
     source = random.Random(2)
     texts = [(ROOT / "README.md").read_text(), (ROOT / "data/README.md").read_text()]
     texts += ["".join(chr(source.randrange(1, 0xD800)) for _ in range(4000))]
     texts += ["".join(source.choice("aeionrst  \n0129\U0001f600") for _ in range(4000))]
     for text in texts:
-        assert token_mask.check_stream(np.array(tokenizer.encode(text)), forbidden) is None
+        assert train_gpt.check_stream(np.array(tokenizer.encode(text)), forbidden) is None
 
 
 def occurs_alone(tokenizer: sentencepiece.SentencePieceProcessor, p: int, x: int) -> bool:
@@ -228,7 +227,7 @@ def test_tables_of_any_scores_are_exact(
     scored = dict(zip("abc", letters, strict=True)) | pieces
     scored = {text: score for text, score in scored.items() if text not in defined}
     tokenizer = handmade(scored, tuple(defined))
-    forbidden = token_mask.forbidden_pairs(tokenizer)
+    forbidden = train_gpt.forbidden_pairs(tokenizer)
     tokens = text_tokens(tokenizer)
     alone = {(p, x) for p in tokens for x in tokens if occurs_alone(tokenizer, p, x)}
     for p in tokens:
@@ -249,7 +248,7 @@ def test_byte_pairs_are_those_of_characters_that_are_no_pieces() -> None:
     known = ["\u2581", "a", "b", "\u00e9", "\u65e5", "\U0001f600"]
     scored = dict.fromkeys(known, -5.0) | {"ab": -1.0, "\u65e5\u672c": -2.0}
     tokenizer = handmade(scored, ("\ue001",), bytes_too=True)
-    forbidden = token_mask.forbidden_pairs(tokenizer)
+    forbidden = train_gpt.forbidden_pairs(tokenizer)
     byte_ids = np.array([tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)])
     inside = np.zeros((256, 256), bool)
     first = np.zeros(256, bool)
@@ -269,15 +268,15 @@ def test_byte_pairs_are_those_of_characters_that_are_no_pieces() -> None:
     assert np.array_equal(forbidden[a, byte_ids], ~first)
     assert np.array_equal(forbidden[byte_ids, a], ~last)
     ids = np.array(tokenizer.encode("".join(everything)))
-    assert token_mask.check_stream(ids, forbidden) is None
+    assert train_gpt.check_stream(ids, forbidden) is None
     beside = np.array(tokenizer.encode("a".join(everything[::7])))
-    assert token_mask.check_stream(beside, forbidden) is None
+    assert train_gpt.check_stream(beside, forbidden) is None
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "char"])
 def test_other_models_forbid_nothing(model_type: str) -> None:
     tokenizer = trained(model_type=model_type, vocab_size=300)
-    assert not token_mask.forbidden_pairs(tokenizer).any()
+    assert not train_gpt.forbidden_pairs(tokenizer).any()
 
 
 @settings(max_examples=100, deadline=None)
@@ -285,11 +284,11 @@ def test_other_models_forbid_nothing(model_type: str) -> None:
 def test_check_stream_names_the_first_violation(ids: list[int], seed: int) -> None:
     forbidden = np.random.default_rng(seed).random((12, 12)) < 0.1
     places = [i for i in range(1, len(ids)) if forbidden[ids[i - 1], ids[i]]]
-    block, token_mask.CHECKED_PAIRS = token_mask.CHECKED_PAIRS, 7
+    block, train_gpt.CHECKED_PAIRS = train_gpt.CHECKED_PAIRS, 7
     try:
-        found = token_mask.check_stream(np.array(ids, np.uint16), forbidden)
+        found = train_gpt.check_stream(np.array(ids, np.uint16), forbidden)
     finally:
-        token_mask.CHECKED_PAIRS = block
+        train_gpt.CHECKED_PAIRS = block
     assert found == (places[0] if places else None)
 
 
@@ -327,10 +326,10 @@ def naive_nats(
 
 def test_masked_head_is_the_renormalised_distribution() -> None:
     hidden, head, targets, ids, forbidden = case(torch.float32)
-    penalty = token_mask.penalties(forbidden.numpy())
+    penalty = train_gpt.penalties(forbidden.numpy())
     leaves = [x.clone().requires_grad_() for x in (hidden, head)]
     gamma = torch.tensor(1.1)
-    nats, weights = token_mask.MaskedHeadNats.apply(*leaves, targets, 4.0, gamma, 0.1, ids, penalty)
+    nats, weights = train_gpt.HeadNats.apply(*leaves, targets, 4.0, gamma, 0.1, ids, penalty)
     doubles = [x.double().requires_grad_() for x in (hidden, head)]
     expected = naive_nats(*doubles, targets, ids, forbidden, 4.0)
     torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-5)
@@ -339,7 +338,7 @@ def test_masked_head_is_the_renormalised_distribution() -> None:
     (expected * factor.double()).sum().backward()
     for leaf, double in zip(leaves, doubles, strict=True):
         torch.testing.assert_close(leaf.grad.double(), double.grad, rtol=1e-4, atol=1e-4)
-    logits = token_mask.masked(4.0 * torch.tanh(hidden @ head.t() / 4.0), ids, penalty)
+    logits = 4.0 * torch.tanh(hidden @ head.t() / 4.0) + penalty[ids]
     torch.testing.assert_close(weights, train_gpt.mile_weights(logits, gamma, 0.1))
     assert torch.isfinite(weights).all()
     plain = train_gpt.HeadNats.apply(hidden, head, targets, 4.0, None, 0.1)[0]
@@ -347,34 +346,27 @@ def test_masked_head_is_the_renormalised_distribution() -> None:
     assert (nats < plain - 1e-2).any()
 
 
-def test_masked_head_without_a_mask_is_the_plain_head() -> None:
+def test_a_mask_that_forbids_nothing_changes_nothing() -> None:
     hidden, head, targets, ids, _ = case(torch.float32)
-    nothing = token_mask.penalties(np.zeros((len(head), len(head)), bool))
+    nothing = train_gpt.penalties(np.zeros((len(head), len(head)), bool))
     results = []
-    for apply, extra in (
-        (train_gpt.HeadNats.apply, ()),
-        (token_mask.MaskedHeadNats.apply, (ids, nothing)),
-        (token_mask.MaskedHeadNats.apply, (ids, None)),
-    ):
+    for penalty in (None, nothing):
         leaves = [x.clone().requires_grad_() for x in (hidden, head)]
-        nats, _ = apply(*leaves, targets, 4.0, None, 0.1, *extra)
+        nats, _ = train_gpt.HeadNats.apply(*leaves, targets, 4.0, None, 0.1, ids, penalty)
         nats.mean().backward()
         results.append((nats, *(leaf.grad for leaf in leaves)))
-    for plain, *others in zip(*results, strict=True):
-        for other in others:
-            torch.testing.assert_close(other, plain, rtol=0, atol=1e-6)
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=0, atol=1e-6)
 
 
 def test_masked_head_has_the_gradient_of_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """gradcheck in double precision, over more than one block of rows."""
-    monkeypatch.setattr(token_mask.MaskedHeadNats, "ROWS", 4)
+    monkeypatch.setattr(train_gpt.HeadNats, "ROWS", 4)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     hidden, head, targets, ids, forbidden = case(torch.float64, tokens=5)
-    penalty = token_mask.penalties(forbidden.numpy())
+    penalty = train_gpt.penalties(forbidden.numpy())
 
     def nats(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        return token_mask.MaskedHeadNats.apply(hidden, head, targets, 4.0, None, 0.1, ids, penalty)[
-            0
-        ]
+        return train_gpt.HeadNats.apply(hidden, head, targets, 4.0, None, 0.1, ids, penalty)[0]
 
     assert torch.autograd.gradcheck(nats, (hidden.requires_grad_(), head.requires_grad_()))
