@@ -1902,7 +1902,7 @@ def like(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.to(x.dtype)
 
 
-# What a parameter is. Nothing else in this file goes by the names of parameters.
+# What a parameter is. Start, optimizer, rounding and storage go by it, never by a name.
 
 Start = Callable[[Tensor, "Config"], object]  # fills a parameter with its initial value
 Shape = tuple[int, ...]

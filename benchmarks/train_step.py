@@ -68,8 +68,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
         )[0]
 
     def embed() -> None:
-        start = t.rms_norm(model.tok_emb(ids) + model.bigram(ids, model.dtype))
-        model.smear(start, ids).sum().backward()
+        model.embedded(ids).sum().backward()
 
     averages, adam, muon = t.Averages(model, cfg), *bench.optimizers
     stacks = [torch.randn(len(weights), *weights[0].shape) for _, weights in muon.stacks]

@@ -209,7 +209,7 @@ def check(combination: dict, data: TinyData) -> None:
         kept = model.get_parameter(name).detach()
         assert (p - kept).norm() <= 0.9 * kept.norm() + 1e-6, name
     with torch.no_grad():
-        assert twin(ids[:, :-1], ids[:, 1:])[0].isfinite().all()
+        assert twin(Batch(ids[:, :-1], ids[:, 1:]))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("number", range(len(COVER)))

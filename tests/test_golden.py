@@ -87,7 +87,7 @@ def assert_near(ours: torch.Tensor, published: torch.Tensor, within: float) -> N
 def test_logits_and_nats(system: str) -> None:
     golden, model = numbers(f"model_{system}"), published_model(system)
     assert_near(model.logits(model.hidden(golden["input_ids"])), golden["logits"], 2e-4)
-    assert_near(model(golden["input_ids"], golden["target_ids"])[0], golden["nll"], 2e-4)
+    assert_near(model(Batch(golden["input_ids"], golden["target_ids"]))[0], golden["nll"], 2e-4)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -322,7 +322,9 @@ def test_attention_is_its_equation(heads: tuple[int, int], exclusive: bool) -> N
     cfg = Config(**{**SIZES, "num_heads": heads[0], "num_kv_heads": heads[1]})
     torch.manual_seed(0)
     cfg = replace(cfg, xsa_last_n=cfg.num_layers if exclusive else 0)
-    attention = train_gpt.Attention(cfg, 0, train_gpt.sdpa_attention).double()
+    attention = train_gpt.Attention(
+        cfg, train_gpt.plan_layers(cfg)[0], train_gpt.sdpa_attention
+    ).double()
     nn.init.normal_(attention.q_gain, mean=1.0)
     h = torch.randn(1, 8, 32, dtype=torch.float64)
     extra_v = torch.randn(1, 8, heads[1] * cfg.head_dim, dtype=torch.float64)

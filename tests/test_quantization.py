@@ -531,6 +531,7 @@ def magnitude_pruned(W: Tensor, share: float) -> Tensor:
     """W, whose values are those of fp16, as an export with PRUNE_FRAC stores it."""
 
     class Holder(torch.nn.Module):
+        kinds = {"matrix": train_gpt.MLP_MATRIX}
         cfg = Config(
             prune_frac=share,
             bits="mlp:fp16,attn:fp16,emb:fp16,aux:fp16",
