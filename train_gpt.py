@@ -2534,7 +2534,7 @@ class GPT(nn.Module):
         if self.penalty is None:
             return logits
         assert input_ids is not None, "the token mask needs the tokens before"
-        return logits + self.penalty[input_ids]
+        return logits + F.embedding(input_ids, self.penalty)
 
     def asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states of a batch where its targets are, and the tokens there: (B, S, D), (B, S).
