@@ -6,6 +6,7 @@
     python train_gpt.py --check                              look at settings and data, do nothing
     python train_gpt.py --plan                               what a run would do and cost
     python train_gpt.py --eval runs/<id>/artifact.bin        score an artifact again
+    python train_gpt.py --sample runs/<id>/artifact.bin ""   text that its model draws
 
 The number to bring down is val_bpb, bits per byte of the validation text by the model that the
 artifact holds. ARTIFACT_LIMIT_BYTES bounds code plus artifact, MAX_WALLCLOCK_SECONDS training
@@ -26,10 +27,11 @@ Sections, in the order of a run:
  10  Size                         what it will take, and how it is made to fit
  11  Counts                       n-grams and repeats, mixed with the network
  12  Evaluation                   windows, bits per byte, learning from what is scored
- 13  Faster on a CPU              derivatives by hand
- 14  Published variants           what only a published system needs
- 15  Configuration                all settings together, presets, the environment
- 16  Main                         the story, and the verbs above
+ 13  Sampling                     text that the model draws
+ 14  Faster on a CPU              derivatives by hand
+ 15  Published variants           what only a published system needs
+ 16  Configuration                all settings together, presets, the environment
+ 17  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -2435,6 +2437,8 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
+        # Where ids stand in their row: first position and the row's length. None: they are it.
+        self.row_place: tuple[int, int] | None = None
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
         cfg = cfg.for_model()
         self.plan = plan_layers(cfg)
@@ -2473,7 +2477,10 @@ class GPT(nn.Module):
 
     def context(self, input_ids: Tensor, x0: Tensor) -> Context:
         """What the layers read beside the stream, of ids (B, T) and embedding x0 (B, T, D)."""
-        rotation = rotary_tables(self.cfg, input_ids.size(1), x0.device)
+        first, row_length = self.row_place or (0, input_ids.size(1))
+        tables = rotary_tables(self.cfg, row_length, x0.device)
+        cos, sin = (table[first : first + input_ids.size(1)] for table in tables)
+        rotation = (cos, sin)
         extra_v: dict[int, Tensor] = {}
         if self.ve_shared is not None:
             shared = self.ve_shared(input_ids, self.dtype)
@@ -4508,11 +4515,18 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
         raise Refusal(f"{path}: {refusal}") from None
 
 
-def rebuild_model(cfg: Config, stored: dict[str, Stored], run: Run) -> GPT:
-    """The model an artifact holds, on the run's device; raises Refusal if it holds another."""
+def rebuild_model(
+    cfg: Config, stored: dict[str, Stored], run: Run, kernel: AttentionKernel | None = None
+) -> GPT:
+    """The model an artifact holds, on the run's device; raises Refusal if it holds another.
+
+    kernel: its attention kernel; None takes that of the settings.
+    """
+    if kernel is None:
+        kernel = pick_attention(cfg, run.device)[1]
     # The empty model is laid out without memory, so that a lying header allocates nothing.
     with torch.device("meta"):
-        model = GPT(cfg, pick_attention(cfg, run.device)[1], run.dtype)
+        model = GPT(cfg, kernel, run.dtype)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors = {name: tensor for name, tensor in stored.items() if tensor.kind != "packed"}
     if expected != {name: tuple(tensor.values.shape) for name, tensor in tensors.items()}:
@@ -5999,6 +6013,130 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
 
 
 # =================================================================================================
+# Sampling
+# Text that the model of an artifact draws itself, token by token, through the same forward that
+# is trained and scored. Keys and values of earlier positions are kept by the attention kernel.
+# =================================================================================================
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(Part):
+    """How --sample draws; SEED makes it repeat."""
+
+    title = "Sampling"
+    prefixes: ClassVar[tuple[str, ...]] = ("SAMPLE_",)
+
+    sample_tokens: int = run_knob(256, (1, 1 << 20), "Tokens that --sample draws at most.")
+    sample_temperature: float = run_knob(
+        0.8, (0.0, 100.0), "Temperature of the draw; 0 always takes the likeliest token."
+    )
+    sample_top_p: float = run_knob(
+        0.95, (0.0, 1.0), "Draw from the likeliest tokens that have this probability together."
+    )
+
+
+class CachedAttention:
+    """A causal attention kernel that keeps keys and values of a row's earlier positions.
+
+    It is asked by one execution of a layer after the other, in the same order in every forward.
+    Of each forward only the last `new` positions are new, and only their outputs mean something.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (1, t, G, K), by execution
+        self.execution = 0
+        self.new = 0
+
+    def begin(self, new: int, forget: bool = False) -> None:
+        """Before a forward with `new` new positions; the first of a row forgets what was kept."""
+        self.execution = 0
+        self.new = new
+        if forget:
+            self.kept = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1, T, H, K), k and v (1, T, G, K) -> (1, T, H, K)."""
+        if self.execution == len(self.kept):  # the first forward of a row
+            self.kept.append((k, v))
+            self.execution += 1
+            return sdpa_attention(q, k, v)
+        earlier_k, earlier_v = self.kept[self.execution]
+        keys = torch.cat([earlier_k, k[:, -self.new :]], dim=1)
+        values = torch.cat([earlier_v, v[:, -self.new :]], dim=1)
+        self.kept[self.execution] = keys, values
+        self.execution += 1
+        groups = q.size(2) // k.size(2)
+        query = q[:, -self.new :].transpose(1, 2)
+        keys, values = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (keys, values))
+        # One new position may see all that is kept: no mask.
+        y = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+        return torch.cat([torch.zeros_like(q[:, : -self.new]), y], dim=1)
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: GPT, cache: CachedAttention, ids: list[int], cfg: Config, device: torch.device
+) -> Iterator[int]:
+    """Tokens that the model draws after `ids`, up to and without the next BOS or SAMPLE_TOKENS.
+
+    A row is EVAL_SEQ_LEN tokens at most; a full one goes on with its second half.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed)
+    T = cfg.eval_seq_len
+    row = ids[-(T - 1) :]
+    begins = True
+    for _ in range(cfg.sample_tokens):
+        # A token's own embedding may take in the one before it, so both are shown.
+        shown = row if begins else row[-2:]
+        cache.begin(new=len(row) if begins else 1, forget=begins)
+        model.row_place = (len(row) - len(shown), T)
+        input_ids = torch.tensor([shown], device=device)
+        last = model.hidden(input_ids)[:, -1:]
+        logits = model.logits(last, input_ids[:, -1:])[0, 0].cpu()
+        token = draw(logits, cfg.sample_temperature, cfg.sample_top_p, generator)
+        if token == BOS:
+            return
+        yield token
+        begins = len(row) == T - 1
+        row = [*row[T // 2 :], token] if begins else [*row, token]
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One token from logits (V,), of the likeliest ones that have `top_p` together."""
+    if temperature == 0:
+        return int(logits.argmax())
+    shares, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    is_beyond = shares.cumsum(0) - shares >= top_p
+    is_beyond[0] = False
+    shares = shares.masked_fill(is_beyond, 0.0)
+    return int(tokens[torch.multinomial(shares, 1, generator=generator)])
+
+
+def stream_text(
+    tokenizer: sentencepiece.SentencePieceProcessor, prompt: list[int], drawn: Iterator[int]
+) -> None:
+    """Write the prompt and the drawn tokens to the console as soon as they are text."""
+    ids = list(prompt)
+    text = tokenizer.decode(ids)
+    write_text(text)
+    for token in drawn:
+        ids.append(token)
+        longer = tokenizer.decode(ids)
+        if longer.endswith("\ufffd"):  # the first bytes of a character
+            continue
+        write_text(longer[len(text) :])
+        text = longer
+    write_text("\n")
+
+
+def write_text(text: str) -> None:
+    """Write to stdout at once, whatever its encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+# =================================================================================================
 # Faster on a CPU
 # Functions with a derivative of their own, in fewer passes over memory than torch takes on a CPU.
 # Each says which plain expression it stands for; a GPU's compiler fuses that itself.
@@ -6312,6 +6450,7 @@ class Config(
     CountSettings,
     EvaluationSettings,
     AdaptationSettings,
+    SampleSettings,
 ):
     """All settings of a run, checked; the defaults are the recommended combination.
 
@@ -6896,9 +7035,14 @@ def locate_validation(cfg: Config, header: dict) -> Config:
             f"no validation split with fingerprint {header['validation'][:12]} in "
             f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py"
         )
+    return replace(locate_tokenizer(cfg, header), data_path=folder)
+
+
+def locate_tokenizer(cfg: Config, header: dict) -> Config:
+    """Settings pointing at the tokenizer of an artifact's text, or Refusal."""
     for path in (Path(cfg.tokenizer_path), *sorted(Path("data/tokenizers").glob("*.model"))):
         if path.is_file() and sha256_of(path) == header["tokenizer"]:
-            return replace(cfg, data_path=folder, tokenizer_path=str(path))
+            return replace(cfg, tokenizer_path=str(path))
     raise Refusal(
         f"no tokenizer with sha256 {header['tokenizer'][:12]} at "
         f"TOKENIZER_PATH={cfg.tokenizer_path} or in data/tokenizers/"
@@ -6923,6 +7067,23 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
             f"val_bpb:{score.bpb:.8f} val_loss:{score.loss:.8f} ({score.name}, "
             f"stride {cfg.eval_stride})"
         )
+    return 0
+
+
+def verb_sample(path: Path, prompt: str, env: dict[str, str]) -> int:
+    """Write text that an artifact's model draws after the prompt; returns the exit code."""
+    header, stored = read_artifact(path)
+    cfg, _ = settings_within(header, env)
+    cfg = locate_tokenizer(cfg, header)
+    tokenizer, _ = load_tokenizer(cfg, {"sha256": header["tokenizer"]})
+    with Run.start(cfg) as run:
+        run.phase = "sampling"
+        cache = CachedAttention()
+        model = rebuild_model(cfg, stored, run, cache)
+        if cfg.token_mask != "0":
+            model.penalty = penalties(forbidden_pairs(tokenizer)).to(run.device)
+        ids = tokenizer.encode(prompt)
+        stream_text(tokenizer, ids, draw_tokens(model, cache, [BOS, *ids], cfg, run.device))
     return 0
 
 
@@ -6964,11 +7125,14 @@ def do(arguments: list[str]) -> int:
     """Find the verb, and read the settings; returns the verb's exit code."""
     if arguments[:1] == ["--eval"] and len(arguments) == 2:
         return verb_eval(Path(arguments[1]), dict(os.environ))
+    if arguments[:1] == ["--sample"] and len(arguments) in (2, 3):
+        return verb_sample(Path(arguments[1]), "".join(arguments[2:]), dict(os.environ))
     verb = VERBS.get(tuple(arguments))
     if verb is None:
         raise Refusal(
             f"arguments {' '.join(arguments)!r}: expected nothing, --help, --check, "
-            "--plan or --eval ARTIFACT; hyperparameters are environment variables"
+            "--plan, --eval ARTIFACT or --sample ARTIFACT [PROMPT]; "
+            "hyperparameters are environment variables"
         )
     cfg, notes = Config.from_env(dict(os.environ))
     return verb(cfg, notes)
