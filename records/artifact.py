@@ -99,20 +99,22 @@ class Anatomy:
 
 
 def entropy_bytes(integers: torch.Tensor) -> float:
-    """Order-0 entropy of int8 values, in bytes: -sum p log2 p / 8 over their shares p."""
+    """Order-0 entropy of 8-bit values, in bytes: -sum p log2 p / 8 over their shares p."""
     counts = torch.bincount(integers.flatten().int() + 128).double()
     shares = counts[counts > 0] / integers.numel()
     return float(-(shares * shares.log2()).sum()) * integers.numel() / 8
 
 
 def part_of(name: str, values: torch.Tensor, scale: torch.Tensor | None) -> Part:
-    """The measures of one tensor: int8 values with a scale a row, or fp16 values."""
-    shape = tuple(values.shape)
+    """The measures of one tensor: int8 values with a scale a row, fp16 values, or packed bytes."""
+    shape, count = tuple(values.shape), values.numel()
+    if values.is_floating_point():
+        return Part(name, shape, 0, 0, 2 * count, 0.0)
+    entropy = entropy_bytes(values) if count else 0.0
     if scale is None:
-        return Part(name, shape, 0, 0, 2 * values.numel(), 0.0)
-    largest = int(values.short().abs().max()) if values.numel() else 0
-    entropy = entropy_bytes(values) if values.numel() else 0.0
-    return Part(name, shape, largest.bit_length() + 1, values.numel(), 2 * len(scale), entropy)
+        return Part(name, shape, 8, count, 0, entropy)
+    largest = int(values.short().abs().max()) if count else 0
+    return Part(name, shape, largest.bit_length() + 1, count, 2 * len(scale), entropy)
 
 
 def anatomy(path: Path) -> Anatomy:
@@ -242,7 +244,12 @@ def export(artifact: Path, folder: Path, tokenizer: Path | None = None) -> None:
         "validation": header["validation"],
         "artifact": {"sha256": sha256(artifact), "bytes": artifact.stat().st_size},
     }
-    tensors = {name: tensor.restore() for name, tensor in stored.items()}
+    # Packed text of the counts is no parameter of the network.
+    tensors = {
+        name: tensor.restore()
+        for name, tensor in stored.items()
+        if tensor.values.dtype != torch.uint8
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export.") as scratch:
         made = Path(scratch) / "made"

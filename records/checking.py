@@ -443,7 +443,9 @@ def ask_script(script: Path, artifact: Path, settings: Path) -> dict:
 
 
 def try_rules_again(folder: Path, claims: dict) -> Iterator[str]:
-    """The rules that the folder claims to keep hold on its artifact."""
+    """The rules that the folder claims to keep hold on its artifact, where they can be tried."""
     paths = [folder / name for name in ("train_gpt.py", "artifact.bin", "settings.json")]
     found = ask_script(*paths)["compliance"]
-    yield from differences("submission.json: compliance", found, claims.get("compliance"))
+    tried = {name: holds for name, holds in found.items() if holds is not None}
+    claimed = {name: claims["compliance"].get(name) for name in tried}
+    yield from differences("submission.json: compliance", tried, claimed)

@@ -67,17 +67,20 @@ def is_causal(model: Any, vocab_size: int, length: int) -> bool:
 
 
 @torch.no_grad()
-def is_a_distribution(model: Any, vocab_size: int, length: int) -> bool:
-    """Probabilities of all tokens sum to one, are what is scored, and do not know the target."""
+def is_a_distribution(model: Any, score: Callable, vocab_size: int, length: int) -> bool:
+    """Probabilities of all tokens sum to one, are what is scored, and do not know the target.
+
+    score: the nats (B, T) that the model gives for inputs and targets (B, T).
+    """
     ids = random_ids(vocab_size, 2, length + 1)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     logits = model.logits(model.hidden(inputs)).double()
     probabilities = torch.softmax(logits, dim=-1)
-    nats = model(inputs, targets)[0].double()
+    nats = score(inputs, targets).double()
     scored = -torch.log(probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
     other = targets.clone()
     other[:, 3] = 2 + (other[:, 3] + 5) % (vocab_size - 2)
-    moved = model(inputs, other)[0].double() != nats
+    moved = score(inputs, other).double() != nats
     moved[:, 3] = False
     return (
         logits.size(-1) == vocab_size
@@ -133,9 +136,11 @@ def scores_before_update(script: Any, settings: dict[str, str], model: Any) -> b
         adapter.learn = watched
     script.score_windows = recorded
     try:
-        script.evaluate(
-            "compliance", script.training_nats, model, val, run, stride, "cover", adapter
-        )
+        given = ("compliance", script.training_nats, model, val, run, stride)
+        if hasattr(script, "Learner"):
+            script.evaluate(*given, learner=adapter)
+        else:  # scripts of entries from before there were learners
+            script.evaluate(*given, "cover", adapter)
     finally:
         script.score_windows = score_windows
     if adapter is not None:
@@ -146,7 +151,8 @@ def scores_before_update(script: Any, settings: dict[str, str], model: Any) -> b
 # =================================================================================================
 # What is asked of a script
 # All names of a train_gpt.py that are used here: read_artifact, Config.from_env, Run and
-# rebuild_model; for single conditions windows, and evaluate with score_windows and Adapter.
+# rebuild_model; for single conditions Batch, windows, and evaluate with score_windows, Validation,
+# training_nats and Adapter.
 # =================================================================================================
 
 
@@ -170,6 +176,13 @@ def flat(config: Any) -> dict[str, Any]:
 def chosen_by(script: Any, given: dict[str, str]) -> dict[str, Any]:
     """All settings of the script where these are given."""
     return flat(script.Config.from_env(given)[0])
+
+
+def scorer_of(script: Any, model: Any) -> Callable:
+    """Inputs and targets (B, T) to the nats of each target (B, T), by the model's own forward."""
+    if hasattr(script, "Batch"):
+        return lambda inputs, targets: model(script.Batch(inputs, targets))[0]
+    return lambda inputs, targets: model(inputs, targets)[0]
 
 
 def attempt(condition: Callable[[], bool]) -> bool | None:
@@ -212,9 +225,13 @@ def suite(script: Any, artifact: Path, settings: dict) -> dict[str, bool | None]
         stride = values["eval_stride"]
         return all(scores_once(script.windows, window, stride, count) for count in counts)
 
+    def gives_distributions() -> bool:
+        model = fresh()
+        return is_a_distribution(model, scorer_of(script, model), vocab_size, length)
+
     return {
         "causality": attempt(lambda: is_causal(fresh(), vocab_size, length)),
-        "full_distribution": attempt(lambda: is_a_distribution(fresh(), vocab_size, length)),
+        "full_distribution": attempt(gives_distributions),
         "single_pass": attempt(scores_all_once),
         "score_before_update": attempt(
             lambda: scores_before_update(script, header["settings"], fresh())
@@ -234,7 +251,7 @@ def main(script_path: str, artifact: str, settings_path: str) -> int:
         "defaults": chosen_by(script, {}),
         "preset": chosen_by(script, preset),
     }
-    print(json.dumps(said))
+    print(json.dumps(said, default=str))
     return 0
 
 
