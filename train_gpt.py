@@ -6035,6 +6035,11 @@ class SampleSettings(Part):
     )
 
 
+# Tokens before a new one that its input depends on: SmearGate takes in the one before, whose
+# BigramHash takes in one more.
+LOOKS_BACK = 2
+
+
 class CachedAttention:
     """A causal attention kernel that keeps keys and values of a row's earlier positions.
 
@@ -6086,8 +6091,7 @@ def draw_tokens(
     row = ids[-(T - 1) :]
     begins = True
     for _ in range(cfg.sample_tokens):
-        # A token's own embedding may take in the one before it, so both are shown.
-        shown = row if begins else row[-2:]
+        shown = row if begins else row[-1 - LOOKS_BACK :]
         cache.begin(new=len(row) if begins else 1, forget=begins)
         model.row_place = (len(row) - len(shown), T)
         input_ids = torch.tensor([shown], device=device)

@@ -62,7 +62,7 @@ def test_kept_keys_and_values_give_what_the_whole_row_gives(changed: dict) -> No
         expected = whole.logits(whole.hidden(row))[0]
         for length in range(5, len(ids) + 1):
             begins = length == 5
-            shown = ids[:length] if begins else ids[length - 2 : length]
+            shown = ids[:length] if begins else ids[length - 1 - train_gpt.LOOKS_BACK : length]
             cache.begin(new=length if begins else 1, forget=begins)
             model.row_place = (length - len(shown), 24)
             last = model.logits(model.hidden(torch.tensor([shown]))[:, -1:])[0, 0]
@@ -72,7 +72,7 @@ def test_kept_keys_and_values_give_what_the_whole_row_gives(changed: dict) -> No
 def test_a_full_row_goes_on_and_the_draw_repeats() -> None:
     cache = CachedAttention()
     model = random_model(cache)
-    cfg = Config(**{**vars(model.cfg._cfg), "sample_tokens": 60, "sample_top_p": 1.0})
+    cfg = Config(**{**vars(model.cfg), "sample_tokens": 60, "sample_top_p": 1.0})
     drawn = [list(train_gpt.draw_tokens(model, cache, [1, 6], cfg, CPU)) for _ in range(2)]
     assert drawn[0] == drawn[1]
     other = Config(**{**vars(cfg), "seed": 5})
@@ -109,7 +109,7 @@ def test_the_draw_has_the_model_s_frequencies() -> None:
 
 
 def test_the_verb_writes_text_of_an_artifact(tiny_data: TinyData, tmp_path, capsys) -> None:
-    with environment(**tiny_job(tiny_data, tmp_path, RUN_ID="drawn", ITERATIONS="2")):
+    with environment(**tiny_job(tiny_data, tmp_path, "drawn", ITERATIONS="2")):
         assert train_gpt.main([]) == 0
     artifact = tmp_path / "drawn" / "artifact.bin"
     capsys.readouterr()
