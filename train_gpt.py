@@ -1396,10 +1396,10 @@ class MaskSettings(Part):
     )
 
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type
+# Types of pieces in a SentencePiece model; 6 is a byte.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
 BPE_MODEL = 2  # TrainerSpec.ModelType
 CHECKED_PAIRS = 1 << 22  # at a time
-LOG2_E = math.log2(math.e)
 
 
 def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -1410,6 +1410,7 @@ def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     at = 0
 
     def varint() -> int:
+        """The number at this place, seven bits a byte, the lowest first."""
         nonlocal at
         value = shift = 0
         while True:
@@ -5177,13 +5178,13 @@ class Mixture:
 
     def __init__(
         self,
-        settings: Config,
+        cfg: Config,
         training_tokens: np.ndarray,
         validation_tokens: np.ndarray,
         vocab_size: int,
     ) -> None:
         """Index and count the training tokens; targets are validation_tokens[1:]."""
-        self.settings = settings
+        self.cfg = cfg
         self.vocab_size = vocab_size
         self.tokens = np.asarray(validation_tokens, np.int64)
         self.scored = 0  # targets
@@ -5194,31 +5195,29 @@ class Mixture:
         self.count_texts(training_tokens)
         experts = [("network", 0)]
         experts += [(name, order) for name, model in self.models.items() for order in model.orders]
-        if settings.counts_scored_text:
+        if cfg.counts_scored_text:
             experts.append(("recent", 0))
         self.experts = experts
         self.start = torch.tensor([self.start_weight(*e) for e in experts], dtype=torch.float64)
         shapes = [(size, len(experts)) for size in self.gate_sizes()]
-        self.gates = [AdagradTable(shape, settings.count_gate_rate) for shape in shapes]
-        lengths = (settings.count_longest_match + 1,)
-        self.biases = [AdagradTable(lengths, settings.count_match_rate) for _ in self.matches]
+        self.gates = [AdagradTable(shape, cfg.count_gate_rate) for shape in shapes]
+        lengths = (cfg.count_longest_match + 1,)
+        self.biases = [AdagradTable(lengths, cfg.count_match_rate) for _ in self.matches]
         self.pending: list[Lesson] = []
 
     def count_texts(self, training: np.ndarray) -> None:
         """Make the count models and match models of the texts that the settings name."""
-        settings = self.settings
-        if settings.counts_training_text:
+        cfg = self.cfg
+        if cfg.counts_training_text:
             text = np.concatenate([training, self.tokens])
-            orders = settings.orders_of_texts
-            index = TextIndex(text, max(orders), settings.count_longest_match, len(training))
-            learned = len(training) + int(
-                settings.counts_scored_text
-            )  # the first token is no target
+            orders = cfg.orders_of_texts
+            index = TextIndex(text, max(orders), cfg.count_longest_match, len(training))
+            learned = len(training) + int(cfg.counts_scored_text)  # the first token is no target
             self.models["training"] = CountModel(index, orders, self.vocab_size, learned)
             self.matches.append(index.matches["training"])
-        if settings.counts_scored_text:
-            orders = settings.orders_of_scored
-            index = TextIndex(self.tokens, max(orders), settings.count_longest_match)
+        if cfg.counts_scored_text:
+            orders = cfg.orders_of_scored
+            index = TextIndex(self.tokens, max(orders), cfg.count_longest_match)
             self.models["scored"] = CountModel(index, orders, self.vocab_size, 1)
             self.matches.append(index.matches["scored"])
 
@@ -5244,7 +5243,7 @@ class Mixture:
 
         Chunks lie on a fixed grid of targets: how the rows are dealt to calls changes nothing.
         """
-        chunk = self.settings.count_chunk_tokens
+        chunk = self.cfg.count_chunk_tokens
         nats = [torch.zeros(0, dtype=torch.float64)]
         while len(network):
             n = min(chunk - self.scored % chunk, len(network))
@@ -5266,12 +5265,12 @@ class Mixture:
         for model in self.models.values():
             # The validation text ends every text that is counted.
             place = len(model.index.tokens) - len(self.tokens) + 1 + self.scored
-            online = self.settings.counts_scored_text
+            online = self.cfg.counts_scored_text
             probs, seen = model.probs(np.arange(place, place + n), online)
             rows += [torch.from_numpy(probs[order]).log() for order in model.orders]
             telling.append((probs[max(model.orders)], seen))
         main, evidence = telling[0]
-        if self.settings.counts_scored_text:
+        if self.cfg.counts_scored_text:
             rows.append(torch.from_numpy(self.expect_recent(main)).log())
         targets = slice(self.scored + 1, self.scored + 1 + n)
         lengths = np.stack([match.length[targets] for match in self.matches]).astype(np.int64)
@@ -5303,7 +5302,7 @@ class Mixture:
 
     def expect_recent(self, main: np.ndarray) -> np.ndarray:
         """Each of the last W tokens counted once, and W / 2 times the counts' distribution."""
-        W = self.settings.count_recent_tokens
+        W = self.cfg.count_recent_tokens
         n = len(main)
         first = self.scored + 1
         counts = np.zeros((n, self.vocab_size))
@@ -5343,7 +5342,7 @@ class Mixture:
         for m in range(len(self.matches)):
             self.biases[m].step(lengths[m], gradients[m])
         self.pending = []
-        if self.settings.counts_scored_text:
+        if self.cfg.counts_scored_text:
             for model in self.models.values():
                 model.learn(len(model.index.tokens) - len(self.tokens) + 1 + self.scored)
 
@@ -6185,6 +6184,9 @@ class SquaredLeaky(torch.autograd.Function):
         return F.leaky_relu(h, ctx.slope).mul_(grad).mul_(2.0), None
 
 
+LOG2_E = math.log2(math.e)
+
+
 class HeadNats(torch.autograd.Function):
     """Nats of the targets at capped logits and their weights, with one [tokens, vocabulary] copy.
 
@@ -6248,7 +6250,7 @@ def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tens
         log_shares = torch.log_softmax(logits, -1)
         nats = -log_shares.gather(1, targets)
         # On a CPU exp() takes ten times as long where it gives 0; exp2() does not.
-        return nats, log_shares.mul_(math.log2(math.e)).exp2_()
+        return nats, log_shares.mul_(LOG2_E).exp2_()
     total = logits.logsumexp(-1, keepdim=True)
     nats = total - logits.gather(1, targets)
     return nats, logits.sub_(total).exp_()
