@@ -776,6 +776,7 @@ def look(names, kind, error):
     print(f"error: {said}")
 
 def reasons(names):
+    """There may be many."""
     return [reason for wrong, reason in ((names, "it has an atmosphere"),) if wrong]
 '''
 SHELL = """
@@ -802,7 +803,7 @@ def test_messages_of_python_are_found() -> None:
         },
         "the moon is not there": ("refused or failed", nearby),
         "warning: not a moon: ... has no crater": ("warning", nearby),
-        "warning: not a moon: it has an atmosphere": ("warning", "Note a reason."),
+        "warning: not a moon: it has an atmosphere": ("warning", "There may be many."),
         "the moon went down": ("failed", nearby),
     }
     assert {message.section for message in told.values()} == {"Moons"}

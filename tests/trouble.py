@@ -208,10 +208,11 @@ class PythonSource:
         for function in ast.walk(self.tree):
             if isinstance(function, ast.FunctionDef) and function.name == name:
                 for node in ast.walk(function):
+                    said = node.value if isinstance(node, ast.Yield) else None
                     if isinstance(node, ast.Tuple) and len(node.elts) == 2:
-                        yield node.elts[1]
-                    if isinstance(node, ast.Yield) and node.value is not None:
-                        yield node.value
+                        said = node.elts[1]
+                    if isinstance(said, ast.Constant | ast.JoinedStr):
+                        yield said
 
     def messages(self) -> list[Message]:
         """Every message of the file, in order."""
