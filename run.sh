@@ -44,7 +44,8 @@ is_supported() {
 
 version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null; }
 
-# Asking each candidate to run also passes over launchers on PATH that have nothing behind them.
+# The Python that PYTHON names, or the first on PATH of a supported version. Asking each candidate
+# to run also passes over launchers on PATH that have nothing behind them.
 find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
@@ -118,6 +119,7 @@ use_foreign_venv() {
             "away, and run.sh makes one"
 }
 
+# A .venv of our own is made if there is none, and made again if its Python does not run.
 ensure_venv() {
     local base
     if has_venv; then
@@ -132,6 +134,7 @@ ensure_venv() {
     fi
 }
 
+# Without a GPU, CUDA's libraries are gigabytes of no use.
 hint_cpu_torch() {
     if [ "$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null &&
         [ -z "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}" ]; then
@@ -140,6 +143,7 @@ hint_cpu_torch() {
     fi
 }
 
+# The packages of a requirements file are installed once, and again when the file changes.
 # Usage: install FILE [FILES IT INCLUDES]. The stamp is the text of the files itself, so an
 # unchanged set-up is recognised without pip and without a network.
 install() {
@@ -172,6 +176,7 @@ set_up() {
     install "$@"
 }
 
+# Everything runs, whatever fails before it, and the first failure decides the exit code.
 run_tests() {
     local arg all=0 lint=0 layout=0 types=0 tests=0
     for arg in "$@"; do
@@ -196,7 +201,7 @@ run_tests() {
     exit $((lint ? lint : layout ? layout : types))
 }
 
-# torch counts what a run can use (CUDA_VISIBLE_DEVICES, the build installed), once it says that
+# How many GPUs the run will use. torch counts what a run can use (CUDA_VISIBLE_DEVICES, the build installed), once it says that
 # the driver is new enough for it; nvidia-smi does not.
 count_gpus() {
     local gpus
@@ -213,6 +218,7 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>/dev/nul
 # The side file of the validation split is written last, so it marks a complete data set.
 has_data() { [ -f "data/datasets/$1/fineweb_val.json" ] && [ -f "data/tokenizers/$2" ]; }
 
+# Data are prepared unless they are there or DATA_PATH names others.
 prepare_data() {
     local gpus=$1 preset=${PRESET:-}
     if [ -n "${DATA_PATH:-}" ]; then

@@ -99,16 +99,34 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     return make_tiny_data(tmp_path_factory.mktemp("tiny data"))
 
 
+@pytest.fixture(scope="session")
+def few_data(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Some 2,000 training tokens and 200 to score, for runs whose score says little."""
+    return write_data(
+        tmp_path_factory.mktemp("few data"),
+        tiny_data.tokenizer_path.read_bytes(),
+        [make_documents(num_words=400, seed=3)],
+        make_documents(num_words=60, seed=4),
+    )
+
+
 def make_tiny_data(folder: Path) -> TinyData:
     """Two training shards of about 40,000 tokens and a validation shard of about 6,000."""
+    train_texts = [make_documents(num_words=14_000, seed=shard) for shard in range(2)]
+    val_texts = make_documents(num_words=2_100, seed=2)
+    tokenizer = train_tokenizer([text for shard in train_texts for text in shard])
+    return write_data(folder, tokenizer, train_texts, val_texts)
+
+
+def write_data(
+    folder: Path, tokenizer: bytes, train_texts: list[list[str]], val_texts: list[str]
+) -> TinyData:
+    """Write shards of these texts, the tokenizer and the side file, as data/prepare.py does."""
     data_path = folder / "datasets" / "tiny_sp320"
     tokenizer_path = folder / "tokenizers" / "tiny_320_bpe.model"
     data_path.mkdir(parents=True)
     tokenizer_path.parent.mkdir()
-
-    train_texts = [make_documents(num_words=14_000, seed=shard) for shard in range(2)]
-    val_texts = make_documents(num_words=2_100, seed=2)
-    tokenizer_path.write_bytes(train_tokenizer([text for shard in train_texts for text in shard]))
+    tokenizer_path.write_bytes(tokenizer)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
     train_tokens = sum(
         write_shard(data_path / f"fineweb_train_{i:06d}.bin", processor.encode(texts))
