@@ -46,7 +46,10 @@ def main() -> None:
     tokens = {split: np.concatenate(documents) for split, documents in splits.items()}
     for split in splits:
         prepare.write_shard(prepare.shard_path(out, split, 0), tokens[split])
-    shard, num_bytes = prepare.shard_path(out, "val", 0), int(tokenizer.piece_bytes[tokens["val"]].sum())
+    shard, num_bytes = (
+        prepare.shard_path(out, "val", 0),
+        int(tokenizer.piece_bytes[tokens["val"]].sum()),
+    )
     prepare.write_json(
         out / "fineweb_val.json",
         sidecar

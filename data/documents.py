@@ -373,6 +373,7 @@ def json_values(blocks: Iterable[bytes], place: str) -> Iterator[object]:
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
     parser = json.JSONDecoder(parse_int=len, parse_float=len)
+    limit = shards.MAX_DOCUMENT_BYTES + READ_BYTES
     held = ""
     number = enough = 0
     in_array = closed = False
@@ -406,8 +407,8 @@ def json_values(blocks: Iterable[bytes], place: str) -> Iterator[object]:
             yield value
         held = held[position:]
         # A value that is not whole is tried again when there is twice as much of it.
-        enough = 2 * len(held)
-        if len(held) > shards.MAX_DOCUMENT_BYTES + READ_BYTES:
+        enough = min(2 * len(held), limit)
+        if len(held) >= limit:
             raise BadInput(f"{place}: value {number + 1} is {limit_words()}, or the file no JSON")
     if in_array and not closed:
         raise BadInput(f"{place}: damaged or cut short (the array is not closed)")
@@ -601,9 +602,15 @@ class BadDocuments:
         if len(self.named) == 1:
             raise BadInput(f"{self.named[0]} (--skip-bad leaves such documents out)")
         if self.named:
-            for line in self.named:
-                complain(f"bad document: {line}")
+            number = self.name_all()
             raise BadInput(
-                f"{len(self.named)} documents cannot be used, {more}"
+                f"{number} documents cannot be used, {more}"
                 "mend them, or leave such documents out with --skip-bad"
             )
+
+    def name_all(self) -> int:
+        """Print a line for each that was not refused yet; return how many there were."""
+        number = len(self.named)
+        while self.named:
+            complain(f"bad document: {self.named.pop(0)}")
+        return number

@@ -302,13 +302,20 @@ class Pass:
             self.hash.update(repr(sorted(self.bad.left_out.items())).encode())
 
     def _usable(self, found: Iterator[Document]) -> Iterator[Document]:
-        for document in found:
+        while document := self._next(found):
             if document.fault:
                 self.bad.add(document.place, document.fault)
             elif document.text:
                 yield document
             else:
                 self.empty += 1
+
+    def _next(self, found: Iterator[Document]) -> Document | None:
+        try:
+            return next(found, None)
+        except BadInput:  # a file that cannot be read on; the bad documents before it are no less
+            self.bad.name_all()
+            raise
 
     def _counted(self, split: str, document: Document) -> tuple[str, Document]:
         self.documents[split] += 1

@@ -244,7 +244,8 @@ def test_folders_without_permission(build, capsys):
     (build.folder / "texts" / "b.jsonl").write_bytes(json_lines(["b", "c"]))
     closed.chmod(0)
     # The superuser may do everything; what is imported may be for its eyes only.
-    code = "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import prepare, sentencepiece; "
+    code = "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import prepare; "
+    code += "import sentencepiece, heapq; "
     code += "import importlib.metadata as m; m.version = {d.name: d.version for d in "
     code += "m.distributions()}.__getitem__; "
     code += "os.getuid() or os.setuid(65534); sys.exit(prepare.main(sys.argv[1:]))"
