@@ -146,7 +146,10 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+ENDINGS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("number", [getattr(signal, name) for name in ENDINGS])
 def test_a_signal_is_one_line_and_the_next_run_goes_on(build, expected, number):
     program = str(ROOT / "data" / "prepare.py")
     argv = [str(number.value), program, *map(str, build.argv)]
