@@ -60,6 +60,10 @@ def no_waiting_for_disks():
         yield
 
 
+# Of the names and hashes of two data sets of write_recorded_corpus.
+TEXT_SHA256 = "ab179ad90f507a3bed69ed7129782b345bf5fad3744d9b7ca36d68e0fdc96b4e"
+
+
 def words(count: int, seed: int) -> str:
     """Return `count` words of a small language, on lines."""
     rng = random.Random(seed)
@@ -425,17 +429,17 @@ def test_docs_packages_are_found_without_importing_them():
     assert done.stdout.strip() == "[]"
 
 
-def other_versions() -> str:
+def other_versions(names: set[str]) -> str:
     """Say which installed versions are not those that the recorded hashes belong to."""
     pins = re.findall(r"^([\w-]+)==(\S+)", prepare.REQUIREMENTS.read_text(), re.MULTILINE)
-    wanted = {name: pin for name, pin in pins if name in (*docstrings.PACKAGES, "sentencepiece")}
+    wanted = {name: pin for name, pin in pins if name in names}
     installed = {name: importlib.metadata.version(name).partition("+")[0] for name in wanted}
     return ", ".join(f"{n} {installed[n]}" for n in wanted if installed[n] != wanted[n])
 
 
 @pytest.mark.slow
 def test_docs_of_the_pinned_packages(tmp_path, capsys):
-    if other := other_versions():
+    if other := other_versions({*docstrings.PACKAGES, "sentencepiece"}):
         pytest.skip(f"the hashes belong to other versions than {other}")
     assert run_main(capsys, "docs", "--out", tmp_path)[0] == 0
     got = tree(tmp_path)
@@ -522,6 +526,33 @@ def test_same_text_elsewhere_gives_the_same_bytes(tmp_path, capsys):
         out = tmp_path / f"out_{name}"
         assert run_main(capsys, "text", tmp_path / name, *argv, "--out", out)[0] == 0
     assert tree(tmp_path / "out_one") == tree(tmp_path / "out_two")
+
+
+def write_recorded_corpus(folder: Path) -> None:
+    """Write files of the kinds that the first version read, without a byte-order mark."""
+    folder.mkdir()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(make_texts(25, seed=1))))
+    (folder / "b.jsonl").write_bytes(json_lines(["", *make_texts(4, seed=2), "x\u00e9\t\n "]))
+    for i, text in enumerate(make_texts(3, seed=3)):
+        (folder / f"{i}.txt").write_text(text)
+
+
+def test_bytes_are_those_of_the_first_version(tmp_path, capsys):
+    """What was recorded of the program before its parts: shards, tokenizer and sidecar."""
+    versions = {"numpy", "sentencepiece"}
+    if other_versions(versions):
+        pytest.skip("the hashes belong to other versions")
+    write_recorded_corpus(tmp_path / "in")
+    (tmp_path / "val.txt").write_text(make_texts(25, seed=1)[3])
+    argv = ("text", tmp_path / "in", "--vocab-size", VOCAB, "--shard-tokens", 5000)
+    for name, more in (
+        ("hash", ("--val-fraction", 0.2)),
+        ("given", ("--val", tmp_path / "val.txt")),
+    ):
+        options = ("--name", name, "--out", tmp_path / "out", *more)
+        assert run_main(capsys, *argv, *options)[0] == 0
+    lines = "".join(f"{name} {sha}\n" for name, sha in sorted(tree(tmp_path / "out").items()))
+    assert hashlib.sha256(lines.encode()).hexdigest() == TEXT_SHA256
 
 
 def test_given_validation_text_and_tokenizer(tmp_path, capsys, model_file):
