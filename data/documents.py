@@ -173,7 +173,9 @@ def find_inputs(paths: Iterable[Path]) -> Inputs:
                 raise BadInput(f"{file}: no such file or folder")
             if not file.is_file() or kind_of(file) is None:
                 # Not a pipe: it could be read only once.
-                raise BadInput(f"{file}: expected a file ending in {KNOWN}, or one packed as .gz")
+                raise BadInput(
+                    f"{file}: expected a file ending in {KNOWN}, or packed as .gz or .zst"
+                )
             found.setdefault(os.path.realpath(file), file)
     files = list(found.values())
     for file in files:

@@ -81,7 +81,8 @@ except ModuleNotFoundError as missing:
         f"error: the package {missing.name} is not installed: pip install -r requirements.txt"
     ) from None
 
-__all__ = ["Document", "load_tokenizer", "write_shard"]
+# What benchmarks and tests take from here without this program using it itself.
+__all__ = ["write_shard"]
 
 DATA_ROOT = Path(__file__).resolve().parent
 REQUIREMENTS = DATA_ROOT.parent / "requirements.txt"
@@ -112,8 +113,8 @@ class Plan:
     """What to build: where documents come from, how they are split, and where it all goes.
 
     `documents` and `val_documents` start a fresh reading at each call; without the latter the
-    split goes by hash. `versions` are those of the packages that decide the bytes, `more_options`
-    is what else decides them.
+    split goes by hash. `versions` are those of the packages that decide the bytes (of the
+    documents, too, where `versions_suffice`), `more_options` is what else decides them.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Plan:
     vocab_size: int
     documents: Callable[[], Iterator[Document]]
     versions: dict[str, str]
+    versions_suffice: bool = False
     val_documents: Callable[[], Iterator[Document]] | None = None
     val_rule: str = "validation given"
     val_fraction: float = DOCS_VAL_FRACTION
@@ -164,6 +166,7 @@ def docs_plan(
 ) -> Plan:
     """Return the plan of the built-in corpus; `folders` replaces the installed packages."""
     versions = {"sentencepiece": installed_version("sentencepiece")}
+    pinned = folders is None
     if folders is None:
         versions |= {name: installed_version(name) for name in docstrings.PACKAGES}
         warn_of_other_versions(versions)
@@ -175,6 +178,7 @@ def docs_plan(
         vocab_size=vocab_size,
         documents=lambda: iter(collect()),
         versions=versions,
+        versions_suffice=pinned and shard_tokens == SHARD_TOKENS,
         val_fraction=DOCS_VAL_FRACTION,
         shard_tokens=shard_tokens,
         workers=workers,
@@ -204,7 +208,8 @@ def text_name(given: str | None, paths: list[Path]) -> str:
 
 def text_plan(args: argparse.Namespace) -> Plan:
     """Return the plan of `text` from its command line."""
-    val_files = documents.find_inputs([args.val]).files if args.val else []
+    val_inputs = documents.find_inputs([args.val] if args.val else [])
+    val_files = val_inputs.files
     in_val = {os.path.realpath(path) for path in val_files}
     inputs = documents.find_inputs(args.paths)
     files = [path for path in inputs.files if os.path.realpath(path) not in in_val]
@@ -234,6 +239,7 @@ def text_plan(args: argparse.Namespace) -> Plan:
     )
     say(inputs.summary())
     if args.val:
+        say(f"validation: {val_inputs.summary()}")
         plan.val_documents = lambda: documents.read_documents(val_files, reading)
     elif len(files) == 1 and documents.is_text(files[0]) and not separator:
         plan_long_text(plan, files[0])
@@ -424,6 +430,8 @@ def build(plan: Plan) -> None:
             raise BadInput(
                 f"{damage}; put back what it was, or delete it with {folder} and run this again"
             )
+        if before and plan.versions_suffice and recorded_versions(before) == plan.versions:
+            return say_complete(folder, before)
         survey = survey_documents(plan)
         if before and entry(before, "builder", "input") == survey.fingerprint:
             return say_complete(folder, before)
@@ -438,6 +446,14 @@ def build(plan: Plan) -> None:
             place_tokenizer(work / plan.tokenizer_path.name, plan.tokenizer_path)
             os.rename(work, folder)
     say_done(folder, sidecar, started)
+
+
+def recorded_versions(sidecar: dict) -> dict:
+    """Return the versions that a build of this format recorded; empty for another's."""
+    builder = entry(sidecar, "builder")
+    if not isinstance(builder, dict) or builder.get("prepare") != PREPARE_FORMAT:
+        return {}
+    return {name: version for name, version in builder.items() if name not in ("prepare", "input")}
 
 
 def is_empty(folder: Path) -> bool:

@@ -448,6 +448,22 @@ def test_docs_of_the_pinned_packages(tmp_path, capsys):
     assert sidecar["raw_bytes"] == sidecar["encoded_bytes"] == 365_438
 
 
+def test_finished_docs_are_known_by_their_versions(tmp_path, capsys, monkeypatch):
+    """Nothing is read again while the packages are those of the sidecar."""
+    packages = fake_packages(tmp_path / "packages")
+    monkeypatch.setattr(docstrings, "PACKAGES", ("numpy",))
+    monkeypatch.setattr(docstrings, "package_folder", packages.__getitem__)
+    argv = ("docs", "--vocab-size", VOCAB, "--workers", 1, "--out", tmp_path / "out")
+    assert run_main(capsys, *argv)[0] == 0
+    read = docstrings.collect_docs
+    monkeypatch.setattr(docstrings, "collect_docs", None)
+    assert "nothing to do" in run_main(capsys, *argv)[1]
+    monkeypatch.setattr(docstrings, "collect_docs", read)
+    monkeypatch.setattr(prepare, "installed_version", lambda name: "0.1")
+    code, _, stderr = run_main(capsys, *argv)
+    assert code == 2 and "other input, settings or versions" in stderr
+
+
 def test_other_versions_are_one_warning(monkeypatch, capsys, tmp_path):
     pins = tmp_path / "requirements.txt"
     pins.write_text("torch==1.0\nnumpy==2.0  # reason\n# sympy==9\n")
