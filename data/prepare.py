@@ -553,7 +553,9 @@ def encode_documents(work: Path, survey: Pass, tokenizer: Tokenizer) -> dict[str
                 )
                 bad.add(document.place, Fault("miscounted by the tokenizer", detail))
     bad.refuse_if_any()
-    survey.bad.left_out.update(bad.left_out)
+    if bad.left_out:
+        say(f"left out bad documents: {documents.counts(bad.left_out)}")
+        survey.bad.left_out.update(bad.left_out)
     for name, writer in splits.items():
         writer.close()
         if not writer.documents:

@@ -200,8 +200,8 @@ def with_model(content: bytes | None, limit: int | None = None) -> Callable[[Pla
     return case
 
 
-def other_model(place: Place, more: tuple = (), **options: object) -> str:
-    """A tokenizer trained with other options is given."""
+def write_model(place: Place, **options: object) -> None:
+    """Train the given tokenizer with other options."""
     import sentencepiece
 
     defaults = {"model_type": "bpe", "vocab_size": 300, "hard_vocab_limit": False}
@@ -212,16 +212,29 @@ def other_model(place: Place, more: tuple = (), **options: object) -> str:
             minloglevel=2,
             **{**defaults, **options},
         )
-    return place.text(place.good, *more)
+
+
+def other_model(**options: object) -> Callable[[Place], str]:
+    """A tokenizer trained with other options is given."""
+
+    def case(place: Place) -> str:
+        write_model(place, **options)
+        return place.text()
+
+    return case
+
+
+def write_wordy_model(place: Place, *texts: str) -> None:
+    """Write texts, and a tokenizer that decodes an x as two y."""
+    rules = place.write("rules.tsv", b"78\t79 79\n")
+    place.write("t.jsonl", *({"text": text} for text in texts))
+    write_model(place, denormalization_rule_tsv=str(rules), **OURS)
 
 
 def wordy_model(*texts: str, more: tuple = ()) -> Callable[[Place], str]:
-    """A tokenizer that decodes an x as two y."""
-
     def case(place: Place) -> str:
-        rules = place.write("rules.tsv", b"78\t79 79\n")
-        place.write("t.jsonl", *({"text": text} for text in texts))
-        return other_model(place, more, denormalization_rule_tsv=str(rules), **OURS)
+        write_wordy_model(place, *texts)
+        return place.text(place.good, *more)
 
     return case
 
@@ -510,12 +523,12 @@ CASES: dict[str, Callable[[Place], str]] = {
     "--vocab-size ...: ... has ...": lambda p: p.text(p.good, "--vocab-size", 999),
     "...: no such tokenizer file": with_model(None),
     "...: not a SentencePiece model": with_model(b"no model"),
-    "...: has no byte pieces": lambda p: other_model(p, bos_id=1, unk_id=0),
-    "...: its BOS is id ...; shards need id ...": lambda p: other_model(
-        p, byte_fallback=True, bos_id=2, eos_id=1
+    "...: has no byte pieces": other_model(bos_id=1, unk_id=0),
+    "...: its BOS is id ...; shards need id ...": other_model(
+        byte_fallback=True, bos_id=2, eos_id=1
     ),
     "...: ... pieces; shards hold ids below ...": with_model(model_bytes(), limit=100),
-    "...: makes ... of 'a b'": lambda p: other_model(p, treat_whitespace_as_suffix=True, **OURS),
+    "...: makes ... of 'a b'": other_model(treat_whitespace_as_suffix=True, **OURS),
     "...: the tokens stand for ... bytes of text, not ...": wordy_model("a", "b", "xx"),
     "... miscounts every document of the ... split": wordy_model(
         "xa", "xb", "xx", more=("--skip-bad",)
@@ -681,6 +694,17 @@ def test_workers_that_cannot_be_started(place, raised, line):
     small_packages(place)
     place.patch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", submit)
     assert line in place.run("docs", "--vocab-size", VOCAB, "--workers", 2)
+
+
+def test_miscounted_documents_are_left_out_and_counted(place):
+    write_wordy_model(place, "xx", "ab", "b", "ba", "x", "xa", "ke")
+    argv = ("--tokenizer", place.model, "--skip-bad", "--val-fraction", 0.5, "--out", place.out)
+    for said in ("left out bad documents: 3 miscounted by the tokenizer", "nothing to do"):
+        assert prepare.main([str(x) for x in ("text", place.good, *argv)]) == 0
+        assert said in place.capsys.readouterr().out
+    sidecar = prepare.read_json(next(place.out.rglob("fineweb_val.json")))
+    assert sidecar["left_out"] == {"miscounted by the tokenizer": 3}
+    assert sidecar["documents"] + sidecar["train"]["documents"] == 4
 
 
 def test_the_table_lists_these_messages():
