@@ -96,6 +96,8 @@ def separator_pattern(text: str) -> re.Pattern[bytes]:
 
     \n and \t in it stand for a line end and a tab.
     """
+    if not text:
+        raise BadInput("--split-on: expected some text, got none")
     if text == "blank":
         return BLANK_LINES
     plain = text.replace("\\n", "\n").replace("\\t", "\t")

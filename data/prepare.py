@@ -857,6 +857,7 @@ validation split.
 examples:
   python data/prepare.py text books/
   python data/prepare.py text stories.txt --split-on '<|endoftext|>'
+  python data/prepare.py text notes.md --split-on=---
   python data/prepare.py text train.jsonl.zst --val val.jsonl.zst --name mine --vocab-size 4096
   python data/prepare.py text notes/ --tokenizer data/tokenizers/docs_1024_bpe.model
 then:

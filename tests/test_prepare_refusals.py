@@ -503,6 +503,7 @@ CASES: dict[str, Callable[[Place], str]] = {
     "...: value ... is over ... MiB, or the file no JSON": small_limit(
         "a.json", b'["' + b"x" * (3 << 20)
     ),
+    "--split-on: expected some text, got none": lambda p: p.text(p.good, "--split-on", ""),
     "--split-on cuts .txt and .md files": lambda p: p.text(p.good, "--split-on", "blank"),
     "...: parquet files are read with pyarrow: pip install pyarrow": without_pyarrow,
     '...: no column "..." of strings, but ...': parquet_file(body=["a"]),
