@@ -277,7 +277,8 @@ def check_corpus(seed: int, place: Path, model: Path, capsys) -> str:
     if rng.random() < 0.25:
         val, val_complaint = write_folder(place / "val", rng, rng.choice([0, 0, 1]))
         if documents and not val_complaint:  # a document of both
-            (place / "val" / "\U0010ffff~same.txt").write_bytes(documents[0].encode())
+            same = place / "val" / "\U0010ffff~same.jsonl"
+            same.write_text(json.dumps({"text": documents[0]}))
             val.append(documents[0])
         complaint = val_complaint or complaint
         train = [text for text in documents if text not in set(val)]
