@@ -35,10 +35,9 @@ def main() -> None:
         raise SystemExit(f"{given.folder} is no finished data set: run data/prepare.py first")
     tokenizer_path = given.folder.parents[1] / "tokenizers" / sidecar["tokenizer"]["file"]
     tokenizer = prepare.load_tokenizer(tokenizer_path)
-    piece_bytes = prepare.piece_bytes(tokenizer)
     splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     for document in prepare.iter_documents(prepare.shard_paths(given.folder, "train")):
-        held_out = is_held_out(tokenizer.decode(document.tolist()), given.share)
+        held_out = is_held_out(tokenizer.decode(document), given.share)
         splits["val" if held_out else "train"].append(document)
     if not all(splits.values()):
         raise SystemExit(f"a share of {given.share} leaves one of the splits without a document")
@@ -47,7 +46,10 @@ def main() -> None:
     tokens = {split: np.concatenate(documents) for split, documents in splits.items()}
     for split in splits:
         prepare.write_shard(prepare.shard_path(out, split, 0), tokens[split])
-    shard, num_bytes = prepare.shard_path(out, "val", 0), int(piece_bytes[tokens["val"]].sum())
+    shard, num_bytes = (
+        prepare.shard_path(out, "val", 0),
+        int(tokenizer.piece_bytes[tokens["val"]].sum()),
+    )
     prepare.write_json(
         out / "fineweb_val.json",
         sidecar

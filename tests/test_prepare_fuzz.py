@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import re
 import struct
@@ -24,6 +25,8 @@ from test_prepare import ROOT, model_bytes, run_main
 
 from data import prepare
 from train_gpt import Config, load_validation
+
+import shards  # isort: skip
 
 FUZZED, FUZZED_IN_CI = 2_000, 50
 LARGEST = 1 << 17  # bytes of a document; the real limit would make slow tests
@@ -99,10 +102,16 @@ def json_line(text: str, rng: random.Random) -> bytes:
 
 def good_file(rng: random.Random) -> File:
     """Return a file without a fault."""
-    suffix = random_suffix(rng, ".txt", ".jsonl", ".jsonl")
-    if suffix.lower().startswith(".txt"):
-        texts = [random_text(rng)]
-        content = texts[0].encode()
+    suffix = random_suffix(rng, ".txt", ".md", ".json", ".jsonl", ".jsonl")
+    kind = suffix.lower()
+    if kind.startswith((".txt", ".md")):
+        content = random_text(rng).encode()
+        texts = [content.decode().removeprefix("\ufeff")]
+    elif re.match(r"\.json\b", kind):
+        texts = [random_text(rng) for _ in range(rng.choice([0, 1, 3, 8]))]
+        values = [rng.choice([text, {"text": text, "n": 5}]) for text in texts]
+        indent = rng.choice([None, 0, 1])
+        content = json.dumps(values, ensure_ascii=rng.random() < 0.5, indent=indent).encode()
     else:
         texts = [random_text(rng) for _ in range(rng.choice([0, 1, 3, 8]))]
         lines = [json_line(text, rng) for text in texts]
@@ -153,7 +162,7 @@ def bad_file(rng: random.Random) -> File:
         return File(suffix, content, complaint=": damaged or cut short (")
     if rng.random() < 0.4:
         suffix = random_suffix(rng, ".txt")
-        big = {b"x" * (LARGEST + 1): ": over 0 MiB, and a .txt file is one document"}
+        big = {b"x" * (LARGEST + 1): ": over 0 MiB, and a text file is one document"}
         content, complaint = rng.choice([*BAD_TEXTS.items(), *big.items()])
     else:
         suffix = random_suffix(rng, ".jsonl")
@@ -169,7 +178,8 @@ def write_folder(folder: Path, rng: random.Random, faults: int) -> tuple[list[st
     """Fill a folder; return the documents in order, and the first message it must end in."""
     files: dict[Path, File] = {}
     names = ["a", "b b", "\u00e4\U0001f600", "c\nd", "..e", "-f", "g\udcff", "*", ".h"]
-    for made in [good_file(rng) for _ in range(rng.randint(1, 6))] + [
+    # A single text would be cut into documents.
+    for made in [good_file(rng) for _ in range(rng.randint(2, 6))] + [
         bad_file(rng) for _ in range(faults)
     ]:
         place = folder.joinpath(*rng.choices(names, k=rng.randint(0, 3)))
@@ -177,7 +187,7 @@ def write_folder(folder: Path, rng: random.Random, faults: int) -> tuple[list[st
     for path, made in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(made.content)
-    (folder / "notes.md").write_text("no text file")
+    (folder / "notes.png").write_text("no text file")
     if rng.random() < 0.2:  # what leads back to the same files gives them once
         (folder / "zz loop").symlink_to(folder)
         path = rng.choice(list(files))
@@ -254,7 +264,7 @@ def check_data_set(out: Path, expected: dict[str, list[str]]) -> None:
     assert sidecar["train"]["documents"] == len(expected["train"])
     names = {path.name for path in folder.iterdir()}
     shards = {path.name for _, paths in found.values() for path in paths}
-    assert names == shards | {"fineweb_val.json", ".build.json", ".lock"}
+    assert names == shards | {"fineweb_val.json"}
 
 
 def check_corpus(seed: int, place: Path, model: Path, capsys) -> str:
@@ -267,7 +277,8 @@ def check_corpus(seed: int, place: Path, model: Path, capsys) -> str:
     if rng.random() < 0.25:
         val, val_complaint = write_folder(place / "val", rng, rng.choice([0, 0, 1]))
         if documents and not val_complaint:  # a document of both
-            (place / "val" / "\U0010ffff~same.txt").write_bytes(documents[0].encode())
+            same = place / "val" / "\U0010ffff~same.jsonl"
+            same.write_text(json.dumps({"text": documents[0]}))
             val.append(documents[0])
         complaint = val_complaint or complaint
         train = [text for text in documents if text not in set(val)]
@@ -284,8 +295,10 @@ def check_corpus(seed: int, place: Path, model: Path, capsys) -> str:
         assert complaint is None and stderr == "" and "\ndone " in stdout
         check_data_set(out, {"train": train, "val": val})
         return "built"
-    assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
-    assert stderr[:-1].isprintable() and len(stderr) < 1000, stderr
+    *named, last = stderr.splitlines()
+    assert status == 2 and last.startswith("error: "), stderr
+    assert all(line.startswith("bad document: ") for line in named), stderr
+    assert all(line.isprintable() and len(line) < 1000 for line in stderr.splitlines()), stderr
     if complaint:
         printed = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in complaint)
         assert re.search(re.escape(printed).replace(r"\.\*", ".*"), stderr), (complaint, stderr)
@@ -297,8 +310,8 @@ def check_corpus(seed: int, place: Path, model: Path, capsys) -> str:
 
 def check_corpora(seeds: range, folder: Path, capsys, monkeypatch) -> dict[str, int]:
     """Check one corpus a seed, each in a folder of its own; return how many ended how."""
-    monkeypatch.setattr(prepare, "MAX_DOCUMENT_BYTES", LARGEST)
-    monkeypatch.setattr(prepare.os, "fsync", lambda file: None)  # power cuts are not the subject
+    monkeypatch.setattr(shards, "MAX_DOCUMENT_BYTES", LARGEST)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # power cuts are not the subject
     model = folder / "given.model"
     model.write_bytes(model_bytes())
     outcomes = {"built": 0, "refused": 0}

@@ -794,7 +794,8 @@ def a_preparation_cut(bench: Bench, name: str, rng: random.Random, number: int) 
             began = time.monotonic()
             assert prepare(text, bench.place / "prepared").wait() == 0
             bench.offsets["preparation"] = time.monotonic() - began
-    number_of = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
+    ends = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    number_of = ends[number % len(ends)]
     out, whole = bench.place / name, bench.offsets["preparation"]
     for attempt in range(8):
         process = prepare(text, out)
