@@ -1297,7 +1297,9 @@ def read_sidecar(folder: str) -> dict:
     """What data/prepare.py recorded of a validation split, and its fingerprint; or Refusal."""
     path = Path(folder, SIDECAR)
     if not path.is_file():
-        raise Refusal(f"{path} is missing: run data/prepare.py, which keeps shards it finds")
+        raise Refusal(
+            f"{path} is missing: data/prepare.py adopt --data {path.parent} makes it from the shards"
+        )
     with contextlib.suppress(*MALFORMED):
         facts = json.loads(path.read_bytes())
         shards = "".join(sha256 for _, sha256 in sorted(facts["val_shards"].items()))
