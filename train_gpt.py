@@ -1298,7 +1298,8 @@ def read_sidecar(folder: str) -> dict:
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise Refusal(
-            f"{path} is missing: data/prepare.py adopt --data {path.parent} makes it from the shards"
+            f"{path} is missing: data/prepare.py adopt --data {path.parent} --tokenizer FILE "
+            "makes it from the shards"
         )
     with contextlib.suppress(*MALFORMED):
         facts = json.loads(path.read_bytes())
