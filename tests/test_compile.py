@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, TinyData
 from jobs import environment
-from test_composition import SIZES, at_random
+from test_composition import TINY as SIZES
+from test_composition import as_settings, at_random
 from test_model import random_ids
 
 import train_gpt
@@ -111,7 +112,7 @@ def test_each_system_is_one_graph(preset: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(40))
 def test_any_composition_is_one_graph(number: int) -> None:
-    check_traces(Config(**{**SIZES, **at_random(1, seed=number)[0]}))
+    check_traces(Config(**{**SIZES, **as_settings(at_random(seed=number))}))
 
 
 @pytest.mark.parametrize(
