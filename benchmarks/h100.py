@@ -265,7 +265,7 @@ def trials(cfg: t.Config, tokens: int, device: torch.device) -> Iterator[tuple[s
     shares = [some(-(-count // GPUS), *shape) for shape, count in stacks.items()]
     yield (
         "orthogonalisation, this rank's share",
-        lambda: [t.orthogonalize(share, cfg.muon_backend_steps) for share in shares],
+        lambda: [t.orthogonalize(share, cfg.muon_backend_steps, cfg.muon_ns) for share in shares],
     )
     averages = t.Averages(model, cfg)
     yield "average of the weights", lambda: averages.update(False)

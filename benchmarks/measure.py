@@ -42,7 +42,7 @@ class Bench:
         self.model = t.GPT(self.cfg, t.pick_attention(self.cfg, self.run.device)[1])
         t.initialize(self.model, self.cfg)
         groups = t.route_parameters(self.cfg, self.model)
-        self.optimizers = t.build_optimizers(self.cfg, groups, torch.float32, self.run)
+        self.optimizers = t.build_optimizers(self.cfg, groups, torch.float32, self.run.ranks)
         self.moment = t.Moment(lr_scale=1.0, momentum=0.9, qat=False, done=False)
         t.compile_blocks(t.training_nats, self.model, self.rows, [self.moment], self.run)
 

@@ -92,7 +92,9 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
         f"attention x {cfg.num_layers}, both ways": both_ways(attend, x),
         f"mlp x {cfg.num_layers}, both ways": both_ways(block.mlp, x),
         "head and loss, both ways": both_ways(loss, x),
-        "orthogonalisation": lambda: [t.orthogonalize(stack, muon.steps) for stack in stacks],
+        "orthogonalisation": lambda: [
+            t.orthogonalize(stack, cfg.muon_backend_steps, cfg.muon_ns) for stack in stacks
+        ],
         "AdamW": adamw,
         "averaging": lambda: averages.update(False),
     }

@@ -27,7 +27,7 @@ from jobs import (
 from torch import nn
 
 import train_gpt
-from train_gpt import Config, Muon, Run
+from train_gpt import Config, Muon, MuonSettings, Run
 
 # 13 rows a step: no number of processes but one shares them evenly.
 STEPS, ROWS = (
@@ -128,7 +128,8 @@ def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> No
 
     def optimizer(run: Run, parameters: list) -> Muon:
         group = {"params": parameters, "weight_decay": 0.1, "route": "all"}
-        muon = Muon([group], 5, torch.float32, packed=packed, ranks=run.ranks)
+        rule = MuonSettings(muon_quant_momentum=packed)
+        muon = Muon([group], rule, torch.float32, run.ranks)
         muon.param_groups[0].update(lr=0.1, momentum=0.9)
         return muon
 

@@ -17,12 +17,15 @@ from test_model import arrays, naive_logits, random_ids, random_model
 from train_gpt import (
     GPT,
     PRESETS,
+    SINGULAR_VALUE_MAPS,
     Batch,
     BigramHash,
     Config,
     Muon,
+    MuonSettings,
     Schedule,
     bits_of,
+    build_optimizers,
     decay_scale,
     fake_quantized,
     gptq,
@@ -322,7 +325,8 @@ def test_five_steps_of_muon(precision: str, step_within: float, end_within: floa
     assert len(shapes) == 3
     weights = [torch.nn.Parameter(golden[f"W0/{shape}"].clone()) for shape in shapes]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    muon = Muon([{"params": weights, "weight_decay": meta["wd"]}], meta["ns_steps"], dtype)
+    rule = MuonSettings(muon_backend_steps=meta["ns_steps"])
+    muon = Muon([{"params": weights, "weight_decay": meta["wd"]}], rule, dtype)
     for k, momentum in enumerate(meta["A_momentum"]):
         for shape, weight in zip(shapes, weights, strict=True):
             weight.grad = golden[f"G/{k}/{shape}"]
@@ -412,6 +416,103 @@ def test_optimizer_of_every_parameter(system: str) -> None:
         for name in group["names"]
     }
     assert ours == expected
+
+
+# How #1855 trains, as its run set it.
+TRAINING_1855 = {
+    "matrix_lr": 0.026,
+    "tied_embed_lr": 0.03,
+    "scalar_lr": 0.02,
+    "muon_wd": 0.095,
+    "embed_wd": 0.085,
+    "adam_wd": 0.02,
+    "beta2": 0.99,
+    "muon_ns": "polar",
+    "muon_row_norm": True,
+    "muon_momentum": 0.97,
+    "warmdown_frac": 0.85,
+    "min_lr": 0.1,
+}
+
+
+@pytest.mark.parametrize(("precision", "within"), [("fp32", 1e-6), ("bf16", 1e-2)])
+def test_five_steps_of_muon_of_1855(precision: str, within: float) -> None:
+    """Rows normed, Polar Express; rate and momentum change from step to step."""
+    golden = golden_kit.numbers(golden_kit.PR1855, "muon")
+    meta = json.loads(str(golden_kit.raw_numbers(golden_kit.PR1855, "muon")["meta"]))
+    cfg = Config(**TRAINING_1855)
+    banks = list(meta["scale"])
+    weights = {
+        bank: [torch.nn.Parameter(W.clone()) for W in golden[f"W0/{bank}"]] for bank in banks
+    }
+    group = {"params": sum(weights.values(), []), "weight_decay": cfg.muon_wd}
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    muon = Muon([group], cfg, dtype)
+    for k, (lr, momentum) in enumerate(zip(meta["lr"], meta["momentum"], strict=True)):
+        for bank in banks:
+            for weight, gradient in zip(weights[bank], golden[f"G/{k}/{bank}"], strict=True):
+                weight.grad = gradient.float()
+        muon.param_groups[0].update(lr=lr, momentum=momentum)
+        muon.step()
+        if k not in (0, 4):
+            continue  # the numbers of these steps alone are kept
+        for bank in banks:
+            at = f"{precision}/{k}/{bank}"
+            kept = muon.state[weights[bank][0]]["momentum"][0]
+            assert_near(torch.stack(list(weights[bank])), golden[f"{at}/W"], within)
+            assert_near(kept, golden[f"{at}/M"], 1e-6 if precision == "fp32" else 1e-2)
+
+
+def test_polar_express() -> None:
+    """Its values, its product, and what it makes of single values."""
+    meta = json.loads(str(golden_kit.raw_numbers(golden_kit.PR1855, "muon")["meta"]))
+    assert [list(row) for row in SINGULAR_VALUE_MAPS["polar"]] == meta["polar_express"]
+    golden = golden_kit.numbers(golden_kit.PR1855, "muon")
+    inputs = [key for key in golden if key.startswith("fp32/") and key.endswith("/ns_in")]
+    assert len(inputs) == 8
+    for key in inputs:
+        published = golden[key.replace("ns_in", "ns_out")]
+        assert_near(orthogonalize(golden[key], 5, "polar"), published, 1e-5)
+    for given, made in meta["singular_value_map_after_frobenius"]:
+        rest = (1.0 - given**2) ** 0.5
+        values = orthogonalize(torch.diag(torch.tensor([given, rest])), 5, "polar").diag()
+        assert values[0] == pytest.approx(made, rel=1e-3)
+
+
+def test_rates_and_momentum_of_1855() -> None:
+    published = golden_kit.facts(golden_kit.PR1855, "schedule_loops_groups")
+    cfg = Config(**TRAINING_1855, max_wallclock_seconds=600.0)
+    schedule = Schedule(cfg, reserve_seconds=0.5)
+    for row in published["schedule_wallclock_600s_reserve_0_5"]:
+        moment = schedule.at(row["step"], row["elapsed_ms"] / 1000)
+        assert moment.lr_scale == pytest.approx(row["lr_mul"], rel=1e-12), row
+        assert moment.momentum == pytest.approx(row["muon_momentum"], rel=1e-15), row
+    schedule = Schedule(Config(**TRAINING_1855, max_wallclock_seconds=0.0, iterations=20000))
+    for row in published["schedule_step_driven_20000"]:
+        assert schedule.at(row["step"], 0.0).lr_scale == pytest.approx(row["lr_mul"], rel=1e-12)
+
+
+def test_optimizer_groups_of_1855() -> None:
+    published = {
+        group["optimizer"]: group
+        for group in golden_kit.facts(golden_kit.PR1855, "schedule_loops_groups")[
+            "optimizer_groups"
+        ]
+    }
+    cfg = Config(**TRAINING_1855, bigram_vocab_size=0, ve_enabled=False)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    of_kind = {"token table": "tok", "attention matrix": "muon", "mlp matrix": "muon"}
+    groups = route_parameters(cfg, model)
+    for group in groups:
+        for name in group["names"]:
+            group_there = published[of_kind.get(model.kinds[name].name, "scalar")]
+            assert group["base_lr"] == group_there["lr"], name
+            assert group["weight_decay"] == group_there["weight_decay"], name
+            assert (group["optimizer"] == "muon") == (group_there["optimizer"] == "muon"), name
+    adam, muon = build_optimizers(cfg, groups, torch.float32)
+    assert {tuple(group["betas"]) for group in adam.param_groups} == {(0.9, 0.99)}
+    assert cfg.muon_momentum == published["muon"]["momentum"]
 
 
 # Quantization

@@ -24,6 +24,7 @@ from train_gpt import (
     TABLE,
     Config,
     Muon,
+    MuonSettings,
     Refusal,
     build_optimizers,
     known,
@@ -100,7 +101,7 @@ def test_muon_is_its_equation_for_each_matrix() -> None:
         {"params": weights[:4], "weight_decay": 0.3},
         {"params": weights[4:], "weight_decay": 0.0},
     ]
-    muon = Muon(groups, 5, torch.float64)
+    muon = Muon(groups, MuonSettings(), torch.float64)
     expected = [(w.detach().numpy().copy(), np.zeros(w.shape)) for w in weights]
     for step in range(4):
         lr, mu = 0.1 / (step + 1), 0.5 + 0.1 * step
@@ -121,7 +122,7 @@ def test_muon_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     theirs = [nn.Parameter(w.detach().clone()) for w in ours]
-    muon = Muon([{"params": ours, "weight_decay": 0.2}], 5, torch.float32)
+    muon = Muon([{"params": ours, "weight_decay": 0.2}], MuonSettings(), torch.float32)
     muon.param_groups[0].update(lr=0.05, momentum=0.9)
     torch_muon = torch.optim.Muon(
         theirs,
@@ -319,7 +320,8 @@ def test_decay_before_or_after_the_step(decay_first: bool) -> None:
     torch.manual_seed(0)
     W = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
     before, W.grad = W.detach().numpy().copy(), torch.randn(6, 4, dtype=torch.float64)
-    muon = Muon([{"params": [W], "weight_decay": 0.5}], 5, torch.float64, decay_first=decay_first)
+    rule = MuonSettings(muon_wd_order="before" if decay_first else "after")
+    muon = Muon([{"params": [W], "weight_decay": 0.5}], rule, torch.float64)
     muon.param_groups[0].update(lr=0.1, momentum=0.9)
     step, _ = naive_muon(before, np.zeros_like(before), W.grad.numpy(), 0.1, 0.9, 0.0)
     muon.step()
@@ -368,7 +370,8 @@ def test_packed_momentum_is_blockwise_int8(shape: tuple[int, ...]) -> None:
 def test_packed_momentum_acts_unrounded_and_is_kept_rounded() -> None:
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(5, 70)) for _ in range(2)]
-    muon = Muon([{"params": weights, "weight_decay": 0.1}], 5, torch.float32, packed=True)
+    rule = MuonSettings(muon_quant_momentum=True)
+    muon = Muon([{"params": weights, "weight_decay": 0.1}], rule, torch.float32)
     muon.param_groups[0].update(lr=0.1, momentum=0.9)
     kept = torch.zeros(2, 5, 70)
     for _ in range(4):

@@ -78,6 +78,7 @@ LOADEDMODULES AWS_REGION SM_MODEL_DIR RUNPOD_POD_ID http_proxy HTTPS_PROXY NO_CO
 # A value for each alias that carries its value over.
 UNTRANSLATED = {
     "MUON_NS_STEPS": {"7": "7"},
+    "MUON_ROW_NORMALIZE": {"1": "1"},
     "QAT_THRESHOLD": {"0.5": "0.5"},
     "BACKOUT_LAMBDA_INIT": {"0.3": "0.3"},
     "SWA_INTERVAL": {"7": "7"},
