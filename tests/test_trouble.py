@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -27,7 +28,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyData
-from jobs import BARE_ENVIRONMENT, FORKS, TINY, TRAINER, environment, rank_of_job, start_ranks
+from jobs import (
+    BARE_ENVIRONMENT,
+    FORKS,
+    TINY,
+    TRAINER,
+    environment,
+    rank_of_job,
+    start_ranks,
+    write_tokens,
+)
 from test_run_sh import STUB, Checkout, add_program, link_venv, make_checkout, put_venv
 from trouble import PAGE, Message, PythonSource, all_messages, page, shell_messages
 
@@ -171,7 +181,16 @@ def without_torchrun(place: Place) -> str:
 def more_processes_than_gpus(place: Place) -> str:
     place.patch.setattr(train_gpt.torch.cuda, "is_available", lambda: True)
     place.patch.setattr(train_gpt.torch.cuda, "device_count", lambda: 1)
-    return place.main(LOCAL_WORLD_SIZE="2")
+    return place.main(LOCAL_WORLD_SIZE="2", WORLD_SIZE="2")
+
+
+def without_modules(place: Place) -> str:
+    """The trainer on a system that lacks what Windows lacks."""
+    place.patch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TRAINER), run_name="__main__")
+    assert ended.value.code == 2
+    return place.capfd.readouterr().err
 
 
 def at_start(name: str, code: int, error: BaseException) -> Case:
@@ -289,6 +308,29 @@ def during(plant: Callable[[Place], object], code: int = 1, **changed: str) -> C
         return place.main(code=code, **changed)
 
     return case
+
+
+def no_locks(place: Place) -> None:
+    place.patch.setattr(
+        train_gpt.fcntl, "flock", raises(OSError(errno.ENOLCK, "No locks available"))
+    )
+
+
+def shards_exchanged(place: Place) -> None:
+    """In the second step, every training shard is another one and has to be opened again."""
+
+    def exchange(*given) -> None:
+        for path in place.data.glob("fineweb_train_*"):
+            write_tokens(path.with_suffix(".new"), range(4, 200)).replace(path)
+        for rows in given:
+            if isinstance(rows, train_gpt.TrainingRows):
+                rows.opened.clear()
+
+    place.at_call("train_step", 2, exchange)
+
+
+def text_of_another_tokenizer(place: Place) -> None:
+    place.patch.setattr(train_gpt, "check_stream", lambda tokens, forbidden: 5)
 
 
 def full_disk(place: Place) -> None:
@@ -550,6 +592,20 @@ def declared(**metadata: object) -> Case:
     return refused(deed)
 
 
+def kind_of(**declaration: object) -> Case:
+    """A parameter whose kind is missing or does not fit."""
+    layer = torch.nn.Linear(2, 3, bias=False)
+    for name, value in declaration.items():
+        setattr(layer.weight, name, value)
+    return refused(lambda place: train_gpt.kinds_of(layer, train_gpt.Config()))
+
+
+def unpacked(packed: bytes) -> Case:
+    """Training tokens of an artifact."""
+    return refused(lambda place: train_gpt.unpack_tokens(packed, 320))
+
+
+TOKENS = train_gpt.pack_tokens(np.arange(320))
 NO_ABSENCE = train_gpt.Knob((0, 1), "", "model", train_gpt.UNSAID, ())
 BIG = {"NUM_LAYERS": "11"}
 CASES: dict[str, Case] = {
@@ -583,6 +639,14 @@ CASES: dict[str, Case] = {
     "too many windows learnt from at once": env(TTT_MODE="score_first", TTT_BATCH_SEQS="4097"),
     "bits beyond the layers": env(BITS="mlp:6,attn:6,emb:8,aux:8,blocks.11.attn.c_k:8"),
     "clips beyond the layers": env(CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,blocks.11.attn.c_k:8"),
+    "bits of a tensor that is not there": env(BITS="mlp:6,attn:6,emb:8,aux:8,all:8"),
+    "clips of a tensor that is not there": env(CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,all:8"),
+    "orders that are none": env(COUNT_ORDERS=""),
+    "counts of no order": lambda p: (
+        p.patch.setattr(train_gpt.Config, "orders_of_texts", ()) or p.main("--help", bare=True)
+    ),
+    "an order that is no number": env(COUNT_SCORED_ORDERS="x"),
+    "counts without windows": env(COUNTS="scored", EVAL_STRIDE="0"),
     "clips of nothing": env(CLIP_SIGMAS="mlp"),
     "target over the limit": env(ARTIFACT_TARGET_BYTES="16000001"),
     "adaptation without windows": env(TTT_MODE="score_first", EVAL_STRIDE="0"),
@@ -592,7 +656,15 @@ CASES: dict[str, Case] = {
     "setting that the network may not read": refused(lambda p: train_gpt.Config().for_model().seed),
     "setting without a knob": declared(),
     "setting without an absence": declared(knob=NO_ABSENCE),
+    "parameter of no kind": kind_of(),
+    "parameter of a wrong kind": kind_of(kind=train_gpt.GAIN),
     # Start
+    "a system without locks": without_modules,
+    "a rank beyond the number of ranks": during(lambda p: None, code=2, RANK="5"),
+    "more processes here than in all": during(
+        lambda p: None, code=2, WORLD_SIZE="2", LOCAL_WORLD_SIZE="4"
+    ),
+    "a launcher that says only half": during(lambda p: None, code=2, SLURM_PROCID="1"),
     "misspelled verb": lambda place: place.main("--chekc"),
     "plan without its file": no_plan,
     "attention that is not here": check(ATTENTION="fa3"),
@@ -619,6 +691,8 @@ CASES: dict[str, Case] = {
     "tokenizer of another size": check(VOCAB_SIZE="512"),
     "another validation text": check(lambda p: overwrite(p.shard("val"), 2000, b"\5\0\5\0")),
     "sidecar of another text": check(lambda p: p.edit_sidecar(encoded_bytes=7)),
+    "text of another tokenizer": check(text_of_another_tokenizer, TOKEN_MASK="eval"),
+    "tokenizer that ends early": refused(lambda p: [*train_gpt.wire_fields(b"\x80")]),
     "nothing to score": check(EVAL_TRUNCATE="1", EVAL_SEQ_LEN="8192"),
     # The run folder
     "a run of this name": during(lambda p: p.run_folder.mkdir(parents=True), code=2),
@@ -636,6 +710,7 @@ CASES: dict[str, Case] = {
     "resuming on other data": resumed(more_data, code=1),
     "damaged checkpoint": resumed(bad_checkpoint, code=0),
     "full disk": during(full_disk),
+    "no locks": during(no_locks, code=0),
     # While it runs
     "little memory": during(little_room),
     "no memory": during(no_room),
@@ -644,6 +719,10 @@ CASES: dict[str, Case] = {
     "weights too large to store": during(weights_become(1e6, "quantize")),
     "weights spoiled before scoring": during(weights_become(float("nan"), "evaluate")),
     "shard cut while it is read": during(shard_cut),
+    "shards exchanged while they are read": during(shards_exchanged),
+    "stopped and continued": during(
+        signalled(signal.SIGCONT, "train_step", 1), code=0, ITERATIONS="2"
+    ),
     "ranks that differ": during(replicas_differ),
     "a rank that hangs": rank_1_hangs,
     "an error of torch": during(
@@ -679,6 +758,17 @@ CASES: dict[str, Case] = {
     "artifact and a setting of the model": lambda place: scored(
         small_artifact()[1], NUM_LAYERS="3"
     )(place),
+    "counted text without a count": unpacked(b"abc"),
+    "counted text that promises much": unpacked(b"\xff" * 40),
+    "counted text that is not compressed": unpacked(TOKENS[:4] + b"text"),
+    "counted text that ends early": unpacked(TOKENS[:-1]),
+    "counted text of another tokenizer": unpacked(train_gpt.pack_tokens(np.arange(321))),
+    "counts of a text that is not there": refused(
+        lambda p: train_gpt.text_of_artifact({}, train_gpt.Config(counts="train"))
+    ),
+    "counted text that fits in nothing": refused(
+        lambda p: train_gpt.pack_within(np.arange(320), 8, 1)
+    ),
     "artifact of other text": scored_elsewhere({"validation": "none"}),
     "artifact of another tokenizer": scored_elsewhere({"tokenizer": "none"}),
     # run.sh

@@ -90,7 +90,8 @@ def product(pieces: Iterable[list[str]]) -> list[str]:
 class PythonSource:
     """A file of Python: its functions, who calls them, and the texts that its expressions give."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, title: str = "") -> None:
+        self.title = title  # of what stands before the first section
         self.tree = ast.parse(source)
         self.parents: dict[ast.AST, ast.AST] = {
             child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)
@@ -124,7 +125,7 @@ class PythonSource:
     def section_of(self, node: ast.AST) -> str:
         """The title of the section that a node stands in."""
         started = [title for line, title in self.sections if line <= node.lineno]
-        return started[-1] if started else ""
+        return started[-1] if started else self.title
 
     def reason_of(self, node: ast.AST) -> str:
         """The first sentence of the nearest docstring around a node."""
@@ -278,7 +279,7 @@ def all_messages() -> list[Message]:
     """Every message, once, in the order of the files' sections."""
     found: list[Message] = []
     for name in ("train_gpt.py", "plan.py"):
-        found += PythonSource((ROOT / name).read_text(encoding="utf-8")).messages()
+        found += PythonSource((ROOT / name).read_text(encoding="utf-8"), name).messages()
     found += shell_messages((ROOT / "run.sh").read_text(encoding="utf-8"))
     return list({message.text: message for message in reversed(found)}.values())[::-1]
 
@@ -288,7 +289,7 @@ def page() -> str:
     lines = [HEAD]
     for section, messages in itertools.groupby(all_messages(), lambda message: message.section):
         lines += [
-            f"## {section or 'plan.py'}\n",
+            f"## {section}\n",
             "| message | effect | comes from |",
             "|---|---|---|",
         ]
