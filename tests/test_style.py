@@ -1,7 +1,7 @@
-"""The structure that keeps train_gpt.py readable, checked on its syntax tree alone.
+"""What keeps the sources readable and their settings honest, checked on the syntax tree alone.
 
 Every check takes source text and returns complaints, so that each is first shown a bad source it
-must complain about, and one good source that all of them must accept.
+must complain about, and one good source that all of them must accept. Layout is the formatter's.
 """
 
 from __future__ import annotations
@@ -15,29 +15,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from trouble import PythonSource
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_COLUMNS = 100
-MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 60, 80
-MAX_BLOCK_FORWARD_LINES, MAX_FORWARD_LINES, MAX_FORWARD_IFS = 15, 35, 2
+SOURCES = ("train_gpt.py", "plan.py")
+MAX_FUNCTION_LINES, MAX_CLASS_LINES = 60, 200
+MAX_TOKENS_A_LINE = 10.0  # on average, of lines of code
 MAX_LINES_WITHOUT_DOCSTRING = 8
-
-RULE = "# " + "=" * 97
-OTHER_RULE = re.compile(r"#\s*([-=#*_~])\1{4,}")
-MAP_LINE = re.compile(r" {1,3}(\d+)  (\S.*?)  +\S")
 SHAPE = re.compile(r"\((?:\.\.\.|[A-Z]\w*)(?:, ?[\w.*/+ -]+)+\)")
-FORBIDDEN_IN_COMMENTS = re.compile(r"\bPR ?#|\bpull request\b|\b(TODO|FIXME|XXX)\b", re.I)
-
-SETTINGS_CLASS = "Config"
-SETTINGS_OBJECTS = {"cfg", "config"}
-# These read fields to print or to refuse them, which is no use of a setting.
-NOT_A_USE = {"__post_init__", "checks", "from_env", "listing"}
-# Tables whose strings name fields that are then looked up by name.
-FIELD_NAME_TABLES = {"ROUTES"}
-ENVIRONMENT_READERS = {"from_env", "main", "start"}
-PRINTERS = {"log", "main"}
+# Where a process asks what surrounds it. Elsewhere a value comes as a setting or an argument.
+READ_ENVIRONMENT = ("start", "Run", "Configuration", "Main")
+# These name settings without reading them.
+NAMING_TABLES = {"PRESETS", "PUBLISHED", "ALIASES", "RETIRED", "VERSION_1_SETTINGS"}
 SYSTEM_NAMES = re.compile(
-    r"(OMP|NCCL|CUDA|TORCH|TORCHINDUCTOR|PYTORCH|PIP|HF|GLIBC|MATCHED)_\w+|PYTHON|PRESET|CDPATH"
+    r"(OMP|NCCL|CUDA|TORCH|TORCHINDUCTOR|PYTORCH|PIP|HF|GLIBC|MATCHED)_\w+|PYTHON|PRESET|CDPATH|IFS"
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -49,37 +40,18 @@ def parse(source: str) -> ast.Module:
     return ast.parse(source)
 
 
-def functions_in(tree: ast.AST, owners: tuple[str, ...] = ()) -> Iterator[tuple[str, Function]]:
-    """Every function with its dotted name, methods and nested functions included."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, Function):
-            yield ".".join((*owners, node.name)), node
-        named = isinstance(node, Function | ast.ClassDef)
-        yield from functions_in(node, (*owners, node.name) if named else owners)
+def definitions(source: str, kinds: type | tuple) -> Iterator[tuple[str, ast.AST]]:
+    """Every class or function of these kinds with its dotted name, nested ones included."""
 
+    def visit(node: ast.AST, owner: str) -> Iterator[tuple[str, ast.AST]]:
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(child, Function | ast.ClassDef)
+            name = f"{owner}{child.name}" if named else owner
+            if isinstance(child, kinds):
+                yield name, child
+            yield from visit(child, f"{name}." if named else owner)
 
-def classes_in(source: str) -> dict[str, ast.ClassDef]:
-    """Every class by name."""
-    return {n.name: n for n in ast.walk(parse(source)) if isinstance(n, ast.ClassDef)}
-
-
-def modules_in(source: str) -> dict[str, ast.ClassDef]:
-    """The classes that are, directly or through another of them, torch modules."""
-    classes, found = classes_in(source), {}
-    for _ in classes:  # a chain of base classes is no longer than the number of classes
-        for name, node in classes.items():
-            bases = [ast.unparse(base) for base in node.bases]
-            if any(base in found or re.match(r"(torch\.)?nn\.|Module$", base) for base in bases):
-                found[name] = node
-    return found
-
-
-def forwards_in(source: str) -> Iterator[tuple[str, Function]]:
-    """Each module's forward, and the model's hidden(), which is its forward up to the logits."""
-    for name, node in modules_in(source).items():
-        for method in node.body:
-            if isinstance(method, Function) and method.name in ("forward", "hidden"):
-                yield f"{name}.{method.name}", method
+    yield from visit(parse(source), "")
 
 
 def num_lines(node: ast.stmt) -> int:
@@ -87,126 +59,105 @@ def num_lines(node: ast.stmt) -> int:
     return node.end_lineno - node.lineno + 1
 
 
-def outside(source: str, allowed: Callable[[str], bool]) -> Iterator[ast.AST]:
-    """Every node that is not inside a function whose name is allowed."""
-
-    def visit(node: ast.AST) -> Iterator[ast.AST]:
-        for child in ast.iter_child_nodes(node):
-            if not (isinstance(child, Function) and allowed(child.name)):
-                yield child
-                yield from visit(child)
-
-    return visit(parse(source))
-
-
-def called(node: ast.AST) -> str:
-    """The name of the function a node calls; empty if it calls none."""
-    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-
-
-def assigned_names(node: ast.stmt) -> list[str]:
-    """The plain names an assignment binds."""
+def assigned_names(node: ast.AST) -> set[str]:
+    """The plain names that an assignment binds."""
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
+    return {n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)}
 
 
-def parts_in(source: str) -> list[ast.ClassDef]:
-    """The classes whose fields are settings: Config and those that it inherits from."""
-    classes = classes_in(source)
-    config = classes.get(SETTINGS_CLASS)
-    if config is None:
-        return []
-    bases = [ast.unparse(base) for base in config.bases]
-    return [config, *(classes[base] for base in bases if base in classes)]
-
-
-def settings_in(source: str) -> dict[str, ast.AnnAssign]:
-    """The fields of the settings classes."""
+def settings_in(source: str) -> set[str]:
+    """Names of the fields that are declared as knobs."""
     return {
-        node.target.id: node
-        for part in parts_in(source)
-        for node in part.body
-        if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("Class")
+        node.target.id
+        for node in ast.walk(parse(source))
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func).endswith("knob")
     }
 
 
-# Checks of the layout
-
-
-def check_banners(source: str) -> list[str]:
-    """Each section opens with RULE, '# Title', 1 to 4 lines of reason, RULE; titles as the map."""
-    lines, complaints, titles = source.splitlines(), [], []
-    rules = [i for i, line in enumerate(lines) if line == RULE]
-    for i, line in enumerate(lines):
-        if OTHER_RULE.match(line.strip()) and line != RULE:
-            complaints.append(f"line {i + 1}: a rule that is not '# ' and 97 '='")
-    if len(rules) % 2:
-        complaints.append("an odd number of rules")
-    for top, bottom in zip(rules[::2], rules[1::2], strict=False):
-        inside = lines[top + 1 : bottom]
-        if not 2 <= len(inside) <= 5 or not all(re.match(r"# \S", line) for line in inside):
-            complaints.append(f"line {top + 1}: a banner is a title and 1 to 4 lines of comment")
-        titles.append(inside[0][2:] if inside else "")
-    docstring = ast.get_docstring(parse(source), clean=False) or ""
-    entries = [m for m in map(MAP_LINE.match, docstring.splitlines()) if m]
-    if [int(m[1]) for m in entries] != list(range(1, len(entries) + 1)) or not entries:
-        complaints.append("the docstring's map is not numbered from 1")
-    if titles != [m[2] for m in entries]:
-        complaints.append(f"banners {titles} differ from the map {[m[2] for m in entries]}")
-    return complaints
-
-
-def check_size(source: str) -> list[str]:
-    """Columns, and lines that say something: blank ones do not make a file longer to read."""
-    lines = source.splitlines()
-    complaints = [
-        f"line {i}: {len(line)} columns"
-        for i, line in enumerate(lines, 1)
-        if len(line) > MAX_COLUMNS
-    ]
-    return complaints
+# What a reader stumbles over
 
 
 def check_function_lengths(source: str) -> list[str]:
-    """No function, train, block forward or model forward beyond its limit."""
-    limits = {name: MAX_FUNCTION_LINES for name, _ in functions_in(parse(source))}
-    limits |= {"train": MAX_TRAIN_LINES}
-    for name, _ in forwards_in(source):
-        is_block = name.split(".")[0].endswith("Block")
-        limits[name] = MAX_BLOCK_FORWARD_LINES if is_block else MAX_FORWARD_LINES
+    """No function is longer than a page."""
     return [
-        f"{name}: {num_lines(node)} lines, at most {limits[name]}"
-        for name, node in functions_in(parse(source))
-        if num_lines(node) > limits[name]
+        f"{name}: {num_lines(node)} lines, at most {MAX_FUNCTION_LINES}"
+        for name, node in definitions(source, Function)
+        if num_lines(node) > MAX_FUNCTION_LINES
     ]
 
 
-def check_blank_lines(source: str) -> list[str]:
-    """Two blank lines before each top-level class and function."""
-    lines, complaints = source.splitlines(), []
-    for node in parse(source).body:
-        if isinstance(node, Function | ast.ClassDef):
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
-            while first > 0 and lines[first - 1].startswith("#"):
-                first -= 1
-            if lines[max(first - 2, 0) : first] != ["", ""]:
-                complaints.append(f"{node.name}: not two blank lines above")
-    return complaints
+def check_class_lengths(source: str) -> list[str]:
+    """No class is longer than a few pages."""
+    return [
+        f"{name}: {num_lines(node)} lines, at most {MAX_CLASS_LINES}"
+        for name, node in definitions(source, ast.ClassDef)
+        if num_lines(node) > MAX_CLASS_LINES
+    ]
 
 
-# Checks of the code
+def check_tokens(source: str) -> list[str]:
+    """A line of code says few things, on average; docstrings and comments do not count."""
+    texts = set()
+    for _, node in (("", parse(source)), *definitions(source, (Function, ast.ClassDef))):
+        if ast.get_docstring(node):
+            texts |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines = [
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in (*layout, tokenize.ENDMARKER) and token.start[0] not in texts
+    ]
+    average = len(lines) / max(1, len(set(lines)))
+    if average <= MAX_TOKENS_A_LINE:
+        return []
+    return [f"{average:.2f} tokens a line of code, at most {MAX_TOKENS_A_LINE}"]
+
+
+def check_docstrings(source: str) -> list[str]:
+    """Module, classes and long functions have docstrings; a class's own serves its __init__."""
+    nodes = [("module", parse(source)), *definitions(source, (Function, ast.ClassDef))]
+    return [
+        f"{name}: no docstring"
+        for name, node in nodes
+        if not ast.get_docstring(node)
+        and not name.endswith("__init__")
+        and (not isinstance(node, Function) or num_lines(node) > MAX_LINES_WITHOUT_DOCSTRING)
+    ]
+
+
+def check_shapes(source: str) -> list[str]:
+    """Every module's forward states shapes, as (B, T, D)."""
+    modules: set[str] = set()
+    classes = [node for _, node in definitions(source, ast.ClassDef)]
+    for _ in classes:  # a chain of base classes is no longer than the number of classes
+        for node in classes:
+            bases = [ast.unparse(base) for base in node.bases]
+            if any(base in modules or re.match(r"(torch\.)?nn\.", base) for base in bases):
+                modules.add(node.name)
+    return [
+        f"{name}: no shape such as (B, T, D) in its docstring"
+        for name, node in definitions(source, Function)
+        if name.split(".")[0] in modules
+        and node.name in ("forward", "hidden")
+        and not SHAPE.search(ast.get_docstring(node) or "")
+    ]
+
+
+# What hides a mistake
 
 
 def check_environment(source: str) -> list[str]:
-    """The environment is read only where settings and rank facts are."""
+    """The environment is read only where a process looks around and where settings are read."""
+    places = PythonSource(source, "start")
     names = ("environ", "environb", "getenv", "putenv")
     return [
-        f"line {node.lineno}: environment used outside {sorted(ENVIRONMENT_READERS)}"
-        for node in outside(source, ENVIRONMENT_READERS.__contains__)
-        if isinstance(node, ast.Attribute)
-        and node.attr in names
-        or isinstance(node, ast.ImportFrom)
-        and any(a.name in names for a in node.names)
+        f"line {node.lineno}: the environment is used in section {places.section_of(node)!r}"
+        for node in ast.walk(places.tree)
+        if (isinstance(node, ast.Attribute) and node.attr in names)
+        or (isinstance(node, ast.ImportFrom) and any(a.name in names for a in node.names))
+        if places.section_of(node) not in READ_ENVIRONMENT
     ]
 
 
@@ -215,52 +166,11 @@ def check_getattr_defaults(source: str) -> list[str]:
     return [
         f"line {node.lineno}: getattr with a literal name and a default"
         for node in ast.walk(parse(source))
-        if called(node) == "getattr"
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "getattr"
         and len(node.args) == 3
         and isinstance(node.args[1], ast.Constant)
     ]
-
-
-def top_level_names(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """What a module defines, under if and try too."""
-    for node in body:
-        if isinstance(node, Function | ast.ClassDef):
-            yield node.name, node
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            if getattr(node, "module", "") != "__future__":
-                yield from ((a.asname or a.name.split(".")[0], node) for a in node.names)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            yield from ((name, node) for name in assigned_names(node))
-        else:
-            for part in ("body", "orelse", "finalbody"):
-                yield from top_level_names(getattr(node, part, []))
-            for handler in getattr(node, "handlers", []):
-                yield from top_level_names(handler.body)
-
-
-def read_names(node: ast.AST) -> set[str]:
-    """Names read under a node, those in quoted annotations included."""
-    names = set()
-    for child in ast.walk(node):
-        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load):
-            names.add(child.id)
-        for part in ("annotation", "returns"):
-            quoted = getattr(child, part, None)
-            if isinstance(quoted, ast.Constant) and isinstance(quoted.value, str):
-                names |= read_names(ast.parse(quoted.value))
-    return names
-
-
-def check_names_used(source: str) -> list[str]:
-    """Every top-level name is read outside its own definition."""
-    body = parse(source).body
-    reads = {node: read_names(node) for node in body}
-    complaints = []
-    for name, node in top_level_names(body):
-        elsewhere = (reads[other] for other in body if other is not node)
-        if not name.startswith("__") and not any(name in names for names in elsewhere):
-            complaints.append(f"line {node.lineno}: {name} is never used")
-    return complaints
 
 
 def check_no_global(source: str) -> list[str]:
@@ -272,143 +182,181 @@ def check_no_global(source: str) -> list[str]:
     ]
 
 
-def check_prints(source: str) -> list[str]:
-    """Only the log and the verbs write to the console."""
-    return [
-        f"line {node.lineno}: print outside log, main and verbs"
-        for node in outside(source, lambda f: f in PRINTERS or f.startswith("verb_"))
-        if called(node) == "print"
-    ]
-
-
-def check_forward_ifs(source: str) -> list[str]:
-    """At most two conditions in a forward."""
-    counts = {
-        name: sum(isinstance(n, ast.If | ast.IfExp) for n in ast.walk(node))
-        for name, node in forwards_in(source)
-    }
-    return [
-        f"{name}: {count} if, at most {MAX_FORWARD_IFS}"
-        for name, count in counts.items()
-        if count > MAX_FORWARD_IFS
-    ]
-
-
-# Checks of the text
-
-
-def documented_nodes(source: str) -> Iterator[tuple[str, ast.AST]]:
-    """The module, its classes and its functions."""
-    tree = parse(source)
-    yield "module", tree
-    yield from classes_in(source).items()
-    yield from functions_in(tree)
-
-
-def check_comments(source: str) -> list[str]:
-    """Comments and docstrings are ASCII and name neither pull requests nor things to do."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    texts = [(f"line {t.start[0]}", t.string) for t in tokens if t.type == tokenize.COMMENT]
-    texts += [(name, ast.get_docstring(node) or "") for name, node in documented_nodes(source)]
-    # A preset reproduces a published system and may say which.
-    presets = range(0)
-    for node in parse(source).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and "PRESETS" in assigned_names(node):
-            presets = range(node.lineno, node.end_lineno + 1)
-    exempt = {f"line {number}" for number in presets}
-    return [f"{where}: not ASCII" for where, text in texts if not text.isascii()] + [
-        f"{where}: {FORBIDDEN_IN_COMMENTS.search(text)[0]!r} in a comment"
-        for where, text in texts
-        if where not in exempt and FORBIDDEN_IN_COMMENTS.search(text)
-    ]
-
-
-def check_docstrings(source: str) -> list[str]:
-    """Every class and long function has a docstring; the class's own serves its __init__."""
-    return [
-        f"{name}: no docstring"
-        for name, node in documented_nodes(source)
-        if not ast.get_docstring(node)
-        and not name.endswith(".__init__")
-        and (not isinstance(node, Function) or num_lines(node) > MAX_LINES_WITHOUT_DOCSTRING)
-    ]
-
-
-def check_shapes(source: str) -> list[str]:
-    """Every module's forward states shapes, as (B, T, D)."""
-    return [
-        f"{name}: no shape such as (B, T, D) in its docstring"
-        for name, node in forwards_in(source)
-        if not SHAPE.search(ast.get_docstring(node) or "")
-    ]
-
-
-# Checks of the settings
-
-
-def check_settings_class(source: str) -> list[str]:
-    """The settings are frozen dataclasses whose every field is declared by a knob."""
-    parts = parts_in(source)
-    if not parts:
-        return [f"no class {SETTINGS_CLASS}"]
-    complaints = [
-        f"{part.name}: not frozen"
-        for part in parts
-        if not any("frozen=True" in ast.unparse(d) for d in part.decorator_list)
-    ]
-    return complaints + [
-        f"{name}: not a knob"
-        for name, node in settings_in(source).items()
-        if not called(node.value).endswith("knob")
-    ]
-
-
 def check_settings_used(source: str) -> list[str]:
-    """Every setting is read as cfg.field, or by a property that is itself read so."""
-    parts = parts_in(source)
-    if not parts:
-        return [f"no class {SETTINGS_CLASS}"]
+    """Every setting is read, by attribute or through a table that names it, beside its checks."""
+    used: set[str] = set()
 
-    def fields_read(node: ast.AST, owners: set[str]) -> set[str]:
-        return {
-            n.attr
-            for n in ast.walk(node)
-            if isinstance(n, ast.Attribute) and ast.unparse(n.value).split(".")[-1] in owners
-        }
+    def visit(node: ast.AST) -> None:
+        is_check = isinstance(node, Function) and node.name == "checks"
+        if is_check or assigned_names(node) & NAMING_TABLES:
+            return
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            used.add(node.value.lower())  # settings are named as in the environment too
+        for child in ast.iter_child_nodes(node):
+            visit(child)
 
-    used = set()
-    for node in parse(source).body:
-        if node not in parts:
-            used |= fields_read(node, SETTINGS_OBJECTS)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and (
-            FIELD_NAME_TABLES & set(assigned_names(node))
-        ):
-            used |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
-    methods = {
-        n.name: fields_read(n, {"self", "cls"})
-        for part in parts
-        for n in part.body
-        if isinstance(n, Function) and n.name not in NOT_A_USE
-    }
-    used |= {"preset", "not_ours"}  # from_env acts on them, by their environment names
-    while reached := [name for name in methods if name in used]:
-        for name in reached:
-            used |= methods.pop(name)
-    return [f"{name}: never read" for name in settings_in(source) if name not in used]
+    visit(parse(source))
+    return [f"{name}: never read" for name in sorted(settings_in(source) - used)]
+
+
+CHECKS = (
+    check_function_lengths,
+    check_class_lengths,
+    check_tokens,
+    check_docstrings,
+    check_shapes,
+    check_environment,
+    check_getattr_defaults,
+    check_no_global,
+    check_settings_used,
+)
+RULE = "# " + "=" * 97
+GOOD = f'''"""Train something small."""
+
+import os
+from torch import nn
+
+
+class Part:
+    """What can be set."""
+
+    model_dim: int = model_knob(8)
+    muon_lr: float = training_knob(0.1)
+
+    def checks(cfg):
+        yield cfg.muon_lr > 0, "MUON_LR must be above 0"
+
+
+ROUTES = (("blocks", "muon_lr"),)
+
+{RULE}
+# Model
+# There is one forward.
+{RULE}
+
+
+class Block(nn.Module):
+    """A block."""
+
+    def forward(self, x):
+        """x: (B, T, D) -> (B, T, D)."""
+        return x if self.gate is None else self.gate(x)
+
+
+{RULE}
+# Main
+# The story of a run.
+{RULE}
+
+
+def main() -> None:
+    """Print what there is."""
+    cfg = Config.from_env(os.environ)
+    print(Block(cfg.model_dim), ROUTES)
+'''
+
+
+def changed(old: str, new: str) -> str:
+    """The good source with one thing made bad."""
+    assert old in GOOD
+    return GOOD.replace(old, new, 1)
+
+
+BAD = (
+    (check_function_lengths, GOOD + "def long():\n" + "    pass\n" * 60),
+    (check_class_lengths, GOOD + "class Long:\n" + "    x = 1\n" * 200),
+    (check_tokens, GOOD + "x = 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1\n" * 40),
+    (check_docstrings, changed('    """A block."""\n\n', "")),
+    (check_docstrings, GOOD + "def f():\n" + "    pass\n" * 8),
+    (check_shapes, changed("(B, T, D) -> (B, T, D)", "the stream")),
+    (check_shapes, GOOD + "class Other(Block):\n    def forward(self, x):\n        return x\n"),
+    (
+        check_environment,
+        changed("        return x if", "        os.environ['A']\n        return x if"),
+    ),
+    (
+        check_environment,
+        changed("# There is", "from os import getenv\n# There is").replace("# Main", "# Data"),
+    ),
+    (check_getattr_defaults, GOOD + "x = getattr(x, 'y', None)\n"),
+    (check_no_global, GOOD + "def f():\n    global x\n"),
+    (check_settings_used, changed('"muon_lr"', '"matrix_lr"')),
+    (check_settings_used, changed("cfg.model_dim", "cfg")),
+)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_sources(check: Callable[[str], list[str]], name: str) -> None:
+    complaints = check((ROOT / name).read_text(encoding="utf-8"))
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_check_accepts_good_source(check: Callable[[str], list[str]]) -> None:
+    assert check(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "source"), BAD, ids=[f"{check.__name__}-{i}" for i, (check, _) in enumerate(BAD)]
+)
+def test_check_complains_about_bad_source(check: Callable[[str], list[str]], source: str) -> None:
+    assert check(source) != []
+
+
+def test_every_check_was_seen_to_complain() -> None:
+    assert {check for check, _ in BAD} == set(CHECKS)
+
+
+# Imports
+
+
+def imported(source: str, names: set[str]) -> set[str]:
+    """Which of the modules a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found & names
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty if none do."""
+    left = dict(imports)
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_circle_of_imports() -> None:
+    paths = [*ROOT.glob("*.py"), *(ROOT / "records").glob("*.py"), *(ROOT / "data").glob("*.py")]
+    names = {path.stem for path in paths}
+    assert len(names) == len(paths) > 3
+    assert not circle({path.stem: imported(path.read_text(), names) for path in paths})
+
+
+def test_a_circle_is_found() -> None:
+    sources = {"a": "import b", "b": "def f():\n    from c import x", "c": "import b.d", "d": ""}
+    imports = {name: imported(source, set(sources)) for name, source in sources.items()}
+    assert circle(imports) == ["a", "b", "c"]
+    assert circle(imports | {"c": set()}) == []
+
+
+# Commands that people copy
 
 
 def published_names(source: str) -> set[str]:
-    """Every name the settings accept: fields, aliases and retired names."""
+    """Every name that the settings accept: fields, aliases and retired names."""
     names = {name.upper() for name in settings_in(source)}
     for node in parse(source).body:
-        tables = (
-            {"ALIASES", "RETIRED"} & set(assigned_names(node))
-            if isinstance(node, ast.Assign | ast.AnnAssign)
-            else ()
-        )
-        for child in ast.walk(node) if tables else ():
-            if isinstance(child, ast.Constant) and isinstance(child.value, str):
-                names.add(child.value.split("=")[0])
+        if assigned_names(node) & {"ALIASES", "RETIRED"}:
+            texts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+            names |= {text.split("=")[0] for text in texts if isinstance(text, str)}
     return names
 
 
@@ -429,165 +377,8 @@ def unknown_names(commands: str, source: str) -> list[str]:
     )
 
 
-CHECKS = (
-    check_banners,
-    check_size,
-    check_function_lengths,
-    check_blank_lines,
-    check_environment,
-    check_getattr_defaults,
-    check_names_used,
-    check_no_global,
-    check_prints,
-    check_forward_ifs,
-    check_comments,
-    check_docstrings,
-    check_shapes,
-    check_settings_class,
-    check_settings_used,
-)
-
-GOOD = f'''"""Train something small.
-
-  1  Settings        what can be set
-  2  Model           the network
-"""
-
-import os
-from torch import nn
-
-{RULE}
-# Settings
-# One class reads the environment, so that it can refuse.
-{RULE}
-
-
-def knob(default):
-    return default
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings."""
-
-    model_dim: int = knob(8)
-    num_heads: int = knob(2)
-    muon_lr: float = knob(0.1)
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @classmethod
-    def from_env(cls, env=os.environ):
-        return cls(**env)
-
-
-ROUTES = (("blocks", "muon_lr"),)
-
-{RULE}
-# Model
-# There is one forward.
-{RULE}
-
-
-# It starts as the identity.
-class Block(nn.Module):
-    """A block."""
-
-    def forward(self, x):
-        """x: (B, T, D) -> (B, T, D)."""
-        return x if self.gate is None else self.gate(x)
-
-
-def main() -> None:
-    """Print what there is."""
-    cfg = Config.from_env(os.environ)
-    print(Block(cfg.head_dim), ROUTES)
-
-
-if __name__ == "__main__":
-    main()
-'''
-
-
-def changed(old: str, new: str) -> str:
-    """The good source with one thing made bad."""
-    assert old in GOOD
-    return GOOD.replace(old, new, 1)
-
-
-BAD = (
-    (check_banners, changed("# Model\n", "# Network\n")),
-    (check_banners, changed("  2  Model", "  3  Model")),
-    (check_banners, changed("# There is one forward.\n", "")),
-    (check_banners, changed("ROUTES =", "# -----------\nROUTES =")),
-    (check_banners, changed(f"{RULE}\n", f"{RULE}=\n")),
-    (check_size, GOOD + "#" * 101),
-    (check_function_lengths, GOOD + "def long():\n" + "    pass\n" * 60),
-    (check_function_lengths, GOOD + "def train():\n" + "    pass\n" * 80),
-    (
-        check_function_lengths,
-        changed("        return x if", "        x\n" * 13 + "        return x if"),
-    ),
-    (check_blank_lines, changed("\n\n\ndef main", "\n\ndef main")),
-    (check_environment, GOOD + "def f():\n    return os.environ['A']\n"),
-    (check_environment, GOOD + "from os import getenv\n"),
-    (check_getattr_defaults, GOOD + "x = getattr(x, 'y', None)\n"),
-    (check_names_used, GOOD + "def f():\n    return f()\n"),
-    (check_names_used, GOOD + "import json\n"),
-    (check_names_used, GOOD + "LEFT_OVER = 1\n"),
-    (check_no_global, GOOD + "def f():\n    global x\n"),
-    (check_prints, GOOD + "def f():\n    print(1)\n"),
-    (
-        check_forward_ifs,
-        changed(
-            "return x if self.gate is None else self.gate(x)",
-            "return a if a else b if b else c if c else x",
-        ),
-    ),
-    (check_comments, changed("# It starts", "# \u00c9t\u00e9 starts")),
-    (check_comments, changed("# It starts", "# As in PR #12, it starts")),
-    (check_comments, changed('"""A block."""', '"""A block. TODO: more."""')),
-    (check_docstrings, changed('    """A block."""\n\n', "")),
-    (check_docstrings, GOOD + "def f():\n" + "    pass\n" * 8),
-    (check_shapes, changed("(B, T, D) -> (B, T, D)", "the stream")),
-    (check_settings_class, changed("knob(0.1)", "0.1")),
-    (check_settings_class, changed("frozen=True", "")),
-    (check_settings_used, changed('"muon_lr"', '"matrix_lr"')),
-    (check_settings_used, changed("cfg.head_dim", "cfg")),
-)
-
-
-@pytest.fixture(scope="module")
-def trainer() -> str:
-    """The source under test."""
-    return (ROOT / "train_gpt.py").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_train_gpt(check: Callable[[str], list[str]], trainer: str) -> None:
-    complaints = check(trainer)
-    assert not complaints, "\n".join(complaints)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_check_accepts_good_source(check: Callable[[str], list[str]]) -> None:
-    assert check(GOOD) == []
-
-
-@pytest.mark.parametrize(
-    ("check", "source"), BAD, ids=[f"{check.__name__}-{i}" for i, (check, _) in enumerate(BAD)]
-)
-def test_check_complains_about_bad_source(check: Callable[[str], list[str]], source: str) -> None:
-    assert check(source) != []
-
-
-def test_every_check_was_seen_to_complain() -> None:
-    assert {check for check, _ in BAD} == set(CHECKS)
-
-
-def test_published_commands_name_settings(trainer: str) -> None:
+def test_published_commands_name_settings() -> None:
+    trainer = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     paths = [
         ROOT / "run.sh",
         ROOT / "README.md",
@@ -605,8 +396,8 @@ def test_published_commands_name_settings(trainer: str) -> None:
 
 
 def test_unknown_names_are_found(tmp_path: Path) -> None:
-    text = "```\nMODEL_DIM=8 NUM_HEDS=2 PRESET=mini ./run.sh\n```\nor `MUONLR=1 ./run.sh`, AB=1\n"
+    text = "```\nMODEL_DIM=8 MODEL_DIMS=2 PRESET=mini ./run.sh\n```\nor `MUONLR=1 ./run.sh`, AB=1\n"
     (tmp_path / "README.md").write_text(text)
-    assert unknown_names(command_text(tmp_path / "README.md"), GOOD) == ["MUONLR", "NUM_HEDS"]
+    assert unknown_names(command_text(tmp_path / "README.md"), GOOD) == ["MODEL_DIMS", "MUONLR"]
     retired = GOOD + "ALIASES = {'LATE_QAT=0': 'QAT_MODE=off'}\n"
     assert unknown_names("LATE_QAT=0 TORCH_LOGS=all LATE=0", retired) == ["LATE"]
