@@ -88,6 +88,7 @@ class Case:
         trainer = load_trainer(folder)
         header, _ = trainer.read_artifact(folder / "artifact.bin")
         cfg, _ = trainer.settings_within(header, {})
+        cfg = trainer.locate_validation(cfg, header)
         val = trainer.load_validation(cfg)
         paths = trainer.shard_paths(cfg.data_path, "train")
         self.vocab_size = cfg.vocab_size
