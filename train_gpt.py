@@ -2638,9 +2638,6 @@ class RateSettings(Part):
         0.0, (0.0, 1.0), "Above 0: the fraction of the run that decays, instead of WARMDOWN_ITERS."
     )
     warmdown_type: str = training_knob("linear", ("linear", "cosine"), "Shape of the decay.")
-    min_lr: float = training_knob(
-        0.0, (0.0, 1.0), "The fraction of each rate below which its decay does not go."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2665,16 +2662,7 @@ class MuonSettings(Part):
     muon_momentum_warmup_steps: int = training_knob(
         1500, (0, 10**8), "Steps over which Muon's momentum ramps up."
     )
-    muon_ns: str = training_knob(
-        "quintic",
-        ("quintic", "polar"),
-        "Polynomials that orthogonalise an update: Newton-Schulz with one for all steps, or "
-        "Polar Express with one for each.",
-    )
-    muon_backend_steps: int = training_knob(5, (1, 20), "Steps of MUON_NS.")
-    muon_row_norm: bool = training_knob(
-        False, (), "Bring the rows of an update to one norm before it is orthogonalised."
-    )
+    muon_backend_steps: int = training_knob(5, (1, 20), "Newton-Schulz iterations.")
     muon_quant_momentum: bool = training_knob(
         False, (), "Keep Muon's momentum as blocks of int8 between steps."
     )
@@ -2703,15 +2691,6 @@ class AdamSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("ADAM_",)
 
     adam_wd: float = training_knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
-    embed_wd: float = training_knob(
-        -1.0,
-        (-1.0, 10.0),
-        "The decay of embedding tables instead of ADAM_WD; -1 leaves that.",
-        tries=(0.085,),
-    )
-    beta2: float = training_knob(
-        0.95, (0.0, 0.99999), "Fraction of AdamW's mean squared gradient that a step keeps."
-    )
     grad_clip_norm: float = training_knob(
         0.3, (0.0, 1e6), "Largest norm of the whole gradient; 0 sets no bound."
     )
@@ -2719,31 +2698,10 @@ class AdamSettings(Part):
         False, (), "Bound each rank's own gradient, before they are summed."
     )
 
-    @staticmethod
-    def checks(cfg: Config) -> Checks:
-        """A negative decay would let tables grow."""
-        yield (
-            cfg.embed_wd == -1.0 or cfg.embed_wd >= 0.0,
-            "EMBED_WD is no decay: it is at least 0, or -1 for that of ADAM_WD",
-        )
 
-
-# What orthogonalize() does to singular values: x <- a x + b x^3 + c x^5, a row (a, b, c) for each
-# step, and the last row for all steps that are left.
-SINGULAR_VALUE_MAPS = {
-    # Muon's Newton-Schulz iteration: large slope at zero; singular values from 0.003 of the norm
-    # upward end within 0.68 to 1.21 after five steps.
-    "quintic": ((3.4445, -4.7750, 2.0315),),
-    # Polar Express (arXiv:2505.16932), made for five steps: from 0.001 of the norm upward, 0.86
-    # to 1.15. It is used without the paper's division by a margin, as in #1855.
-    "polar": (
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ),
-}
+# Quintic Newton-Schulz of the Muon optimizer: large slope at zero; singular values from 0.003
+# of the norm upward end within 0.68 to 1.21 after five steps.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
 MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
@@ -2753,8 +2711,8 @@ MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross e
 GROUPS = {
     # group               optimizer  learning rate  weight decay
     "head":              ("adam", "head_lr",       "adam_wd"),
-    "tokens":            ("adam", "token_lr",      "table_wd"),
-    "tables":            ("adam", "tied_embed_lr", "table_wd"),
+    "tokens":            ("adam", "token_lr",      "adam_wd"),
+    "tables":            ("adam", "tied_embed_lr", "adam_wd"),
     "attention":         ("muon", "matrix_lr",     "muon_wd"),
     "mlp":               ("muon", "matrix_lr",     "muon_wd"),
     "auxiliary":         ("muon", "matrix_lr",     "muon_wd"),
@@ -2804,23 +2762,16 @@ def route_parameters(cfg: Config, model: GPT) -> list[dict]:
     return list(groups.values())
 
 
-def normalize_rows(matrices: Tensor) -> Tensor:
-    """Divide each row by its norm (MuonEq-R); a row of zeros stays: (..., r, c) -> same."""
-    return matrices / matrices.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-
-
-def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor:
-    """Push the singular values of each matrix towards 1: (..., r, c) -> same.
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix towards 1 by Newton-Schulz: (..., r, c) -> same.
 
     X <- aX + (bA + cA^2)X with A = XX^T, from X = G / ||G||_F; a zero matrix stays zero.
-    `maps` is a row of SINGULAR_VALUE_MAPS, which has a, b and c.
     """
-    rows = SINGULAR_VALUE_MAPS[maps]
+    a, b, c = NEWTON_SCHULZ
     tall = matrices.size(-2) > matrices.size(-1)
     X = matrices.mT if tall else matrices
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for step in range(steps):
-        a, b, c = rows[min(step, len(rows) - 1)]
+    for _ in range(steps):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
@@ -2844,14 +2795,8 @@ def unpack_momentum(packed: tuple[Tensor, Tensor], like_this: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M), M <- mu M + g.
 
-    Equal shapes are stacked and orthogonalised together, in `dtype`. Source: Keller Jordan's
-    Muon. Each step of the rule has its variants, which MuonSettings names:
-
-        what                             setting                 done by
-        momentum M                       MUON_QUANT_MOMENTUM     advance_momentum()
-        before orthogonalisation         MUON_ROW_NORM           normalize_rows()
-        orthogonalisation                MUON_NS                 orthogonalize()
-        decay of W                       MUON_WD_ORDER           apply()
+    Equal shapes are stacked and orthogonalised together, in `dtype`. Decay may come after the
+    step instead, and M be kept as int8 blocks between steps. Source: Keller Jordan's Muon.
 
     With MUON_PARALLEL the ranks divide each stack among them: a rank has the summed gradients,
     the momentum and the updates of its own part only, and then all ranks gather the updates.
@@ -2860,13 +2805,14 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict],
-        cfg: MuonSettings,
+        steps: int,
         dtype: torch.dtype,
+        packed: bool = False,
+        decay_first: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
-        self.cfg = cfg
-        self.dtype = dtype
+        self.steps, self.dtype, self.packed, self.decay_first = steps, dtype, packed, decay_first
         self.ranks = ranks or Ranks()
         self.shares: list[Callable[[], Tensor]] = []  # of launched sums
         self.stacks = [
@@ -2896,38 +2842,31 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without closures
         """Apply one update from the gradients; one stack's travels while the next is computed."""
-        cfg = self.cfg
         updates = []
         for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
             update = self.advance_momentum(grads, weights[0], group["momentum"])
-            if cfg.muon_row_norm:
-                update = normalize_rows(update)
-            update = orthogonalize(update.to(self.dtype), cfg.muon_backend_steps, cfg.muon_ns)
+            update = orthogonalize(update.to(self.dtype), self.steps)
             updates.append(self.ranks.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
-            self.apply(group, weights, wait()[: len(weights)])
+            rows, cols = weights[0].shape
+            decay = 1.0 - group["lr"] * group["weight_decay"]
+            rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
+            if not self.decay_first:
+                rate = decayed_rate(rate, decay)
+            update = wait()[: len(weights)].to(weights[0].dtype)
+            torch._foreach_mul_(weights, decay)
+            torch._foreach_add_(weights, update.unbind(), alpha=-rate)
         self.shares = []
-
-    def apply(self, group: dict, weights: list[Tensor], updates: Tensor) -> None:
-        """Decay the weights of a stack and let them take their updates (n, r, c)."""
-        rows, cols = weights[0].shape
-        decay = 1.0 - group["lr"] * group["weight_decay"]
-        rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
-        if self.cfg.muon_wd_order == "after":
-            rate = decayed_rate(rate, decay)
-        torch._foreach_mul_(weights, decay)
-        torch._foreach_add_(weights, updates.to(weights[0].dtype).unbind(), alpha=-rate)
 
     def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
         """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (m, r, c)."""
-        packed = self.cfg.muon_quant_momentum
         state = self.state[key]
-        if packed:
+        if self.packed:
             grads = grads.to(self.dtype)
         kept = state.get("momentum", (torch.zeros_like(grads),))
         momentum = unpack_momentum(kept, grads) if len(kept) == 2 else kept[0]
         momentum.mul_(mu).add_(grads)
-        state["momentum"] = pack_momentum(momentum) if packed else (momentum,)
+        state["momentum"] = pack_momentum(momentum) if self.packed else (momentum,)
         return grads.add(momentum, alpha=mu)
 
     def whole_momentum(self) -> list[list[Tensor]]:
@@ -2953,8 +2892,15 @@ def build_optimizers(
     """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
     adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
     return [
-        torch.optim.AdamW(adam, lr=0.0, betas=(0.9, cfg.beta2), eps=1e-8, fused=True),
-        Muon(muon, cfg, dtype, ranks),
+        torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
+        Muon(
+            muon,
+            cfg.muon_backend_steps,
+            dtype,
+            packed=cfg.muon_quant_momentum,
+            decay_first=cfg.muon_wd_order == "before",
+            ranks=ranks,
+        ),
     ]
 
 
@@ -3019,11 +2965,10 @@ class Schedule:
         """The schedules at step `step` (from 0), `seconds` into training."""
         cfg = self.cfg
         remaining, warmdown = self.remaining_and_warmdown(step, seconds)
-        # Switches go by the scale without its floor, so that each is reached in the end.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
         qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
         return Moment(
-            lr_scale=max(scale, cfg.min_lr),
+            lr_scale=scale,
             momentum=self.momentum(step),
             qat=self.qat or cfg.qat_mode == "always" or qat_begins,
             done=self.has_ended(step, seconds),
@@ -3102,8 +3047,6 @@ class Schedule:
             scales[f"SWA, every {cfg.swa_every} steps"] = cfg.swa_start_frac
         if cfg.mile_gamma:
             scales["MiLe: plain cross entropy"] = MILE_ENDS
-        if cfg.min_lr:
-            scales[f"rate floor of {cfg.min_lr:g}"] = cfg.min_lr
         for name, scale in scales.items():
             if scale:
                 yield name, decay_left(scale, cfg.warmdown_type)
@@ -4866,25 +4809,28 @@ class CountSettings(Part):
         4_000_000, (1, 1 << 40), "Bytes of the artifact for the training text that is counted."
     )
     count_orders: str = scoring_knob(
-        "2,4,8", (), "Orders of the n-grams of training and scored text.", absent="2,4,8"
+        "2,8", (), "Orders of the n-grams of training and scored text.", absent="2,8"
     )
     count_scored_orders: str = scoring_knob(
-        "2,6", (), "Orders of the n-grams of the scored text alone.", absent="2,6"
+        "2,6", (), "Orders of the n-grams of the scored text alone; may be none.", absent="2,6"
     )
     count_recent_tokens: int = scoring_knob(
-        128, (1, 1 << 20), "Last tokens that are expected to come again.", absent=128
+        128, (0, 1 << 20), "Last tokens that are expected to come again; 0: none.", absent=128
     )
     count_longest_match: int = scoring_knob(
-        32, (1, 256), "Tokens of context that are compared to find repeats.", absent=32
+        32,
+        (0, 256),
+        "Tokens of context that are compared to find repeats; 0: no repeats.",
+        absent=32,
     )
     count_chunk_tokens: int = scoring_knob(
         64, (1, 4096), "Targets that are scored before the counts learn from them.", absent=64
     )
     count_gate_rate: float = scoring_knob(
-        0.04, (0.0, 10.0), "Learning rate of the mixture's weights; 0 keeps them.", absent=0.04
+        0.02, (0.0, 10.0), "Learning rate of the mixture's weights; 0 keeps them.", absent=0.02
     )
     count_match_rate: float = scoring_knob(
-        0.8, (0.0, 10.0), "Learning rate of the biases for repeats; 0 keeps them.", absent=0.8
+        0.4, (0.0, 10.0), "Learning rate of the biases for repeats; 0 keeps them.", absent=0.4
     )
 
     @property
@@ -4894,7 +4840,9 @@ class CountSettings(Part):
 
     @property
     def orders_of_scored(self) -> tuple[int, ...]:
-        """COUNT_SCORED_ORDERS as numbers; or Refusal."""
+        """COUNT_SCORED_ORDERS as numbers, perhaps none; or Refusal."""
+        if not self.count_scored_orders:
+            return ()
         return parse_orders("COUNT_SCORED_ORDERS", self.count_scored_orders)
 
     @property
@@ -4910,7 +4858,8 @@ class CountSettings(Part):
     @staticmethod
     def checks(cfg: Config) -> Checks:
         """Orders are numbers, and counting goes along sliding windows."""
-        yield cfg.orders_of_texts and cfg.orders_of_scored, "COUNT_ORDERS must name an order"
+        orders = cfg.orders_of_texts + cfg.orders_of_scored
+        yield min(orders) >= 2, "COUNT_ORDERS start at 2"
         yield (
             cfg.counts == "off" or cfg.eval_stride > 0,
             "COUNTS needs sliding windows, not EVAL_STRIDE",
@@ -4947,7 +4896,8 @@ class TextIndex:
 
     The numbers are names only: what a text holds later never changes which earlier places share a
     name. Numbering by sorting is exact; nothing is hashed. Tokens from `boundary` on are those to
-    predict; what lies before is training text.
+    predict. What lies before is training text; repeats are looked for there alone, or, if there is
+    none, in all that came earlier.
     """
 
     def __init__(
@@ -4957,27 +4907,33 @@ class TextIndex:
         self.boundary = boundary
         self.tables: list[GramTable] = []
         targets = len(tokens) - boundary
-        self.matches = {name: MatchModel(targets) for name in ("training", "scored")}
+        self.match = MatchModel(targets if longest_match else 0)
         # Of each gram to number: the place of its last token, ascending, and its context's number.
-        places: np.ndarray = np.arange(len(tokens))
-        contexts: np.ndarray = np.zeros(len(tokens), np.int64)
+        places: np.ndarray = np.arange(len(tokens), dtype=np.int32)
+        contexts: np.ndarray = np.zeros(len(tokens), np.int32)
         num_contexts = 1
         for order in range(1, max(longest_order, longest_match) + 1):
             # A stable sort leaves equal grams in the order of the text.
-            keys = torch.from_numpy(contexts * MAX_VOCABULARY + self.tokens[places])
-            sorted_keys, permutation = (x.numpy() for x in torch.sort(keys, stable=True))
+            keys = contexts.astype(np.int64) * MAX_VOCABULARY + self.tokens[places]
+            sorted_keys, permutation = (
+                x.numpy() for x in torch.sort(torch.from_numpy(keys), stable=True)
+            )
+            del keys  # a text of many million tokens leaves no room for what is not needed
             opens = np.ones(len(places), bool)
             opens[1:] = sorted_keys[1:] != sorted_keys[:-1]
-            gram_sorted = np.cumsum(opens, dtype=np.int64) - 1
+            gram_sorted = np.cumsum(opens, dtype=np.int32) - 1
             grams = np.empty_like(gram_sorted)
             grams[permutation] = gram_sorted
             if order <= longest_order:
                 is_first = np.empty_like(opens)
                 is_first[permutation] = opens
                 self.add_table(places, grams, is_first, sorted_keys[opens], num_contexts)
+            del sorted_keys
             if order <= longest_match:
-                group_start = np.flatnonzero(opens)[gram_sorted]
+                group_start = np.flatnonzero(opens).astype(np.int32)[gram_sorted]
                 self.note_matches(order, places[permutation], group_start)
+                del group_start
+            del permutation, gram_sorted
             num_contexts = int(opens.sum())
             is_context = np.bincount(grams, minlength=num_contexts) > 1
             if order >= longest_order:
@@ -5013,16 +4969,17 @@ class TextIndex:
         `places` end grams of that length, sorted by gram and then by place; `group_start` says
         where in them each one's gram begins.
         """
-        rank = np.arange(len(places))
+        earlier = np.arange(-1, len(places) - 1, dtype=np.int32)
+        if self.boundary:
+            # The latest source up to each place, from which the search goes on at the next.
+            is_source = places + 1 < self.boundary
+            latest = np.where(is_source, np.arange(len(places), dtype=np.int32), np.int32(-1))
+            earlier[1:] = np.maximum.accumulate(latest)[:-1]
         is_target = (places + 1 >= self.boundary) & (places + 1 < len(self.tokens))
-        for name, match in self.matches.items():
-            is_source = (places + 1 < self.boundary) == (name == "training")
-            latest = np.maximum.accumulate(np.where(is_source, rank, -1))
-            earlier = np.append(-1, latest[:-1])  # the latest source before each rank
-            found = is_target & (earlier >= group_start)
-            target = places[found] + 1 - self.boundary
-            match.length[target] = length
-            match.source[target] = places[earlier[found]] + 1
+        found = is_target & (earlier >= group_start)
+        target = places[found] + 1 - self.boundary
+        self.match.length[target] = length
+        self.match.source[target] = places[earlier[found]] + 1
 
 
 class MatchModel:
@@ -5080,6 +5037,11 @@ class Evidence:
     order: np.ndarray  # tokens of that context and one, 1 if there is none
     count: np.ndarray  # occurrences
     continuations: np.ndarray  # different tokens after it
+
+    @classmethod
+    def of_nothing(cls, n: int) -> Evidence:
+        """For n targets whose contexts are all new."""
+        return cls(np.ones(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64))
 
 
 class CountModel:
@@ -5144,7 +5106,7 @@ class CountModel:
         """
         n = len(places)
         lower = np.tile(self.lowest_order(), (n, 1))
-        seen = Evidence(np.ones(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64))
+        seen = Evidence.of_nothing(n)
         result = {}
         for order in range(2, max(self.orders) + 1):
             continuations = Continuations(self, order, places, online)
@@ -5216,9 +5178,13 @@ class Continuations:
         seen.continuations[is_known] = kinds[is_known]
 
 
-# Weights before any lesson. The network and the longest counts agree on most tokens; short orders
-# say little that these do not know.
-START_NETWORK, START_COUNTS, START_RECENT = 0.6, 0.4, 0.1
+# Weights before any lesson, rounded from what they came to on a hold-out of the training text. The
+# shortest order's is negative: what is likely in any context counts less as evidence.
+START_NETWORK = 0.6
+START_LONGEST_ORDER = 0.4
+START_SHORTEST_ORDER = -0.15
+START_RECENT = 0.2
+START_BIAS = 0.1  # for each token of a match
 MAX_LOG2_COUNT = 5  # counts are told apart by powers of two up to here
 MATCH_CLASSES = np.array([4, 6, 8, 10, 12, 16, 24, 32])  # shortest length of each class but none
 MAX_CONFIDENCE = 7  # largest probabilities, by powers of the square root of one half
@@ -5233,7 +5199,7 @@ class Mixture:
     and one weight for each distribution in each bucket. The bias b_m belongs to the match's length.
     After a chunk of targets is scored, each weight goes one Adagrad step (Duchi et al. 2011) down
     the gradient of the chunk's nats, d nats / d a_i = sum_w p(w) log p_i(w) - log p_i(target), and
-    the chunk's tokens are counted. All state is float64 and depends on the data alone.
+    the chunk's tokens are counted. Weights are float64, and all state depends on the data alone.
     """
 
     def __init__(
@@ -5242,20 +5208,24 @@ class Mixture:
         training_tokens: np.ndarray,
         validation_tokens: np.ndarray,
         vocab_size: int,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
-        """Index and count the training tokens; targets are validation_tokens[1:]."""
+        """Index and count the training tokens; targets are validation_tokens[1:].
+
+        dtype is that of rows over the vocabulary: float32 halves their time.
+        """
         self.cfg = cfg
         self.vocab_size = vocab_size
+        self.dtype = dtype
         self.tokens = np.asarray(validation_tokens, np.int64)
         self.scored = 0  # targets
-        self.learned = 0  # targets
         self.largest_sum_error = 0.0
         self.models: dict[str, CountModel] = {}  # by the text they read, the most telling first
-        self.matches: list[MatchModel] = []
+        self.matches: list[tuple[np.ndarray, np.ndarray]] = []  # length and prediction by place
         self.count_texts(training_tokens)
         experts = [("network", 0)]
         experts += [(name, order) for name, model in self.models.items() for order in model.orders]
-        if cfg.counts_scored_text:
+        if cfg.count_recent_tokens:
             experts.append(("recent", 0))
         self.experts = experts
         self.start = torch.tensor([self.start_weight(*e) for e in experts], dtype=torch.float64)
@@ -5263,6 +5233,8 @@ class Mixture:
         self.gates = [AdagradTable(shape, cfg.count_gate_rate) for shape in shapes]
         lengths = (cfg.count_longest_match + 1,)
         self.biases = [AdagradTable(lengths, cfg.count_match_rate) for _ in self.matches]
+        for bias in self.biases:
+            bias.values += START_BIAS * torch.arange(cfg.count_longest_match + 1)
         self.pending: list[Lesson] = []
 
     def count_texts(self, training: np.ndarray) -> None:
@@ -5270,16 +5242,21 @@ class Mixture:
         cfg = self.cfg
         if cfg.counts_training_text:
             text = np.concatenate([training, self.tokens])
-            orders = cfg.orders_of_texts
-            index = TextIndex(text, max(orders), cfg.count_longest_match, len(training))
             learned = len(training) + int(cfg.counts_scored_text)  # the first token is no target
-            self.models["training"] = CountModel(index, orders, self.vocab_size, learned)
-            self.matches.append(index.matches["training"])
+            self.add_text("training", text, cfg.orders_of_texts, len(training), learned)
         if cfg.counts_scored_text:
-            orders = cfg.orders_of_scored
-            index = TextIndex(self.tokens, max(orders), cfg.count_longest_match)
-            self.models["scored"] = CountModel(index, orders, self.vocab_size, 1)
-            self.matches.append(index.matches["scored"])
+            self.add_text("scored", self.tokens, cfg.orders_of_scored, 0, 1)
+
+    def add_text(
+        self, name: str, text: np.ndarray, orders: tuple[int, ...], boundary: int, learned: int
+    ) -> None:
+        """Count a text that the validation text ends, and look for the matches in it."""
+        index = TextIndex(text, max(orders, default=0), self.cfg.count_longest_match, boundary)
+        if orders:
+            self.models[name] = CountModel(index, orders, self.vocab_size, learned)
+        if self.cfg.count_longest_match:
+            predictions = index.tokens[index.match.source]
+            self.matches.append((index.match.length, predictions))
 
     def start_weight(self, source: str, order: int) -> float:
         """The plain constant that a distribution's weight begins with."""
@@ -5287,12 +5264,16 @@ class Mixture:
             return START_NETWORK
         if source == "recent":
             return START_RECENT
-        main = next(iter(self.models))
-        return START_COUNTS if (source, order) == (main, max(self.models[main].orders)) else 0.0
+        main = next(iter(self.models), "")
+        if source == main and order == max(self.models[main].orders):
+            return START_LONGEST_ORDER
+        if source == main and order == min(self.models[main].orders):
+            return START_SHORTEST_ORDER
+        return 0.0
 
     def gate_sizes(self) -> list[int]:
         """Buckets of each gate, in the order of buckets()."""
-        orders = 1 + max(max(model.orders) for model in self.models.values())
+        orders = 1 + max([1] + [max(model.orders) for model in self.models.values()])
         classes = 1 + MAX_LOG2_COUNT
         confidences = 1 + MAX_CONFIDENCE
         lengths = 1 + len(MATCH_CLASSES)
@@ -5307,10 +5288,10 @@ class Mixture:
         nats = [torch.zeros(0, dtype=torch.float64)]
         while len(network):
             n = min(chunk - self.scored % chunk, len(network))
-            log_probs, lesson = self.mix(network[:n].double())
+            log_probs, lesson = self.mix(network[:n].to(self.dtype))
             target = torch.from_numpy(self.tokens[self.scored + 1 : self.scored + n + 1])
-            nats.append(-log_probs.gather(1, target[:, None]).squeeze(1))
-            self.pending.append(lesson.graded(log_probs, target))
+            nats.append(-log_probs.gather(1, target[:, None]).squeeze(1).double())
+            self.pending.append(lesson.graded(target))
             self.scored += n
             network = network[n:]
             if self.scored % chunk == 0:
@@ -5318,7 +5299,7 @@ class Mixture:
         return torch.cat(nats)
 
     def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
-        """Log-probabilities of the next targets, float64 (n, V), which must lie in one chunk."""
+        """Log-probabilities (n, V) of the next targets, which must lie in one chunk."""
         n = len(network)
         rows = [network]
         telling = []  # the distribution of the longest order, and the evidence for it
@@ -5329,53 +5310,41 @@ class Mixture:
             probs, seen = model.probs(np.arange(place, place + n), online)
             rows += [torch.from_numpy(probs[order]).log() for order in model.orders]
             telling.append((probs[max(model.orders)], seen))
+        if not telling:  # matches alone
+            main = network.exp().numpy()
+            telling = [(main, Evidence.of_nothing(n))]
         main, evidence = telling[0]
-        if self.cfg.counts_scored_text:
-            rows.append(torch.from_numpy(self.expect_recent(main)).log())
+        if W := self.cfg.count_recent_tokens:
+            rows.append(
+                torch.from_numpy(expect_recent(self.tokens, self.scored + 1, W, main)).log()
+            )
+        rows = [row.to(self.dtype) for row in rows]
         targets = slice(self.scored + 1, self.scored + 1 + n)
-        lengths = np.stack([match.length[targets] for match in self.matches]).astype(np.int64)
-        predictions = np.stack(
-            [
-                model.index.tokens[match.source[targets]]
-                for model, match in zip(self.models.values(), self.matches, strict=True)
-            ]
-        )
+        lengths = [length[targets].astype(np.int64) for length, _ in self.matches]
+        predictions = [prediction[targets].astype(np.int64) for _, prediction in self.matches]
         lesson = Lesson(
             expert_rows=rows,
             buckets=self.buckets(evidence, lengths, network, main),
-            lengths=torch.from_numpy(lengths),
-            predictions=torch.from_numpy(predictions.astype(np.int64)),
+            lengths=[torch.from_numpy(length) for length in lengths],
+            predictions=[torch.from_numpy(prediction) for prediction in predictions],
         )
         weights = self.start.expand(n, -1)
         for gate, bucket in zip(self.gates, lesson.buckets, strict=True):
             weights = weights + gate.values[bucket]
         logits = torch.zeros_like(network)
         for i in range(len(rows)):
-            logits.addcmul_(rows[i], weights[:, i : i + 1])
+            logits.addcmul_(rows[i], weights[:, i : i + 1].to(self.dtype))
         for m in range(len(self.matches)):
             bias = self.biases[m].values[lesson.lengths[m]] * (lesson.lengths[m] > 0)
-            logits.scatter_add_(1, lesson.predictions[m][:, None], bias[:, None])
+            logits.scatter_add_(1, lesson.predictions[m][:, None], bias[:, None].to(self.dtype))
         log_probs = logits.log_softmax(1)
-        sum_error = float((log_probs.exp().sum(1) - 1).abs().max())
+        lesson.probs = log_probs.exp()
+        sum_error = float((lesson.probs.sum(1) - 1).abs().max())
         self.largest_sum_error = max(self.largest_sum_error, sum_error)
         return log_probs, lesson
 
-    def expect_recent(self, main: np.ndarray) -> np.ndarray:
-        """Each of the last W tokens counted once, and W / 2 times the counts' distribution."""
-        W = self.cfg.count_recent_tokens
-        n = len(main)
-        first = self.scored + 1
-        counts = np.zeros((n, self.vocab_size))
-        counts[0] = np.bincount(self.tokens[max(first - W, 0) : first], minlength=self.vocab_size)
-        for row in range(1, n):
-            counts[row] = counts[row - 1]
-            counts[row, self.tokens[first + row - 1]] += 1
-            if first + row - 1 >= W:
-                counts[row, self.tokens[first + row - 1 - W]] -= 1
-        return (counts + W / 2 * main) / (counts.sum(1, keepdims=True) + W / 2)
-
     def buckets(
-        self, evidence: Evidence, lengths: np.ndarray, network: Tensor, main: np.ndarray
+        self, evidence: Evidence, lengths: list[np.ndarray], network: Tensor, main: np.ndarray
     ) -> Tensor:
         """The bucket of each gate for each target: int64 (gates, n)."""
         classes = 1 + MAX_LOG2_COUNT
@@ -5391,20 +5360,53 @@ class Mixture:
         by_confidence = confidence[0] * (1 + MAX_CONFIDENCE) + confidence[1]
         return torch.from_numpy(np.stack([by_order, by_variety, by_match, by_confidence]))
 
+    def constants(self) -> list[np.ndarray]:
+        """What the gates and biases have learned, float16, for start_from() of another mixture."""
+        return [table.values.numpy().astype(np.float16) for table in self.gates + self.biases]
+
+    def start_from(self, constants: list[np.ndarray]) -> None:
+        """Begin with learned constants, as from a hold-out; raises Refusal if they do not fit.
+
+        The hold-out must be text that neither the network nor the counts were trained on.
+        """
+        tables = self.gates + self.biases
+        if [c.shape for c in constants] != [tuple(table.values.shape) for table in tables]:
+            raise Refusal("the mixture's constants are not those of its settings")
+        if not all(np.isfinite(c).all() for c in constants):
+            raise Refusal("the mixture's constants are not all finite")
+        for table, values in zip(tables, constants, strict=True):
+            table.values = torch.from_numpy(values.astype(np.float64))
+
     def learn(self) -> None:
         """Learn from the scored targets of the chunk: weights, biases and counts."""
         buckets = torch.cat([lesson.buckets for lesson in self.pending], 1)
         gradients = torch.cat([lesson.weight_gradients for lesson in self.pending])
         for gate, bucket in zip(self.gates, buckets, strict=True):
             gate.step(bucket, gradients)
-        lengths = torch.cat([lesson.lengths for lesson in self.pending], 1)
-        gradients = torch.cat([lesson.bias_gradients for lesson in self.pending], 1)
-        for m in range(len(self.matches)):
-            self.biases[m].step(lengths[m], gradients[m])
+        for m, bias in enumerate(self.biases):
+            lengths = torch.cat([lesson.lengths[m] for lesson in self.pending])
+            bias.step(lengths, torch.cat([lesson.bias_gradients[m] for lesson in self.pending]))
         self.pending = []
         if self.cfg.counts_scored_text:
             for model in self.models.values():
                 model.learn(len(model.index.tokens) - len(self.tokens) + 1 + self.scored)
+
+
+def expect_recent(tokens: np.ndarray, first: int, W: int, main: np.ndarray) -> np.ndarray:
+    """Each of the W tokens before a place counted once, and W / 2 times another distribution.
+
+    `main` (n, V) is that other one, of the places from `first` on; float64 (n, V).
+    """
+    n, V = main.shape
+    counts = np.zeros((n, V))
+    counts[0] = np.bincount(tokens[max(first - W, 0) : first], minlength=V)
+    for row in range(1, n):
+        place = first + row
+        counts[row] = counts[row - 1]
+        counts[row, tokens[place - 1]] += 1
+        if place > W:
+            counts[row, tokens[place - 1 - W]] -= 1
+    return (counts + W / 2 * main) / (counts.sum(1, keepdims=True) + W / 2)
 
 
 def log2_class(counts: np.ndarray) -> np.ndarray:
@@ -5417,26 +5419,34 @@ class Lesson:
     """What the mixture needs of some targets to learn from them once they are scored."""
 
     def __init__(
-        self, expert_rows: list[Tensor], buckets: Tensor, lengths: Tensor, predictions: Tensor
+        self,
+        expert_rows: list[Tensor],
+        buckets: Tensor,
+        lengths: list[Tensor],
+        predictions: list[Tensor],
     ) -> None:
-        self.expert_rows = expert_rows  # float64 (n, V) each; let go after grading
+        self.expert_rows = expert_rows  # (n, V) each
+        self.probs = torch.zeros(0)  # of the mixture, (n, V)
         self.buckets = buckets  # int64 (gates, n)
-        self.lengths = lengths  # int64 (matches, n)
-        self.predictions = predictions  # int64 (matches, n)
+        self.lengths = lengths  # of each match, int64 (n,)
+        self.predictions = predictions  # of each match, int64 (n,)
         self.weight_gradients = torch.zeros(0)  # float64 (n, experts)
-        self.bias_gradients = torch.zeros(0)  # float64 (matches, n)
+        self.bias_gradients: list[Tensor] = []  # of each match, float64 (n,)
 
-    def graded(self, log_probs: Tensor, target: Tensor) -> Lesson:
-        """Compute the gradients of the targets' nats; log_probs (n, V), target (n,)."""
-        probs = log_probs.exp()
+    def graded(self, target: Tensor) -> Lesson:
+        """Compute the gradients of the targets' nats, int64 (n,), and let go of what is large."""
+        probs = self.probs
         expected = torch.stack([(probs * row).sum(1) for row in self.expert_rows], 1)
         place = target[:, None]
         observed = torch.cat([row.gather(1, place) for row in self.expert_rows], 1)
-        self.weight_gradients = expected - observed
-        predicted = probs.gather(1, self.predictions.T).T
-        is_right = (self.predictions == target).double()
-        self.bias_gradients = (predicted - is_right) * (self.lengths > 0)
+        self.weight_gradients = (expected - observed).double()
+        for length, prediction in zip(self.lengths, self.predictions, strict=True):
+            predicted = probs.gather(1, prediction[:, None]).squeeze(1)
+            is_right = (prediction == target).to(probs.dtype)
+            gradient = (predicted - is_right) * (length > 0)
+            self.bias_gradients.append(gradient.double())
         self.expert_rows = []
+        self.probs = torch.zeros(0)
         return self
 
 
@@ -5541,7 +5551,7 @@ def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
         return documents
     boundary = sum(map(len, others))
     text = np.concatenate(others + held_out)
-    match = TextIndex(text, 1, 16, boundary).matches["training"]
+    match = TextIndex(text, 1, 16, boundary).match
     is_right = (match.length > 0) & (text[match.source] == text[boundary:])
     starts = np.cumsum([0] + [len(document) for document in others])
     document_of = np.searchsorted(starts, match.source[is_right], side="right") - 1
@@ -6379,7 +6389,6 @@ def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
 ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
     "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
-    "MUON_ROW_NORMALIZE": ("MUON_ROW_NORM", None),
     "QAT_THRESHOLD": ("LATE_QAT_THRESHOLD", None),
     "SWA_INTERVAL": ("SWA_EVERY", None),
     "SWA_PCT": ("SWA_START_FRAC", None),
@@ -6437,6 +6446,7 @@ RETIRED: dict[str, tuple[str, ...] | None] = {
     ),
     "ADAM_EPS": ("1e-8", "1e-08"),
     "BETA1": ("0.9",),
+    "BETA2": ("0.95",),
     "TARGET_BYTES": ("0",),
     "MUON_QUANT_BLOCK_SIZE": ("256",),
     "QAT_CLIP_PCT": ("0.9995",),
@@ -6538,11 +6548,6 @@ class Config(
     def token_lr(self) -> float:
         """Learning rate of the token embedding, tied or not."""
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
-
-    @property
-    def table_wd(self) -> float:
-        """Weight decay of embedding tables."""
-        return self.adam_wd if self.embed_wd < 0 else self.embed_wd
 
     def __post_init__(self) -> None:
         """Raise Refusal for settings that contradict each other, with the values of those named."""

@@ -1,5 +1,6 @@
 """Counts beside the network, against naive statements of the same equations."""
 
+import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import launch, tiny_job
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
@@ -119,19 +121,17 @@ def test_matches_are_the_latest_longest_repeats(case, longest_order, longest_mat
     _, text = case
     boundary = data.draw(st.integers(0, len(text) - 1))
     index = train_gpt.TextIndex(text, longest_order, longest_match, boundary)
-    for name, sources in (("training", range(1, boundary)), ("scored", range(boundary, len(text)))):
-        match = index.matches[name]
-        for target in range(boundary, len(text)):
-            length, source = 0, None
-            for place in sources:
-                for wanted in range(1, longest_match + 1):
-                    context = text[max(place - wanted, 0) : place].tolist()
-                    same = context == text[max(target - wanted, 0) : target].tolist()
-                    if place < target and place >= wanted and same and wanted >= length:
-                        length, source = wanted, place
-            assert match.length[target - boundary] == length
-            if length:
-                assert match.source[target - boundary] == source
+    for target in range(boundary, len(text)):
+        length, source = 0, None
+        for place in range(1, boundary or target):
+            for wanted in range(1, longest_match + 1):
+                context = text[max(place - wanted, 0) : place].tolist()
+                same = context == text[max(target - wanted, 0) : target].tolist()
+                if place >= wanted and same and wanted >= length:
+                    length, source = wanted, place
+        assert index.match.length[target - boundary] == length
+        if length:
+            assert index.match.source[target - boundary] == source
 
 
 # The mixture
@@ -196,6 +196,17 @@ def test_the_mixture_sums_to_one_and_uses_counts(mode):
     torch.testing.assert_close(mixed.exp().sum(1), torch.ones(16, dtype=torch.float64))
 
 
+def test_matches_alone_tilt_the_network():
+    text = words(2, 1500)
+    mixture = mixture_of("scored", text, COUNT_SCORED_ORDERS="", COUNT_RECENT_TOKENS="0")
+    network = network_rows(1499)
+    nats = mixture.score(network)
+    target = torch.from_numpy(text[1:].astype(np.int64))
+    alone = -network.gather(1, target[:, None]).squeeze(1)
+    assert [name for name, _ in mixture.experts] == ["network"]
+    assert nats[700:].mean() < 0.8 * alone[700:].mean()
+
+
 def test_both_texts_beat_either():
     text = words(2, 1500)
     nats = {mode: float(mixture_of(mode, text).score(network_rows(1499)).sum()) for mode in MODES}
@@ -214,6 +225,24 @@ def test_a_static_mixture_keeps_its_state():
     assert mixture.models["training"].learned == 600
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_constants_of_a_hold_out_begin_another_mixture(mode):
+    network = network_rows(1499)
+    taught = mixture_of(mode, words(4, 1500))
+    taught.score(network)
+    constants = taught.constants()
+    text = words(2, 200)
+    plain = mixture_of(mode, text, COUNT_GATE_RATE="0", COUNT_MATCH_RATE="0")
+    begun = mixture_of(mode, text, COUNT_GATE_RATE="0", COUNT_MATCH_RATE="0")
+    begun.start_from(constants)
+    assert begun.score(network[:199]).sum() < plain.score(network[:199]).sum()
+    with pytest.raises(train_gpt.Refusal, match="settings"):
+        begun.start_from(constants[1:])
+    constants[0][0, 0] = np.inf
+    with pytest.raises(train_gpt.Refusal, match="finite"):
+        begun.start_from(constants)
+
+
 def test_gradients_are_those_of_the_nats():
     text = words(2, 400)
     mixture = mixture_of("both", text)
@@ -225,8 +254,8 @@ def test_gradients_are_those_of_the_nats():
     def total_nats() -> float:
         return -float(mixture.mix(rows)[0].gather(1, target[:, None]).sum())
 
-    log_probs, lesson = mixture.mix(rows)
-    lesson = lesson.graded(log_probs, target)
+    _, lesson = mixture.mix(rows)
+    lesson = lesson.graded(target)
     tables = [(gate, bucket) for gate, bucket in zip(mixture.gates, lesson.buckets, strict=True)]
     checks = [(gate.values, bucket, lesson.weight_gradients) for gate, bucket in tables]
     for m, bias in enumerate(mixture.biases):
@@ -254,15 +283,14 @@ def test_learning_follows_adagrad():
     assert table.values.tolist() == pytest.approx([expected, 0.0])
 
 
-def test_recent_tokens_are_those_of_the_window():
+@pytest.mark.parametrize("first", [3, 41])
+def test_recent_tokens_are_those_of_the_window(first):
     text = words(2, 100)
-    mixture = mixture_of("scored", text, COUNT_RECENT_TOKENS="7")
-    mixture.scored = 40
-    uniform = np.full((5, 24), 1 / 24)
-    rows = mixture.expect_recent(uniform)
-    for row in range(5):
-        window = text[41 + row - 7 : 41 + row]
-        expected = (np.bincount(window, minlength=24) + 3.5 / 24) / (7 + 3.5)
+    uniform = np.full((8, 24), 1 / 24)
+    rows = train_gpt.expect_recent(text, first, 7, uniform)
+    for row in range(8):
+        window = text[max(first + row - 7, 0) : first + row]
+        expected = (np.bincount(window, minlength=24) + 3.5 / 24) / (len(window) + 3.5)
         np.testing.assert_allclose(rows[row], expected, atol=1e-12)
 
 
@@ -274,9 +302,9 @@ def test_recent_tokens_are_those_of_the_window():
         {"COUNT_ORDERS": "1,2"},
         {"COUNT_SCORED_ORDERS": "2,17"},
         {"COUNT_SCORED_ORDERS": "3,3"},
-        {"COUNT_LONGEST_MATCH": "0"},
+        {"COUNT_LONGEST_MATCH": "257"},
         {"COUNT_CHUNK_TOKENS": "0"},
-        {"COUNT_RECENT_TOKENS": "0"},
+        {"COUNT_RECENT_TOKENS": "-1"},
         {"COUNT_GATE_RATE": "-1"},
         {"COUNTS": "both", "EVAL_STRIDE": "0"},
     ],
@@ -372,3 +400,27 @@ def test_a_limit_below_every_document_is_refused():
     tokens = np.concatenate([words(i, 300) for i in range(50)]).astype(np.uint16)
     with pytest.raises(train_gpt.Refusal, match="holds none"):
         train_gpt.pack_within(tokens, 8, BOS)
+
+
+# On the trainer itself
+
+
+def headline(output: str) -> str:
+    """The last score that an evaluation printed."""
+    return re.findall(r"val_bpb:(\d+\.\d{8})", output)[-1]
+
+
+def test_one_two_and_three_processes_repeat_the_score(tiny_data, tmp_path):
+    job = tiny_job(tiny_data, tmp_path, "counted", COUNTS="both", COUNT_BYTES="20000")
+    run = launch(**job)
+    assert run.returncode == 0, run.stderr
+    again = {"DATA_PATH": job["DATA_PATH"], "TOKENIZER_PATH": job["TOKENIZER_PATH"]}
+    artifact = str(next((tmp_path / "counted").glob("*.bin")))
+    scores = {headline(run.stdout)}
+    for processes in (0, 2, 3):
+        scored = launch("--eval", artifact, processes=processes, **again, RUNS_DIR=str(tmp_path))
+        assert scored.returncode == 0, scored.stderr
+        scores.add(headline(scored.stdout))
+    assert len(scores) == 1
+    alone = launch("--eval", artifact, **again, RUNS_DIR=str(tmp_path), COUNTS="off")
+    assert float(headline(alone.stdout)) > float(scores.pop())
