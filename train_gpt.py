@@ -2046,7 +2046,7 @@ def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
     """The kind of each parameter by name; Refusal for one without a kind or of a wrong shape."""
     kinds = {}
     for name, parameter in model.named_parameters():
-        kind = getattr(parameter, "kind", None)
+        kind = vars(parameter).get("kind")
         if kind is None:
             raise Refusal(f"parameter {name} has no kind: make it with known(KIND, ...)")
         if not kind.fits(tuple(parameter.shape), cfg):
@@ -5301,6 +5301,9 @@ class Mixture:
     def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
         """Log-probabilities (n, V) of the next targets, which must lie in one chunk."""
         n = len(network)
+        # What the mask forbids has no probability in the mixture; its experts stay finite.
+        forbidden = network == -math.inf
+        network = network.masked_fill(forbidden, -1e4)
         rows = [network]
         telling = []  # the distribution of the longest order, and the evidence for it
         for model in self.models.values():
@@ -5337,7 +5340,7 @@ class Mixture:
         for m in range(len(self.matches)):
             bias = self.biases[m].values[lesson.lengths[m]] * (lesson.lengths[m] > 0)
             logits.scatter_add_(1, lesson.predictions[m][:, None], bias[:, None].to(self.dtype))
-        log_probs = logits.log_softmax(1)
+        log_probs = logits.masked_fill(forbidden, -math.inf).log_softmax(1)
         lesson.probs = log_probs.exp()
         sum_error = float((lesson.probs.sum(1) - 1).abs().max())
         self.largest_sum_error = max(self.largest_sum_error, sum_error)
