@@ -310,7 +310,7 @@ def test_recent_tokens_are_those_of_the_window(first):
     ],
 )
 def test_settings_that_no_mixture_can_have_are_refused(given: dict[str, str]) -> None:
-    with pytest.raises(train_gpt.Refusal, match="expected|needs"):
+    with pytest.raises(train_gpt.Refusal, match="expected|needs|must"):
         train_gpt.Config.from_env(given)
 
 

@@ -642,9 +642,8 @@ CASES: dict[str, Case] = {
     "bits of a tensor that is not there": env(BITS="mlp:6,attn:6,emb:8,aux:8,all:8"),
     "clips of a tensor that is not there": env(CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,all:8"),
     "orders that are none": env(COUNT_ORDERS=""),
-    "counts of no order": lambda p: (
-        p.patch.setattr(train_gpt.Config, "orders_of_texts", ()) or p.main("--help", bare=True)
-    ),
+    "an order of counts twice": env(COUNT_ORDERS="2,2"),
+    "an order of one": env(COUNT_ORDERS="1,2"),
     "an order that is no number": env(COUNT_SCORED_ORDERS="x"),
     "counts without windows": env(COUNTS="scored", EVAL_STRIDE="0"),
     "embeddings with half a decay": env(EMBED_WD="-0.5"),
