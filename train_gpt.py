@@ -2672,8 +2672,27 @@ class MuonSettings(Part):
         "Polar Express with one for each.",
     )
     muon_backend_steps: int = training_knob(5, (1, 20), "Steps of MUON_NS.")
+    muon_momentum_cooldown_frac: float = training_knob(
+        0.0, (0.0, 1.0), "Last fraction of the run, in which Muon's momentum falls to its start."
+    )
+    muon_slow_share: float = training_knob(
+        0.0, (0.0, 1.0), "Share of a second, slower momentum beside Muon's own; 0 keeps none."
+    )
+    muon_slow_momentum: float = training_knob(
+        0.98, (0.0, 0.9999), "Fraction of the slower momentum that a step keeps."
+    )
+    muon_slow_start_frac: float = training_knob(
+        0.4, (0.0, 1.0), "Fraction of the run from which the slower momentum counts."
+    )
     muon_row_norm: bool = training_knob(
         False, (), "Bring the rows of an update to one norm before it is orthogonalised."
+    )
+    muon_neuron_norm: float = training_knob(
+        0.0,
+        (0.0, 0.9999),
+        "Fraction that a step keeps of each neuron's mean squared update, by whose root the "
+        "orthogonalised update is divided (NorMuon: 0.95); 0 turns it off.",
+        tries=(0.95,),
     )
     muon_quant_momentum: bool = training_knob(
         False, (), "Keep Muon's momentum as blocks of int8 between steps."
@@ -2682,6 +2701,11 @@ class MuonSettings(Part):
         True, (), "Let ranks share Muon's matrices out, rather than each doing all of them."
     )
     muon_wd: float = training_knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
+    muon_wd_form: str = training_knob(
+        "plain",
+        ("plain", "cautious"),
+        "Whether all weights decay, or only those that the step makes smaller as well.",
+    )
     muon_wd_order: str = training_knob(
         "before", ("before", "after"), "Whether Muon decays weights before or after its step."
     )
@@ -2826,6 +2850,22 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
     return X.mT if tall else X
 
 
+def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
+    """Divide each neuron's update by its root mean square over steps; norms stay: (m, r, c).
+
+    A neuron is a place along a matrix's longer side. The mean square moves by 1 - `keep` a step
+    and is kept as "neuron_squares". Source: NorMuon, arXiv:2510.05491.
+    """
+    exact = updates.float() if updates.dtype == torch.bfloat16 else updates
+    across = -1 if updates.size(-2) >= updates.size(-1) else -2
+    squares = exact.square().mean(across, keepdim=True)
+    (mean_squares,) = kept.setdefault("neuron_squares", (torch.zeros_like(squares),))
+    mean_squares.lerp_(squares, 1.0 - keep)
+    evened = exact / mean_squares.clamp_min(1e-10).sqrt()
+    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (exact, evened)]
+    return (evened * (norms[0] / norms[1].clamp_min(1e-10))).to(updates.dtype)
+
+
 def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
     """Blockwise int8: (n, r, c) -> integers (n, blocks, 256), scales (n, blocks, 1), its type."""
     rows = momentum.flatten(1)
@@ -2847,11 +2887,12 @@ class Muon(torch.optim.Optimizer):
     Equal shapes are stacked and orthogonalised together, in `dtype`. Source: Keller Jordan's
     Muon. Each step of the rule has its variants, which MuonSettings names:
 
-        what                             setting                 done by
-        momentum M                       MUON_QUANT_MOMENTUM     advance_momentum()
-        before orthogonalisation         MUON_ROW_NORM           normalize_rows()
-        orthogonalisation                MUON_NS                 orthogonalize()
-        decay of W                       MUON_WD_ORDER           apply()
+        M between steps          MUON_QUANT_MOMENTUM            advance()
+        a second M               MUON_SLOW_SHARE                nesterov()
+        before it is orthogonal  MUON_ROW_NORM                  normalize_rows()
+        orthogonal               MUON_NS                        orthogonalize()
+        after it is orthogonal   MUON_NEURON_NORM               normalize_neurons()
+        decay of W               MUON_WD_FORM, MUON_WD_ORDER    apply()
 
     With MUON_PARALLEL the ranks divide each stack among them: a rank has the summed gradients,
     the momentum and the updates of its own part only, and then all ranks gather the updates.
@@ -2864,7 +2905,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
         ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
+        super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "slow_share": 0.0})
         self.cfg = cfg
         self.dtype = dtype
         self.ranks = ranks or Ranks()
@@ -2899,10 +2940,13 @@ class Muon(torch.optim.Optimizer):
         cfg = self.cfg
         updates = []
         for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
-            update = self.advance_momentum(grads, weights[0], group["momentum"])
+            kept = self.state[weights[0]]
+            update = self.nesterov(grads, kept, group)
             if cfg.muon_row_norm:
                 update = normalize_rows(update)
             update = orthogonalize(update.to(self.dtype), cfg.muon_backend_steps, cfg.muon_ns)
+            if cfg.muon_neuron_norm:
+                update = normalize_neurons(update, kept, cfg.muon_neuron_norm)
             updates.append(self.ranks.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
             self.apply(group, weights, wait()[: len(weights)])
@@ -2911,40 +2955,62 @@ class Muon(torch.optim.Optimizer):
     def apply(self, group: dict, weights: list[Tensor], updates: Tensor) -> None:
         """Decay the weights of a stack and let them take their updates (n, r, c)."""
         rows, cols = weights[0].shape
+        updates = updates.to(weights[0].dtype)
         decay = 1.0 - group["lr"] * group["weight_decay"]
         rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
-        if self.cfg.muon_wd_order == "after":
-            rate = decayed_rate(rate, decay)
-        torch._foreach_mul_(weights, decay)
-        torch._foreach_add_(weights, updates.to(weights[0].dtype).unbind(), alpha=-rate)
+        decay_after = self.cfg.muon_wd_order == "after"
+        if self.cfg.muon_wd_form == "cautious":
+            shrinks = torch.stack(weights).mul_(updates) >= 0
+            decays = torch.ones_like(updates).masked_fill_(shrinks, decay)
+            torch._foreach_mul_(weights, decays.unbind())
+            if decay_after:
+                updates = updates * decays
+        else:
+            torch._foreach_mul_(weights, decay)
+            if decay_after:
+                rate = decayed_rate(rate, decay)
+        torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
 
-    def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
-        """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (m, r, c)."""
-        packed = self.cfg.muon_quant_momentum
-        state = self.state[key]
-        if packed:
+    def nesterov(self, grads: Tensor, kept: dict, group: dict) -> Tensor:
+        """g + mu M of a stack (m, r, c); with MUON_SLOW_SHARE, M is blended with a slower one.
+
+        The slower one is kept as a mean of gradients and divided by 1 - mu where it is used, so
+        that it has the size of M. Source: modded-nanogpt #339 (bi-Maxwell momentum).
+        """
+        mu = group["momentum"]
+        if self.cfg.muon_quant_momentum:
             grads = grads.to(self.dtype)
-        kept = state.get("momentum", (torch.zeros_like(grads),))
-        momentum = unpack_momentum(kept, grads) if len(kept) == 2 else kept[0]
-        momentum.mul_(mu).add_(grads)
-        state["momentum"] = pack_momentum(momentum) if packed else (momentum,)
+        momentum = self.advance("momentum", grads, kept, mu)
+        if self.cfg.muon_slow_share:
+            slow_mu = self.cfg.muon_slow_momentum
+            slow = self.advance("slow_momentum", grads * (1.0 - slow_mu), kept, slow_mu)
+            momentum = momentum.lerp(slow / (1.0 - mu), group["slow_share"])
         return grads.add(momentum, alpha=mu)
 
-    def whole_momentum(self) -> list[list[Tensor]]:
-        """The momentum of each stack from all ranks, (n, ...); packed as two tensors."""
+    def advance(self, name: str, grads: Tensor, kept: dict, mu: float) -> Tensor:
+        """M <- mu M + g, which is kept under its name, and returned."""
+        parts = kept.get(name, (torch.zeros_like(grads),))
+        momentum = unpack_momentum(parts, grads) if len(parts) == 2 else parts[0]
+        momentum.mul_(mu).add_(grads)
+        packed = self.cfg.muon_quant_momentum
+        kept[name] = pack_momentum(momentum) if packed else (momentum,)
+        return momentum
+
+    def whole_state(self) -> list[dict[str, list[Tensor]]]:
+        """What each stack keeps, from all ranks, (n, ...); packed momentum as two tensors."""
         return [
-            [
-                self.ranks.gather(part)()[: len(weights)]
-                for part in self.state[weights[0]].get("momentum", ())
-            ]
+            {
+                name: [self.ranks.gather(part)()[: len(weights)] for part in parts]
+                for name, parts in self.state[weights[0]].items()
+            }
             for _, weights in self.stacks
         ]
 
-    def load_momentum(self, whole: list[list[Tensor]]) -> None:
-        """Take this rank's share of what whole_momentum() gave, on any number of ranks."""
-        for (_, weights), parts in zip(self.stacks, whole, strict=True):
-            if parts:
-                self.state[weights[0]]["momentum"] = tuple(map(self.ranks.part_of, parts))
+    def load_whole_state(self, whole: list[dict[str, list[Tensor]]]) -> None:
+        """Take this rank's share of what whole_state() gave, on any number of ranks."""
+        for (_, weights), kept in zip(self.stacks, whole, strict=True):
+            for name, parts in kept.items():
+                self.state[weights[0]][name] = tuple(map(self.ranks.part_of, parts))
 
 
 def build_optimizers(
@@ -2985,6 +3051,7 @@ class Moment:
     done: bool  # the run has ended; this step is not made
     mile_gamma: float = 0.0
     snapshot: bool = False  # SWA takes one after the step
+    slow_share: float = 0.0  # of Muon's slower momentum
 
 
 class Schedule:
@@ -3018,37 +3085,40 @@ class Schedule:
     def at(self, step: int, seconds: float) -> Moment:
         """The schedules at step `step` (from 0), `seconds` into training."""
         cfg = self.cfg
-        remaining, warmdown = self.remaining_and_warmdown(step, seconds)
+        remaining, whole = self.remaining_and_whole(step, seconds)
+        warmdown = self.warmdown(whole)
+        slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
         # Switches go by the scale without its floor, so that each is reached in the end.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
         qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
         return Moment(
             lr_scale=max(scale, cfg.min_lr),
-            momentum=self.momentum(step),
+            momentum=self.momentum(step, remaining, whole),
             qat=self.qat or cfg.qat_mode == "always" or qat_begins,
             done=self.has_ended(step, seconds),
             mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
+            slow_share=cfg.muon_slow_share if slow_counts else 0.0,
         )
 
-    def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
-        """What is left of the run and how much of it decays, in steps or seconds alike."""
+    def remaining_and_whole(self, step: int, seconds: float) -> tuple[float, float]:
+        """What is left of the run and how long it is in all, in steps or seconds alike."""
+        steps_left = float(self.cfg.iterations - step)
+        if self.cfg.step_driven:
+            return steps_left, float(self.cfg.iterations)
+        whole = self.budget
+        step_seconds = self.typical_step()
+        if step_seconds:  # the last of ITERATIONS may come before the budget ends
+            whole = min(whole, seconds + steps_left * step_seconds)
+        return whole - seconds, whole
+
+    def warmdown(self, whole: float) -> float:
+        """How much of a run that is so long decays, in the same unit."""
         cfg = self.cfg
-        steps_left = float(cfg.iterations - step)
-        if cfg.step_driven:
-            whole = float(cfg.iterations)
-            remaining = steps_left
-            warmdown = float(cfg.warmdown_iters)
-        else:
-            step_seconds = self.typical_step()
-            whole = self.budget
-            if step_seconds:  # the last of ITERATIONS may come before the budget ends
-                whole = min(whole, seconds + steps_left * step_seconds)
-            remaining = whole - seconds
-            warmdown = cfg.warmdown_iters * step_seconds
         if cfg.warmdown_frac:
-            warmdown = cfg.warmdown_frac * whole
-        return remaining, min(warmdown, whole)
+            return cfg.warmdown_frac * whole
+        unit = 1.0 if cfg.step_driven else self.typical_step()
+        return min(cfg.warmdown_iters * unit, whole)
 
     def typical_step(self) -> float:
         """Median seconds of recent steps; 0 until enough are known."""
@@ -3056,11 +3126,18 @@ class Schedule:
             return 0.0
         return float(np.median(self.step_seconds))
 
-    def momentum(self, step: int) -> float:
-        """Muon's momentum, which rises linearly to its last value."""
-        cfg, ramp = self.cfg, 1.0
+    def momentum(self, step: int, remaining: float, whole: float) -> float:
+        """Muon's momentum, which rises linearly to its last value, and may fall back in the end.
+
+        `remaining` is what is left of the `whole` run, in one unit.
+        """
+        cfg = self.cfg
+        cooldown = cfg.muon_momentum_cooldown_frac * whole
+        ramp = 1.0
         if cfg.muon_momentum_warmup_steps:
             ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0)
+        if max(remaining, 0.0) < cooldown:
+            ramp *= max(remaining, 0.0) / cooldown
         return (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
 
     def has_ended(self, step: int, seconds: float) -> bool:
@@ -3088,6 +3165,8 @@ class Schedule:
             found["warmdown"] = moment.lr_scale < 1.0
         if cfg.muon_momentum_warmup_steps:
             found["momentum_ramp"] = moment.momentum != cfg.muon_momentum
+        if cfg.muon_slow_share:
+            found["slow_momentum"] = moment.slow_share > 0
         if cfg.mile_gamma:
             found["mile"] = moment.mile_gamma > 0
         return found
@@ -3269,7 +3348,9 @@ def train_step(
     torch._foreach_mul_([g for group in gradients for g in group], scale[0])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"], group["momentum"] = group["base_lr"] * moment.lr_scale, moment.momentum
+            group["lr"] = group["base_lr"] * moment.lr_scale
+            group["momentum"] = moment.momentum
+            group["slow_share"] = moment.slow_share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return torch.cat([loss, norms])
@@ -3571,7 +3652,7 @@ class Training:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
         run, schedule = self.run, self.schedule
         self.saved_at = seconds
-        momentum = self.muon.whole_momentum()
+        muon = self.muon.whole_state()
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 raise FloatingPointError(f"step {self.step}: {name} is not finite any more")
@@ -3581,7 +3662,7 @@ class Training:
                 "step": self.step,
                 "seconds": seconds,
                 "data": self.data,
-                "momentum": momentum,
+                "muon": muon,
                 "model": self.model.state_dict(),
                 "adam": self.adam.state_dict(),
                 "averages": [average.state_dict() for average in self.averages.kept.values()],
@@ -3606,7 +3687,7 @@ class Training:
         run.ledger.training_clock.banked = saved["seconds"]
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
-        self.muon.load_momentum(saved["momentum"])
+        self.muon.load_whole_state(saved["muon"])
         for average, state in zip(self.averages.kept.values(), saved["averages"], strict=True):
             average.load_state_dict(state)
         self.averages.snapshots = saved["snapshots"]
