@@ -1275,6 +1275,30 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.nda
     return np.array(counts, np.int16), np.array(opening, np.int16)
 
 
+def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """For each token the one with the longest text that begins its own; itself where none does.
+
+    Only whole pieces count: a byte, control, unknown or unused piece neither begins one nor is
+    begun. Returns int64 (V,).
+    """
+    no_text = (
+        tokenizer.is_control,
+        tokenizer.is_unknown,
+        tokenizer.is_unused,
+        tokenizer.is_byte,
+    )
+    token_of = {
+        tokenizer.id_to_piece(token): token
+        for token in range(tokenizer.vocab_size())
+        if not any(kind(token) for kind in no_text)
+    }
+    prefixes = np.arange(tokenizer.vocab_size())
+    for text, token in token_of.items():
+        shorter = (text[:end] for end in range(len(text) - 1, 0, -1))
+        prefixes[token] = next((token_of[t] for t in shorter if t in token_of), token)
+    return prefixes
+
+
 @dataclass(frozen=True)
 class Validation:
     """A validation split that agrees with its sidecar and tokenizer."""
@@ -1286,6 +1310,7 @@ class Validation:
     documents: int
     recorded_bytes: int
     forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: pairs never emitted
+    prefixes: np.ndarray | None = None  # int64 (V,), with PREFIX_TARGET: see piece_prefixes()
 
     def num_targets(self, cfg: Config) -> int:
         """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
@@ -1366,6 +1391,7 @@ def load_validation(cfg: Config) -> Validation:
         documents=int((tokens == BOS).sum()),
         recorded_bytes=counted,
         forbidden=forbidden,
+        prefixes=piece_prefixes(tokenizer) if cfg.prefix_target else None,
     )
     if not target_bytes[: val.num_targets(cfg)].any():
         raise Refusal(
@@ -2441,6 +2467,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
+        self.prefixes: Tensor | None = None  # of PREFIX_TARGET (V,), see piece_prefixes()
         # Where ids stand in their row: first position and the row's length. None: they are it.
         self.row_place: tuple[int, int] | None = None
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
@@ -2558,23 +2585,55 @@ class GPT(nn.Module):
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
         return asked, batch.input_ids.take_along_dim(batch.places, dim=1)
 
-    def forward(self, batch: Batch, mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def prefix_targets(
+        self, input_ids: Tensor, targets: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tokens that begin the targets (B, T) and their weights in the loss (B, T).
+
+        A target that no token begins, or none that may follow the token before it, is its own
+        prefix at a weight of 0. None where `weight` is.
+        """
+        if weight is None:
+            return None
+        assert self.prefixes is not None, "PREFIX_TARGET needs the tokenizer's prefixes"
+        prefixes = self.prefixes[targets]
+        if self.penalty is not None:
+            prefixes = torch.where(self.penalty[input_ids, prefixes] == 0, prefixes, targets)
+        return prefixes, weight * (prefixes != targets)
+
+    def forward(
+        self,
+        batch: Batch,
+        mile_gamma: Tensor | None = None,
+        prefix_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Nats of each target and its weight in the loss, float32 like the targets (B, T or S).
 
-        A `mile_gamma` of None leaves out MiLe, and then all weights are 1.
+        A `mile_gamma` of None leaves out MiLe, and then all weights are 1. With `prefix_weight`
+        the nats of the target's prefix are added, so many times.
         """
         hidden, input_ids = self.asked(batch)
         targets = batch.target_ids
+        prefixes = self.prefix_targets(input_ids, targets, prefix_weight)
         cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
         # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
         if hidden.requires_grad and not plain:
             mask = (input_ids, self.penalty)
             head = self.head.weight
-            return HeadNats.apply(hidden, head, targets, cap, mile_gamma, clamp_min, *mask)
+            loss = (mile_gamma, clamp_min)
+            return HeadNats.apply(hidden, head, targets, cap, *loss, *mask, prefixes)
         logits = self.logits(hidden, input_ids)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return nats.view_as(targets), mile_weights(logits, mile_gamma, clamp_min)
+        nats = target_nats(logits, targets)
+        if prefixes is not None:
+            nats = nats + prefixes[1] * target_nats(logits, prefixes[0])
+        return nats, mile_weights(logits, mile_gamma, clamp_min)
+
+
+def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each target in nats: (B, T, V) and (B, T) -> (B, T)."""
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view_as(targets)
 
 
 @torch.no_grad()
@@ -3041,6 +3100,13 @@ def decay_left(scale: float, shape: str) -> float:
     return math.acos(1.0 - 2.0 * scale) / math.pi
 
 
+def prefix_scale(remaining: float, whole: float) -> float:
+    """Scale of PREFIX_TARGET: 1 in the first third of the run, 0 at its second third's end."""
+    if whole <= 0:
+        return 0.0
+    return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
+
+
 @dataclass(frozen=True)
 class Moment:
     """What the schedules say at one step."""
@@ -3052,6 +3118,7 @@ class Moment:
     mile_gamma: float = 0.0
     snapshot: bool = False  # SWA takes one after the step
     slow_share: float = 0.0  # of Muon's slower momentum
+    prefix_weight: float = 0.0  # of the prefix's nats in the loss
 
 
 class Schedule:
@@ -3099,6 +3166,7 @@ class Schedule:
             mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
             slow_share=cfg.muon_slow_share if slow_counts else 0.0,
+            prefix_weight=cfg.prefix_target * prefix_scale(remaining, whole),
         )
 
     def remaining_and_whole(self, step: int, seconds: float) -> tuple[float, float]:
@@ -3169,6 +3237,8 @@ class Schedule:
             found["slow_momentum"] = moment.slow_share > 0
         if cfg.mile_gamma:
             found["mile"] = moment.mile_gamma > 0
+        if cfg.prefix_target:
+            found["prefix_target"] = moment.prefix_weight > 0
         return found
 
     def turning_points(self) -> Iterator[tuple[str, float]]:
@@ -3200,12 +3270,19 @@ class LossSettings(Part):
     """What training minimises beside the mean of the nats."""
 
     title = "Loss"
-    prefixes: ClassVar[tuple[str, ...]] = ("MILE_",)
+    prefixes: ClassVar[tuple[str, ...]] = ("MILE_", "PREFIX_")
 
     mile_gamma: float = training_knob(
         0.0, (0.0, 10.0), "Exponent of the MiLe weight (1 - e^-entropy)^gamma; 0 turns it off."
     )
     mile_clamp_min: float = training_knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
+    prefix_target: float = training_knob(
+        0.0,
+        (0.0, 10.0),
+        "Weight in the loss, train_loss too, of the longest token that begins the target, for a "
+        "third of the run; it falls to 0 over the next third. 0 turns it off.",
+        tries=(0.25,),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -3223,6 +3300,12 @@ class AverageSettings(Part):
         0.4, (0.0, 1.0), "Rate scale below which SWA takes snapshots."
     )
     swa_every: int = training_knob(50, (1, 10**6), "Steps between SWA's snapshots.")
+    avg_last_share: float = training_knob(
+        0.0,
+        (0.0, 1.0),
+        "Share of the last weights in what is exported, beside the average's.",
+        tries=(0.4,),
+    )
 
 
 REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
@@ -3235,12 +3318,14 @@ def training_nats(
     batch: Batch,
     grids: dict[str, int] | None = None,
     mile_gamma: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What GPT.forward gives for a batch, QAT rounding weights to `grids`, if there are any."""
+    inputs = (batch, mile_gamma, prefix_weight)
     if not grids:
-        return model(batch, mile_gamma)
+        return model(*inputs)
     rounded = fake_quantized(model, grids)
-    return torch.func.functional_call(model, rounded, (batch, mile_gamma))
+    return torch.func.functional_call(model, rounded, inputs)
 
 
 def make_forward(run: Run) -> Forward:
@@ -3272,9 +3357,11 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
     """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
     cfg = run.cfg
+    # What changes from step to step is a tensor, or each value would compile a graph of its own.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
+    prefix = torch.full((), moment.prefix_weight, device=run.device) if cfg.prefix_target else None
     grids = qat_grids(model) if moment.qat else None
-    nats, weights = forward(model, batch.moved(run.put), grids, gamma)
+    nats, weights = forward(model, batch.moved(run.put), grids, gamma, prefix)
     part = (weights * nats).sum() / cfg.train_batch_tokens
     part.backward()
     return [part.detach(), weights.sum() / cfg.train_batch_tokens]
@@ -3507,6 +3594,7 @@ class Averages:
         if "swa" in self.kept:  # of the EMA's weights, where there is one
             self.move("swa", self.kept.get("ema", self.model), 1.0 / self.snapshots)
 
+    @torch.no_grad()
     def move(self, name: str, source: GPT, weight: float) -> None:
         """Move an average towards the weights of `source`."""
         average: list[Tensor] = list(self.kept[name].parameters())
@@ -3523,11 +3611,16 @@ class Averages:
             run.folder.log(
                 "swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots
             )
-            return self.kept["swa"]
-        if "ema" in self.kept:
+            name = "swa"
+        elif "ema" in self.kept:
             run.folder.log("ema:applying EMA weights")
-            return self.kept["ema"]
-        return self.model
+            name = "ema"
+        else:
+            return self.model
+        if share := run.cfg.avg_last_share:
+            run.folder.log(f"{name}:blended with {share:g} of the last weights")
+            self.move(name, self.model, share)
+        return self.kept[name]
 
 
 @dataclass(frozen=True)
@@ -6348,26 +6441,36 @@ class HeadNats(torch.autograd.Function):
         clamp_min: float,
         input_ids: Tensor,
         penalty: Tensor | None,
+        prefixes: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Of hidden (B, T, D), head (V, D), targets and inputs (B, T): what GPT.forward gives.
 
         penalty: the token mask (V, V), or None without it.
+        prefixes: what GPT.prefix_targets() gives, second targets (B, T) and their weights (B, T).
         """
         shape = targets.shape
         hidden = hidden.flatten(0, 1)
         pull = hidden.new_empty(len(hidden), len(head))
         nats, weights = [], []
-        columns = (hidden, targets.reshape(-1, 1), input_ids.flatten(), pull)
+        columns = [hidden, targets.reshape(-1, 1), input_ids.flatten(), pull]
+        columns += [column.reshape(-1, 1) for column in prefixes or ()]
         blocks = zip(*(column.split(HeadNats.ROWS) for column in columns), strict=True)
-        for own, at, before, bent in blocks:
+        for own, at, before, bent, *second in blocks:
             torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
             logits = cap * bent
             if penalty is not None:
                 logits += penalty.index_select(0, before)
             weights.append(mile_weights(logits, gamma, clamp_min))
+            if second:
+                other, share = second
+                farther = logits.gather(1, at) - logits.gather(1, other)  # in nats
             own_nats, p = nats_and_shares(logits, at, penalty is not None)
+            excess = p
+            if second:
+                own_nats = own_nats + share * (own_nats + farther)
+                excess = p.mul_(1.0 + share).scatter_add_(1, other, -share)
             nats.append(own_nats)
-            excess = p.scatter_add_(1, at, p.new_full(at.shape, -1.0))
+            excess.scatter_add_(1, at, p.new_full(at.shape, -1.0))
             bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
         ctx.save_for_backward(hidden, head, pull)
         of_loss = torch.cat(weights).view(shape)
@@ -6382,7 +6485,7 @@ class HeadNats(torch.autograd.Function):
         grad = grad.reshape(-1, 1)
         of_hidden = (grad * (pull @ head)).view(*shape, -1)
         of_head = pull.t() @ (grad * hidden)
-        return of_hidden, of_head, None, None, None, None, None, None
+        return of_hidden, of_head, *[None] * 7
 
 
 def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
@@ -6975,6 +7078,8 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         run.ranks.copy_from_main(model.to(run.device))
         if cfg.token_mask == "1":
             mask_tokens(model, val, run.device)
+        if val.prefixes is not None:
+            model.prefixes = torch.from_numpy(val.prefixes).to(run.device)
         log_work(model, rows, val, kernel_name, run)
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)
