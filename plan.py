@@ -83,6 +83,8 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
         unit, whole = "s", schedule.budget
         yield f"end: {whole:g} s, or {cfg.iterations:,} steps"
     yield ramp
+    for name, share in schedule.dates():
+        yield f"{name}: from {share * whole:g} {unit} on"
     if cfg.step_driven or cfg.warmdown_frac:
         warmdown = schedule.warmdown(whole)
         for name, left in schedule.turning_points():

@@ -2698,7 +2698,10 @@ class RateSettings(Part):
     )
     warmdown_type: str = training_knob("linear", ("linear", "cosine"), "Shape of the decay.")
     min_lr: float = training_knob(
-        0.0, (0.0, 1.0), "The fraction of each rate below which its decay does not go."
+        0.0,
+        (0.0, 1.0),
+        "The fraction of each rate below which its decay does not go.",
+        tries=(0.1,),
     )
 
 
@@ -2732,10 +2735,16 @@ class MuonSettings(Part):
     )
     muon_backend_steps: int = training_knob(5, (1, 20), "Steps of MUON_NS.")
     muon_momentum_cooldown_frac: float = training_knob(
-        0.0, (0.0, 1.0), "Last fraction of the run, in which Muon's momentum falls to its start."
+        0.0,
+        (0.0, 1.0),
+        "Last fraction of the run, in which Muon's momentum falls to its start.",
+        tries=(0.5,),
     )
     muon_slow_share: float = training_knob(
-        0.0, (0.0, 1.0), "Share of a second, slower momentum beside Muon's own; 0 keeps none."
+        0.0,
+        (0.0, 1.0),
+        "Share of a second, slower momentum beside Muon's own; 0 keeps none.",
+        tries=(0.5,),
     )
     muon_slow_momentum: float = training_knob(
         0.98, (0.0, 0.9999), "Fraction of the slower momentum that a step keeps."
@@ -3256,6 +3265,17 @@ class Schedule:
         for name, scale in scales.items():
             if scale:
                 yield name, decay_left(scale, cfg.warmdown_type)
+
+    def dates(self) -> Iterator[tuple[str, float]]:
+        """What changes at a fixed fraction of the run, and that fraction."""
+        cfg = self.cfg
+        if cfg.muon_momentum_cooldown_frac:
+            yield "momentum cool-down", 1.0 - cfg.muon_momentum_cooldown_frac
+        if cfg.muon_slow_share:
+            yield "slower momentum", cfg.muon_slow_start_frac
+        if cfg.prefix_target:
+            yield "prefix target: its fall", 1.0 / 3.0
+            yield "prefix target: none", 2.0 / 3.0
 
 
 # =================================================================================================
