@@ -83,8 +83,10 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
         unit, whole = "s", schedule.budget
         yield f"end: {whole:g} s, or {cfg.iterations:,} steps"
     yield ramp
+    for name, share in schedule.dates():
+        yield f"{name}: from {share * whole:g} {unit} on"
     if cfg.step_driven or cfg.warmdown_frac:
-        _, warmdown = schedule.remaining_and_warmdown(0, 0.0)
+        warmdown = schedule.warmdown(whole)
         for name, left in schedule.turning_points():
             yield f"{name}: from {whole - left * warmdown:g} {unit} on"
     else:  # WARMDOWN_ITERS become seconds once the time of a step is known
@@ -105,6 +107,7 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     )
     sharers = ranks if cfg.muon_parallel else 1
     muon = sum(-(-n // sharers) * shape.numel() for (_, shape), n in stacks.items())  # a rank's
+    momenta = muon * (2 if cfg.muon_slow_share else 1)
     everywhere = adam if cfg.muon_parallel else adam + muon  # all-reduced
     tokens, row, attention = cfg.train_batch_tokens, cfg.train_seq_len, step["attention"]
     work = step["products"] + attention
@@ -117,7 +120,7 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     memory = {
         "parameters": 4 * count,
         "gradients": 4 * count,
-        "optimizer": 8 * adam + muon * (1 + 2 / 256 if cfg.muon_quant_momentum else 4),
+        "optimizer": 8 * adam + momenta * (1 + 2 / 256 if cfg.muon_quant_momentum else 4),
         "averages": 4 * count * (("ema" in cfg.avg_mode) + ("swa" in cfg.avg_mode)),
         **{kind: step[kind] * rows * row for kind in ("saved activations", "logits")},
     }

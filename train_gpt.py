@@ -1275,6 +1275,30 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.nda
     return np.array(counts, np.int16), np.array(opening, np.int16)
 
 
+def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """For each token the one with the longest text that begins its own; itself where none does.
+
+    Only whole pieces count: a byte, control, unknown or unused piece neither begins one nor is
+    begun. Returns int64 (V,).
+    """
+    no_text = (
+        tokenizer.is_control,
+        tokenizer.is_unknown,
+        tokenizer.is_unused,
+        tokenizer.is_byte,
+    )
+    token_of = {
+        tokenizer.id_to_piece(token): token
+        for token in range(tokenizer.vocab_size())
+        if not any(kind(token) for kind in no_text)
+    }
+    prefixes = np.arange(tokenizer.vocab_size())
+    for text, token in token_of.items():
+        shorter = (text[:end] for end in range(len(text) - 1, 0, -1))
+        prefixes[token] = next((token_of[t] for t in shorter if t in token_of), token)
+    return prefixes
+
+
 @dataclass(frozen=True)
 class Validation:
     """A validation split that agrees with its sidecar and tokenizer."""
@@ -1286,6 +1310,7 @@ class Validation:
     documents: int
     recorded_bytes: int
     forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: pairs never emitted
+    prefixes: np.ndarray | None = None  # int64 (V,), with PREFIX_TARGET: see piece_prefixes()
 
     def num_targets(self, cfg: Config) -> int:
         """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
@@ -1366,6 +1391,7 @@ def load_validation(cfg: Config) -> Validation:
         documents=int((tokens == BOS).sum()),
         recorded_bytes=counted,
         forbidden=forbidden,
+        prefixes=piece_prefixes(tokenizer) if cfg.prefix_target else None,
     )
     if not target_bytes[: val.num_targets(cfg)].any():
         raise Refusal(
@@ -2449,6 +2475,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
+        self.prefixes: Tensor | None = None  # of PREFIX_TARGET (V,), see piece_prefixes()
         # Where ids stand in their row: first position and the row's length. None: they are it.
         self.row_place: tuple[int, int] | None = None
         self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
@@ -2566,23 +2593,55 @@ class GPT(nn.Module):
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
         return asked, batch.input_ids.take_along_dim(batch.places, dim=1)
 
-    def forward(self, batch: Batch, mile_gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def prefix_targets(
+        self, input_ids: Tensor, targets: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tokens that begin the targets (B, T) and their weights in the loss (B, T).
+
+        A target that no token begins, or none that may follow the token before it, is its own
+        prefix at a weight of 0. None where `weight` is.
+        """
+        if weight is None:
+            return None
+        assert self.prefixes is not None, "PREFIX_TARGET needs the tokenizer's prefixes"
+        prefixes = self.prefixes[targets]
+        if self.penalty is not None:
+            prefixes = torch.where(self.penalty[input_ids, prefixes] == 0, prefixes, targets)
+        return prefixes, weight * (prefixes != targets)
+
+    def forward(
+        self,
+        batch: Batch,
+        mile_gamma: Tensor | None = None,
+        prefix_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Nats of each target and its weight in the loss, float32 like the targets (B, T or S).
 
-        A `mile_gamma` of None leaves out MiLe, and then all weights are 1.
+        A `mile_gamma` of None leaves out MiLe, and then all weights are 1. With `prefix_weight`
+        the nats of the target's prefix are added, so many times.
         """
         hidden, input_ids = self.asked(batch)
         targets = batch.target_ids
+        prefixes = self.prefix_targets(input_ids, targets, prefix_weight)
         cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
         # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
         if hidden.requires_grad and not plain:
             mask = (input_ids, self.penalty)
             head = self.head.weight
-            return HeadNats.apply(hidden, head, targets, cap, mile_gamma, clamp_min, *mask)
+            loss = (mile_gamma, clamp_min)
+            return HeadNats.apply(hidden, head, targets, cap, *loss, *mask, prefixes)
         logits = self.logits(hidden, input_ids)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return nats.view_as(targets), mile_weights(logits, mile_gamma, clamp_min)
+        nats = target_nats(logits, targets)
+        if prefixes is not None:
+            nats = nats + prefixes[1] * target_nats(logits, prefixes[0])
+        return nats, mile_weights(logits, mile_gamma, clamp_min)
+
+
+def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each target in nats: (B, T, V) and (B, T) -> (B, T)."""
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view_as(targets)
 
 
 @torch.no_grad()
@@ -2683,8 +2742,33 @@ class MuonSettings(Part):
         "Polar Express with one for each.",
     )
     muon_backend_steps: int = training_knob(5, (1, 20), "Steps of MUON_NS.", tries=(3,))
+    muon_momentum_cooldown_frac: float = training_knob(
+        0.0,
+        (0.0, 1.0),
+        "Last fraction of the run, in which Muon's momentum falls to its start.",
+        tries=(0.5,),
+    )
+    muon_slow_share: float = training_knob(
+        0.0,
+        (0.0, 1.0),
+        "Share of a second, slower momentum beside Muon's own; 0 keeps none.",
+        tries=(0.5,),
+    )
+    muon_slow_momentum: float = training_knob(
+        0.98, (0.0, 0.9999), "Fraction of the slower momentum that a step keeps."
+    )
+    muon_slow_start_frac: float = training_knob(
+        0.4, (0.0, 1.0), "Fraction of the run from which the slower momentum counts."
+    )
     muon_row_norm: bool = training_knob(
         False, (), "Bring the rows of an update to one norm before it is orthogonalised."
+    )
+    muon_neuron_norm: float = training_knob(
+        0.0,
+        (0.0, 0.9999),
+        "Fraction that a step keeps of each neuron's mean squared update, by whose root the "
+        "orthogonalised update is divided (NorMuon: 0.95); 0 turns it off.",
+        tries=(0.95,),
     )
     muon_quant_momentum: bool = training_knob(
         False, (), "Keep Muon's momentum as blocks of int8 between steps."
@@ -2693,6 +2777,11 @@ class MuonSettings(Part):
         True, (), "Let ranks share Muon's matrices out, rather than each doing all of them."
     )
     muon_wd: float = training_knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
+    muon_wd_form: str = training_knob(
+        "plain",
+        ("plain", "cautious"),
+        "Whether all weights decay, or only those that the step makes smaller as well.",
+    )
     muon_wd_order: str = training_knob(
         "before", ("before", "after"), "Whether Muon decays weights before or after its step."
     )
@@ -2837,6 +2926,22 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
     return X.mT if tall else X
 
 
+def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
+    """Divide each neuron's update by its root mean square over steps; norms stay: (m, r, c).
+
+    A neuron is a place along a matrix's longer side. The mean square moves by 1 - `keep` a step
+    and is kept as "neuron_squares". Source: NorMuon, arXiv:2510.05491.
+    """
+    exact = updates.float() if updates.dtype == torch.bfloat16 else updates
+    across = -1 if updates.size(-2) >= updates.size(-1) else -2
+    squares = exact.square().mean(across, keepdim=True)
+    (mean_squares,) = kept.setdefault("neuron_squares", (torch.zeros_like(squares),))
+    mean_squares.lerp_(squares, 1.0 - keep)
+    evened = exact / mean_squares.clamp_min(1e-10).sqrt()
+    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (exact, evened)]
+    return (evened * (norms[0] / norms[1].clamp_min(1e-10))).to(updates.dtype)
+
+
 def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
     """Blockwise int8: (n, r, c) -> integers (n, blocks, 256), scales (n, blocks, 1), its type."""
     rows = momentum.flatten(1)
@@ -2858,11 +2963,12 @@ class Muon(torch.optim.Optimizer):
     Equal shapes are stacked and orthogonalised together, in `dtype`. Source: Keller Jordan's
     Muon. Each step of the rule has its variants, which MuonSettings names:
 
-        what                             setting                 done by
-        momentum M                       MUON_QUANT_MOMENTUM     advance_momentum()
-        before orthogonalisation         MUON_ROW_NORM           normalize_rows()
-        orthogonalisation                MUON_NS                 orthogonalize()
-        decay of W                       MUON_WD_ORDER           apply()
+        M between steps          MUON_QUANT_MOMENTUM            advance()
+        a second M               MUON_SLOW_SHARE                nesterov()
+        before it is orthogonal  MUON_ROW_NORM                  normalize_rows()
+        orthogonal               MUON_NS                        orthogonalize()
+        after it is orthogonal   MUON_NEURON_NORM               normalize_neurons()
+        decay of W               MUON_WD_FORM, MUON_WD_ORDER    apply()
 
     With MUON_PARALLEL the ranks divide each stack among them: a rank has the summed gradients,
     the momentum and the updates of its own part only, and then all ranks gather the updates.
@@ -2875,7 +2981,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
         ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(groups, {"lr": 0.0, "momentum": 0.95})
+        super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "slow_share": 0.0})
         self.cfg = cfg
         self.dtype = dtype
         self.ranks = ranks or Ranks()
@@ -2910,10 +3016,13 @@ class Muon(torch.optim.Optimizer):
         cfg = self.cfg
         updates = []
         for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
-            update = self.advance_momentum(grads, weights[0], group["momentum"])
+            kept = self.state[weights[0]]
+            update = self.nesterov(grads, kept, group)
             if cfg.muon_row_norm:
                 update = normalize_rows(update)
             update = orthogonalize(update.to(self.dtype), cfg.muon_backend_steps, cfg.muon_ns)
+            if cfg.muon_neuron_norm:
+                update = normalize_neurons(update, kept, cfg.muon_neuron_norm)
             updates.append(self.ranks.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
             self.apply(group, weights, wait()[: len(weights)])
@@ -2922,40 +3031,62 @@ class Muon(torch.optim.Optimizer):
     def apply(self, group: dict, weights: list[Tensor], updates: Tensor) -> None:
         """Decay the weights of a stack and let them take their updates (n, r, c)."""
         rows, cols = weights[0].shape
+        updates = updates.to(weights[0].dtype)
         decay = 1.0 - group["lr"] * group["weight_decay"]
         rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
-        if self.cfg.muon_wd_order == "after":
-            rate = decayed_rate(rate, decay)
-        torch._foreach_mul_(weights, decay)
-        torch._foreach_add_(weights, updates.to(weights[0].dtype).unbind(), alpha=-rate)
+        decay_after = self.cfg.muon_wd_order == "after"
+        if self.cfg.muon_wd_form == "cautious":
+            shrinks = torch.stack(weights).mul_(updates) >= 0
+            decays = torch.ones_like(updates).masked_fill_(shrinks, decay)
+            torch._foreach_mul_(weights, decays.unbind())
+            if decay_after:
+                updates = updates * decays
+        else:
+            torch._foreach_mul_(weights, decay)
+            if decay_after:
+                rate = decayed_rate(rate, decay)
+        torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
 
-    def advance_momentum(self, grads: Tensor, key: Tensor, mu: float) -> Tensor:
-        """M <- mu M + g, kept under the stack's first weight; returns g + mu M, (m, r, c)."""
-        packed = self.cfg.muon_quant_momentum
-        state = self.state[key]
-        if packed:
+    def nesterov(self, grads: Tensor, kept: dict, group: dict) -> Tensor:
+        """g + mu M of a stack (m, r, c); with MUON_SLOW_SHARE, M is blended with a slower one.
+
+        The slower one is kept as a mean of gradients and divided by 1 - mu where it is used, so
+        that it has the size of M. Source: modded-nanogpt #339 (bi-Maxwell momentum).
+        """
+        mu = group["momentum"]
+        if self.cfg.muon_quant_momentum:
             grads = grads.to(self.dtype)
-        kept = state.get("momentum", (torch.zeros_like(grads),))
-        momentum = unpack_momentum(kept, grads) if len(kept) == 2 else kept[0]
-        momentum.mul_(mu).add_(grads)
-        state["momentum"] = pack_momentum(momentum) if packed else (momentum,)
+        momentum = self.advance("momentum", grads, kept, mu)
+        if self.cfg.muon_slow_share:
+            slow_mu = self.cfg.muon_slow_momentum
+            slow = self.advance("slow_momentum", grads * (1.0 - slow_mu), kept, slow_mu)
+            momentum = momentum.lerp(slow / (1.0 - mu), group["slow_share"])
         return grads.add(momentum, alpha=mu)
 
-    def whole_momentum(self) -> list[list[Tensor]]:
-        """The momentum of each stack from all ranks, (n, ...); packed as two tensors."""
+    def advance(self, name: str, grads: Tensor, kept: dict, mu: float) -> Tensor:
+        """M <- mu M + g, which is kept under its name, and returned."""
+        parts = kept.get(name, (torch.zeros_like(grads),))
+        momentum = unpack_momentum(parts, grads) if len(parts) == 2 else parts[0]
+        momentum.mul_(mu).add_(grads)
+        packed = self.cfg.muon_quant_momentum
+        kept[name] = pack_momentum(momentum) if packed else (momentum,)
+        return momentum
+
+    def whole_state(self) -> list[dict[str, list[Tensor]]]:
+        """What each stack keeps, from all ranks, (n, ...); packed momentum as two tensors."""
         return [
-            [
-                self.ranks.gather(part)()[: len(weights)]
-                for part in self.state[weights[0]].get("momentum", ())
-            ]
+            {
+                name: [self.ranks.gather(part)()[: len(weights)] for part in parts]
+                for name, parts in self.state[weights[0]].items()
+            }
             for _, weights in self.stacks
         ]
 
-    def load_momentum(self, whole: list[list[Tensor]]) -> None:
-        """Take this rank's share of what whole_momentum() gave, on any number of ranks."""
-        for (_, weights), parts in zip(self.stacks, whole, strict=True):
-            if parts:
-                self.state[weights[0]]["momentum"] = tuple(map(self.ranks.part_of, parts))
+    def load_whole_state(self, whole: list[dict[str, list[Tensor]]]) -> None:
+        """Take this rank's share of what whole_state() gave, on any number of ranks."""
+        for (_, weights), kept in zip(self.stacks, whole, strict=True):
+            for name, parts in kept.items():
+                self.state[weights[0]][name] = tuple(map(self.ranks.part_of, parts))
 
 
 def build_optimizers(
@@ -2986,6 +3117,13 @@ def decay_left(scale: float, shape: str) -> float:
     return math.acos(1.0 - 2.0 * scale) / math.pi
 
 
+def prefix_scale(remaining: float, whole: float) -> float:
+    """Scale of PREFIX_TARGET: 1 in the first third of the run, 0 at its second third's end."""
+    if whole <= 0:
+        return 0.0
+    return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
+
+
 @dataclass(frozen=True)
 class Moment:
     """What the schedules say at one step."""
@@ -2996,6 +3134,8 @@ class Moment:
     done: bool  # the run has ended; this step is not made
     mile_gamma: float = 0.0
     snapshot: bool = False  # SWA takes one after the step
+    slow_share: float = 0.0  # of Muon's slower momentum
+    prefix_weight: float = 0.0  # of the prefix's nats in the loss
 
 
 class Schedule:
@@ -3029,37 +3169,41 @@ class Schedule:
     def at(self, step: int, seconds: float) -> Moment:
         """The schedules at step `step` (from 0), `seconds` into training."""
         cfg = self.cfg
-        remaining, warmdown = self.remaining_and_warmdown(step, seconds)
+        remaining, whole = self.remaining_and_whole(step, seconds)
+        warmdown = self.warmdown(whole)
+        slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
         # Switches go by the scale without its floor, so that each is reached in the end.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
         qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
         return Moment(
             lr_scale=max(scale, cfg.min_lr),
-            momentum=self.momentum(step),
+            momentum=self.momentum(step, remaining, whole),
             qat=self.qat or cfg.qat_mode == "always" or qat_begins,
             done=self.has_ended(step, seconds),
             mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
+            slow_share=cfg.muon_slow_share if slow_counts else 0.0,
+            prefix_weight=cfg.prefix_target * prefix_scale(remaining, whole),
         )
 
-    def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
-        """What is left of the run and how much of it decays, in steps or seconds alike."""
+    def remaining_and_whole(self, step: int, seconds: float) -> tuple[float, float]:
+        """What is left of the run and how long it is in all, in steps or seconds alike."""
+        steps_left = float(self.cfg.iterations - step)
+        if self.cfg.step_driven:
+            return steps_left, float(self.cfg.iterations)
+        whole = self.budget
+        step_seconds = self.typical_step()
+        if step_seconds:  # the last of ITERATIONS may come before the budget ends
+            whole = min(whole, seconds + steps_left * step_seconds)
+        return whole - seconds, whole
+
+    def warmdown(self, whole: float) -> float:
+        """How much of a run that is so long decays, in the same unit."""
         cfg = self.cfg
-        steps_left = float(cfg.iterations - step)
-        if cfg.step_driven:
-            whole = float(cfg.iterations)
-            remaining = steps_left
-            warmdown = float(cfg.warmdown_iters)
-        else:
-            step_seconds = self.typical_step()
-            whole = self.budget
-            if step_seconds:  # the last of ITERATIONS may come before the budget ends
-                whole = min(whole, seconds + steps_left * step_seconds)
-            remaining = whole - seconds
-            warmdown = cfg.warmdown_iters * step_seconds
         if cfg.warmdown_frac:
-            warmdown = cfg.warmdown_frac * whole
-        return remaining, min(warmdown, whole)
+            return cfg.warmdown_frac * whole
+        unit = 1.0 if cfg.step_driven else self.typical_step()
+        return min(cfg.warmdown_iters * unit, whole)
 
     def typical_step(self) -> float:
         """Median seconds of recent steps; 0 until enough are known."""
@@ -3067,11 +3211,18 @@ class Schedule:
             return 0.0
         return float(np.median(self.step_seconds))
 
-    def momentum(self, step: int) -> float:
-        """Muon's momentum, which rises linearly to its last value."""
-        cfg, ramp = self.cfg, 1.0
+    def momentum(self, step: int, remaining: float, whole: float) -> float:
+        """Muon's momentum, which rises linearly to its last value, and may fall back in the end.
+
+        `remaining` is what is left of the `whole` run, in one unit.
+        """
+        cfg = self.cfg
+        cooldown = cfg.muon_momentum_cooldown_frac * whole
+        ramp = 1.0
         if cfg.muon_momentum_warmup_steps:
             ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0)
+        if max(remaining, 0.0) < cooldown:
+            ramp *= max(remaining, 0.0) / cooldown
         return (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
 
     def has_ended(self, step: int, seconds: float) -> bool:
@@ -3099,8 +3250,12 @@ class Schedule:
             found["warmdown"] = moment.lr_scale < 1.0
         if cfg.muon_momentum_warmup_steps:
             found["momentum_ramp"] = moment.momentum != cfg.muon_momentum
+        if cfg.muon_slow_share:
+            found["slow_momentum"] = moment.slow_share > 0
         if cfg.mile_gamma:
             found["mile"] = moment.mile_gamma > 0
+        if cfg.prefix_target:
+            found["prefix_target"] = moment.prefix_weight > 0
         return found
 
     def turning_points(self) -> Iterator[tuple[str, float]]:
@@ -3119,6 +3274,17 @@ class Schedule:
             if scale:
                 yield name, decay_left(scale, cfg.warmdown_type)
 
+    def dates(self) -> Iterator[tuple[str, float]]:
+        """What changes at a fixed fraction of the run, and that fraction."""
+        cfg = self.cfg
+        if cfg.muon_momentum_cooldown_frac:
+            yield "momentum cool-down", 1.0 - cfg.muon_momentum_cooldown_frac
+        if cfg.muon_slow_share:
+            yield "slower momentum", cfg.muon_slow_start_frac
+        if cfg.prefix_target:
+            yield "prefix target: its fall", 1.0 / 3.0
+            yield "prefix target: none", 2.0 / 3.0
+
 
 # =================================================================================================
 # Training
@@ -3132,12 +3298,19 @@ class LossSettings(Part):
     """What training minimises beside the mean of the nats."""
 
     title = "Loss"
-    prefixes: ClassVar[tuple[str, ...]] = ("MILE_",)
+    prefixes: ClassVar[tuple[str, ...]] = ("MILE_", "PREFIX_")
 
     mile_gamma: float = training_knob(
         0.0, (0.0, 10.0), "Exponent of the MiLe weight (1 - e^-entropy)^gamma; 0 turns it off."
     )
     mile_clamp_min: float = training_knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
+    prefix_target: float = training_knob(
+        0.0,
+        (0.0, 10.0),
+        "Weight in the loss, train_loss too, of the longest token that begins the target, for a "
+        "third of the run; it falls to 0 over the next third. 0 turns it off.",
+        tries=(0.25,),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -3155,6 +3328,12 @@ class AverageSettings(Part):
         0.4, (0.0, 1.0), "Rate scale below which SWA takes snapshots."
     )
     swa_every: int = training_knob(50, (1, 10**6), "Steps between SWA's snapshots.", tries=(2,))
+    avg_last_share: float = training_knob(
+        0.0,
+        (0.0, 1.0),
+        "Share of the last weights in what is exported, beside the average's.",
+        tries=(0.4,),
+    )
 
 
 REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
@@ -3167,12 +3346,14 @@ def training_nats(
     batch: Batch,
     grids: dict[str, int] | None = None,
     mile_gamma: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What GPT.forward gives for a batch, QAT rounding weights to `grids`, if there are any."""
+    inputs = (batch, mile_gamma, prefix_weight)
     if not grids:
-        return model(batch, mile_gamma)
+        return model(*inputs)
     rounded = fake_quantized(model, grids)
-    return torch.func.functional_call(model, rounded, (batch, mile_gamma))
+    return torch.func.functional_call(model, rounded, inputs)
 
 
 def make_forward(run: Run) -> Forward:
@@ -3204,9 +3385,11 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
     """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
     cfg = run.cfg
+    # What changes from step to step is a tensor, or each value would compile a graph of its own.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
+    prefix = torch.full((), moment.prefix_weight, device=run.device) if cfg.prefix_target else None
     grids = qat_grids(model) if moment.qat else None
-    nats, weights = forward(model, batch.moved(run.put), grids, gamma)
+    nats, weights = forward(model, batch.moved(run.put), grids, gamma, prefix)
     part = (weights * nats).sum() / cfg.train_batch_tokens
     part.backward()
     return [part.detach(), weights.sum() / cfg.train_batch_tokens]
@@ -3280,7 +3463,9 @@ def train_step(
     torch._foreach_mul_([g for group in gradients for g in group], scale[0])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"], group["momentum"] = group["base_lr"] * moment.lr_scale, moment.momentum
+            group["lr"] = group["base_lr"] * moment.lr_scale
+            group["momentum"] = moment.momentum
+            group["slow_share"] = moment.slow_share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return torch.cat([loss, norms])
@@ -3437,6 +3622,7 @@ class Averages:
         if "swa" in self.kept:  # of the EMA's weights, where there is one
             self.move("swa", self.kept.get("ema", self.model), 1.0 / self.snapshots)
 
+    @torch.no_grad()
     def move(self, name: str, source: GPT, weight: float) -> None:
         """Move an average towards the weights of `source`."""
         average: list[Tensor] = list(self.kept[name].parameters())
@@ -3453,11 +3639,16 @@ class Averages:
             run.folder.log(
                 "swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots
             )
-            return self.kept["swa"]
-        if "ema" in self.kept:
+            name = "swa"
+        elif "ema" in self.kept:
             run.folder.log("ema:applying EMA weights")
-            return self.kept["ema"]
-        return self.model
+            name = "ema"
+        else:
+            return self.model
+        if share := run.cfg.avg_last_share:
+            run.folder.log(f"{name}:blended with {share:g} of the last weights")
+            self.move(name, self.model, share)
+        return self.kept[name]
 
 
 @dataclass(frozen=True)
@@ -3582,7 +3773,7 @@ class Training:
         """Write a checkpoint, after `seconds` of training; all ranks take part."""
         run, schedule = self.run, self.schedule
         self.saved_at = seconds
-        momentum = self.muon.whole_momentum()
+        muon = self.muon.whole_state()
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 raise FloatingPointError(f"step {self.step}: {name} is not finite any more")
@@ -3592,7 +3783,7 @@ class Training:
                 "step": self.step,
                 "seconds": seconds,
                 "data": self.data,
-                "momentum": momentum,
+                "muon": muon,
                 "model": self.model.state_dict(),
                 "adam": self.adam.state_dict(),
                 "averages": [average.state_dict() for average in self.averages.kept.values()],
@@ -3617,7 +3808,7 @@ class Training:
         run.ledger.training_clock.banked = saved["seconds"]
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
-        self.muon.load_momentum(saved["momentum"])
+        self.muon.load_whole_state(saved["muon"])
         for average, state in zip(self.averages.kept.values(), saved["averages"], strict=True):
             average.load_state_dict(state)
         self.averages.snapshots = saved["snapshots"]
@@ -6369,26 +6560,36 @@ class HeadNats(torch.autograd.Function):
         clamp_min: float,
         input_ids: Tensor,
         penalty: Tensor | None,
+        prefixes: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Of hidden (B, T, D), head (V, D), targets and inputs (B, T): what GPT.forward gives.
 
         penalty: the token mask (V, V), or None without it.
+        prefixes: what GPT.prefix_targets() gives, second targets (B, T) and their weights (B, T).
         """
         shape = targets.shape
         hidden = hidden.flatten(0, 1)
         pull = hidden.new_empty(len(hidden), len(head))
         nats, weights = [], []
-        columns = (hidden, targets.reshape(-1, 1), input_ids.flatten(), pull)
+        columns = [hidden, targets.reshape(-1, 1), input_ids.flatten(), pull]
+        columns += [column.reshape(-1, 1) for column in prefixes or ()]
         blocks = zip(*(column.split(HeadNats.ROWS) for column in columns), strict=True)
-        for own, at, before, bent in blocks:
+        for own, at, before, bent, *second in blocks:
             torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
             logits = cap * bent
             if penalty is not None:
                 logits += penalty.index_select(0, before)
             weights.append(mile_weights(logits, gamma, clamp_min))
+            if second:
+                other, share = second
+                farther = logits.gather(1, at) - logits.gather(1, other)  # in nats
             own_nats, p = nats_and_shares(logits, at, penalty is not None)
+            excess = p
+            if second:
+                own_nats = own_nats + share * (own_nats + farther)
+                excess = p.mul_(1.0 + share).scatter_add_(1, other, -share)
             nats.append(own_nats)
-            excess = p.scatter_add_(1, at, p.new_full(at.shape, -1.0))
+            excess.scatter_add_(1, at, p.new_full(at.shape, -1.0))
             bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
         ctx.save_for_backward(hidden, head, pull)
         of_loss = torch.cat(weights).view(shape)
@@ -6403,7 +6604,7 @@ class HeadNats(torch.autograd.Function):
         grad = grad.reshape(-1, 1)
         of_hidden = (grad * (pull @ head)).view(*shape, -1)
         of_head = pull.t() @ (grad * hidden)
-        return of_hidden, of_head, None, None, None, None, None, None
+        return of_hidden, of_head, *[None] * 7
 
 
 def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
@@ -6996,6 +7197,8 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         run.ranks.copy_from_main(model.to(run.device))
         if cfg.token_mask == "1":
             mask_tokens(model, val, run.device)
+        if val.prefixes is not None:
+            model.prefixes = torch.from_numpy(val.prefixes).to(run.device)
         log_work(model, rows, val, kernel_name, run)
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)

@@ -119,7 +119,8 @@ def test_shares_of_a_stack_are_equal_and_make_it_up(count: int, matrices: int) -
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> None:
+@pytest.mark.parametrize("more", [{}, {"muon_slow_share": 0.5, "muon_neuron_norm": 0.9}])
+def test_what_muon_keeps_is_whole_whatever_the_number_of_ranks(packed: bool, more: dict) -> None:
     """What one process saves, three take up, each its part, and step on as the one does."""
     torch.manual_seed(0)
     shape, count, steps = (40, 24), 3, 4
@@ -128,9 +129,9 @@ def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> No
 
     def optimizer(run: Run, parameters: list) -> Muon:
         group = {"params": parameters, "weight_decay": 0.1, "route": "all"}
-        rule = MuonSettings(muon_quant_momentum=packed)
+        rule = MuonSettings(muon_quant_momentum=packed, **more)
         muon = Muon([group], rule, torch.float32, run.ranks)
-        muon.param_groups[0].update(lr=0.1, momentum=0.9)
+        muon.param_groups[0].update(lr=0.1, momentum=0.9, slow_share=0.5)
         return muon
 
     def take(muon: Muon, parameters: list, grads: list) -> None:
@@ -141,9 +142,10 @@ def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> No
     one = optimizer(Ranks(1).runs[0], weights)
     for grads in gradients[:-1]:
         take(one, weights, grads)
-    saved = copy.deepcopy(one.whole_momentum())
+    saved = copy.deepcopy(one.whole_state())
     before = [w.detach().clone() for w in weights]
-    assert [len(part) for part in saved[0]] == [5] * (2 if packed else 1)
+    assert len(saved[0]) == 1 + len(more)
+    assert [len(part) for part in saved[0]["momentum"]] == [5] * (2 if packed else 1)
     take(one, weights, gradients[-1])
     updates = []
     for run in Ranks(count).runs:
@@ -151,7 +153,7 @@ def test_momentum_is_kept_whole_whatever_the_number_of_ranks(packed: bool) -> No
         run.ranks.scatter_sum = lambda stack, run=run: lambda: run.ranks.part_of(stack)
         run.ranks.gather = lambda part: (updates.append(part), lambda: torch.zeros(6, *shape))[1]
         muon = optimizer(run, mine)
-        muon.load_momentum(saved)
+        muon.load_whole_state(saved)
         take(muon, mine, gradients[-1])
     update = torch.cat(updates)[:5]
     expected = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -161,6 +162,61 @@ def test_momentum_ramps_and_stays() -> None:
     assert momenta == pytest.approx([0.5 + 0.02 * min(n, 20) for n in range(100)])
     at_once = imagine(stepped(muon_momentum_warmup_steps=0), lambda n: 1.0)
     assert {moment.momentum for moment in at_once} == {0.99}
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.5, 1.0])
+def test_rates_have_a_floor_and_switches_do_not(floor: float, shape: str) -> None:
+    """Late QAT, SWA and MiLe come when they come without it."""
+    choices = {"warmdown_type": shape, "swa_every": 1, "mile_gamma": 1.0}
+    plain = imagine(stepped(**choices), lambda n: 1.0)
+    floored = imagine(stepped(min_lr=floor, **choices), lambda n: 1.0)
+    assert [m.lr_scale for m in floored] == [max(m.lr_scale, floor) for m in plain]
+    assert [replace(m, lr_scale=0.0) for m in floored] == [replace(m, lr_scale=0.0) for m in plain]
+    assert any(moment.qat for moment in floored)
+    points = dict(Schedule(stepped(min_lr=floor, **choices)).turning_points())
+    if 0 < floor < 1:
+        reached = next(n for n, m in enumerate(floored) if m.lr_scale == floor)
+        assert reached == pytest.approx(100 - 40 * points[f"rate floor of {floor:g}"], abs=1)
+
+
+@given(
+    cooldown=st.floats(0, 1),
+    ramp=st.integers(0, 150),
+    budget=st.sampled_from([0.0, 100.0]),
+    reserve=st.floats(0, 90),
+)
+@settings(deadline=None, max_examples=60)
+def test_momentum_cools_down_to_where_it_began(
+    cooldown: float, ramp: int, budget: float, reserve: float
+) -> None:
+    cfg = stepped(
+        max_wallclock_seconds=budget,
+        muon_momentum_warmup_steps=ramp,
+        muon_momentum_warmup_start=0.85,
+        muon_momentum=0.95,
+        muon_momentum_cooldown_frac=cooldown,
+    )
+    whole = budget - reserve if budget else 100.0
+    momenta = [moment.momentum for moment in imagine(cfg, lambda n: 1.0, reserve)]
+    for n, momentum in enumerate(momenta):
+        risen = min(n / ramp, 1.0) if ramp else 1.0
+        left = (whole - n) / whole
+        fallen = min(max(left, 0.0) / cooldown, 1.0) if cooldown else 1.0
+        assert momentum == pytest.approx(0.85 + 0.1 * risen * fallen, abs=1e-9)
+
+
+@pytest.mark.parametrize(("start", "first"), [(0.0, 0), (0.4, 40), (1.0, None)])
+@pytest.mark.parametrize("of", [stepped, clocked])
+def test_the_slower_momentum_counts_from_its_share_of_the_run_on(
+    start: float, first: int | None, of
+) -> None:
+    cfg = of(iterations=100, muon_slow_share=0.5, muon_slow_start_frac=start)
+    shares = [moment.slow_share for moment in imagine(cfg, lambda n: 6.0)]
+    begins = next((n for n, share in enumerate(shares) if share), None)
+    assert begins == first
+    assert all(share == 0.5 * (first is not None and n >= first) for n, share in enumerate(shares))
+    assert not any(moment.slow_share for moment in imagine(of(iterations=100), lambda n: 6.0))
 
 
 def test_a_run_ends_at_its_first_limit() -> None:

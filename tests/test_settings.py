@@ -578,6 +578,28 @@ def test_plan_says_when_scheduled_things_start(
     assert "late QAT" not in planned(capsys, **env, QAT_MODE="off")
 
 
+def test_plan_says_what_changes_at_a_share_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {
+        "MAX_WALLCLOCK_SECONDS": "0",
+        "ITERATIONS": "300",
+        "MUON_MOMENTUM_COOLDOWN_FRAC": "0.1",
+        "MUON_SLOW_SHARE": "0.5",
+        "PREFIX_TARGET": "0.25",
+        "WARMDOWN_FRAC": "0.5",
+        "MIN_LR": "0.2",
+    }
+    plan, plain = planned(capsys, **asked), planned(capsys)
+    for name, step in {
+        "momentum cool-down": 270,
+        "slower momentum": 120,
+        "prefix target: its fall": 100,
+        "prefix target: none": 200,
+        "rate floor of 0.2": 270,
+    }.items():
+        assert f"{name}: from {step} steps on" in plan
+        assert name not in plain
+
+
 @pytest.mark.parametrize(
     ("env", "reason"),
     [

@@ -198,9 +198,9 @@ def test_priming_leaves_no_trace(setting) -> None:
     """Nor does it skip a variant: each forward that the run will compile has run."""
     variants = []
 
-    def forward(model, batch, grids=None, mile_gamma=None):
+    def forward(model, batch, grids=None, *given):
         variants.append((bool(grids), torch.is_grad_enabled(), batch.places is not None))
-        return training_nats(model, batch, grids, mile_gamma)
+        return training_nats(model, batch, grids, *given)
 
     _, model, rows, run = setting()
     before = weights(model)
@@ -237,6 +237,31 @@ def test_training_returns_the_average_from_the_initial_weights_on(setting, mode:
     assert run.ledger.activity["late_qat"] == sum(moment.qat for moment in moments)
     assert run.ledger.activity["warmdown"] == sum(moment.lr_scale < 1 for moment in moments) == 2
     assert run.ledger.activity["ema"] == (5 if mode == "ema" else 0)
+
+
+ACTING = {
+    "polar": {"muon_ns": "polar"},
+    "rows": {"muon_row_norm": True},
+    "neurons": {"muon_neuron_norm": 0.95},
+    "cautious": {"muon_wd_form": "cautious", "muon_wd": 1.0},
+    "slow momentum": {"muon_slow_share": 0.5},
+    "cool-down": {"muon_momentum_cooldown_frac": 0.5},
+    "beta2": {"beta2": 0.99},
+    "decay of tables": {"embed_wd": 0.5},
+    "rate floor": {"min_lr": 0.9},
+    "last weights": {"avg_last_share": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_a_technique_changes_what_is_exported(setting, name: str) -> None:
+    """And what it does not concern it leaves to the bit: a second run alike is equal."""
+    plain, again = trained(setting)[0], trained(setting)[0]
+    with_it, _, run = trained(setting, **ACTING[name])
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert any(not torch.equal(plain[name], with_it[name]) for name in plain)
+    if name == "slow momentum":
+        assert run.ledger.activity["slow_momentum"] == 3
 
 
 def test_late_qat_changes_what_is_trained(setting) -> None:
@@ -339,9 +364,10 @@ def test_each_rank_clips_its_own_mean(setting) -> None:
         torch.testing.assert_close(share, expected, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize("last_share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("mode", ["ema", "swa", "swa_of_ema", "none"])
-def test_averages_are_those_of_a_naive_loop(setting, mode: str) -> None:
-    cfg, model, _, run = setting(avg_mode=mode, ema_decay=0.7)
+def test_averages_are_those_of_a_naive_loop(setting, mode: str, last_share: float) -> None:
+    cfg, model, _, run = setting(avg_mode=mode, ema_decay=0.7, avg_last_share=last_share)
     averages, torch_seed = train_gpt.Averages(model, cfg), torch.manual_seed(0)
     ema = {name: p.double() for name, p in weights(model).items()}
     snapshots: list[dict[str, Tensor]] = []
@@ -355,9 +381,12 @@ def test_averages_are_those_of_a_naive_loop(setting, mode: str) -> None:
             snapshots.append(ema if mode == "swa_of_ema" else weights(model))
     mean = {name: sum(s[name].double() for s in snapshots) / 3 for name in ema}
     expected = {"ema": ema, "swa": mean, "swa_of_ema": mean, "none": weights(model)}[mode]
+    last = {name: p.double() for name, p in weights(model).items()}
     for name, p in weights(averages.result(run)).items():
+        blend = (1.0 - last_share) * expected[name].double() + last_share * last[name]
         assert p.dtype == torch.float32
-        torch.testing.assert_close(p.double(), expected[name].double(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(p.double(), blend, rtol=0, atol=1e-5)
+    assert all(torch.equal(last[name], p.double()) for name, p in weights(model).items())
 
 
 def test_without_a_snapshot_swa_falls_back(setting, capsys) -> None:
