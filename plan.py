@@ -1,5 +1,6 @@
 """What --plan says of a run: one step traced on fake tensors, the rest counted from settings."""
 
+import contextlib
 import math
 import os
 import sys
@@ -72,26 +73,66 @@ def artifact_bytes(
     return total
 
 
-def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
+def schedule_dates(cfg: train_gpt.Config, schedule: train_gpt.Schedule) -> Iterator[str]:
     """When each scheduled thing starts, in the unit that drives the run, or before its end."""
-    ramp = f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
-    schedule = train_gpt.Schedule(cfg)
-    if cfg.step_driven:
-        unit, whole = "steps", float(cfg.iterations)
+    unit = {"steps": "steps", "seconds": "s", "operations": "TFLOP"}[schedule.unit]
+    scale = 1e12 if schedule.unit == "operations" else 1.0
+    _, whole = schedule.remaining_and_whole(0, 0.0)
+    if schedule.unit == "steps":
         yield f"end: {whole:g} steps"
     else:
-        unit, whole = "s", schedule.budget
-        yield f"end: {whole:g} s, or {cfg.iterations:,} steps"
-    yield ramp
+        yield f"end: {whole / scale:g} {unit}, or {cfg.iterations:,} steps"
+    yield f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
     for name, share in schedule.dates():
-        yield f"{name}: from {share * whole:g} {unit} on"
+        yield f"{name}: from {share * whole / scale:g} {unit} on"
     if cfg.step_driven or cfg.warmdown_frac:
         warmdown = schedule.warmdown(whole)
         for name, left in schedule.turning_points():
-            yield f"{name}: from {whole - left * warmdown:g} {unit} on"
+            yield f"{name}: from {(whole - left * warmdown) / scale:g} {unit} on"
     else:  # WARMDOWN_ITERS become seconds once the time of a step is known
         for name, left in schedule.turning_points():
             yield f"{name}: the last {left * cfg.warmdown_iters:,.0f} steps"
+
+
+def counted_steps(schedule: train_gpt.Schedule) -> int:
+    """The steps that a budget of operations holds."""
+    fitting = schedule.budget // schedule.step_operations
+    return min(schedule.cfg.iterations, int(fitting))
+
+
+def counted_training(cfg: train_gpt.Config, model: train_gpt.GPT, reserve: int) -> str:
+    """What training takes of MAX_TRAIN_TFLOPS, counted as a run counts it."""
+    a_step = train_gpt.step_operations(model)
+    muon = train_gpt.muon_operations(model)
+    said = (
+        f"work of training: {a_step / 1e12:.4g} TFLOP a step, {muon / 1e12:.4g} of it "
+        f"orthogonalisation, and {reserve / 1e12:.4g} of calibration"
+    )
+    if cfg.max_train_tflops:
+        steps = counted_steps(train_gpt.Schedule(cfg, reserve, 0, a_step))
+        said += f"; {steps:,} steps of MAX_TRAIN_TFLOPS={cfg.max_train_tflops:g}"
+    return said
+
+
+def counted_scoring(cfg: train_gpt.Config, model: train_gpt.GPT) -> str:
+    """The operations of scoring the validation split, or without it of a million targets."""
+    targets = 1_000_000
+    of_what = " for each million targets"
+    with contextlib.suppress(train_gpt.Refusal):
+        targets = train_gpt.read_sidecar(cfg.data_path)["tokens"] - 1
+        of_what = ""
+    if cfg.eval_truncate:
+        targets -= targets % cfg.eval_seq_len
+    spans = train_gpt.windows(targets, cfg.eval_seq_len, cfg.eval_stride)
+    width = cfg.eval_stride or cfg.eval_seq_len
+    scoring = train_gpt.scoring_operations(model, spans, width, all_places=cfg.counts == "off")
+    said = f"work of scoring: {scoring / 1e12:.4g} TFLOP{of_what}"
+    if cfg.ttt_mode == "score_first":
+        full_chunks = (targets - 1) // cfg.ttt_chunk_tokens
+        rows = cfg.ttt_epochs * full_chunks * -(-cfg.ttt_chunk_tokens // cfg.eval_seq_len)
+        learning = train_gpt.adaptation_operations(model, rows)
+        said += f", and {learning / 1e12:.4g} of adaptation"
+    return said
 
 
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
@@ -109,11 +150,21 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     muon = sum(-(-n // sharers) * shape.numel() for (_, shape), n in stacks.items())  # a rank's
     momenta = muon * (2 if cfg.muon_slow_share else 1)
     everywhere = adam if cfg.muon_parallel else adam + muon  # all-reduced
-    tokens, row, attention = cfg.train_batch_tokens, cfg.train_seq_len, step["attention"]
-    work = step["products"] + attention
+    tokens, row = cfg.train_batch_tokens, cfg.train_seq_len
+    attention = 3 * len(model.plan) * train_gpt.attention_operations(model, row)
+    work = 3 * (train_gpt.hidden_operations(model, row) + train_gpt.head_operations(model))
+    calibration = train_gpt.calibration_tokens(cfg)
+    reserve = train_gpt.calibration_operations(model, calibration)
+    step_operations = train_gpt.step_operations(model)
+    schedule = train_gpt.Schedule(cfg, step_operations=step_operations)
+    if cfg.max_train_tflops:
+        train_gpt.refuse_small_budget(cfg)
+        schedule = train_gpt.Schedule(cfg, reserve, step_operations=step_operations)
     rows = min(cfg.micro_batch_seqs or 98_304 // row or 1, -(-cfg.rows_per_step // ranks))
     seconds = work * tokens / (ranks * PEAK_FLOPS * UTILISATION)
     steps = int(min(cfg.iterations, cfg.max_wallclock_seconds / seconds or math.inf))
+    if cfg.max_train_tflops:
+        steps = counted_steps(schedule)
     count, limit, end = widths.total(), cfg.artifact_limit_bytes, train_gpt.SOLVER_OCTAVES[1]
     size, least = (artifact_bytes(model, parameters, by=2.0**octaves) for octaves in (0, end))
     least, target = (1 - FITTED["error"]) * least + code_bytes, cfg.artifact_target_bytes or limit
@@ -134,6 +185,8 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
         f"FLOPs: {work / 1e6:.1f} M a token (published for 11 layers at T=2048: 228 M), "
         f"{attention / 1e6:.1f} M of it causal attention, {work * tokens / 1e12:.4g} T a step"
     )
+    yield counted_training(cfg, model, reserve)
+    yield counted_scoring(cfg, model)
     yield (
         f"speed, stated: {ranks} H100 at {UTILISATION:.1%} of {PEAK_FLOPS / 1e12:g} TFLOP/s, "
         f"{1e3 * seconds:.4g} ms a step, {steps:,} steps, {steps * tokens / 1e9:.3g} B tokens"
@@ -153,7 +206,7 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
         f"{code_bytes:,}, of {limit:,}; {limit - size - code_bytes:,.0f} left"
     )
     yield f"{'warning: ' * (least > target)}no clips leave less than {least:,.0f}, of {target:,}"
-    yield from schedule_dates(cfg)
+    yield from schedule_dates(cfg, schedule)
     reasons = "; ".join(train_gpt.static_ineligibility(cfg))
     yield f"eligible as a record: {f'no: {reasons}' if reasons else 'yes, in time on 8 x H100'}"
 

@@ -341,6 +341,12 @@ class BudgetSettings(Part):
     max_wallclock_seconds: float = training_knob(
         600.0, (0.0, 1e7), "Seconds for training and calibration; 0 makes the run step-driven."
     )
+    max_train_tflops: float = training_knob(
+        0.0,
+        (0.0, 1e9),
+        "Counted 10^12 floating-point operations for training and calibration instead of seconds, "
+        "equal on every machine; 0 sets no bound.",
+    )
     eval_wallclock_seconds: float = run_knob(600.0, (0.0, 1e7), "Seconds for scoring the artifact.")
     artifact_limit_bytes: int = training_knob(
         16_000_000, (1, 1 << 40), "Most decimal bytes that code and artifact may have together."
@@ -351,8 +357,33 @@ class BudgetSettings(Part):
 
     @property
     def step_driven(self) -> bool:
-        """Whether ITERATIONS ends the run, rather than the clock."""
+        """Whether what is counted ends the run, steps or operations, rather than the clock."""
         return self.max_wallclock_seconds == 0
+
+    @property
+    def budget_unit(self) -> str:
+        """What the run's budget is counted in; ITERATIONS bounds every run besides."""
+        if self.max_train_tflops:
+            return "operations"
+        return "steps" if self.step_driven else "seconds"
+
+    @property
+    def whole_budget(self) -> float:
+        """What training and calibration may cost, in its unit."""
+        budgets = {
+            "operations": round(1e12 * self.max_train_tflops),
+            "steps": self.iterations,
+            "seconds": self.max_wallclock_seconds,
+        }
+        return budgets[self.budget_unit]
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """Two budgets would leave it to the machine which of them ends the run."""
+        yield (
+            cfg.max_wallclock_seconds == 0 or cfg.max_train_tflops == 0,
+            "a run has one budget, and the other is 0: MAX_WALLCLOCK_SECONDS or MAX_TRAIN_TFLOPS",
+        )
 
 
 def say(line: str, to_stderr: bool = False) -> None:
@@ -392,22 +423,23 @@ CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its c
 class Clock:
     """Seconds that count against a budget: runs only inside `with clock.running()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.banked = 0.0
         self.since: float | None = None  # when it began to run
 
     def elapsed(self) -> float:
-        return self.banked + (time.perf_counter() - self.since if self.since is not None else 0.0)
+        return self.banked + (self.now() - self.since if self.since is not None else 0.0)
 
     @contextlib.contextmanager
     def running(self, runs: bool = True) -> Iterator[None]:
         """Count the time spent inside, or with running(False) leave it out."""
         before = self.since is not None
-        self.banked, self.since = self.elapsed(), time.perf_counter() if runs else None
+        self.banked, self.since = self.elapsed(), self.now() if runs else None
         try:
             yield
         finally:
-            self.banked, self.since = self.elapsed(), time.perf_counter() if before else None
+            self.banked, self.since = self.elapsed(), self.now() if before else None
 
 
 class Ranks:
@@ -729,7 +761,10 @@ class Ledger:
         self.folder = folder
         self.training_clock = Clock()  # training and calibration
         self.scoring_clock = Clock()
+        self.table_clock = Clock(time.process_time)  # processor time of counts and their mixture
         self.trained_seconds = 0.0  # of the training clock, before calibration
+        self.training_operations = 0  # counted, in training and calibration
+        self.scoring_operations = 0
         self.calibration_tokens = 0
         # By technique: how often it could have acted, and how often it did.
         self.occasions = Counter[str]()
@@ -3139,37 +3174,50 @@ class Moment:
 
 
 class Schedule:
-    """Rates and switches at a given step and time; the same on every rank.
+    """Rates and switches at a given step; the same on every rank.
 
-    observe() takes in what was measured, at() answers and changes nothing. Clock-driven runs
-    measure what is left in seconds, step-driven ones in steps. WARMDOWN_ITERS becomes seconds
-    through the median of recent step times, once a few are known: a slow first step must not
-    look like the end of the run. A warmdown never exceeds the run.
+    observe() takes in what was measured, at() answers and changes nothing. The run's clock is
+    what has been spent of its budget, in the budget's unit: seconds, operations or steps. What a
+    step costs is known exactly, but for seconds: there the median of recent steps stands for it,
+    once a few are known, since a slow first step must not look like the end of the run. By it
+    WARMDOWN_ITERS are put into the budget's unit. A warmdown never exceeds the run.
     """
 
-    STEPS_NEEDED = 5  # step times that must be known before their median counts
+    STEPS_NEEDED = 5  # steps whose seconds must be known before their median counts
     STEPS_KEPT = 50
 
-    def __init__(self, cfg: Config, reserve_seconds: float = 0.0, queued_steps: int = 0) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        reserve: float = 0.0,
+        queued_steps: int = 0,
+        step_operations: int = 0,
+    ) -> None:
+        """`reserve` of the budget is kept for calibration; `step_operations` a step counts."""
         self.cfg = cfg
-        self.budget = max(cfg.max_wallclock_seconds - reserve_seconds, 0.0)
+        self.unit = cfg.budget_unit
+        self.budget = max(cfg.whole_budget - reserve, 0)
         self.queued_steps = queued_steps  # that a GPU may still have to do
+        self.step_operations = step_operations
         self.step_seconds: deque[float] = deque(maxlen=self.STEPS_KEPT)
-        self.last_seconds = 0.0
+        self.last_spent = 0.0
         self.qat = False  # whether it has begun
 
-    def observe(self, step: int, seconds: float) -> None:
-        """Take in that step `step` (from 0) is about to begin, `seconds` into training."""
+    def observe(self, step: int, spent: float) -> None:
+        """Take in that step `step` (from 0) is about to begin, `spent` of the budget gone."""
         if step > 0:
-            self.step_seconds.append(seconds - self.last_seconds)
-        self.last_seconds = seconds
+            self.step_seconds.append(spent - self.last_spent)
+        self.last_spent = spent
         # Late QAT stays on once it is on: the scale is measured and may waver.
-        self.qat = self.at(step, seconds).qat
+        self.qat = self.at(step, spent).qat
 
-    def at(self, step: int, seconds: float) -> Moment:
-        """The schedules at step `step` (from 0), `seconds` into training."""
+    def at(self, step: int, spent: float) -> Moment:
+        """The schedules at step `step` (from 0), `spent` of the budget gone.
+
+        spent: seconds of training or counted operations; a budget of steps goes by `step` alone.
+        """
         cfg = self.cfg
-        remaining, whole = self.remaining_and_whole(step, seconds)
+        remaining, whole = self.remaining_and_whole(step, spent)
         warmdown = self.warmdown(whole)
         slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
         # Switches go by the scale without its floor, so that each is reached in the end.
@@ -3179,34 +3227,39 @@ class Schedule:
             lr_scale=max(scale, cfg.min_lr),
             momentum=self.momentum(step, remaining, whole),
             qat=self.qat or cfg.qat_mode == "always" or qat_begins,
-            done=self.has_ended(step, seconds),
+            done=self.has_ended(step, spent),
             mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
             slow_share=cfg.muon_slow_share if slow_counts else 0.0,
             prefix_weight=cfg.prefix_target * prefix_scale(remaining, whole),
         )
 
-    def remaining_and_whole(self, step: int, seconds: float) -> tuple[float, float]:
-        """What is left of the run and how long it is in all, in steps or seconds alike."""
-        steps_left = float(self.cfg.iterations - step)
-        if self.cfg.step_driven:
-            return steps_left, float(self.cfg.iterations)
-        whole = self.budget
-        step_seconds = self.typical_step()
-        if step_seconds:  # the last of ITERATIONS may come before the budget ends
-            whole = min(whole, seconds + steps_left * step_seconds)
-        return whole - seconds, whole
+    def position(self, step: int, spent: float) -> float:
+        """How much of the budget is gone, in its unit."""
+        return step if self.unit == "steps" else spent
+
+    def remaining_and_whole(self, step: int, spent: float) -> tuple[float, float]:
+        """What is left of the run and how long it is in all, both in the budget's unit."""
+        spent = self.position(step, spent)
+        step_cost = self.step_cost()
+        whole = float(self.budget)
+        if step_cost:  # the last of ITERATIONS may come before the budget ends
+            whole = min(whole, spent + (self.cfg.iterations - step) * step_cost)
+        return whole - spent, whole
 
     def warmdown(self, whole: float) -> float:
         """How much of a run that is so long decays, in the same unit."""
         cfg = self.cfg
         if cfg.warmdown_frac:
             return cfg.warmdown_frac * whole
-        unit = 1.0 if cfg.step_driven else self.typical_step()
-        return min(cfg.warmdown_iters * unit, whole)
+        return min(cfg.warmdown_iters * self.step_cost(), whole)
 
-    def typical_step(self) -> float:
-        """Median seconds of recent steps; 0 until enough are known."""
+    def step_cost(self) -> float:
+        """What the next step costs; of seconds the median of recent steps, 0 until it is known."""
+        if self.unit == "steps":
+            return 1
+        if self.unit == "operations":
+            return self.step_operations
         if len(self.step_seconds) < self.STEPS_NEEDED:
             return 0.0
         return float(np.median(self.step_seconds))
@@ -3225,21 +3278,24 @@ class Schedule:
             ramp *= max(remaining, 0.0) / cooldown
         return (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
 
-    def has_ended(self, step: int, seconds: float) -> bool:
+    def has_ended(self, step: int, spent: float) -> bool:
         """Whether training has ended; the first step is always made."""
         if step >= self.cfg.iterations:
             return True
-        if self.cfg.step_driven or step == 0:
+        if step == 0:
             return False
+        if self.unit != "seconds":
+            return self.position(step, spent) + self.step_cost() > self.budget
         # The last step must end inside the budget, after those still in a GPU's queue.
-        ahead = (1 + self.queued_steps) * self.typical_step()
-        return seconds + ahead >= self.budget
+        ahead = (1 + self.queued_steps) * self.step_cost()
+        return spent + ahead >= self.budget
 
-    def progress(self, step: int, seconds: float) -> float:
-        """The fraction of the run that is over, from 0 to 1."""
-        if self.cfg.step_driven:
-            return step / self.cfg.iterations
-        return seconds / self.cfg.max_wallclock_seconds
+    def progress(self, step: int, spent: float) -> float:
+        """The fraction of the run that is over, calibration included, from 0 to 1."""
+        progress = self.position(step, spent) / self.cfg.whole_budget
+        if self.unit == "operations":
+            return max(progress, step / self.cfg.iterations)
+        return progress
 
     def acting(self, moment: Moment) -> dict[str, bool]:
         """Each configured technique that the schedule turns on or off: whether it acts now."""
@@ -3284,6 +3340,135 @@ class Schedule:
         if cfg.prefix_target:
             yield "prefix target: its fall", 1.0 / 3.0
             yield "prefix target: none", 2.0 / 3.0
+
+
+# =================================================================================================
+# Counted work
+# The floating-point operations of a run, counted from shapes and so equal on every machine. Only
+# products count, with 2 m n k operations for one of (m, k) and (k, n): all else is a small part of
+# a run, and how many operations a norm or an exponential has is no fact of mathematics.
+# =================================================================================================
+
+
+def weights_met(model: GPT, prefix: str) -> int:
+    """Weights of the matrices whose names begin so: a token is multiplied by each of them."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefix)
+        and parameter.ndim == 2
+        and model.kinds[name].fits in (is_matrix, is_gate)
+    )
+
+
+def attention_operations(model: GPT, seq_len: int) -> int:
+    """Of a token in one layer of a row this long: scores, and their product with the values.
+
+    Only the causal half of either counts, also where a kernel computes more.
+    """
+    return 2 * seq_len * model.cfg.num_heads * model.cfg.head_dim
+
+
+def hidden_operations(model: GPT, seq_len: int) -> int:
+    """Of a token up to its last hidden state, in a row this long."""
+    beside_blocks = weights_met(model, "") - weights_met(model, "blocks.")
+    total = 2 * beside_blocks
+    if model.cfg.vrl_mode != "off":  # layer 0's values are computed once more
+        total += 2 * weights_met(model, f"blocks.{model.plan[0].block}.attn.c_v.")
+    for layer in model.plan:
+        total += 2 * weights_met(model, f"blocks.{layer.block}.")
+        total += attention_operations(model, seq_len)
+    return total
+
+
+def head_operations(model: GPT) -> int:
+    """Of a token from its hidden state to its logits."""
+    return 2 * model.cfg.vocab_size * model.cfg.model_dim
+
+
+def orthogonalization_operations(rows: int, cols: int, steps: int) -> int:
+    """Of a matrix: A = X X^T, A A and their sum's product with X, in each step."""
+    short, long = min(rows, cols), max(rows, cols)
+    return steps * (4 * short * short * long + 2 * short**3)
+
+
+def muon_operations(model: GPT) -> int:
+    """Of one update of all matrices of Muon; once, however many ranks repeat it."""
+    cfg = model.cfg
+    total = 0
+    for group in route_parameters(cfg, model):
+        if group["optimizer"] == "muon":
+            for weight in group["params"]:
+                rows, cols = weight.shape
+                total += orthogonalization_operations(rows, cols, cfg.muon_backend_steps)
+    return total
+
+
+def step_operations(model: GPT) -> int:
+    """Of a training step of all ranks: forward, twice that backward, and the optimizer."""
+    cfg = model.cfg
+    forward = hidden_operations(model, cfg.train_seq_len) + head_operations(model)
+    return 3 * forward * cfg.rows_per_step * cfg.train_seq_len + muon_operations(model)
+
+
+def calibration_operations(model: GPT, tokens: int) -> int:
+    """Of Hessians over so many tokens in training rows: the network without its head, and sums."""
+    executions = Counter(layer.block for layer in model.plan)
+    a_token = hidden_operations(model, model.cfg.train_seq_len)
+    for source, width in hessian_widths(model).items():
+        block = re.match(r"blocks\.(\d+)\.", source)
+        times = executions[int(block[1])] if block else 1
+        a_token += times * 2 * width * width
+    return a_token * tokens
+
+
+def calibration_tokens(cfg: Config) -> int:
+    """Tokens of training rows that calibration takes within the budget."""
+    if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
+        return 0
+    return cfg.gptq_calib_batches * CALIBRATION_ROWS * cfg.train_seq_len
+
+
+def scoring_operations(model: GPT, spans: np.ndarray, width: int, all_places: bool = True) -> int:
+    """Of scoring windows (start, first scored, end) in strips of `width` targets.
+
+    Each strip takes its whole window up to the hidden states. Logits are made at all its places,
+    or only at those that are scored. Rows that merely fill up a batch are left out.
+    """
+    seq_len = model.cfg.eval_seq_len
+    scored = spans[:, 2] - spans[:, 1]
+    strips = int((-(-scored // width)).sum())
+    asked = strips * width if all_places else int(scored.sum())
+    hidden = strips * seq_len * hidden_operations(model, seq_len)
+    return hidden + asked * head_operations(model)
+
+
+def adaptation_operations(model: GPT, rows: int) -> int:
+    """Of a pass forward and backward over rows of EVAL_SEQ_LEN, whatever learns from it."""
+    seq_len = model.cfg.eval_seq_len
+    forward = hidden_operations(model, seq_len) + head_operations(model)
+    return 3 * rows * seq_len * forward
+
+
+def laid_out(cfg: Config) -> GPT:
+    """The network of these settings, without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(cfg)
+
+
+def refuse_small_budget(cfg: Config) -> None:
+    """Raise Refusal if MAX_TRAIN_TFLOPS does not hold calibration and a step."""
+    if cfg.max_train_tflops == 0:
+        return
+    model = laid_out(cfg)
+    calibration = calibration_operations(model, calibration_tokens(cfg))
+    step = step_operations(model)
+    if calibration + step > cfg.whole_budget:
+        raise Refusal(
+            f"MAX_TRAIN_TFLOPS={cfg.max_train_tflops:g} does not hold a step of "
+            f"{step / 1e12:.4g} TFLOP and calibration's {calibration / 1e12:.4g}: raise it, or "
+            "lower GPTQ_CALIB_BATCHES or the size of the model"
+        )
 
 
 # =================================================================================================
@@ -3663,7 +3848,8 @@ class Pending:
 class Training:
     """All that training changes, saved and restored whole, whatever the number of ranks."""
 
-    def __init__(self, model: GPT, reserve_seconds: float, data: list, run: Run) -> None:
+    def __init__(self, model: GPT, reserve: float, data: list, run: Run) -> None:
+        """`reserve` of the budget is kept for calibration."""
         cfg = run.cfg
         self.model = model
         self.run = run
@@ -3674,7 +3860,9 @@ class Training:
         self.optimizers = build_optimizers(cfg, groups, run.dtype, run.ranks)
         self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
-        self.schedule = Schedule(cfg, reserve_seconds, queued_steps=int(run.device.type == "cuda"))
+        queued_steps = int(run.device.type == "cuda")
+        self.step_operations = step_operations(model)
+        self.schedule = Schedule(cfg, reserve, queued_steps, self.step_operations)
         self.rounded_matrices = len(qat_grids(model))
         self.pending: Pending | None = None
         self.last_logged_share = -1  # of the run, in fiftieths
@@ -3684,15 +3872,22 @@ class Training:
         """The parameter groups of all optimizers, in the order of train_step()'s norms."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    def spent(self, seconds: float) -> float:
+        """What training has cost, in the budget's unit, `seconds` into it."""
+        if self.schedule.unit == "operations":
+            return self.run.ledger.training_operations
+        return seconds
+
     def begin_step(self, seconds: float) -> Moment:
         """What the schedules say of the step that is to be made, `seconds` into training."""
         run, schedule = self.run, self.schedule
-        progress_before = schedule.progress(self.step - 1, schedule.last_seconds)
-        schedule.observe(self.step, seconds)
-        moment = schedule.at(self.step, seconds)
+        spent = self.spent(seconds)
+        progress_before = schedule.progress(self.step - 1, schedule.last_spent)
+        schedule.observe(self.step, spent)
+        moment = schedule.at(self.step, spent)
         if moment.done:
             return moment
-        progress = schedule.progress(self.step, seconds)
+        progress = schedule.progress(self.step, spent)
         if run.ranks.is_main and progress_before < SIZE_FORESEEN_AT <= progress:
             foresee_size(self.model, self.step, run)
         return moment
@@ -3720,6 +3915,7 @@ class Training:
         self.note_activity(moment)
         self.log_pending(seconds)
         self.step += 1
+        run.ledger.training_operations += self.step_operations
         if self.step % REPLICA_CHECK_STEPS == 0:
             run.ranks.check_replicas(self.model, self.step)
         self.pending = Pending(run.fetch(stats), moment, show)
@@ -3740,7 +3936,7 @@ class Training:
         loss, *norms = pending.stats()
         refuse_non_finite([loss, *norms], self.step, self.groups)
         iterations = self.run.cfg.iterations
-        progress = self.schedule.progress(self.step, seconds)
+        progress = self.schedule.progress(self.step, self.spent(seconds))
         template = (
             "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{ms:.0f}ms "
             "step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} eta:{eta:.0f}s"
@@ -3757,6 +3953,7 @@ class Training:
             ms=1e3 * seconds,
             step_avg=1e3 * seconds / self.step,
             lr_scale=pending.moment.lr_scale,
+            tflops=self.run.ledger.training_operations / 1e12,
             eta=max(0.0, seconds * (1 - progress) / max(progress, 1e-9)),
         )
 
@@ -3788,7 +3985,8 @@ class Training:
                 "adam": self.adam.state_dict(),
                 "averages": [average.state_dict() for average in self.averages.kept.values()],
                 "snapshots": self.averages.snapshots,
-                "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
+                "schedule": [schedule.qat, schedule.last_spent, list(schedule.step_seconds)],
+                "operations": run.ledger.training_operations,
                 "occasions": dict(run.ledger.occasions),
                 "activity": dict(run.ledger.activity),
                 "last_logged_share": self.last_logged_share,
@@ -3812,8 +4010,9 @@ class Training:
         for average, state in zip(self.averages.kept.values(), saved["averages"], strict=True):
             average.load_state_dict(state)
         self.averages.snapshots = saved["snapshots"]
-        schedule.qat, schedule.last_seconds, step_seconds = saved["schedule"]
+        schedule.qat, schedule.last_spent, step_seconds = saved["schedule"]
         schedule.step_seconds.extend(step_seconds)
+        run.ledger.training_operations = saved["operations"]
         run.ledger.occasions = Counter(saved["occasions"])
         run.ledger.activity = Counter(saved["activity"])
         self.last_logged_share = saved["last_logged_share"]
@@ -3871,29 +4070,34 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             state.log_starts(moment, qat_begins)
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
             state.end_step(stats, moment, seconds, show=qat_begins)
-            bar.update((state.step if cfg.step_driven else seconds) - bar.n)
+            bar.update(schedule.position(state.step, state.spent(seconds)) - bar.n)
         state.log_pending(clock.elapsed(), show=True)
     state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
     run.phase = "calibration"  # a signal ends the run at once from here on
     state.stop(int(run.ranks.agree(run.signal, "most")))  # a signal that came after the last step
     run.ledger.trained_seconds = clock.elapsed()
-    whole = state.step == cfg.iterations
+    reasons = {
+        "seconds": "stopping_early: wallclock_cap",
+        "operations": "stopping: MAX_TRAIN_TFLOPS holds no further step",
+    }
+    reason = "stopping: last step"
+    if state.step < cfg.iterations:
+        reason = reasons[schedule.unit]
     run.folder.log(
         "{reason} train_time:{ms:.0f}ms step:{step}/{iterations}",
         "trained",
         step=state.step,
         ms=1e3 * run.ledger.trained_seconds,
         iterations=cfg.iterations,
-        reason="stopping: last step" if whole else "stopping_early: wallclock_cap",
+        reason=reason,
     )
     return state.averages.result(run)
 
 
 def training_bar(schedule: Schedule, run: Run) -> tqdm:
     """The progress bar of training, in the unit that ends the run."""
-    if run.cfg.step_driven:
-        return run.folder.progress("training", total=run.cfg.iterations, unit="step")
-    return run.folder.progress("training", total=schedule.budget, unit="s")
+    units = {"steps": "step", "seconds": "s", "operations": "FLOP"}
+    return run.folder.progress("training", total=schedule.budget, unit=units[schedule.unit])
 
 
 # =================================================================================================
@@ -4247,6 +4451,25 @@ def hessian_source(model: GPT, name: str) -> str:
     return f"{module.rpartition('.')[0]}.{beside}"
 
 
+def head_name(model: GPT) -> str:
+    """The module whose weights make logits."""
+    return "tok_emb" if model.lm_head is None else "lm_head"
+
+
+def hessian_widths(model: GPT) -> dict[str, int]:
+    """The modules whose inputs make a Hessian, and how many channels these have.
+
+    The matrix that makes logits is among them only with QUANT_CLIP=std.
+    """
+    by_std = model.cfg.quant_clip == "std"
+    widths = {}
+    for name, kind in model.kinds.items():
+        wanted = kind.may_be_rounded or (by_std and name == f"{head_name(model)}.weight")
+        if wanted and bits_of(model, name):
+            widths[hessian_source(model, name)] = model.get_parameter(name).size(1)
+    return widths
+
+
 @torch.no_grad()
 def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
     """A batch the model draws itself after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
@@ -4268,16 +4491,13 @@ def collect_hessians(
     """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
 
     batch_of(n) gives the ids (B, T) of batch n. Ranks take a batch each until for any of them
-    another could end after `deadline` seconds of its clock. The matrix that makes logits is among
-    them only with QUANT_CLIP=std.
+    another could end after `deadline` seconds of its clock.
     """
-    head = "tok_emb" if model.lm_head is None else "lm_head"
-    sums: dict[str, Tensor] = {}
-    for name, kind in model.kinds.items():
-        wanted = kind.may_be_rounded or (name == f"{head}.weight" and model.cfg.quant_clip == "std")
-        if wanted and bits_of(model, name):
-            width = model.get_parameter(name).size(1)
-            sums[hessian_source(model, name)] = torch.zeros(width, width, device=run.device)
+    head = head_name(model)
+    sums = {
+        source: torch.zeros(width, width, device=run.device)
+        for source, width in hessian_widths(model).items()
+    }
     seen = torch.zeros(1, device=run.device)
 
     def add(name: str, x: Tensor) -> None:
@@ -4310,6 +4530,13 @@ def collect_hessians(
     run.ranks.add_up([seen, *sums.values()])
     run.ledger.calibration_tokens = int(seen.item())
     return {name: total / seen for name, total in sums.items()}
+
+
+def budget_reserve(model: GPT, batch_seconds: float, run: Run) -> float:
+    """What of the training budget to keep for collecting Hessians, in the budget's unit."""
+    if run.cfg.budget_unit == "operations":
+        return calibration_operations(model, calibration_tokens(run.cfg))
+    return calibration_reserve(batch_seconds, run)
 
 
 def calibration_reserve(batch_seconds: float, run: Run) -> float:
@@ -4348,6 +4575,9 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
     with run.ledger.training_clock.running() if inside else contextlib.nullcontext():
         deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
         hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
+    if inside:
+        used_tokens = run.ledger.calibration_tokens
+        run.ledger.training_operations += calibration_operations(model, used_tokens)
     used = run.ranks.agree(run.ledger.training_clock.elapsed())
     run.folder.log(
         "gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms",
@@ -5807,7 +6037,7 @@ def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
     if not cfg.counts_training_text or not run.ranks.is_main:
         return b""
     run.phase = "packing training text"
-    with run.ledger.training_clock.running():
+    with run.ledger.training_clock.running(), run.ledger.table_clock.running():
         tokens = rows.first_tokens(PACKING_LOOKS_AT * cfg.count_bytes)
         packed = pack_within(tokens, cfg.count_bytes, BOS)
     run.folder.log(
@@ -5957,6 +6187,7 @@ class EvalResult:
     targets: int
     num_bytes: int
     seconds: float
+    operations: int = 0  # counted, of scoring and of learning from what was scored
 
     @property
     def loss(self) -> float:
@@ -6071,7 +6302,8 @@ def score_mixed(
             log_probs = ranks.copy_of(own, owner, (targets, cfg.vocab_size))
             start = int(batch[0, 1])
             num_bytes = val.target_bytes[start : start + targets].sum(dtype=np.int64)
-            nats = mixture.score(log_probs).sum()
+            with run.ledger.table_clock.running():
+                nats = mixture.score(log_probs).sum()
             sums += torch.stack([nats, torch.tensor(targets), torch.tensor(num_bytes)]).double()
             bar.update()
     # Where processors differ, rank 0's sums are those of all ranks.
@@ -6111,6 +6343,7 @@ class Learner(Protocol):
     """What learns from validation text; evaluate() shows it only text that has been scored."""
 
     chunk_targets: int  # how many targets are scored before it learns from them
+    operations: int  # counted, of its learning so far
 
     def learn_from(self, scored: ScoredChunk) -> None:
         """Learn from a chunk, all of whose targets have been scored."""
@@ -6159,10 +6392,11 @@ def evaluate(
     num_chunks = int(chunk_of[-1]) + 1
     sums = torch.zeros(3, dtype=torch.float64)
     num_batches = -(-len(spans) // cfg.eval_batch_seqs)
+    width = stride or cfg.eval_seq_len
+    operations = scoring_operations(model, spans, width, all_places=mixture is None)
     with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
             of_chunk = spans[chunk_of == chunk]
-            width = stride or cfg.eval_seq_len
             if len(of_chunk) == 0:  # a window may be longer than a chunk
                 pass
             elif mixture is not None:
@@ -6174,7 +6408,10 @@ def evaluate(
                 first, end = chunk * size, (chunk + 1) * size
                 learner.learn_from(ScoredChunk(chunk, num_chunks, first, end, seconds))
     nats, targets, num_bytes = sums.tolist()
-    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - started)
+    if learner is not None:
+        operations += learner.operations
+    seconds = time.perf_counter() - started
+    return EvalResult(name, nats, int(targets), int(num_bytes), seconds, operations)
 
 
 class Adapter:
@@ -6192,6 +6429,7 @@ class Adapter:
         self.run = run
         self.chunk_targets = cfg.ttt_chunk_tokens
         self.seconds = 0.0  # spent on learning so far
+        self.operations = 0
         frozen = frozen_parameters(model, cfg)
         self.parameters = [p for p in model.parameters() if p not in frozen]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
@@ -6229,6 +6467,7 @@ class Adapter:
         for steps, batch in enumerate(batches):
             if run.ranks.agree(float(run.ledger.scoring_clock.elapsed() > deadline)):
                 return steps
+            self.operations += adaptation_operations(self.model, len(batch))
             mine = batch[run.ranks.rank :: run.ranks.world_size]
             shown = window_batch(self.val, mine, run.adaptation_rows, T, cfg).moved(run.put)
             assert shown.scored is not None
@@ -6321,6 +6560,7 @@ def score_artifact(
             train_then_score(Adapter(forward, model, val, run), headline.seconds)
             name = "artifact_sliding_train_then_score"
             score(name, "illegal_ttt", stride=stride, legal=False)
+    run.ledger.scoring_operations = headline.operations
     seconds, budget = run.ledger.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
     if seconds > budget:
         run.ledger.mark_ineligible(
@@ -6340,7 +6580,8 @@ def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixtur
     if cfg.counts_training_text:
         training_text = text_of_artifact(stored, cfg)
     scored_text = val.tokens[: val.num_targets(cfg) + 1]
-    mixture = Mixture(cfg, training_text, scored_text, cfg.vocab_size)
+    with run.ledger.table_clock.running():
+        mixture = Mixture(cfg, training_text, scored_text, cfg.vocab_size)
     run.folder.log(
         "counts:ready mode:{mode} training_tokens:{training_tokens} seconds:{seconds:.1f}",
         "counts",
@@ -6886,6 +7127,11 @@ class Config(
             values[name.lower()] = parse_setting(name, text, known[name])
         if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
             values["warmdown_frac"] = 0.0  # a preset's fraction gives way to what was asked for
+        # A budget that was asked for takes the place of one that was not.
+        if values["max_train_tflops"] and "MAX_WALLCLOCK_SECONDS" not in given:
+            values["max_wallclock_seconds"] = 0.0
+        elif "MAX_WALLCLOCK_SECONDS" in given and "MAX_TRAIN_TFLOPS" not in given:
+            values["max_train_tflops"] = 0.0
         return cls(**values), notes
 
     def listing(self) -> Iterator[str]:
@@ -7176,6 +7422,7 @@ def look(
     """What a run takes from outside itself: data, kernel and its name; or Refusal."""
     if cfg.codec == "brotli":
         brotli_module()
+    refuse_small_budget(cfg)
     rows = TrainingRows(cfg)
     val = load_validation(cfg)
     if val.forbidden is not None:
@@ -7202,7 +7449,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         log_work(model, rows, val, kernel_name, run)
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)
-        reserve = calibration_reserve(calibration_seconds, run)
+        reserve = budget_reserve(model, calibration_seconds, run)
         state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
         if saved := run.folder.last_checkpoint():
             state.restore(saved)
@@ -7268,7 +7515,9 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
                 f"kernel:{kernel}",
                 f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
-                f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
+                f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f} "
+                f"max_train_tflops:{cfg.max_train_tflops:g}",
+                f"work of a step:{step_operations(model) / 1e12:.6g} TFLOP",
                 *(f"layer:{place} {layer}" for place, layer in enumerate(model.plan)),
                 *routing_table(cfg, model),
                 f"repeats:{repeats(run)}",
@@ -7328,6 +7577,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
         seconds=run.ledger.training_clock.elapsed(),
         eval_seconds=run.ledger.scoring_clock.elapsed(),
     )
+    log_counted_work(run)
     total, limit = len(run.folder.source) + num_bytes, cfg.artifact_limit_bytes
     run.folder.log(
         f"artifact {num_bytes:,} bytes + code {len(run.folder.source):,} = {total:,} of "
@@ -7352,6 +7602,18 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
         f"{limit:,}; take fewer parameters or BITS"
     )
     return EXIT_OVER_LIMIT
+
+
+def log_counted_work(run: Run) -> None:
+    """Log the operations of training with calibration and of scoring, and the counts' seconds."""
+    run.folder.log(
+        "work training:{tflops:.6f} TFLOP scoring:{eval_tflops:.6f} TFLOP "
+        "tables:{table_seconds:.1f} CPU seconds",
+        "work",
+        tflops=run.ledger.training_operations / 1e12,
+        eval_tflops=run.ledger.scoring_operations / 1e12,
+        table_seconds=run.ledger.table_clock.elapsed(),
+    )
 
 
 def static_ineligibility(cfg: Config) -> list[str]:
