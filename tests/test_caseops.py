@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import caseops, prepare
@@ -268,8 +269,10 @@ def test_sidecars_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(PLAIN_TEXTS, min_size=1, max_size=4), published=st.booleans())
-@example(texts=["\ue001\x0b"], published=True)  # a deleted character after a literal mark
-@example(texts=["\x0bA", "  \ue004", "\x0b", "a"], published=False)
+@hypothesis.example(
+    texts=["\ue001\x0b"], published=True
+)  # a deleted character after a literal mark
+@hypothesis.example(texts=["\x0bA", "  \ue004", "\x0b", "a"], published=False)
 def test_own_counts_contradict_no_token(texts: list[str], published: bool) -> None:
     for tokenizer in (OURS, PUBLISHED_STYLE):
         pairs = [caseops.tokens_and_bytes(tokenizer, text, published) for text in texts]
