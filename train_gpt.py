@@ -1167,7 +1167,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Ref
 
 def shard_paths(folder: str, split: str) -> list[Path]:
     """The shards of a split in order; raises Refusal if there are none."""
-    if paths := sorted(Path(folder).glob(f"fineweb_{split}_*.bin")):
+    # Beside fineweb_val_000000.bin there may be fineweb_val_bytes_000000.bin.
+    if paths := sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin")):
         return paths
     raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin; data/prepare.py makes them")
 
@@ -1334,18 +1335,65 @@ def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarra
     return prefixes
 
 
+# CaseOps: a tokenizer may know words in lower case only. Marks then say where the text has
+# capitals, and a file beside the shards how many bytes of the text each token stands for.
+# (parameter-golf, lossless_caps_caseops_v1; data/caseops.py has the definition)
+TITLE, ALLCAPS, CAPNEXT, ESC = MARKS = "\ue001\ue002\ue003\ue004"
+WORD_OR_MARK = re.compile(f"[A-Za-z]+|[{MARKS}]")
+MARKED = re.compile(
+    f"{ESC}(?P<literal>.)|{ALLCAPS}(?P<word>[a-z]+)|[{TITLE}{CAPNEXT}](?P<letter>[a-z])|[{MARKS}]",
+    re.DOTALL,
+)
+
+
+def marks_capitals(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether a tokenizer has pieces for the marks, so that its text is a marked one."""
+    return all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKS)
+
+
+def mark_word(found: re.Match[str]) -> str:
+    """A run of ASCII letters with marks before its capitals, or a mark of the text itself."""
+    word = found[0]
+    if word in MARKS:
+        return ESC + word
+    if len(word) > 1 and word.isupper():
+        return ALLCAPS + word.lower()
+    marked = re.sub("[A-Z]", lambda capital: CAPNEXT + capital[0].lower(), word)
+    return TITLE + marked[1:] if word[0].isupper() else marked
+
+
+def unmark(found: re.Match[str]) -> str:
+    """What a mark and its letters stand for; nothing where a model wrote a mark before neither."""
+    capitals = found["letter"] or found["word"] or ""
+    return found["literal"] or capitals.upper()
+
+
+def encode_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """A text's tokens, its capitals marked if the tokenizer is one for that."""
+    if marks_capitals(tokenizer):
+        text = WORD_OR_MARK.sub(mark_word, text)
+    return tokenizer.encode(text)
+
+
+def decode_text(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int]) -> str:
+    """The text of tokens, with capitals again where they are marked."""
+    text = tokenizer.decode(ids)
+    return MARKED.sub(unmark, text) if marks_capitals(tokenizer) else text
+
+
 @dataclass(frozen=True)
 class Validation:
     """A validation split that agrees with its sidecar and tokenizer."""
 
     tokens: np.ndarray  # uint16 (N,)
-    target_bytes: np.ndarray  # int16 (N-1,), of tokens[1:], the targets
+    target_bytes: np.ndarray  # uint16 (N-1,), of tokens[1:], the targets
     fingerprint: str
     tokenizer_sha256: str
     documents: int
     recorded_bytes: int
     forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: pairs never emitted
     prefixes: np.ndarray | None = None  # int64 (V,), with PREFIX_TARGET: see piece_prefixes()
+    accounting: str = ""  # what is to be said of bytes that are not those of the pieces
 
     def num_targets(self, cfg: Config) -> int:
         """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
@@ -1363,8 +1411,12 @@ def read_sidecar(folder: str) -> dict:
         )
     with contextlib.suppress(*MALFORMED):
         facts = json.loads(path.read_bytes())
-        shards = "".join(sha256 for _, sha256 in sorted(facts["val_shards"].items()))
-        facts["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()  # one name for them
+        caseops = facts.get("caseops", {"val_bytes": {}})
+        facts["files"] = {**facts["val_shards"], **caseops["val_bytes"]}
+        facts["counted_by_file"] = bool(caseops["val_bytes"])
+        facts["published_bytes"] = caseops.get("published_bytes")
+        hashes = "".join(sha256 for _, sha256 in sorted(facts["files"].items()))
+        facts["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()  # one name for them
         if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
@@ -1391,24 +1443,78 @@ def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentenceP
     return tokenizer, sha256
 
 
+def bytes_by_piece(
+    tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor
+) -> np.ndarray:
+    """The bytes of text that each token stands for, by its piece: uint16 (N,)."""
+    counts, opening = piece_bytes(tokenizer)
+    token_bytes = counts[tokens]
+    token_bytes[1:] -= opening[tokens[1:]] * (tokens[:-1] == BOS)
+    return token_bytes.astype(np.uint16)
+
+
+def byte_shard(path: Path) -> Path:
+    """The file that counts the bytes of a validation shard's tokens, where there is one."""
+    return path.with_name(path.name.replace("val_", "val_bytes_"))
+
+
+def bytes_by_file(paths: list[Path]) -> np.ndarray:
+    """The bytes of the original text that each token of some shards stands for: uint16 (N,)."""
+    counts = []
+    for path in paths:
+        counts.append(open_shard(byte_shard(path), 1 << 16))
+        if byte_shard(path).stat().st_size != path.stat().st_size:
+            raise Refusal(
+                f"{byte_shard(path)} counts the bytes of {len(counts[-1]):,} tokens, and "
+                f"{path.name} has others: delete the folder and run data/prepare.py again"
+            )
+    return np.concatenate(counts)
+
+
+def published_accounting(sidecar: dict) -> str:
+    """What is to be said of bytes counted by file: the published accounting leaves some out."""
+    counted, published = sidecar["encoded_bytes"], sidecar["published_bytes"]
+    if type(published) is not int:
+        return f"{counted:,} by file; whether it leaves ends of documents out is not recorded"
+    return (
+        f"{counted:,} by file, all of the original text; the published accounting leaves "
+        f"{counted - published:,} out and has {published:,}"
+    )
+
+
+def read_split(
+    cfg: Config, sidecar: dict, tokenizer: sentencepiece.SentencePieceProcessor
+) -> tuple[np.ndarray, np.ndarray]:
+    """The validation tokens and the bytes of each, uint16 (N,) both; raises Refusal."""
+    paths = shard_paths(cfg.data_path, "val")
+    files = [*paths, *map(byte_shard, paths)] if sidecar["counted_by_file"] else paths
+    if {path.name: sha256_of(path) for path in files if path.is_file()} != sidecar["files"]:
+        raise Refusal(
+            f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
+            "records; delete that folder and run data/prepare.py again"
+        )
+    tokens = np.concatenate([open_shard(path, cfg.vocab_size) for path in paths])
+    if sidecar["counted_by_file"]:
+        return tokens, bytes_by_file(paths)
+    if marks_capitals(tokenizer):
+        raise Refusal(
+            f"TOKENIZER_PATH={cfg.tokenizer_path} marks capitals, and {SIDECAR} in "
+            f"{cfg.data_path} knows no bytes of each token: data/prepare.py --caseops makes them"
+        )
+    return tokens, bytes_by_piece(tokens, tokenizer)
+
+
 def load_validation(cfg: Config) -> Validation:
     """Read the validation split whole and check it; raises Refusal on any disagreement."""
     if not Path(cfg.tokenizer_path).is_file():
         raise Refusal(
             f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file; data/prepare.py makes it"
         )
-    paths = shard_paths(cfg.data_path, "val")
+    shard_paths(cfg.data_path, "val")
     sidecar = read_sidecar(cfg.data_path)
     tokenizer, tokenizer_sha256 = load_tokenizer(cfg, sidecar["tokenizer"])
-    if {path.name: sha256_of(path) for path in paths} != sidecar["val_shards"]:
-        raise Refusal(
-            f"the validation shards in {cfg.data_path} are not those its {SIDECAR} "
-            "records; delete that folder and run data/prepare.py again"
-        )
-    tokens = np.concatenate([open_shard(path, cfg.vocab_size) for path in paths])
-    counts, opening = piece_bytes(tokenizer)
-    target_bytes = counts[tokens[1:]] - opening[tokens[1:]] * (tokens[:-1] == BOS)
-    counted = int(target_bytes.sum(dtype=np.int64)) + int(counts[tokens[0]])
+    tokens, token_bytes = read_split(cfg, sidecar, tokenizer)
+    counted = int(token_bytes.sum(dtype=np.int64))
     if counted != sidecar["encoded_bytes"]:
         raise Refusal(
             f"the validation pieces in {cfg.data_path} are {counted:,} bytes, {SIDECAR} "
@@ -1420,15 +1526,16 @@ def load_validation(cfg: Config) -> Validation:
         refuse_forbidden_pairs(tokens, forbidden, f"the validation split in {cfg.data_path}")
     val = Validation(
         tokens=tokens,
-        target_bytes=target_bytes.astype(np.int16),
+        target_bytes=token_bytes[1:],
         fingerprint=sidecar["fingerprint"],
         tokenizer_sha256=tokenizer_sha256,
         documents=int((tokens == BOS).sum()),
         recorded_bytes=counted,
         forbidden=forbidden,
         prefixes=piece_prefixes(tokenizer) if cfg.prefix_target else None,
+        accounting=published_accounting(sidecar) if sidecar["counted_by_file"] else "",
     )
-    if not target_bytes[: val.num_targets(cfg)].any():
+    if not val.target_bytes[: val.num_targets(cfg)].any():
         raise Refusal(
             f"{len(tokens):,} validation tokens in {cfg.data_path} leave none to score: "
             f"EVAL_SEQ_LEN={cfg.eval_seq_len}, EVAL_TRUNCATE={int(cfg.eval_truncate)}"
@@ -6714,11 +6821,11 @@ def stream_text(
 ) -> None:
     """Write the prompt and the drawn tokens to the console as soon as they are text."""
     ids = list(prompt)
-    text = tokenizer.decode(ids)
+    text = decode_text(tokenizer, ids)
     write_text(text)
     for token in drawn:
         ids.append(token)
-        longer = tokenizer.decode(ids)
+        longer = decode_text(tokenizer, ids)
         if longer.endswith("\ufffd"):  # the first bytes of a character
             continue
         write_text(longer[len(text) :])
@@ -7501,6 +7608,8 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
         recorded=val.recorded_bytes,
         fingerprint=val.fingerprint,
     )
+    if val.accounting:
+        run.folder.log(f"val_bytes:{val.accounting}")
     run.folder.log(
         "model_params:{params}", "model", params=sum(p.numel() for p in model.parameters())
     )
@@ -7720,7 +7829,7 @@ def verb_sample(path: Path, prompt: str, env: dict[str, str]) -> int:
         model = rebuild_model(cfg, stored, run, cache)
         if cfg.token_mask != "0":
             model.penalty = penalties(forbidden_pairs(tokenizer)).to(run.device)
-        ids = tokenizer.encode(prompt)
+        ids = encode_text(tokenizer, prompt)
         stream_text(tokenizer, ids, draw_tokens(model, cache, [BOS, *ids], cfg, run.device))
     return 0
 

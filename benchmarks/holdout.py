@@ -14,12 +14,26 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import prepare  # noqa: E402
+from data import caseops, prepare  # noqa: E402
 
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a training document belongs to the hold-out; the lowest keys went to validation."""
     return prepare.Document(text, place="").key >= (1 - share) * prepare.MAX_KEY
+
+
+def text_of(tokenizer: prepare.Tokenizer, document: np.ndarray) -> str:
+    """The text that a document's tokens were made from."""
+    text = tokenizer.decode(document)
+    return caseops.inverse(text) if tokenizer.marks_capitals else text
+
+
+def bytes_of(tokenizer: prepare.Tokenizer, document: np.ndarray) -> np.ndarray:
+    """The bytes of text that each token of a document stands for."""
+    if not tokenizer.marks_capitals:
+        return tokenizer.piece_bytes[document]
+    _, counts = caseops.tokens_and_bytes(tokenizer.processor, text_of(tokenizer, document))
+    return counts
 
 
 def main() -> None:
@@ -37,7 +51,7 @@ def main() -> None:
     tokenizer = prepare.load_tokenizer(tokenizer_path)
     splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     for document in prepare.iter_documents(prepare.shard_paths(given.folder, "train")):
-        held_out = is_held_out(tokenizer.decode(document), given.share)
+        held_out = is_held_out(text_of(tokenizer, document), given.share)
         splits["val" if held_out else "train"].append(document)
     if not all(splits.values()):
         raise SystemExit(f"a share of {given.share} leaves one of the splits without a document")
@@ -46,24 +60,26 @@ def main() -> None:
     tokens = {split: np.concatenate(documents) for split, documents in splits.items()}
     for split in splits:
         prepare.write_shard(prepare.shard_path(out, split, 0), tokens[split])
-    shard, num_bytes = (
-        prepare.shard_path(out, "val", 0),
-        int(tokenizer.piece_bytes[tokens["val"]].sum()),
-    )
-    prepare.write_json(
-        out / "fineweb_val.json",
-        sidecar
-        | {
-            "dataset": out.name,
-            "documents": len(splits["val"]),
-            "tokens": len(tokens["val"]),
-            "raw_bytes": num_bytes,
-            "encoded_bytes": num_bytes,
-            "val_shards": {shard.name: prepare.file_sha256(shard)},
-            "split": f"hold-out of {given.folder.name}: the highest {given.share} of keys",
-            "train": {"documents": len(splits["train"]), "tokens": len(tokens["train"])},
-        },
-    )
+    shard = prepare.shard_path(out, "val", 0)
+    token_bytes = np.concatenate([bytes_of(tokenizer, document) for document in splits["val"]])
+    num_bytes = int(token_bytes.sum())
+    facts = {
+        "dataset": out.name,
+        "documents": len(splits["val"]),
+        "tokens": len(tokens["val"]),
+        "raw_bytes": num_bytes,
+        "encoded_bytes": num_bytes,
+        "val_shards": {shard.name: prepare.file_sha256(shard)},
+        "split": f"hold-out of {given.folder.name}: the highest {given.share} of keys",
+        "train": {"documents": len(splits["train"]), "tokens": len(tokens["train"])},
+    }
+    if tokenizer.marks_capitals:
+        path = caseops.sidecar_path(out, 0)
+        caseops.write_sidecar(path, token_bytes)
+        # A tokenizer that folds white space would not have given the texts back.
+        hashes = {"val_bytes": {path.name: prepare.file_sha256(path)}}
+        facts["caseops"] = {**sidecar["caseops"], **hashes, "published_bytes": num_bytes}
+    prepare.write_json(out / "fineweb_val.json", sidecar | facts)
     print(
         f"{out}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} held out in "
         f"{len(splits['val'])} documents"

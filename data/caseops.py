@@ -24,6 +24,7 @@ ALLCAPS = "\ue002"  # all letters up to the next other character are capitals
 CAPNEXT = "\ue003"  # inside a word: the next letter is a capital
 ESC = "\ue004"  # the next character is meant literally
 CONTROLS = (TITLE, ALLCAPS, CAPNEXT, ESC)
+NAME = "lossless_caps_caseops_v1"  # as it was published
 # The options of SentencePieceTrainer.train that give the marks ids of their own, from 4 on.
 TRAINER_OPTIONS = {"user_defined_symbols": list(CONTROLS)}
 
@@ -193,14 +194,20 @@ def read_sidecar(path: Path, tokens: int) -> np.ndarray:
 def contradiction(tokenizer, tokens: np.ndarray, counts: np.ndarray) -> int | None:
     """The place of the first token that cannot stand for so many bytes; None if there is none.
 
-    For the published accounting, where BOS and marks stand for none, but for a mark of the text
-    itself, after ESC: it shows byte counts that belong to other shards.
+    It shows byte counts that belong to other shards. Marks stand for none, but for a mark of the
+    text itself, after ESC, which has its own bytes and those of deleted characters after it. BOS
+    stands for none in a document that has a piece. Only the first piece of a document may have
+    more: what was dropped before it.
     """
+    bos = tokenizer.bos_id()
     marks = [tokenizer.piece_to_id(mark) for mark in CONTROLS]
-    silent = np.isin(tokens, [tokenizer.bos_id(), *marks])
-    literal = np.zeros(len(tokens), bool)
-    literal[1:] = (tokens[:-1] == tokenizer.piece_to_id(ESC)) & np.isin(tokens[1:], marks)
-    allowed = ~silent | (counts == 0) | (literal & (counts == len(ESC.encode())))
+    is_mark = np.isin(tokens, marks)
+    before = np.concatenate([[bos], tokens[:-1]])
+    after = np.concatenate([tokens[1:], [bos]])
+    is_literal = is_mark & (before == tokenizer.piece_to_id(ESC))
+    silent = (is_mark & ~is_literal & (before != bos)) | ((tokens == bos) & (after != bos))
+    allowed = ~silent | (counts == 0)
+    allowed &= ~is_literal | (counts == 0) | (counts >= len(ESC.encode()))
     return None if allowed.all() else int(allowed.argmin())
 
 

@@ -37,6 +37,8 @@ RETRY_PAUSES = (1, 2, 4, 8)
 # Faults of the network that may pass, as the HTTP libraries name their classes.
 PASSING_ERRORS = {"NetworkError", "TimeoutException", "RemoteProtocolError", "ConnectionError"}
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
+# What the published names of data sets and tokenizers with marked capitals end in.
+CASEOPS_ENDING = "_lossless_caps_caseops_v1_reserved"
 
 
 class NotPublished(BadInput):
@@ -238,7 +240,8 @@ def require_space(folder: Path, size: int) -> None:
 def published(hub: Hub, name: str, vocab_size: int, skip_manifest: bool) -> Published:
     """Return what the repository offers for a data set, by its manifest or by convention."""
     if skip_manifest:
-        return Published(tokenizer=f"tokenizers/fineweb_{vocab_size}_bpe.model")
+        kind = CASEOPS_ENDING if name.endswith(CASEOPS_ENDING) else ""
+        return Published(tokenizer=f"tokenizers/fineweb_{vocab_size}_bpe{kind}.model")
     try:
         path = hub.fetch("manifest.json")
     except NotPublished as error:
@@ -298,8 +301,13 @@ def fetch_shard(hub: Hub, folder: Path, split: str, number: int, remaining: int,
     os.replace(staged, path)
 
 
-def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) -> None:
-    """Download all validation shards and the first `train_shards` training shards."""
+def fetch_shards(
+    hub: Hub, folder: Path, offer: Published, train_shards: int, byte_shards: bool
+) -> None:
+    """Download all validation shards and the first `train_shards` training shards.
+
+    `byte_shards`: the bytes of each token of every validation shard, too.
+    """
     say(f"downloading {folder.name} from {hub.repository} at {hub.revision[:12]}")
     with progress_bar(0, "B", folder.name) as bar:
         for number in itertools.count():
@@ -313,6 +321,8 @@ def fetch_shards(hub: Hub, folder: Path, offer: Published, train_shards: int) ->
                 break
         if extra := shard_paths(folder, "val")[number:]:
             raise BadInput(f"{extra[0]}: {hub.repository} publishes only {number}; delete it")
+        for number in range(len(shard_paths(folder, "val")) if byte_shards else 0):
+            fetch_shard(hub, folder, "val_bytes", number, 1, bar)
         missing = [n for n in range(train_shards) if not is_whole(shard_path(folder, "train", n))]
         for done, number in enumerate(missing):
             try:

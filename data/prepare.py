@@ -5,13 +5,16 @@
     python data/prepare.py fineweb --variant sp1024     the challenge's data: 16 GB to download
     python data/prepare.py adopt --data DIR --tokenizer FILE   shards that are already there
 
+--caseops writes capitals as marks before lower-case letters (caseops.py).
+
 Everything lands in data/datasets/<name>/ and data/tokenizers/ (--out moves both). A data set
 appears complete or not at all: it is built in a hidden folder that takes its name at the end.
 Only a download fills its folder file by file; its sidecar fineweb_val.json comes last.
 
 Sections: 1 plans, 2 passes over the documents, 3 build, 4 shards made elsewhere, 5 command line.
 Beside this file: shards.py (files, shards, tokenizers), documents.py (texts as people have them),
-docstrings.py (the built-in corpus), hub.py (downloads). README.md has the byte layout.
+docstrings.py (the built-in corpus), caseops.py (capitals as marks), hub.py (downloads). README.md
+has the byte layout.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 try:
+    import caseops
     import docstrings
     import documents
     import hub
@@ -98,6 +102,7 @@ BATCH_BYTES = 1 << 20
 FINEWEB_VARIANTS = {"sp1024": 1024, "sp2048": 2048, "sp4096": 4096, "sp8192": 8192}
 FINEWEB_TRAIN_SHARDS = 80
 FINEWEB_REPOSITORY = "willdepueoai/parameter-golf"
+CASEOPS_REPOSITORY = "romeerp/parameter-golf-caseops-v1"
 FINEWEB_PREFIX = "datasets"
 # Says what a download is of, from before its first shard on.
 DOWNLOAD_RECORD = ".build.json"
@@ -114,7 +119,8 @@ class Plan:
 
     `documents` and `val_documents` start a fresh reading at each call; without the latter the
     split goes by hash. `versions` are those of the packages that decide the bytes (of the
-    documents, too, where `versions_suffice`), `more_options` is what else decides them.
+    documents, too, where `versions_suffice`), `more_options` is what else decides them. With
+    `caseops` the shards are of text whose capitals are marked.
     """
 
     name: str
@@ -132,14 +138,17 @@ class Plan:
     workers: int = 1
     input_bytes: int = 0
     skip_bad: bool = False
+    caseops: bool = False
 
     @property
     def folder(self) -> Path:
-        return self.out / "datasets" / f"{self.name}_sp{self.vocab_size}"
+        kind = "case" if self.caseops else "sp"
+        return self.out / "datasets" / f"{self.name}_{kind}{self.vocab_size}"
 
     @property
     def tokenizer_path(self) -> Path:
-        name = f"{self.name}_{self.vocab_size}_bpe.model"
+        kind = "_case" if self.caseops else ""
+        name = f"{self.name}_{self.vocab_size}_bpe{kind}.model"
         if self.given_tokenizer:
             name = self.given_tokenizer.name
         return self.out / "tokenizers" / name
@@ -153,8 +162,18 @@ class Plan:
             "tokenizer": self.given_tokenizer and file_sha256(self.given_tokenizer),
             "val": "given" if self.val_documents else str(self.val_fraction),
             "shard_tokens": self.shard_tokens,
+            **({"transform": caseops.NAME} if self.caseops else {}),
             **self.more_options,
         }
+
+    def written(self, text: str) -> str:
+        """Return the text that is tokenized for a document's own."""
+        if not self.caseops:
+            return text
+        marked = caseops.transform(text)
+        if caseops.inverse(marked, strict=False) != text:
+            raise ValueError("CaseOps would lose some of a text")
+        return marked
 
 
 def docs_plan(
@@ -163,6 +182,7 @@ def docs_plan(
     workers: int,
     folders: dict[str, Path] | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    mark_capitals: bool = False,
 ) -> Plan:
     """Return the plan of the built-in corpus; `folders` replaces the installed packages."""
     versions = {"sentencepiece": installed_version("sentencepiece")}
@@ -182,6 +202,7 @@ def docs_plan(
         val_fraction=DOCS_VAL_FRACTION,
         shard_tokens=shard_tokens,
         workers=workers,
+        caseops=mark_capitals,
     )
 
 
@@ -215,9 +236,7 @@ def text_plan(args: argparse.Namespace) -> Plan:
     files = [path for path in inputs.files if os.path.realpath(path) not in in_val]
     vocab_size = args.vocab_size or 1024
     if args.tokenizer:
-        vocab_size = load_tokenizer(args.tokenizer).vocab_size
-        if args.vocab_size not in (None, vocab_size):
-            raise BadInput(f"--vocab-size {args.vocab_size}: {args.tokenizer} has {vocab_size}")
+        vocab_size = given_vocabulary(args)
     separator = None
     if args.split_on is not None:
         separator = documents.separator_pattern(args.split_on)
@@ -236,6 +255,7 @@ def text_plan(args: argparse.Namespace) -> Plan:
         workers=args.workers,
         input_bytes=sum(path.stat().st_size for path in files),
         skip_bad=args.skip_bad,
+        caseops=args.caseops,
     )
     say(inputs.summary())
     if args.val:
@@ -244,6 +264,23 @@ def text_plan(args: argparse.Namespace) -> Plan:
     elif len(files) == 1 and documents.is_text(files[0]) and not separator:
         plan_long_text(plan, files[0])
     return plan
+
+
+def given_vocabulary(args: argparse.Namespace) -> int:
+    """Return the size of the tokenizer that is given; BadInput where it cannot be meant."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    if args.vocab_size not in (None, tokenizer.vocab_size):
+        raise BadInput(
+            f"--vocab-size {args.vocab_size}: {args.tokenizer} has {tokenizer.vocab_size}"
+        )
+    if args.caseops and not tokenizer.marks_capitals:
+        raise BadInput(
+            f"--caseops: {args.tokenizer} has no pieces for marks of capitals; "
+            "leave --caseops or --tokenizer out"
+        )
+    if tokenizer.marks_capitals and not args.caseops:
+        raise BadInput(f"{args.tokenizer}: is for text with marked capitals; add --caseops")
+    return tokenizer.vocab_size
 
 
 def plan_long_text(plan: Plan, path: Path) -> None:
@@ -386,7 +423,7 @@ def training_texts(survey: Pass) -> Iterator[str]:
         for split, document in same_documents(survey):
             if split == "train":
                 bar.update(len(document.utf8))
-                yield document.text
+                yield survey.plan.written(document.text)
 
 
 def batches(
@@ -487,7 +524,8 @@ def build_in(work: Path, plan: Plan, survey: Pass) -> dict:
     else:
         say(f"training a tokenizer of {plan.vocab_size:,} pieces")
         size = survey.text_bytes["train"]
-        model = train_tokenizer(training_texts(survey), plan.vocab_size, size)
+        more_options = caseops.TRAINER_OPTIONS if plan.caseops else {}
+        model = train_tokenizer(training_texts(survey), plan.vocab_size, size, more_options)
     with appearing(path) as file:
         file.write(model)
     refuse_other_tokenizer(path, plan.tokenizer_path)
@@ -502,7 +540,8 @@ def build_in(work: Path, plan: Plan, survey: Pass) -> dict:
         "tokens": val.tokens,
         "raw_bytes": val.raw_bytes,
         "encoded_bytes": val.encoded_bytes,
-        "val_shards": shard_hashes(work),
+        "val_shards": shard_hashes(work, "val"),
+        **byte_shard_facts(work, tokenizer, splits.get("val_bytes")),
         "tokenizer": tokenizer.facts(),
         "split": split_rule(survey),
         "shared_documents": 0,
@@ -527,40 +566,84 @@ def split_rule(survey: Pass) -> str:
 
 
 def encode_documents(work: Path, survey: Pass, tokenizer: Tokenizer) -> dict[str, ShardWriter]:
-    """Write the shards of both splits.
+    """Write the shards of both splits, and with CaseOps the bytes of each validation token.
 
     Every document is checked: its tokens stand for exactly the bytes of its text (tokenizers of
     our own) or of the text SentencePiece decodes (given ones, which may normalise).
     """
     plan = survey.plan
     bad = BadDocuments(plan.skip_bad)
-    splits = {name: ShardWriter(work, name, plan.shard_tokens) for name in ("val", "train")}
+    names = ["val", "train", "val_bytes"] if plan.caseops else ["val", "train"]
+    writers = {name: ShardWriter(work, name, plan.shard_tokens) for name in names}
     with progress_bar(survey.text_bytes.total(), "B", "tokens") as bar:
         for batch in batches(same_documents(survey)):
-            texts = [document.text for _, document in batch]
+            texts = [plan.written(document.text) for _, document in batch]
             encoded = tokenizer.encode(texts, plan.workers)
-            for (split, document), ids in zip(batch, encoded, strict=True):
+            for (split, document), text, ids in zip(batch, texts, encoded, strict=True):
                 raw_bytes = len(document.utf8)
                 bar.update(raw_bytes)
-                counted = tokenizer.counted_bytes(ids)
-                expected = tokenizer.decoded_bytes(ids) if plan.given_tokenizer else raw_bytes
-                if counted == expected and np.count_nonzero(tokenizer.silent[ids]) == 1:
-                    splits[split].add(ids, raw_bytes, counted)
+                fault = miscount(plan, tokenizer, text, ids)
+                if not fault and plan.caseops and split == "val":
+                    fault = add_token_bytes(writers["val_bytes"], tokenizer, document.text)
+                if fault:
+                    bad.add(document.place, fault)
                     continue
-                detail = (
-                    f"the tokens stand for {counted:,} bytes of text, not {expected:,}; "
-                    f"{tokenizer.name} cannot be used for it"
-                )
-                bad.add(document.place, Fault("miscounted by the tokenizer", detail))
+                counted = raw_bytes if plan.caseops else tokenizer.counted_bytes(ids)
+                writers[split].add(ids, raw_bytes, counted)
     bad.refuse_if_any()
     if bad.left_out:
         say(f"left out bad documents: {documents.counts(bad.left_out)}")
         survey.bad.left_out.update(bad.left_out)
-    for name, writer in splits.items():
+    for name, writer in writers.items():
         writer.close()
         if not writer.documents:
             raise BadInput(f"{tokenizer.name} miscounts every document of the {name} split")
-    return splits
+    return writers
+
+
+def miscount(plan: Plan, tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Fault | None:
+    """Return why a document's tokens do not stand for its text (as it is tokenized), or None."""
+    counted = tokenizer.counted_bytes(ids)
+    expected = len(text.encode())
+    if plan.given_tokenizer:
+        expected = tokenizer.decoded_bytes(ids)
+    if counted == expected and np.count_nonzero(tokenizer.silent[ids]) == 1:
+        return None
+    detail = (
+        f"the tokens stand for {counted:,} bytes of text, not {expected:,}; "
+        f"{tokenizer.name} cannot be used for it"
+    )
+    return Fault("miscounted by the tokenizer", detail)
+
+
+def add_token_bytes(writer: ShardWriter, tokenizer: Tokenizer, text: str) -> Fault | None:
+    """Append the bytes of the original text that each token of a document stands for.
+
+    Counted are all of them, and apart from that those of the published accounting. Returns why
+    the format does not hold them, or None.
+    """
+    _, counts = caseops.tokens_and_bytes(tokenizer.processor, text)
+    if int(counts.max()) > caseops.MAX_TOKEN_BYTES:
+        detail = f"one token stands for {counts.max():,} bytes; {caseops.MAX_TOKEN_BYTES:,} can be"
+        return Fault("too many bytes a token", detail)
+    _, published = caseops.tokens_and_bytes(tokenizer.processor, text, published=True)
+    writer.add(counts, int(counts.sum()), int(published.sum()))
+    return None
+
+
+def byte_shard_facts(folder: Path, tokenizer: Tokenizer, counted: ShardWriter | None) -> dict:
+    """Return the sidecar's entry about the bytes of each token, if there are such shards.
+
+    `counted` is what made them; nobody knows it of shards made elsewhere.
+    """
+    if not tokenizer.marks_capitals:
+        return {}
+    facts = {
+        "transform": caseops.NAME,
+        "val_bytes": shard_hashes(folder, "val_bytes"),
+        "published_bytes": counted.encoded_bytes if counted else None,
+    }
+    return {"caseops": facts}
 
 
 def refuse_other_tokenizer(new: Path, path: Path) -> None:
@@ -579,9 +662,20 @@ def place_tokenizer(new: Path, path: Path) -> None:
     os.replace(new, path)
 
 
-def shard_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each validation shard by name."""
-    return {path.name: file_sha256(path) for path in shard_paths(folder, "val")}
+def shard_hashes(folder: Path, split: str) -> dict[str, str]:
+    """Return the sha256 of each shard of a split by name."""
+    return {path.name: file_sha256(path) for path in shard_paths(folder, split)}
+
+
+def recorded_shards(sidecar: dict) -> dict[str, dict[str, str]]:
+    """Return the hashes that a sidecar records, by split and name.
+
+    Raises KeyError, TypeError or AttributeError where it is damaged.
+    """
+    hashes = {"val": dict(sidecar["val_shards"])}
+    if "caseops" in sidecar:
+        hashes["val_bytes"] = dict(sidecar["caseops"]["val_bytes"])
+    return hashes
 
 
 def dataset_damage(folder: Path, tokenizers: Path, sidecar: dict) -> str:
@@ -591,11 +685,12 @@ def dataset_damage(folder: Path, tokenizers: Path, sidecar: dict) -> str:
     total of tokens.
     """
     try:
-        if sorted(sidecar["val_shards"]) != [path.name for path in shard_paths(folder, "val")]:
-            return f"{folder}: not the validation shards that {SIDECAR} records"
-        for name, expected in sidecar["val_shards"].items():
-            if file_sha256(folder / name) != expected:
-                return f"{folder / name}: not the bytes that {SIDECAR} records"
+        for split, hashes in recorded_shards(sidecar).items():
+            if sorted(hashes) != [path.name for path in shard_paths(folder, split)]:
+                return f"{folder}: not the validation shards that {SIDECAR} records"
+            for name, expected in hashes.items():
+                if file_sha256(folder / name) != expected:
+                    return f"{folder / name}: not the bytes that {SIDECAR} records"
         facts = sidecar["tokenizer"]
         if file_sha256(tokenizers / facts["file"]) != facts["sha256"]:
             return f"{tokenizers / facts['file']}: not the bytes that {SIDECAR} records"
@@ -655,9 +750,11 @@ def say_done(folder: Path, sidecar: dict, started: float) -> None:
 def download_fineweb(args: argparse.Namespace) -> None:
     """Download a published variant; goes on after an interruption, does nothing when complete."""
     started = time.monotonic()
-    repository = os.environ.get("MATCHED_FINEWEB_REPO_ID", FINEWEB_REPOSITORY)
+    usual = CASEOPS_REPOSITORY if args.caseops else FINEWEB_REPOSITORY
+    repository = os.environ.get("MATCHED_FINEWEB_REPO_ID", usual)
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", FINEWEB_PREFIX)
-    folder = args.out / "datasets" / f"fineweb10B_{args.variant}"
+    kind = hub.CASEOPS_ENDING if args.caseops else ""
+    folder = args.out / "datasets" / f"fineweb10B_{args.variant}{kind}"
     tokenizers = args.out / "tokenizers"
     vocab_size = FINEWEB_VARIANTS[args.variant]
     with sole_writer(folder):
@@ -672,10 +769,10 @@ def download_fineweb(args: argparse.Namespace) -> None:
             if offer.train_shards is not None and args.train_shards > offer.train_shards:
                 raise hub.too_many_shards(args.train_shards, source, folder, offer.train_shards)
             path = tokenizers / Path(offer.tokenizer).name
-            tokenizer = fetch_tokenizer(source, offer.tokenizer, path, vocab_size)
+            tokenizer = fetch_tokenizer(source, offer.tokenizer, path, vocab_size, args.caseops)
             request = {"repository": repository, "revision": source.revision}
             write_json(folder / DOWNLOAD_RECORD, {"request": request})
-            hub.fetch_shards(source, folder, offer, args.train_shards)
+            hub.fetch_shards(source, folder, offer, args.train_shards, args.caseops)
         if sidecar:
             refuse_damage(folder, tokenizers, sidecar)
         else:
@@ -708,10 +805,10 @@ def refuse_mixture(folder: Path, repository: str) -> str:
 
 def all_there(folder: Path, tokenizers: Path, sidecar: dict, train_shards: int) -> bool:
     """Say whether no file is missing or cut short, so that a download would change nothing."""
-    val = entry(sidecar, "val_shards")
-    names = [name for name in val if isinstance(name, str)] if isinstance(val, dict) else []
-    paths = [folder / name for name in names]
-    paths += [shard_path(folder, "train", number) for number in range(train_shards)]
+    paths = [shard_path(folder, "train", number) for number in range(train_shards)]
+    for hashes in (entry(sidecar, "val_shards"), entry(sidecar, "caseops", "val_bytes")):
+        if isinstance(hashes, dict):
+            paths += [folder / name for name in hashes if isinstance(name, str)]
     tokenizer = entry(sidecar, "tokenizer", "file")
     has_tokenizer = isinstance(tokenizer, str) and (tokenizers / tokenizer).is_file()
     return has_tokenizer and all(map(is_whole, paths))
@@ -736,12 +833,21 @@ def staging_folder(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def fetch_tokenizer(source: hub.Hub, remote: str, path: Path, vocab_size: int) -> Tokenizer:
+def fetch_tokenizer(
+    source: hub.Hub, remote: str, path: Path, vocab_size: int, marks_capitals: bool
+) -> Tokenizer:
     """Download the published tokenizer, check it, put it in place and return it loaded."""
     staged = source.fetch(remote)
-    size = load_tokenizer(staged).vocab_size
-    if size != vocab_size:
-        raise BadInput(f"{source.repository}: {remote} has {size} pieces, not {vocab_size}")
+    found = load_tokenizer(staged)
+    if found.vocab_size != vocab_size:
+        raise BadInput(
+            f"{source.repository}: {remote} has {found.vocab_size} pieces, not {vocab_size}"
+        )
+    if found.marks_capitals != marks_capitals:
+        raise BadInput(
+            f"{source.repository}: {remote} {'has' if found.marks_capitals else 'lacks'} marks of "
+            "capitals; --caseops is for tokenizers that have them"
+        )
     place_tokenizer(staged, path)
     return load_tokenizer(path)
 
@@ -783,7 +889,8 @@ def counted_sidecar(folder: Path, tokenizer: Tokenizer, split: str, builder: dic
         "format": SIDECAR_FORMAT,
         "dataset": folder.resolve().name,
         **count_validation(folder, tokenizer),
-        "val_shards": shard_hashes(folder),
+        "val_shards": shard_hashes(folder, "val"),
+        **byte_shard_facts(folder, tokenizer, None),
         "tokenizer": tokenizer.facts(),
         "split": split,
         "shared_documents": None,
@@ -804,6 +911,12 @@ def refuse_other_ids(place: Path, ids: np.ndarray, tokenizer: Tokenizer) -> None
         )
 
 
+def refuse_other_start(path: Path, tokens: np.ndarray) -> None:
+    """Raise BadInput where a split does not start with a document."""
+    if tokens[0] != BOS_ID:
+        raise BadInput(f"{path}: the first token is {tokens[0]}, not BOS ({BOS_ID})")
+
+
 def count_train(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     """Return documents and tokens of the training shards, every id checked."""
     paths = shard_paths(folder, "train")
@@ -811,8 +924,8 @@ def count_train(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     with progress_bar(sum(map(read_shard_header, paths)), "token", "training shards") as bar:
         for path in paths:
             tokens = read_tokens(path)
-            if path == paths[0] and tokens[0] != BOS_ID:
-                raise BadInput(f"{path}: the first token is {tokens[0]}, not BOS ({BOS_ID})")
+            if path == paths[0]:
+                refuse_other_start(path, tokens)
             for block in np.array_split(tokens, -(-len(tokens) // (1 << 24))):
                 refuse_other_ids(path, block, tokenizer)
                 found["documents"] += int(np.count_nonzero(block == BOS_ID))
@@ -822,7 +935,12 @@ def count_train(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def count_validation(folder: Path, tokenizer: Tokenizer) -> dict[str, int | None]:
-    """Return documents, tokens and encoded bytes of the validation split, by decoding it."""
+    """Return documents, tokens and bytes of the validation split, by decoding it.
+
+    Where capitals are marked the bytes are those of the files that count them.
+    """
+    if tokenizer.marks_capitals:
+        return count_byte_shards(folder, tokenizer)
     paths = shard_paths(folder, "val")
     number = tokens = encoded = 0
     with progress_bar(sum(map(read_shard_header, paths)), "token", "counting bytes") as bar:
@@ -841,6 +959,35 @@ def count_validation(folder: Path, tokenizer: Tokenizer) -> dict[str, int | None
             encoded += counted
             bar.update(len(ids))
     return {"documents": number, "tokens": tokens, "raw_bytes": None, "encoded_bytes": encoded}
+
+
+def count_byte_shards(folder: Path, tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Return documents, tokens and bytes of a validation split by its bytes of each token.
+
+    Raises BadInput where a token has none, or more than it can stand for.
+    """
+    tokens = [read_tokens(path) for path in shard_paths(folder, "val")]
+    refuse_other_start(shard_path(folder, "val", 0), tokens[0])
+    counts = []
+    for number, ids in enumerate(tokens):
+        refuse_other_ids(shard_path(folder, "val", number), ids, tokenizer)
+        try:
+            counts.append(caseops.read_sidecar(caseops.sidecar_path(folder, number), len(ids)))
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    ids, token_bytes = np.concatenate(tokens), np.concatenate(counts)
+    place = caseops.contradiction(tokenizer.processor, ids, token_bytes)
+    if place is not None:
+        raise BadInput(
+            f"{folder}: validation token {place:,} is said to stand for {token_bytes[place]} "
+            "bytes, which it cannot; the byte counts belong to other shards"
+        )
+    return {
+        "documents": int(np.count_nonzero(ids == BOS_ID)),
+        "tokens": len(ids),
+        "raw_bytes": None,
+        "encoded_bytes": int(token_bytes.sum(dtype=np.int64)),
+    }
 
 
 # ---------------------------------------------------------------------------
@@ -873,13 +1020,15 @@ folder inside it; HF_ENDPOINT names another hub.
 examples:
   python data/prepare.py fineweb --variant sp1024
   python data/prepare.py fineweb --variant sp1024 --train-shards 1
+  python data/prepare.py fineweb --variant sp8192 --caseops
 """
 DOCS_HELP = """\
 The docstrings of torch, numpy, sympy, networkx and mpmath as requirements.txt pins them: 14 MB
 of technical English, the same bytes on every machine.
 
-example:
+examples:
   python data/prepare.py docs
+  python data/prepare.py docs --caseops
 """
 ADOPT_HELP = """\
 For shards that came from elsewhere: the challenge's own downloader, another machine, a friend.
@@ -963,6 +1112,8 @@ def build_parser() -> Parser:
     for sub in (docs, text, fineweb):
         where = "gets datasets/ and tokenizers/ (data/)"
         sub.add_argument("--out", type=given_path, default=DATA_ROOT, help=where)
+        marks = "write capitals as marks before lower-case letters"
+        sub.add_argument("--caseops", action="store_true", help=marks)
     add_text_options(text)
     add_build_options(docs, vocab_size=1024)
     add_build_options(text, vocab_size=None)
@@ -1014,7 +1165,14 @@ def run(argv: list[str] | None) -> None:
     """Do what the command line asks; raises BadInput, Failure or OSError."""
     args = build_parser().parse_args(argv)
     if args.command == "docs":
-        build(docs_plan(args.out, args.vocab_size, args.workers, shard_tokens=args.shard_tokens))
+        plan = docs_plan(
+            args.out,
+            args.vocab_size,
+            args.workers,
+            shard_tokens=args.shard_tokens,
+            mark_capitals=args.caseops,
+        )
+        build(plan)
     elif args.command == "text":
         build(text_plan(args))
     elif args.command == "adopt":

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import caseops
 import filelock
 import numpy as np
 from tqdm import tqdm
@@ -372,6 +373,9 @@ class Tokenizer:
         # Decoding drops the space of a first piece under some normalizers; text is never first.
         self.guard: list[int] = self.processor.encode("a")
         self.guard_bytes = len(self.processor.decode(self.guard, out_type=bytes))
+        # Of text that caseops.transform() has changed; bytes per token then are in files.
+        marks = [self.processor.piece_to_id(mark) for mark in caseops.CONTROLS]
+        self.marks_capitals: bool = self.processor.unk_id() not in marks
 
     def _is_silent(self, token: int) -> bool:
         """Say whether a token stands for no text: control, unknown or unused."""
@@ -467,7 +471,9 @@ def trainer_sentences(texts: Iterable[str], keep_every: int) -> Iterator[str]:
             start = end
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, text_bytes: int) -> bytes:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, text_bytes: int, more_options: dict | None = None
+) -> bytes:
     """Return a SentencePiece model (serialised) trained on `texts`, `text_bytes` long in all.
 
     The settings of the challenge's tokenizers, except that nothing is normalised. The same texts
@@ -510,6 +516,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, text_bytes: int) -> b
             # Recorded in the model, so part of its hash.
             num_threads=1,
             minloglevel=2,
+            **(more_options or {}),
         )
     except RuntimeError as error:
         raise inner[0] if inner else BadInput(trainer_complaint(str(error), vocab_size)) from None

@@ -31,6 +31,7 @@ from test_prepare import ROOT, VOCAB, edit_token, model_bytes, words
 
 from data import prepare
 
+import caseops  # isort: skip
 import docstrings  # isort: skip
 import documents  # isort: skip
 import shards  # isort: skip
@@ -235,6 +236,42 @@ def wordy_model(*texts: str, more: tuple = ()) -> Callable[[Place], str]:
     def case(place: Place) -> str:
         write_wordy_model(place, *texts)
         return place.text(place.good, *more)
+
+    return case
+
+
+def marking_model(place: Place, **options: object) -> None:
+    """Write a text with capitals, and a tokenizer with marks for them."""
+    place.write("t.jsonl", *({"text": f"Text {i}{' ' * 70_000}and NASA"} for i in range(9)))
+    write_model(place, **{**OURS, "vocab_size": VOCAB, **caseops.TRAINER_OPTIONS, **options})
+
+
+def of_marks(*more: object) -> Callable[[Place], str]:
+    """A text is prepared with a tokenizer that has marks for capitals and folds white space."""
+
+    def case(place: Place) -> str:
+        marking_model(place, add_dummy_prefix=False)
+        return place.text(place.good, *more)
+
+    return case
+
+
+def adopted_marks(change: Callable[[Path], object]) -> Callable[[Place], str]:
+    """Adopt shards of marked text after a change to their bytes of each token."""
+
+    def case(place: Place) -> str:
+        marking_model(
+            place,
+            add_dummy_prefix=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+        )
+        argv = ["text", place.good, "--tokenizer", place.model, "--caseops", "--out", place.out]
+        assert prepare.main([str(x) for x in argv]) == 0
+        folder = place.out / f"datasets/t_case{VOCAB}"
+        (folder / "fineweb_val.json").unlink()
+        change(folder / "fineweb_val_bytes_000000.bin")
+        return place.run("adopt", folder, "--tokenizer", place.model)
 
     return case
 
@@ -617,6 +654,19 @@ CASES: dict[str, Callable[[Place], str]] = {
     "...: over ... tokens without a BOS": hub(here=patched(shards, "MAX_DOCUMENT_BYTES", 4)),
     "...: token ..., but ... has ... pieces": hub(val_shard(shard([1, VOCAB]))),
     "...: validation document ... is ... bytes by its pieces": hub(miscounted),
+    # CaseOps
+    "--caseops: ... has no pieces for marks of capitals": lambda p: p.text(p.good, "--caseops"),
+    "...: is for text with marked capitals; add --caseops": of_marks(),
+    "...: one token stands for ... bytes": of_marks("--caseops"),
+    "...: ... lacks marks of capitals": hub(lambda r: None, "--caseops", "--skip-manifest"),
+    "...: missing; bytes of the original text are counted by it": adopted_marks(Path.unlink),
+    "...: ... bytes; ... tokens need ...": adopted_marks(lambda path: path.write_bytes(b"")),
+    "...: header ...; expected ...": adopted_marks(
+        lambda path: path.write_bytes(bytes(path.stat().st_size))
+    ),
+    "...: validation token ... is said to stand for ... bytes": adopted_marks(
+        lambda path: edit_token(path, 0, 3)
+    ),
 }
 # Other ways to some of the messages.
 MORE = [
