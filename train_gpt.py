@@ -2679,7 +2679,7 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.kernel = cfg, dtype, kernel
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
         # Where ids stand in their row: first position and the row's length. None: they are it.
         self.row_place: tuple[int, int] | None = None
@@ -3296,6 +3296,7 @@ class Moment:
     done: bool  # the run has ended; this step is not made
     mile_gamma: float = 0.0
     snapshot: bool = False  # SWA takes one after the step
+    looping: bool = True  # layers LOOP_START to LOOP_END are executed again, if there is a loop
 
 
 class Schedule:
@@ -3317,14 +3318,17 @@ class Schedule:
         self.step_seconds: deque[float] = deque(maxlen=self.STEPS_KEPT)
         self.last_seconds = 0.0
         self.qat = False  # whether it has begun
+        self.looping = False  # likewise
 
     def observe(self, step: int, seconds: float) -> None:
         """Take in that step `step` (from 0) is about to begin, `seconds` into training."""
         if step > 0:
             self.step_seconds.append(seconds - self.last_seconds)
         self.last_seconds = seconds
-        # Late QAT stays on once it is on: the scale is measured and may waver.
-        self.qat = self.at(step, seconds).qat
+        # Late QAT stays on once it is on: the scale is measured and may waver. So do loops.
+        moment = self.at(step, seconds)
+        self.qat = moment.qat
+        self.looping = moment.looping
 
     def at(self, step: int, seconds: float) -> Moment:
         """The schedules at step `step` (from 0), `seconds` into training."""
@@ -3340,6 +3344,7 @@ class Schedule:
             done=self.has_ended(step, seconds),
             mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
+            looping=self.looping or self.loops_begin(step, seconds),
         )
 
     def remaining_and_warmdown(self, step: int, seconds: float) -> tuple[float, float]:
@@ -3360,6 +3365,12 @@ class Schedule:
         if cfg.warmdown_frac:
             warmdown = cfg.warmdown_frac * whole
         return remaining, min(warmdown, whole)
+
+    def loops_begin(self, step: int, seconds: float) -> bool:
+        """Whether the fraction of the run is over from which layers loop, if any do."""
+        cfg = self.cfg
+        over = step / cfg.iterations if cfg.step_driven else seconds / max(self.budget, 1e-9)
+        return cfg.num_loops > 0 and over >= cfg.enable_looping_at
 
     def typical_step(self) -> float:
         """Median seconds of recent steps; 0 until enough are known."""
@@ -3401,6 +3412,8 @@ class Schedule:
             found["momentum_ramp"] = moment.momentum != cfg.muon_momentum
         if cfg.mile_gamma:
             found["mile"] = moment.mile_gamma > 0
+        if cfg.num_loops:
+            found["depth_loop"] = moment.looping
         return found
 
     def turning_points(self) -> Iterator[tuple[str, float]]:
@@ -3673,15 +3686,21 @@ def compile_blocks(
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
     """Compile and warm up every path of the run, untimed, and put everything back.
 
-    Trains a few steps with throw-away optimizers, with and without QAT. Returns the measured
-    seconds of one calibration batch and of one evaluation batch.
+    Trains a few steps with throw-away optimizers, with and without QAT and loops. Returns the
+    measured seconds of one calibration batch and of one evaluation batch.
     """
     cfg, run.phase = run.cfg, "priming"
     before = copy.deepcopy(model.state_dict())
-    variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
-    moments = [Moment(1.0, cfg.muon_momentum, qat, False, cfg.mile_gamma) for qat in variants]
+    qat_kinds = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
+    loop_kinds = [False, True] if cfg.num_loops else [False]
+    momentum, gamma = cfg.muon_momentum, cfg.mile_gamma
+    moments = [
+        Moment(1.0, momentum, qat, False, gamma, looping=looping)
+        for looping in loop_kinds
+        for qat in qat_kinds
+    ]
     fit_micro_batch(forward, model, rows, moments[-1], run)
-    steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
+    steps = max(cfg.warmup_steps, len(moments)) if run.compiled else len(moments)
     optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run.ranks)
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
@@ -3697,7 +3716,9 @@ def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
     cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
 
     def blank(rows: int, *widths: int) -> Batch:  # not one tensor twice: it compiles anew
-        return Batch(*(torch.full((rows, width), BOS, device=run.device) for width in widths))
+        batch = Batch(*(torch.full((rows, width), BOS) for width in widths))
+        batch = batch.by_document(T) if cfg.attn_docs else batch
+        return batch.moved(run.put)
 
     if cfg.ttt_mode != "off":
         forward(model, blank(run.adaptation_rows, T, T))[0].sum().backward()
@@ -3807,9 +3828,16 @@ class Training:
             foresee_size(self.model, self.step, run)
         return moment
 
-    def log_starts(self, moment: Moment, qat_begins: bool) -> None:
+    def log_starts(self, moment: Moment, qat_begins: bool, loops_begin: bool) -> None:
         """Log what begins with this step."""
         run, mode = self.run, self.run.cfg.qat_mode
+        if loops_begin:
+            run.folder.log(
+                "depth_loop:enabled step:{step} layers:{layers}",
+                "depth_loop",
+                step=self.step,
+                layers=[layer.block for layer in self.model.plan],
+            )
         if "swa" in self.averages.kept and moment.snapshot and not run.ledger.activity["swa"]:
             run.folder.log(f"swa:start step:{self.step + 1}")
         if not qat_begins:
@@ -3899,6 +3927,7 @@ class Training:
                 "averages": [average.state_dict() for average in self.averages.kept.values()],
                 "snapshots": self.averages.snapshots,
                 "schedule": [schedule.qat, schedule.last_seconds, list(schedule.step_seconds)],
+                "looping": schedule.looping,
                 "occasions": dict(run.ledger.occasions),
                 "activity": dict(run.ledger.activity),
                 "last_logged_share": self.last_logged_share,
@@ -3924,6 +3953,7 @@ class Training:
         self.averages.snapshots = saved["snapshots"]
         schedule.qat, schedule.last_seconds, step_seconds = saved["schedule"]
         schedule.step_seconds.extend(step_seconds)
+        schedule.looping = saved["looping"]
         run.ledger.occasions = Counter(saved["occasions"])
         run.ledger.activity = Counter(saved["activity"])
         self.last_logged_share = saved["last_logged_share"]
@@ -3969,6 +3999,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             step, seconds = state.step, run.ranks.agree(clock.elapsed())
             state.save_if_asked(seconds)
             qat_before = schedule.qat
+            looping_before = schedule.looping
             moment = state.begin_step(seconds)
             if moment.done:
                 break
@@ -3978,9 +4009,10 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     result = evaluate("validation", forward, model, val, run)
                     report(f"step:{step}/{cfg.iterations}", result, run, step)
             qat_begins = moment.qat and not qat_before
-            state.log_starts(moment, qat_begins)
+            loops_begin = moment.looping and not looping_before
+            state.log_starts(moment, qat_begins, loops_begin)
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
-            state.end_step(stats, moment, seconds, show=qat_begins)
+            state.end_step(stats, moment, seconds, show=qat_begins or loops_begin)
             bar.update((state.step if cfg.step_driven else seconds) - bar.n)
         state.log_pending(clock.elapsed(), show=True)
     state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
@@ -3997,6 +4029,23 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
         reason="stopping: last step" if whole else "stopping_early: wallclock_cap",
     )
     return state.averages.result(run)
+
+
+def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
+    """Model and run without loops, if training ended before ENABLE_LOOPING_AT; else as they are.
+
+    The weights never met the looped plan. What they are worth is what they were trained for.
+    """
+    if not run.cfg.num_loops or state.schedule.looping:
+        return model, run
+    run.folder.log("warning: training ended before ENABLE_LOOPING_AT: exported without loops")
+    cfg = replace(run.cfg, num_loops=0)
+    plain = GPT(cfg, model.kernel, run.dtype).to(run.device)
+    plain.penalty = model.penalty
+    for name, parameter in plain.named_parameters():
+        trained = model.get_parameter(name).detach()
+        parameter.data.copy_(trained[: len(parameter)] if parameter.ndim else trained)
+    return plain, run.with_settings(cfg)
 
 
 def training_bar(schedule: Schedule, run: Run) -> tqdm:
@@ -6021,13 +6070,14 @@ def window_batch(val: Validation, spans: np.ndarray, size: int, width: int, cfg:
     def ints(column: np.ndarray) -> Tensor:
         return torch.from_numpy(column.astype(np.int64))
 
-    return Batch(
+    batch = Batch(
         input_ids=ints(val.tokens[inputs]),
         target_ids=ints(val.tokens[targets + 1]),
         places=None if width == T else ints(places),
         scored=ints(scored),
         target_bytes=ints(val.target_bytes[targets]),
     )
+    return batch.by_document(T) if cfg.attn_docs else batch
 
 
 def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -7019,6 +7069,7 @@ FRONTIER = {
     "bits": "mlp:6,attn:6,emb:7,aux:8",
     "gptq_calib_batches": 16,
     "eval_truncate": True,
+    "eval_stride": 0,
     # To be completed: MIN_LR 0.1, Polar, row norm, BETA2 0.99, EMBED_WD 0.085; LQER, its packer,
     # int8 rows of gates; adapters for each document.
 }
@@ -7266,6 +7317,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
             state.restore(saved)
         packed_text = pack_training_text(rows, run)
         model, steps = train(forward, state, rows, val, run), state.step
+        model, run = as_trained(model, state, run)
         hessians = calibrate(model, rows, steps, run)
         run.phase = "scoring the float model"
         float_result = evaluate("float_chunked", forward, model, val, run)
@@ -7327,13 +7379,22 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
                 f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
                 f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}",
-                *(f"layer:{place} {layer}" for place, layer in enumerate(model.plan)),
+                *plan_lines(model),
                 *routing_table(cfg, model),
                 f"repeats:{repeats(run)}",
                 f"seed:{cfg.seed}",
             )
         )
     )
+
+
+def plan_lines(model: GPT) -> Iterator[str]:
+    """The layers in the order in which they are executed, and the order before they loop."""
+    if model.cfg.num_loops:
+        before = ",".join(str(layer.block) for layer in model.plan_before_looping)
+        yield f"before ENABLE_LOOPING_AT={model.cfg.enable_looping_at:g}, blocks: {before}"
+    for place, layer in enumerate(model.plan):
+        yield f"layer:{place} {layer}"
 
 
 def repeats(run: Run) -> str:
