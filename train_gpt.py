@@ -1068,7 +1068,10 @@ class DataSettings(Part):
     )
     train_seq_len: int = training_knob(2048, (2, 1 << 20), "Tokens a training row.")
     doc_max_len: int = training_knob(
-        0, (0, 1 << 20), "Tokens after which ATTN_DOCS=1 cuts a document; 0 cuts where a row ends."
+        0,
+        (0, 1 << 20),
+        "Tokens after which ATTN_DOCS=1 cuts a document; 0 cuts where a row ends.",
+        tries=(5,),
     )
     micro_batch_seqs: int = training_knob(
         0, (0, 1 << 20), "Rows a forward; 0 takes 98,304 tokens, on a CPU 8,192."
@@ -1871,7 +1874,7 @@ class AttentionSettings(Part):
         absent="none",
     )
     attn_gate_scale: float = model_knob(
-        1.0, (0.0, 100.0), "Factor of what the sigmoid of ATTN_GATE is taken of.", absent=1.0
+        1.0, (0.01, 100.0), "Factor of what the sigmoid of ATTN_GATE is taken of.", absent=1.0
     )
     gate_window: int = model_knob(
         12, (1, 8192), "Channels that ATTN_GATE and SMEAR_FORM=input look at.", absent=12
@@ -1943,6 +1946,7 @@ class DepthSettings(Part):
         (0, 16),
         "How many more times layers LOOP_START to LOOP_END are executed.",
         absent=0,
+        tries=(2,),
     )
     loop_start: int = model_knob(3, (0, 63), "First layer of the loop.", absent=3)
     loop_end: int = model_knob(5, (0, 63), "Last layer of the loop.", absent=5)
@@ -1985,6 +1989,7 @@ class StreamSettings(Part):
         (0, 63),
         "First of the layers whose attention and MLP work on two lanes side by side; 0 has none.",
         absent=0,
+        tries=(2,),
     )
     backout_mode: str = model_knob(
         "none", ("none", "mid", "cache"), "Which layer's output is subtracted before the head."
