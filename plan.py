@@ -19,8 +19,13 @@ TRACED_ROWS = 1009  # a prime, so that only what grows with the batch is a multi
 FITTED = {"block": 0.206, "table": 0.501, "float": 1.68, "coded": 1.011, "error": 0.1}
 
 
-def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]:
-    """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled."""
+def traced_step(
+    cfg: train_gpt.Config, looping: bool = True
+) -> tuple[train_gpt.GPT, dict[str, float]]:
+    """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled.
+
+    Attention is counted across whole rows, which ATTN_DOCS may spare.
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     saved, found = dict[int, torch.Tensor](), Counter[str]()
     hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -35,7 +40,7 @@ def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]
             torch.bfloat16,
         )
         ids = torch.zeros(TRACED_ROWS, cfg.train_seq_len, dtype=torch.int64)
-        torch.mul(*model(train_gpt.Batch(ids, ids))).sum().backward()
+        torch.mul(*model(train_gpt.Batch(ids, ids), looping=looping)).sum().backward()
     for x in saved.values():
         size, wide = x.untyped_storage().nbytes(), x.dtype == torch.float32
         logits = wide and size == 4 * ids.numel() * cfg.vocab_size
@@ -83,6 +88,8 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
         unit, whole = "s", schedule.budget
         yield f"end: {whole:g} s, or {cfg.iterations:,} steps"
     yield ramp
+    if cfg.num_loops:
+        yield f"depth loop: from {cfg.enable_looping_at * whole:g} {unit} on"
     if cfg.step_driven or cfg.warmdown_frac:
         _, warmdown = schedule.remaining_and_warmdown(0, 0.0)
         for name, left in schedule.turning_points():

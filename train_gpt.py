@@ -7063,8 +7063,13 @@ FRONTIER = {
     "scalar_lr": 0.02,
     "tied_embed_lr": 0.03,
     "muon_momentum": 0.97,
+    "muon_ns": "polar",
+    "muon_row_norm": True,
     "muon_wd": 0.095,
+    "embed_wd": 0.085,
     "adam_wd": 0.02,
+    "beta2": 0.99,
+    "min_lr": 0.1,
     "clip_before_reduce": True,
     "warmdown_frac": 0.85,
     "ema_decay": 0.9965,
@@ -7075,8 +7080,7 @@ FRONTIER = {
     "gptq_calib_batches": 16,
     "eval_truncate": True,
     "eval_stride": 0,
-    # To be completed: MIN_LR 0.1, Polar, row norm, BETA2 0.99, EMBED_WD 0.085; LQER, its packer,
-    # int8 rows of gates; adapters for each document.
+    # To be completed: LQER, its packer, int8 rows of gates; adapters for each document.
 }
 
 PRESETS: dict[str, dict] = {

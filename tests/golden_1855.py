@@ -148,3 +148,23 @@ def gradients_of(
         elif gradient.numel() == published.numel():
             gradient = gradient.view_as(published)
         yield name, gradient, published, is_sums
+
+
+@torch.no_grad()
+def leak(model: GPT, numbers: dict[str, torch.Tensor], mode: str) -> float:
+    """The largest change of a logit from a BOS on when the token before that BOS changes."""
+    ids = numbers["input_ids"].long()
+    looping, largest = mode == "on", 0.0
+    documents = one_row(numbers, numbers["cu_seqlens"]).documents
+    before = model.logits(model.hidden(ids[None], documents, looping=looping))[0]
+    for at in (ids == BOS).nonzero()[:, 0].tolist():
+        if at == 0 or ids[at - 1] == BOS:
+            continue
+        changed = ids.clone()
+        changed[at - 1] = (ids[at - 1] + 1) % model.cfg.vocab_size
+        changed[at - 1] += int(changed[at - 1] == BOS)
+        after = model.logits(model.hidden(changed[None], documents, looping=looping))[0]
+        if torch.equal(before[at - 1], after[at - 1]):
+            raise ValueError(f"the token at {at - 1} changes nothing at all")
+        largest = max(largest, float((before[at:] - after[at:]).abs().max()))
+    return largest
