@@ -20,8 +20,13 @@ TRACED_ROWS = 1009  # a prime, so that only what grows with the batch is a multi
 FITTED = {"block": 0.206, "table": 0.501, "float": 1.68, "coded": 1.011, "error": 0.1}
 
 
-def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]:
-    """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled."""
+def traced_step(
+    cfg: train_gpt.Config, looping: bool = True
+) -> tuple[train_gpt.GPT, dict[str, float]]:
+    """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled.
+
+    Attention is counted across whole rows, which ATTN_DOCS may spare.
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     saved, found = dict[int, torch.Tensor](), Counter[str]()
     hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -36,7 +41,7 @@ def traced_step(cfg: train_gpt.Config) -> tuple[train_gpt.GPT, dict[str, float]]
             torch.bfloat16,
         )
         ids = torch.zeros(TRACED_ROWS, cfg.train_seq_len, dtype=torch.int64)
-        torch.mul(*model(train_gpt.Batch(ids, ids))).sum().backward()
+        torch.mul(*model(train_gpt.Batch(ids, ids), looping=looping)).sum().backward()
     for x in saved.values():
         size, wide = x.untyped_storage().nbytes(), x.dtype == torch.float32
         logits = wide and size == 4 * ids.numel() * cfg.vocab_size
@@ -85,6 +90,8 @@ def schedule_dates(cfg: train_gpt.Config, schedule: train_gpt.Schedule) -> Itera
     yield f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
     for name, share in schedule.dates():
         yield f"{name}: from {share * whole / scale:g} {unit} on"
+    if cfg.num_loops:
+        yield f"depth loop: from {cfg.enable_looping_at * whole / scale:g} {unit} on"
     if cfg.step_driven or cfg.warmdown_frac:
         warmdown = schedule.warmdown(whole)
         for name, left in schedule.turning_points():
@@ -95,21 +102,26 @@ def schedule_dates(cfg: train_gpt.Config, schedule: train_gpt.Schedule) -> Itera
 
 
 def counted_steps(schedule: train_gpt.Schedule) -> int:
-    """The steps that a budget of operations holds."""
-    fitting = schedule.budget // schedule.step_operations
-    return min(schedule.cfg.iterations, int(fitting))
+    """The steps that a budget of operations holds, those before layers loop among them."""
+    cfg = schedule.cfg
+    early = 0
+    if cfg.num_loops:
+        early = math.ceil(cfg.enable_looping_at * schedule.budget / schedule.early_operations)
+    left = schedule.budget - early * schedule.early_operations
+    return min(cfg.iterations, early + int(left // schedule.step_operations))
 
 
 def counted_training(cfg: train_gpt.Config, model: train_gpt.GPT, reserve: int) -> str:
     """What training takes of MAX_TRAIN_TFLOPS, counted as a run counts it."""
     a_step = train_gpt.step_operations(model)
+    early = train_gpt.step_operations(model, looping=False)
     muon = train_gpt.muon_operations(model)
     said = (
         f"work of training: {a_step / 1e12:.4g} TFLOP a step, {muon / 1e12:.4g} of it "
         f"orthogonalisation, and {reserve / 1e12:.4g} of calibration"
     )
     if cfg.max_train_tflops:
-        steps = counted_steps(train_gpt.Schedule(cfg, reserve, 0, a_step))
+        steps = counted_steps(train_gpt.Schedule(cfg, reserve, 0, a_step, early))
         said += f"; {steps:,} steps of MAX_TRAIN_TFLOPS={cfg.max_train_tflops:g}"
     return said
 
@@ -155,11 +167,11 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     work = 3 * (train_gpt.hidden_operations(model, row) + train_gpt.head_operations(model))
     calibration = train_gpt.calibration_tokens(cfg)
     reserve = train_gpt.calibration_operations(model, calibration)
-    step_operations = train_gpt.step_operations(model)
-    schedule = train_gpt.Schedule(cfg, step_operations=step_operations)
+    operations = [train_gpt.step_operations(model, looping) for looping in (True, False)]
+    schedule = train_gpt.Schedule(cfg, 0.0, 0, *operations)
     if cfg.max_train_tflops:
         train_gpt.refuse_small_budget(cfg)
-        schedule = train_gpt.Schedule(cfg, reserve, step_operations=step_operations)
+        schedule = train_gpt.Schedule(cfg, reserve, 0, *operations)
     rows = min(cfg.micro_batch_seqs or 98_304 // row or 1, -(-cfg.rows_per_step // ranks))
     seconds = work * tokens / (ranks * PEAK_FLOPS * UTILISATION)
     steps = int(min(cfg.iterations, cfg.max_wallclock_seconds / seconds or math.inf))

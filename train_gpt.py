@@ -127,6 +127,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
 # =================================================================================================
@@ -1101,6 +1102,12 @@ class DataSettings(Part):
         786432, (2, 1 << 30), "Tokens a training step, over all ranks."
     )
     train_seq_len: int = training_knob(2048, (2, 1 << 20), "Tokens a training row.")
+    doc_max_len: int = training_knob(
+        0,
+        (0, 1 << 20),
+        "Tokens after which ATTN_DOCS=1 cuts a document; 0 cuts where a row ends.",
+        tries=(5,),
+    )
     micro_batch_seqs: int = training_knob(
         0, (0, 1 << 20), "Rows a forward; 0 takes 98,304 tokens, on a CPU 8,192."
     )
@@ -1109,6 +1116,11 @@ class DataSettings(Part):
     def rows_per_step(self) -> int:
         """Rows of a step's global batch."""
         return self.train_batch_tokens // self.train_seq_len
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of a document that attention reaches across in training, at most."""
+        return self.doc_max_len or self.train_seq_len
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -1183,7 +1195,10 @@ class Batch:
     input_ids: Tensor  # int64 (B, T)
     target_ids: Tensor  # int64 (B, T), or (B, S) with `places`
     places: Tensor | None = None  # int64 (B, S), positions in the row whose targets are asked for
-    documents: Tensor | None = None  # int64 (B, T), the number of each input's document
+    documents: Tensor | None = (
+        None  # int64 (B, T), see document_numbers(): inside it attention acts
+    )
+    boundaries: Tensor | None = None  # int32 (N,), see document_boundaries()
     scored: Tensor | None = None  # int64 like target_ids: 1 where a target counts, 0 where not
     target_bytes: Tensor | None = None  # int64 like target_ids: UTF-8 bytes of each target
 
@@ -1191,6 +1206,36 @@ class Batch:
         """The batch with each of its tensors as `move` gives it, on a device, say."""
         given = ((column.name, getattr(self, column.name)) for column in fields(self))
         return Batch(**{name: move(x) for name, x in given if x is not None})
+
+    def by_document(self, longest: int) -> Batch:
+        """The batch with attention kept inside documents, cut after `longest` tokens."""
+        documents = document_numbers(self.input_ids, longest)
+        return replace(self, documents=documents, boundaries=document_boundaries(documents))
+
+
+def document_numbers(input_ids: Tensor, longest: int) -> Tensor:
+    """The number of each token's document, counted through all rows: int64 (B, T).
+
+    A document begins with BOS, with a row, and `longest` tokens after it began.
+    """
+    places = torch.arange(input_ids.size(1), device=input_ids.device)
+    begins = (input_ids == BOS) | (places == 0)
+    first = torch.where(begins, places, 0).cummax(1).values
+    begins = (places - first) % longest == 0
+    return begins.flatten().cumsum(0).view_as(input_ids) - 1
+
+
+def document_boundaries(documents: Tensor) -> Tensor:
+    """Where documents begin in the rows laid end to end, and the end of all: int32 (N,).
+
+    The end is repeated up to a multiple of 64, or every batch would need a compiled graph of its
+    own.
+    """
+    lengths = documents.flatten().bincount()
+    ends = lengths.cumsum(0)
+    padding = 64 - (len(ends) + 1) % 64
+    ends = F.pad(ends, (1, 0))
+    return F.pad(ends, (0, padding), value=documents.numel()).to(torch.int32)
 
 
 class TrainingRows:
@@ -1208,6 +1253,7 @@ class TrainingRows:
         self.opened: dict[int, np.memmap] = {}  # by number, the one longest open first
         self.seq_len, self.seed, self.vocab_size = cfg.train_seq_len, cfg.seed, cfg.vocab_size
         self.shuffled = cfg.loader == "shuffled"
+        self.longest_document = cfg.longest_document if cfg.attn_docs else 0
         sizes = []
         for number, path in enumerate(paths):
             tokens = open_shard(path, cfg.vocab_size, self.scan_tokens)
@@ -1232,7 +1278,8 @@ class TrainingRows:
         # Too late to refuse: the run has begun.
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
-        return Batch(ids[:, :-1], ids[:, 1:])
+        batch = Batch(ids[:, :-1], ids[:, 1:])
+        return batch.by_document(self.longest_document) if self.longest_document else batch
 
     def first_tokens(self, count: int) -> np.ndarray:
         """The first tokens of the shards in their order, at most `count`: uint16 (n,)."""
@@ -1948,6 +1995,13 @@ class TokenSettings(Part):
     smear_enabled: bool = model_knob(
         True, (), "Blend the previous token's embedding in, by a learned gate (SmearGate)."
     )
+    smear_form: str = model_knob(
+        "channel",
+        ("channel", "input"),
+        "SmearGate's gate: one for each channel, after the first norm; or before that norm, by "
+        "GATE_WINDOW channels of the token.",
+        absent="channel",
+    )
     smear_bos_mask: bool = model_knob(True, (), "Let SmearGate not reach across a document start.")
     bigram_vocab_size: int = model_knob(
         3072, (0, 1 << 20), "Buckets of BigramHash, an embedding of token pairs; 0 turns it off."
@@ -1972,7 +2026,7 @@ class AttentionSettings(Part):
     """Queries, keys and what attention gives."""
 
     title = "Model: attention"
-    prefixes: ClassVar[tuple[str, ...]] = ("ROPE_", "XSA_")
+    prefixes: ClassVar[tuple[str, ...]] = ("ROPE_", "XSA_", "ATTN_")
 
     qk_gain_init: float = model_knob(1.5, (0.0, 100.0), "Initial gain of normalised queries.")
     rope_base: float = model_knob(
@@ -1987,6 +2041,21 @@ class AttentionSettings(Part):
     xsa_last_n: int = model_knob(
         11, (0, 64), "Number of last layers with exclusive self attention (XSA)."
     )
+    attn_gate: str = model_knob(
+        "none",
+        ("none", "sparse", "out"),
+        "Gate of each head's output by the token: sigmoid, or twice that, which starts at 1.",
+        absent="none",
+    )
+    attn_gate_scale: float = model_knob(
+        1.0, (0.01, 100.0), "Factor of what the sigmoid of ATTN_GATE is taken of.", absent=1.0
+    )
+    gate_window: int = model_knob(
+        12, (1, 8192), "Channels that ATTN_GATE and SMEAR_FORM=input look at.", absent=12
+    )
+    attn_docs: bool = model_knob(
+        False, (), "Keep attention inside documents, in training and in scoring.", absent=False
+    )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -2000,6 +2069,10 @@ class AttentionSettings(Part):
             f"ROPE_NTK_REF must be 0 (off) unless ROPE_DIMS (0: all {cfg.head_dim}) is above 2",
         )
         yield cfg.xsa_last_n <= cfg.num_layers, "XSA_LAST_N must be at most NUM_LAYERS"
+        yield (
+            cfg.gate_window <= cfg.model_dim or not cfg.has_input_gates,
+            "GATE_WINDOW must be at most MODEL_DIM",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2036,6 +2109,43 @@ class ValueSettings(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DepthSettings(Part):
+    """In which order layers are executed."""
+
+    title = "Model: depth"
+    prefixes: ClassVar[tuple[str, ...]] = ("LOOP_",)
+
+    num_loops: int = model_knob(
+        0,
+        (0, 16),
+        "How many more times layers LOOP_START to LOOP_END are executed.",
+        absent=0,
+        tries=(2,),
+    )
+    loop_start: int = model_knob(3, (0, 63), "First layer of the loop.", absent=3)
+    loop_end: int = model_knob(5, (0, 63), "Last layer of the loop.", absent=5)
+    enable_looping_at: float = training_knob(
+        0.35, (0.0, 1.0), "Fraction of the run from which layers loop."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """A loop has layers, and a run that reaches it."""
+        if cfg.num_loops:
+            yield (
+                cfg.loop_start <= cfg.loop_end < cfg.num_layers,
+                "NUM_LOOPS needs LOOP_START <= LOOP_END < NUM_LAYERS",
+            )
+            begins = "NUM_LOOPS never act: ENABLE_LOOPING_AT is"
+            yield cfg.enable_looping_at < 1.0, f"{begins} the end of the run"
+            last = (cfg.iterations - 1) / cfg.iterations
+            yield (
+                not cfg.step_driven or cfg.enable_looping_at <= last,
+                f"{begins} beyond the last of ITERATIONS",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamSettings(Part):
     """How layers read and write the residual stream."""
 
@@ -2044,6 +2154,16 @@ class StreamSettings(Part):
 
     skip_per_dim: str = model_knob(
         "1", ("0", "1", "off"), "U-Net skips with a weight for each channel, for each layer; none."
+    )
+    skip_gates: bool = model_knob(
+        False, (), "Let a learned gate weigh each skip against the stream.", absent=False
+    )
+    parallel_start_layer: int = model_knob(
+        0,
+        (0, 63),
+        "First of the layers whose attention and MLP work on two lanes side by side; 0 has none.",
+        absent=0,
+        tries=(2,),
     )
     backout_mode: str = model_knob(
         "none", ("none", "mid", "cache"), "Which layer's output is subtracted before the head."
@@ -2132,6 +2252,11 @@ def is_gate(shape: Shape, cfg: Config) -> bool:
     return len(shape) < 2 or (len(shape) == 2 and shape[0] <= cfg.num_heads)
 
 
+def is_layer_rows(shape: Shape, cfg: Config) -> bool:
+    """Whether it has a row of numbers for each layer."""
+    return len(shape) == 2 and shape[0] == cfg.num_layers
+
+
 def start_orthogonal(parameter: Tensor, cfg: Config) -> None:
     """A random matrix whose singular values are all 1."""
     nn.init.orthogonal_(parameter)
@@ -2210,6 +2335,7 @@ GAIN = Kind("gain", "aux", is_vector, "no more than one dimension")
 ATTENTION_GAIN = replace(GAIN, role="attn")
 GAIN_ROWS = Kind("gain rows", "aux", is_rows, "rows of 1 or MODEL_DIM", may_be_integers=True)
 GATE = Kind("gate", "aux", is_gate, "at most a row for each head")
+LANE = replace(GATE, fits=is_layer_rows, expected="a row for each layer")
 
 
 def known(kind: Kind, parameter: Made) -> Made:
@@ -2323,6 +2449,29 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, gate.expand_as(x))
 
 
+class InputSmearGate(nn.Module):
+    """x_i <- x_i + lambda sigmoid(w . x_i) x_{i-1}, x_{-1} = 0, masked x_i at BOS.
+
+    w weighs the first GATE_WINDOW channels. Both factors start at 0, so that w learns nothing
+    before lambda has moved.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.bos_mask = cfg.smear_bos_mask
+        self.weight = known(GATE, nn.Parameter(torch.zeros(cfg.gate_window)))
+        self.scale = known(GATE, nn.Parameter(torch.tensor(0.0)))
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
+        seen = x[..., : len(self.weight)]
+        gate = like(self.scale, x) * torch.sigmoid(seen @ like(self.weight, x))
+        if self.bos_mask:
+            gate = gate * (input_ids != BOS)
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return torch.addcmul(x, gate.unsqueeze(-1), previous)
+
+
 class ValueEmbedding(nn.Module):
     """Token identity for the values of late layers: scale * P E[t], shared by those layers."""
 
@@ -2369,6 +2518,29 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = q.size(1) != k.size(1)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def attention_inside(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
+    """Causal attention inside documents: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K).
+
+    `inside` is a mask (B, 1, T, T), or the boundaries (N,) for kernels of variable length.
+    """
+    if inside.ndim == 1:
+        return variable_length_attention(q, k, v, inside)
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=inside).transpose(1, 2)
+
+
+def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
+    """attention_inside() on a GPU, where no work is done across documents; untried there."""
+    rows = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    longest = rows[1]
+    y = varlen_attn(
+        q, k, v, boundaries, boundaries, longest, longest, window_size=(-1, 0), enable_gqa=True
+    )
+    return cast(Tensor, y).view(rows)
 
 
 def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
@@ -2435,6 +2607,7 @@ class Layer:
 
     block: int  # whose weights
     depth_scale: float  # of the normed inputs of attention and MLP
+    two_lanes: bool  # whether attention and MLP work side by side, on a lane each
     exclusive: bool  # whether a token's own value is taken out of what attention gives (XSA)
     skip_from: int | None  # the earlier layer whose output is added before (U-Net)
     skip_row: int | None  # of the skip weights, by which it is multiplied
@@ -2446,6 +2619,7 @@ class Layer:
     def __str__(self) -> str:
         """A line for the log, of what is there."""
         parts = [f"block:{self.block} depth_scale:{self.depth_scale:.3f}"]
+        parts += ["two_lanes"] if self.two_lanes else []
         parts += ["xsa"] if self.exclusive else []
         parts += ["mixes_first_values"] if self.mixes_values else []
         for name in ("skip_from", "skip_row", "reads", "value_scale", "value_gate"):
@@ -2454,20 +2628,32 @@ class Layer:
         return " ".join(parts)
 
 
-def plan_layers(cfg: Config) -> tuple[Layer, ...]:
+def executed_blocks(cfg: Config, looping: bool) -> list[int]:
+    """Whose weights the layers of the plan have, in order; those of a loop come again."""
+    once = list(range(cfg.num_layers))
+    if not looping:
+        return once
+    after = cfg.loop_end + 1
+    return once[:after] + once[cfg.loop_start : after] * cfg.num_loops + once[after:]
+
+
+def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
     """The layers of the network, in the order in which the stream goes through them.
 
-    The second half takes skips from the first, the last output first.
+    The second half takes skips from the first, the last output first. A layer of a loop is
+    several layers of the plan, unless it is the plan before looping begins.
     """
-    half = cfg.num_layers // 2
+    blocks = executed_blocks(cfg, looping and cfg.num_loops > 0)
+    half = len(blocks) // 2
+    kept = last_place(blocks, cfg.backout_layer)
     plan = []
-    for place, block in enumerate(range(cfg.num_layers)):
+    for place, block in enumerate(blocks):
         skip_row = skip_from = reads = value_scale = value_gate = None
         if cfg.skip_per_dim != "off" and half <= place < 2 * half:
             skip_row = place - half
             skip_from = half - 1 - skip_row
-        if cfg.backout_mode == "cache" and place >= half and place > cfg.backout_layer:
-            reads = cfg.backout_layer
+        if cfg.backout_mode == "cache" and place >= half and place > kept:
+            reads = kept
         if block in cfg.value_layers:
             value_scale = cfg.value_layers.index(block)
         if cfg.vrl_mode == "add" and block > 0:
@@ -2475,6 +2661,7 @@ def plan_layers(cfg: Config) -> tuple[Layer, ...]:
         layer = Layer(
             block=block,
             depth_scale=1.0 / math.sqrt(block + 1) if cfg.ln_scale == "1" else 1.0,
+            two_lanes=0 < cfg.parallel_start_layer <= block,
             exclusive=block >= cfg.num_layers - cfg.xsa_last_n,
             skip_from=skip_from,
             skip_row=skip_row,
@@ -2485,6 +2672,11 @@ def plan_layers(cfg: Config) -> tuple[Layer, ...]:
         )
         plan.append(layer)
     return tuple(plan)
+
+
+def last_place(blocks: list[int], block: int) -> int:
+    """Where the weights of `block` are used for the last time; -1 if nowhere."""
+    return max((place for place, used in enumerate(blocks) if used == block), default=-1)
 
 
 class Attention(nn.Module):
@@ -2503,6 +2695,12 @@ class Attention(nn.Module):
         self.vr_lambda: nn.Parameter | None = None  # shares of layer 0's values and of its own
         if layer.mixes_values:
             self.vr_lambda = known(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
+        self.gate: nn.Parameter | None = None
+        if cfg.attn_gate != "none":
+            window = torch.zeros(cfg.num_heads, cfg.gate_window)
+            self.gate = known(GATE, nn.Parameter(window))
+        self.most_of_gate = 2.0 if cfg.attn_gate == "out" else 1.0
+        self.gate_scale = cfg.attn_gate_scale
         self.kernel = kernel
         self.head_dim = cfg.head_dim
         self.exclusive = layer.exclusive
@@ -2517,21 +2715,34 @@ class Attention(nn.Module):
             v = first * first_v + own * v
         return v
 
+    def gated(self, y: Tensor, x: Tensor) -> Tensor:
+        """What heads give, (B, T, H, K), by a gate that looks at their input (B, T, D)."""
+        if self.gate is None:
+            return y
+        seen = x[..., : self.gate.size(1)]
+        gate = torch.sigmoid(self.gate_scale * F.linear(seen, like(self.gate, x)))
+        return y * (self.most_of_gate * gate).unsqueeze(-1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inside: Tensor | None) -> Tensor:
+        """Causal attention, in whole rows or inside documents: see attention_inside()."""
+        return self.kernel(q, k, v) if inside is None else attention_inside(q, k, v, inside)
+
     def forward(
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         extra_v: Tensor | None,
         first_v: Tensor | None,
+        inside: Tensor | None = None,
     ) -> Tensor:
         """x: (B, T, D); added to the values and layer 0's: (B, T, G*K) -> (B, T, D)."""
         q, k, v = self.c_q(x), self.c_k(x), self.values(x, extra_v, first_v)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
-        y = self.kernel(q, rotate(rms_norm(k), rotation), v)
+        y = self.attend(q, rotate(rms_norm(k), rotation), v, inside)
         if self.exclusive:
             y = exclude_own_value(y, v)
-        return self.proj(y.flatten(2))
+        return self.proj(self.gated(y, x).flatten(2))
 
 
 class MLP(nn.Module):
@@ -2548,15 +2759,26 @@ class MLP(nn.Module):
         return self.proj(SquaredLeaky.apply(self.fc(x), self.slope))
 
 
+Lanes = tuple[Tensor, Tensor | None]  # the stream (B, T, D), and the second lane where there is one
+
+
+def joined(lanes: Lanes) -> Tensor:
+    """The stream, (B, T, D): the mean of its lanes."""
+    stream, second = lanes
+    return stream if second is None else 0.5 * (stream + second)
+
+
 @dataclass
 class Context:
     """What the layers read beside the stream."""
 
+    plan: tuple[Layer, ...]
     x0: Tensor  # normed embedding (B, T, D)
     rotation: tuple[Tensor, Tensor]
     extra_v: dict[int, Tensor]  # by layer, added to its values (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
-    outputs: list[Tensor] = field(default_factory=list)  # stream (B, T, D) after each layer so far
+    inside: Tensor | None = None  # the documents, for attention_inside()
+    outputs: list[Lanes] = field(default_factory=list)  # after each layer so far
 
 
 def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
@@ -2589,20 +2811,43 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        lanes: Lanes,
         x0: Tensor,
         read: Tensor | None,
         rotation: tuple[Tensor, Tensor],
         extra_v: Tensor | None,
         first_v: Tensor | None,
+        inside: Tensor | None,
+        weights: tuple[Tensor, Tensor] | None,
         s: float | Tensor,
-    ) -> Tensor:
-        """The stream (B, T, D) -> (B, T, D); attention reads an earlier one where it is given."""
+    ) -> Lanes:
+        """The stream (B, T, D) -> (B, T, D), or with `weights` both lanes, see two_lanes().
+
+        Attention reads an earlier stream where it is given.
+        """
+        x, second = lanes
         a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
         u = self.mixed(x, x0)
         seen = u if read is None else self.mixed(read, x0)
-        x = u + a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v)
-        return x + b * self.mlp(rms_norm(x, s))
+        attended = a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v, inside)
+        if second is not None and weights is not None:
+            return two_lanes(x, second, attended, b * self.mlp(rms_norm(second, s)), *weights)
+        x = u + attended
+        return x + b * self.mlp(rms_norm(x, s)), None
+
+
+def two_lanes(
+    x: Tensor, second: Tensor, attended: Tensor, thought: Tensor, keep: Tensor, write: Tensor
+) -> Lanes:
+    """Two residual streams, each of which keeps a share of itself and takes what both parts give.
+
+    Attention reads the first, the MLP the second. Streams and outputs: (B, T, D); keep: (2,), of
+    each lane; write: (4,), attention to either lane, MLP to either lane.
+    """
+    keep, write = like(keep, x), like(write, x)
+    first = keep[0] * x + write[0] * attended + write[2] * thought
+    second = keep[1] * second + write[1] * attended + write[3] * thought
+    return first, second
 
 
 class GPT(nn.Module):
@@ -2615,23 +2860,33 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.kernel = cfg, dtype, kernel
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
         self.prefixes: Tensor | None = None  # of PREFIX_TARGET (V,), see piece_prefixes()
         # Where ids stand in their row: first position and the row's length. None: they are it.
         self.row_place: tuple[int, int] | None = None
-        self.compiled_block: Callable[..., Tensor] | None = None  # Block.forward, for training
+        self.compiled_block: Callable[..., Lanes] | None = None  # Block.forward, for training
         cfg = cfg.for_model()
         self.plan = plan_layers(cfg)
-        half = cfg.num_layers // 2
+        self.plan_before_looping = plan_layers(cfg, looping=False)
+        half = len(self.plan) // 2
         self.tok_emb = Table(cfg.vocab_size, cfg.model_dim, TOKEN_TABLE)
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, HEAD)
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
-        self.smear = SmearGate(cfg) if cfg.smear_enabled else None
+        smear = InputSmearGate if cfg.smear_form == "input" else SmearGate
+        self.smear = smear(cfg) if cfg.smear_enabled else None
         first_use = {layer.block: layer for layer in reversed(self.plan)}
         self.blocks = nn.ModuleList(Block(cfg, first_use[n], kernel) for n in sorted(first_use))
         skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
         self.skip_weights = known(GAIN_ROWS, nn.Parameter(torch.ones(skips)))
+        self.skip_gates: nn.Parameter | None = None
+        if cfg.skip_gates:
+            self.skip_gates = known(GAIN_ROWS, nn.Parameter(torch.zeros(skips)))
+        self.lane_keep: nn.Parameter | None = None
+        self.lane_write: nn.Parameter | None = None
+        if any(layer.two_lanes for layer in self.plan):
+            self.lane_keep = known(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
+            self.lane_write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(
             known(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
@@ -2653,32 +2908,55 @@ class GPT(nn.Module):
         x = self.tok_emb(input_ids)
         if self.bigram is not None:
             x = x + self.bigram(input_ids, self.dtype)
-        x = rms_norm(x.to(self.dtype))
+        x = x.to(self.dtype)
+        if isinstance(self.smear, InputSmearGate):
+            return rms_norm(self.smear(x, input_ids))
+        x = rms_norm(x)
         return x if self.smear is None else self.smear(x, input_ids)
 
-    def context(self, input_ids: Tensor, x0: Tensor) -> Context:
+    def context(
+        self,
+        input_ids: Tensor,
+        x0: Tensor,
+        documents: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        looping: bool = True,
+    ) -> Context:
         """What the layers read beside the stream, of ids (B, T) and embedding x0 (B, T, D)."""
         first, row_length = self.row_place or (0, input_ids.size(1))
         tables = rotary_tables(self.cfg, row_length, x0.device)
         cos, sin = (table[first : first + input_ids.size(1)] for table in tables)
-        rotation = (cos, sin)
-        extra_v: dict[int, Tensor] = {}
+        c = Context(
+            plan=self.plan if looping else self.plan_before_looping,
+            x0=x0,
+            rotation=(cos, sin),
+            extra_v={},
+        )
+        if documents is not None:
+            c.inside = self.inside(documents, boundaries)
         if self.ve_shared is not None:
             shared = self.ve_shared(input_ids, self.dtype)
-            for place, layer in enumerate(self.plan):
+            for place, layer in enumerate(c.plan):
                 if layer.value_scale is not None:
                     scale = self.ve_layer_scales[layer.value_scale]
-                    extra_v[place] = like(scale, shared) * shared
+                    c.extra_v[place] = like(scale, shared) * shared
         if self.cfg.vrl_mode == "off":
-            return Context(x0, rotation, extra_v)
+            return c
         # Only VRL_MODE=mix takes layer 0's values with its value embedding.
-        own_extra = extra_v.get(0) if self.cfg.vrl_mode == "mix" else None
-        first_v = self.first_values(x0, own_extra)
-        for place, layer in enumerate(self.plan):
+        own_extra = c.extra_v.get(0) if self.cfg.vrl_mode == "mix" else None
+        c.first_v = first_v = self.first_values(x0, own_extra)
+        for place, layer in enumerate(c.plan):
             if layer.value_gate is not None:
                 gate = torch.sigmoid(self.vrl_alphas[layer.value_gate])
-                extra_v[place] = extra_v.get(place, 0.0) + like(gate, first_v) * first_v
-        return Context(x0, rotation, extra_v, first_v)
+                c.extra_v[place] = c.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
+        return c
+
+    def inside(self, documents: Tensor, boundaries: Tensor | None) -> Tensor:
+        """Documents (B, T) as attention_inside() takes them on this device."""
+        if documents.is_cuda and boundaries is not None:
+            return boundaries
+        same = documents.unsqueeze(2) == documents.unsqueeze(1)
+        return same.tril().unsqueeze(1)
 
     def first_values(self, x0: Tensor, extra_v: Tensor | None) -> Tensor:
         """The values of layer 0, of the embedding (B, T, D): (B, T, G*K)."""
@@ -2687,28 +2965,64 @@ class GPT(nn.Module):
         u = rms_norm(block.mixed(x0, x0), self.plan[0].depth_scale)
         return block.attn.values(u, extra_v, None)
 
-    def layer(self, place: int, x: Tensor, c: Context) -> Tensor:
-        """The stream (B, T, D) -> (B, T, D) through a layer of the plan."""
-        layer = self.plan[place]
+    def with_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """The stream with an earlier layer's output: x + w skip, or g x + (1 - g) w skip.
+
+        Both are (B, T, D); g = sigmoid(gate).
+        """
+        skip = like(self.skip_weights[row], x) * skip
+        if self.skip_gates is None:
+            return x + skip
+        gate = like(torch.sigmoid(self.skip_gates[row]), x)
+        return torch.lerp(skip, x, gate.expand_as(x))
+
+    def lanes_of(self, layer: Layer, lanes: Lanes) -> Lanes:
+        """The stream in as many lanes as the layer has: split in equal ones, or joined."""
+        x, second = lanes
+        if not layer.two_lanes:
+            return joined(lanes), None
+        return x, x if second is None else second
+
+    def layer(self, place: int, lanes: Lanes, c: Context) -> Lanes:
+        """The stream (B, T, D) -> (B, T, D) through a layer of the plan; the same of both lanes."""
+        layer = c.plan[place]
         block: Any = self.blocks[layer.block]
-        if layer.skip_from is not None:
-            x = x + like(self.skip_weights[layer.skip_row], x) * c.outputs[layer.skip_from]
-        read = None if layer.reads is None else c.outputs[layer.reads]
-        given = x, c.x0, read, c.rotation, c.extra_v.get(place), c.first_v
+        x, second = self.lanes_of(layer, lanes)
+        if layer.skip_from is not None and layer.skip_row is not None:
+            x = self.with_skip(x, joined(c.outputs[layer.skip_from]), layer.skip_row)
+        read = None if layer.reads is None else joined(c.outputs[layer.reads])
+        weights = None
+        if self.lane_keep is not None and self.lane_write is not None:
+            weights = self.lane_keep[layer.block], self.lane_write[layer.block]
+        extra_v = c.extra_v.get(place)
+        given = (x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights
         if self.compiled_block is None or not torch.is_grad_enabled():
             return block(*given, layer.depth_scale)
         # A tensor, or each depth would need a compiled block of its own.
         return self.compiled_block(block, *given, torch.tensor(layer.depth_scale))
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D): the normed residual stream after the last layer."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        looping: bool = True,
+    ) -> Tensor:
+        """(B, T) -> (B, T, D): the normed residual stream after the last layer.
+
+        Attention reaches across whole rows, or inside `documents`, see Batch. Without `looping`
+        each layer is executed once, as before ENABLE_LOOPING_AT.
+        """
         x = self.embedded(input_ids)
-        c = self.context(input_ids, x)
-        for place in range(len(self.plan)):
-            x = self.layer(place, x, c)
-            c.outputs.append(x)
+        c = self.context(input_ids, x, documents, boundaries, looping)
+        lanes: Lanes = x, None
+        for place in range(len(c.plan)):
+            lanes = self.layer(place, lanes, c)
+            c.outputs.append(lanes)
+        x = joined(lanes)
         if self.backout_lambda is not None:
-            x = x - like(self.backout_lambda, x) * c.outputs[self.cfg.backout_layer]
+            kept = last_place([layer.block for layer in c.plan], self.cfg.backout_layer)
+            x = x - like(self.backout_lambda, x) * joined(c.outputs[kept])
         return rms_norm(x)
 
     def logits(self, hidden: Tensor, input_ids: Tensor | None = None) -> Tensor:
@@ -2724,12 +3038,12 @@ class GPT(nn.Module):
         assert input_ids is not None, "the token mask needs the tokens before"
         return logits + F.embedding(input_ids, self.penalty)
 
-    def asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def asked(self, batch: Batch, looping: bool = True) -> tuple[Tensor, Tensor]:
         """Hidden states of a batch where its targets are, and the tokens there: (B, S, D), (B, S).
 
         S is T where the batch names no places.
         """
-        hidden = self.hidden(batch.input_ids)
+        hidden = self.hidden(batch.input_ids, batch.documents, batch.boundaries, looping)
         if batch.places is None:
             return hidden, batch.input_ids
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
@@ -2756,13 +3070,14 @@ class GPT(nn.Module):
         batch: Batch,
         mile_gamma: Tensor | None = None,
         prefix_weight: Tensor | None = None,
+        looping: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Nats of each target and its weight in the loss, float32 like the targets (B, T or S).
 
         A `mile_gamma` of None leaves out MiLe, and then all weights are 1. With `prefix_weight`
         the nats of the target's prefix are added, so many times.
         """
-        hidden, input_ids = self.asked(batch)
+        hidden, input_ids = self.asked(batch, looping)
         targets = batch.target_ids
         prefixes = self.prefix_targets(input_ids, targets, prefix_weight)
         cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
@@ -3278,6 +3593,7 @@ class Moment:
     snapshot: bool = False  # SWA takes one after the step
     slow_share: float = 0.0  # of Muon's slower momentum
     prefix_weight: float = 0.0  # of the prefix's nats in the loss
+    looping: bool = True  # layers LOOP_START to LOOP_END are executed again, if there is a loop
 
 
 class Schedule:
@@ -3299,24 +3615,32 @@ class Schedule:
         reserve: float = 0.0,
         queued_steps: int = 0,
         step_operations: int = 0,
+        early_operations: int | None = None,
     ) -> None:
-        """`reserve` of the budget is kept for calibration; `step_operations` a step counts."""
+        """`reserve` of the budget is kept for calibration; `step_operations` a step counts.
+
+        `early_operations` is what it counts before layers loop; None: as much.
+        """
         self.cfg = cfg
         self.unit = cfg.budget_unit
         self.budget = max(cfg.whole_budget - reserve, 0)
         self.queued_steps = queued_steps  # that a GPU may still have to do
         self.step_operations = step_operations
+        self.early_operations = step_operations if early_operations is None else early_operations
         self.step_seconds: deque[float] = deque(maxlen=self.STEPS_KEPT)
         self.last_spent = 0.0
         self.qat = False  # whether it has begun
+        self.looping = False  # likewise
 
     def observe(self, step: int, spent: float) -> None:
         """Take in that step `step` (from 0) is about to begin, `spent` of the budget gone."""
         if step > 0:
             self.step_seconds.append(spent - self.last_spent)
         self.last_spent = spent
-        # Late QAT stays on once it is on: the scale is measured and may waver.
-        self.qat = self.at(step, spent).qat
+        # Late QAT stays on once it is on: the scale is measured and may waver. So do loops.
+        moment = self.at(step, spent)
+        self.qat = moment.qat
+        self.looping = moment.looping
 
     def at(self, step: int, spent: float) -> Moment:
         """The schedules at step `step` (from 0), `spent` of the budget gone.
@@ -3339,11 +3663,17 @@ class Schedule:
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
             slow_share=cfg.muon_slow_share if slow_counts else 0.0,
             prefix_weight=cfg.prefix_target * prefix_scale(remaining, whole),
+            looping=self.looping or self.loops_begin(step, spent),
         )
 
     def position(self, step: int, spent: float) -> float:
         """How much of the budget is gone, in its unit."""
         return step if self.unit == "steps" else spent
+
+    def loops_begin(self, step: int, spent: float) -> bool:
+        """Whether the fraction of the run is over from which layers loop, if any do."""
+        over = self.position(step, spent) / max(self.budget, 1e-9)
+        return self.cfg.num_loops > 0 and over >= self.cfg.enable_looping_at
 
     def remaining_and_whole(self, step: int, spent: float) -> tuple[float, float]:
         """What is left of the run and how long it is in all, both in the budget's unit."""
@@ -3366,7 +3696,7 @@ class Schedule:
         if self.unit == "steps":
             return 1
         if self.unit == "operations":
-            return self.step_operations
+            return self.step_operations if self.looping else self.early_operations
         if len(self.step_seconds) < self.STEPS_NEEDED:
             return 0.0
         return float(np.median(self.step_seconds))
@@ -3419,6 +3749,8 @@ class Schedule:
             found["mile"] = moment.mile_gamma > 0
         if cfg.prefix_target:
             found["prefix_target"] = moment.prefix_weight > 0
+        if cfg.num_loops:
+            found["depth_loop"] = moment.looping
         return found
 
     def turning_points(self) -> Iterator[tuple[str, float]]:
@@ -3476,13 +3808,13 @@ def attention_operations(model: GPT, seq_len: int) -> int:
     return 2 * seq_len * model.cfg.num_heads * model.cfg.head_dim
 
 
-def hidden_operations(model: GPT, seq_len: int) -> int:
-    """Of a token up to its last hidden state, in a row this long."""
+def hidden_operations(model: GPT, seq_len: int, looping: bool = True) -> int:
+    """Of a token up to its last hidden state, in a row this long; before layers loop or after."""
     beside_blocks = weights_met(model, "") - weights_met(model, "blocks.")
     total = 2 * beside_blocks
     if model.cfg.vrl_mode != "off":  # layer 0's values are computed once more
         total += 2 * weights_met(model, f"blocks.{model.plan[0].block}.attn.c_v.")
-    for layer in model.plan:
+    for layer in model.plan if looping else model.plan_before_looping:
         total += 2 * weights_met(model, f"blocks.{layer.block}.")
         total += attention_operations(model, seq_len)
     return total
@@ -3511,10 +3843,10 @@ def muon_operations(model: GPT) -> int:
     return total
 
 
-def step_operations(model: GPT) -> int:
+def step_operations(model: GPT, looping: bool = True) -> int:
     """Of a training step of all ranks: forward, twice that backward, and the optimizer."""
     cfg = model.cfg
-    forward = hidden_operations(model, cfg.train_seq_len) + head_operations(model)
+    forward = hidden_operations(model, cfg.train_seq_len, looping) + head_operations(model)
     return 3 * forward * cfg.rows_per_step * cfg.train_seq_len + muon_operations(model)
 
 
@@ -3639,9 +3971,10 @@ def training_nats(
     grids: dict[str, int] | None = None,
     mile_gamma: Tensor | None = None,
     prefix_weight: Tensor | None = None,
+    looping: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What GPT.forward gives for a batch, QAT rounding weights to `grids`, if there are any."""
-    inputs = (batch, mile_gamma, prefix_weight)
+    inputs = (batch, mile_gamma, prefix_weight, looping)
     if not grids:
         return model(*inputs)
     rounded = fake_quantized(model, grids)
@@ -3681,7 +4014,7 @@ def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Ru
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
     prefix = torch.full((), moment.prefix_weight, device=run.device) if cfg.prefix_target else None
     grids = qat_grids(model) if moment.qat else None
-    nats, weights = forward(model, batch.moved(run.put), grids, gamma, prefix)
+    nats, weights = forward(model, batch.moved(run.put), grids, gamma, prefix, moment.looping)
     part = (weights * nats).sum() / cfg.train_batch_tokens
     part.backward()
     return [part.detach(), weights.sum() / cfg.train_batch_tokens]
@@ -3849,15 +4182,21 @@ def compile_blocks(
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
     """Compile and warm up every path of the run, untimed, and put everything back.
 
-    Trains a few steps with throw-away optimizers, with and without QAT. Returns the measured
-    seconds of one calibration batch and of one evaluation batch.
+    Trains a few steps with throw-away optimizers, with and without QAT and loops. Returns the
+    measured seconds of one calibration batch and of one evaluation batch.
     """
     cfg, run.phase = run.cfg, "priming"
     before = copy.deepcopy(model.state_dict())
-    variants = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
-    moments = [Moment(1.0, cfg.muon_momentum, qat, False, cfg.mile_gamma) for qat in variants]
+    qat_kinds = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
+    loop_kinds = [False, True] if cfg.num_loops else [False]
+    momentum, gamma = cfg.muon_momentum, cfg.mile_gamma
+    moments = [
+        Moment(1.0, momentum, qat, False, gamma, looping=looping)
+        for looping in loop_kinds
+        for qat in qat_kinds
+    ]
     fit_micro_batch(forward, model, rows, moments[-1], run)
-    steps = max(cfg.warmup_steps, len(variants)) if run.compiled else len(variants)
+    steps = max(cfg.warmup_steps, len(moments)) if run.compiled else len(moments)
     optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run.ranks)
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
@@ -3873,7 +4212,9 @@ def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
     cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
 
     def blank(rows: int, *widths: int) -> Batch:  # not one tensor twice: it compiles anew
-        return Batch(*(torch.full((rows, width), BOS, device=run.device) for width in widths))
+        batch = Batch(*(torch.full((rows, width), BOS) for width in widths))
+        batch = batch.by_document(T) if cfg.attn_docs else batch
+        return batch.moved(run.put)
 
     if cfg.ttt_mode != "off":
         forward(model, blank(run.adaptation_rows, T, T))[0].sum().backward()
@@ -3969,7 +4310,10 @@ class Training:
         self.averages = Averages(model, cfg)
         queued_steps = int(run.device.type == "cuda")
         self.step_operations = step_operations(model)
-        self.schedule = Schedule(cfg, reserve, queued_steps, self.step_operations)
+        self.early_operations = step_operations(model, looping=False)
+        self.schedule = Schedule(
+            cfg, reserve, queued_steps, self.step_operations, self.early_operations
+        )
         self.rounded_matrices = len(qat_grids(model))
         self.pending: Pending | None = None
         self.last_logged_share = -1  # of the run, in fiftieths
@@ -3999,9 +4343,16 @@ class Training:
             foresee_size(self.model, self.step, run)
         return moment
 
-    def log_starts(self, moment: Moment, qat_begins: bool) -> None:
+    def log_starts(self, moment: Moment, qat_begins: bool, loops_begin: bool) -> None:
         """Log what begins with this step."""
         run, mode = self.run, self.run.cfg.qat_mode
+        if loops_begin:
+            run.folder.log(
+                "depth_loop:enabled step:{step} layers:{layers}",
+                "depth_loop",
+                step=self.step,
+                layers=[layer.block for layer in self.model.plan],
+            )
         if "swa" in self.averages.kept and moment.snapshot and not run.ledger.activity["swa"]:
             run.folder.log(f"swa:start step:{self.step + 1}")
         if not qat_begins:
@@ -4022,7 +4373,8 @@ class Training:
         self.note_activity(moment)
         self.log_pending(seconds)
         self.step += 1
-        run.ledger.training_operations += self.step_operations
+        operations = self.step_operations if moment.looping else self.early_operations
+        run.ledger.training_operations += operations
         if self.step % REPLICA_CHECK_STEPS == 0:
             run.ranks.check_replicas(self.model, self.step)
         self.pending = Pending(run.fetch(stats), moment, show)
@@ -4094,6 +4446,7 @@ class Training:
                 "snapshots": self.averages.snapshots,
                 "schedule": [schedule.qat, schedule.last_spent, list(schedule.step_seconds)],
                 "operations": run.ledger.training_operations,
+                "looping": schedule.looping,
                 "occasions": dict(run.ledger.occasions),
                 "activity": dict(run.ledger.activity),
                 "last_logged_share": self.last_logged_share,
@@ -4120,6 +4473,7 @@ class Training:
         schedule.qat, schedule.last_spent, step_seconds = saved["schedule"]
         schedule.step_seconds.extend(step_seconds)
         run.ledger.training_operations = saved["operations"]
+        schedule.looping = saved.get("looping", True)
         run.ledger.occasions = Counter(saved["occasions"])
         run.ledger.activity = Counter(saved["activity"])
         self.last_logged_share = saved["last_logged_share"]
@@ -4165,6 +4519,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             step, seconds = state.step, run.ranks.agree(clock.elapsed())
             state.save_if_asked(seconds)
             qat_before = schedule.qat
+            looping_before = schedule.looping
             moment = state.begin_step(seconds)
             if moment.done:
                 break
@@ -4174,9 +4529,10 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     result = evaluate("validation", forward, model, val, run)
                     report(f"step:{step}/{cfg.iterations}", result, run, step)
             qat_begins = moment.qat and not qat_before
-            state.log_starts(moment, qat_begins)
+            loops_begin = moment.looping and not looping_before
+            state.log_starts(moment, qat_begins, loops_begin)
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
-            state.end_step(stats, moment, seconds, show=qat_begins)
+            state.end_step(stats, moment, seconds, show=qat_begins or loops_begin)
             bar.update(schedule.position(state.step, state.spent(seconds)) - bar.n)
         state.log_pending(clock.elapsed(), show=True)
     state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
@@ -4199,6 +4555,23 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
         reason=reason,
     )
     return state.averages.result(run)
+
+
+def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
+    """Model and run without loops, if training ended before ENABLE_LOOPING_AT; else as they are.
+
+    The weights never met the looped plan. What they are worth is what they were trained for.
+    """
+    if not run.cfg.num_loops or state.schedule.looping:
+        return model, run
+    run.folder.log("warning: training ended before ENABLE_LOOPING_AT: exported without loops")
+    cfg = replace(run.cfg, num_loops=0)
+    plain = GPT(cfg, model.kernel, run.dtype).to(run.device)
+    plain.penalty = model.penalty
+    for name, parameter in plain.named_parameters():
+        trained = model.get_parameter(name).detach()
+        parameter.data.copy_(trained[: len(parameter)] if parameter.ndim else trained)
+    return plain, run.with_settings(cfg)
 
 
 def training_bar(schedule: Schedule, run: Run) -> tqdm:
@@ -6340,13 +6713,14 @@ def window_batch(val: Validation, spans: np.ndarray, size: int, width: int, cfg:
     def ints(column: np.ndarray) -> Tensor:
         return torch.from_numpy(column.astype(np.int64))
 
-    return Batch(
+    batch = Batch(
         input_ids=ints(val.tokens[inputs]),
         target_ids=ints(val.tokens[targets + 1]),
         places=None if width == T else ints(places),
         scored=ints(scored),
         target_bytes=ints(val.target_bytes[targets]),
     )
+    return batch.by_document(T) if cfg.attn_docs else batch
 
 
 def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -7154,6 +7528,7 @@ class Config(
     TokenSettings,
     AttentionSettings,
     ValueSettings,
+    DepthSettings,
     StreamSettings,
     RateSettings,
     MuonSettings,
@@ -7178,6 +7553,12 @@ class Config(
     def rotary_dims(self) -> int:
         """Rotated dimensions of each head, R."""
         return self.rope_dims or self.head_dim
+
+    @property
+    def has_input_gates(self) -> bool:
+        """Whether some gate looks at GATE_WINDOW channels."""
+        smears = self.smear_enabled and self.smear_form == "input"
+        return smears or self.attn_gate != "none"
 
     @property
     def backout_layer(self) -> int:
@@ -7325,6 +7706,46 @@ PUBLISHED = {
     "eval_truncate": True,
 }
 
+# #1855 as it ran; #2135 differs in few settings. CaseOps is a matter of the data and its tokenizer.
+FRONTIER = {
+    "loader": "sequential",
+    "vocab_size": 8192,
+    "mlp_mult": 4.0,
+    "qk_gain_init": 5.0,
+    "rope_ntk_ref": 0,
+    "attn_docs": True,
+    "attn_gate": "sparse",
+    "attn_gate_scale": 0.5,
+    "smear_form": "input",
+    "bigram_vocab_size": 0,
+    "ve_enabled": False,
+    "num_loops": 2,
+    "skip_gates": True,
+    "parallel_start_layer": 8,
+    "matrix_lr": 0.026,
+    "scalar_lr": 0.02,
+    "tied_embed_lr": 0.03,
+    "muon_momentum": 0.97,
+    "muon_ns": "polar",
+    "muon_row_norm": True,
+    "muon_wd": 0.095,
+    "embed_wd": 0.085,
+    "adam_wd": 0.02,
+    "beta2": 0.99,
+    "min_lr": 0.1,
+    "clip_before_reduce": True,
+    "warmdown_frac": 0.85,
+    "ema_decay": 0.9965,
+    "qat_mode": "off",
+    "quant_clip": "std",
+    "clip_sigmas": "mlp:11.5,attn:13,emb:14,aux:13",
+    "bits": "mlp:6,attn:6,emb:7,aux:8",
+    "gptq_calib_batches": 16,
+    "eval_truncate": True,
+    "eval_stride": 0,
+    # To be completed: LQER, its packer, int8 rows of gates; adapters for each document.
+}
+
 PRESETS: dict[str, dict] = {
     # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
     # Averages that were computed, never applied, are left out: #1361, #569, #703 SWA; #334 EMA.
@@ -7436,6 +7857,15 @@ PRESETS: dict[str, dict] = {
         "clip_search": "absmax",
         "prune_frac": 0.08,
         "attention": "sdpa",
+    },
+    "pr1855": FRONTIER,
+    "pr2135": FRONTIER
+    | {
+        "smear_bos_mask": False,
+        "matrix_lr": 0.028,
+        "gptq_calib_batches": 32,
+        "eval_seq_len": 2560,
+        # To be completed: LQER groups of 32, one stream, adapters, n-gram tilt.
     },
     # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
     # are of the system's own value.
@@ -7562,6 +7992,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
             state.restore(saved)
         packed_text = pack_training_text(rows, run)
         model, steps = train(forward, state, rows, val, run), state.step
+        model, run = as_trained(model, state, run)
         hessians = calibrate(model, rows, steps, run)
         run.phase = "scoring the float model"
         float_result = evaluate("float_chunked", forward, model, val, run)
@@ -7627,13 +8058,22 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
                 f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f} "
                 f"max_train_tflops:{cfg.max_train_tflops:g}",
                 f"work of a step:{step_operations(model) / 1e12:.6g} TFLOP",
-                *(f"layer:{place} {layer}" for place, layer in enumerate(model.plan)),
+                *plan_lines(model),
                 *routing_table(cfg, model),
                 f"repeats:{repeats(run)}",
                 f"seed:{cfg.seed}",
             )
         )
     )
+
+
+def plan_lines(model: GPT) -> Iterator[str]:
+    """The layers in the order in which they are executed, and the order before they loop."""
+    if model.cfg.num_loops:
+        before = ",".join(str(layer.block) for layer in model.plan_before_looping)
+        yield f"before ENABLE_LOOPING_AT={model.cfg.enable_looping_at:g}, blocks: {before}"
+    for place, layer in enumerate(model.plan):
+        yield f"layer:{place} {layer}"
 
 
 def repeats(run: Run) -> str:

@@ -8,27 +8,35 @@ every parameter as param/<name> or param_unbanked/<name>, logits, loss/<kind> an
 grad/<kind>/<name> or grad_unbanked/<kind>/<name>; kind is ce, ce_qat or mile_<gamma>. Prints the
 largest error of logits and losses, and of each gradient (or of its signed sums, where
 golden_kit.py has no more of it) as a share of the tensor's largest element.
-Exit 0 if logits are within 2e-4, losses within 2e-4 and gradients within 1e-3; 1 if not; 2 with one
-line if the folder cannot be used.
+A folder may also hold model.npz and model.json of #1855 (tests/golden_1855.py): with and without
+loops, packed by document and as rows.
+Exit 0 if logits are within 2e-4, losses within 2e-4 and gradients within 1e-3, for #1855 within
+2e-5, 2e-6 and 1e-4; 1 if not; 2 with one line if the folder cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import golden_kit
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import golden_1855
+
 from train_gpt import GPT, PRESETS, Batch, Config, qat_grids, training_nats
 
 LOGITS_WITHIN, LOSSES_WITHIN, GRADIENTS_WITHIN = 2e-4, 2e-4, 1e-3
+FRONTIER_WITHIN = {"logits": 2e-5, "loss": 2e-6, "gradient": 1e-4}
+FRONTIER = "model"  # the file of #1855
 BLOCK_LINEAR = re.compile(r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight")
 # Constructor arguments that change shapes or scales, which a folder may choose freely.
 SIZES = (
@@ -140,24 +148,63 @@ def compare(system: str, model: GPT, numbers: dict[str, torch.Tensor]) -> list[t
     return rows
 
 
+def compare_frontier(folder: Path) -> list[tuple]:
+    """Rows (what, error, bound) of #1855; raises Unusable."""
+    try:
+        numbers, facts = golden_kit.numbers(folder, FRONTIER), golden_kit.facts(folder, FRONTIER)
+        model = golden_1855.build(numbers, facts)
+        return list(frontier_rows(model, numbers, facts))
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise Unusable(f"{folder}: {FRONTIER}: {type(error).__name__} {error}") from None
+
+
+def frontier_rows(model: GPT, numbers: dict[str, torch.Tensor], facts: dict) -> Iterator[tuple]:
+    """What compare_frontier() compares."""
+    within = FRONTIER_WITHIN
+    for mode, form in itertools.product(("off", "on"), ("packed", "rows")):
+        label = f"pr1855 {mode}/{form}"
+        model.zero_grad()
+        loss, nats, logits = golden_1855.loss_and_logits(model, numbers, facts, mode, form)
+        error = (logits - numbers[f"logits/{mode}/{form}"]).abs().max()
+        yield f"{label} logits", float(error), within["logits"]
+        error = (nats - numbers[f"nll/{mode}/{form}"]).abs().max()
+        yield f"{label} nats", float(error), within["logits"]
+        published = facts["losses"][f"{mode}/{form}"]
+        yield f"{label} loss", abs(loss.item() - published), within["loss"]
+        loss.backward()
+        if form == "packed":
+            for name, ours, given, is_sums in golden_1855.gradients_of(model, numbers, facts, mode):
+                error = golden_kit.gradient_error(ours, given, is_sums)
+                yield f"{label} gradient {name}", error, within["gradient"]
+
+    for mode in ("off", "on"):
+        yield f"pr1855 {mode}/packed leak", golden_1855.leak(model, numbers, mode), 0.0
+
+
+def compare_folder(folder: Path) -> list[tuple]:
+    """Rows (what, error, bound) of every system in a folder; raises Unusable."""
+    found = {name.replace("model_", "pr"): name for name in golden_kit.names(folder, "model_.*")}
+    known = {system: name for system, name in found.items() if system in PRESETS}
+    is_frontier = bool(golden_kit.names(folder, FRONTIER))
+    if not known and not is_frontier:
+        raise Unusable(f"{folder}: no model_<PR>.npz of {', '.join(PRESETS)[:-6]}, no model.npz")
+    rows = compare_frontier(folder) if is_frontier else []
+    for system, name in known.items():
+        constructor, numbers = read_numbers(folder, name)
+        rows += compare(system, build(system, constructor, numbers), numbers)
+    return rows
+
+
 def main(arguments: list[str]) -> int:
     """Compare every system of the folder; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, nargs="?", default=golden_kit.SYSTEMS)
+    parser.add_argument("folder", type=Path, nargs="?")
     folder = parser.parse_args(arguments).folder
+    folders = [golden_kit.SYSTEMS, golden_kit.PR1855] if folder is None else [folder]
     try:
-        found = {
-            name.replace("model_", "pr"): name for name in golden_kit.names(folder, "model_.*")
-        }
-        known = {system: name for system, name in found.items() if system in PRESETS}
-        if not known:
-            raise Unusable(f"{folder}: no model_<PR>.npz of {', '.join(PRESETS)[:-6]}")
-        rows = []
-        for system, name in known.items():
-            constructor, numbers = read_numbers(folder, name)
-            rows += compare(system, build(system, constructor, numbers), numbers)
+        rows = [row for folder in folders for row in compare_folder(folder)]
     except Unusable as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -48,6 +48,8 @@ TINY = {
     "ve_dim": 8,
     "ve_layers": "1,0",
     "cache_layer": 1,
+    "loop_start": 1,
+    "loop_end": 2,
     "vocab_size": VOCAB_SIZE,
     "train_seq_len": 16,
     "train_batch_tokens": 64,

@@ -70,6 +70,32 @@ VARIANTS = {
     "backout": {"backout_mode": "mid"},
     "cache late": {"backout_mode": "cache", "cache_layer": 3},
     "cache early": {"backout_mode": "cache", "cache_layer": 0, "vrl_mode": "add"},
+    "loop": {"num_loops": 2, "loop_start": 1, "loop_end": 3},
+    "loop of the first": {"num_loops": 1, "loop_start": 0, "loop_end": 1, "vrl_mode": "add"},
+    "loop of the last": {"num_loops": 3, "loop_start": 4, "loop_end": 4, "vrl_mode": "mix"},
+    "loop, cached": {
+        "num_loops": 1,
+        "loop_start": 2,
+        "loop_end": 3,
+        "backout_mode": "cache",
+        "cache_layer": 2,
+    },
+    "two lanes": {"parallel_start_layer": 3},
+    "two lanes that skip": {"parallel_start_layer": 1, "skip_gates": True},
+    "two lanes in a loop": {
+        "parallel_start_layer": 3,
+        "num_loops": 1,
+        "loop_start": 2,
+        "loop_end": 3,
+        "backout_mode": "mid",
+    },
+    "skip gates": {"skip_gates": True},
+    "scalar skip gates": {"skip_gates": True, "skip_per_dim": "0"},
+    "sparse gate": {"attn_gate": "sparse", "attn_gate_scale": 0.5},
+    "out gate": {"attn_gate": "out", "gate_window": 32},
+    "input smear": {"smear_form": "input"},
+    "input smear unmasked": {"smear_form": "input", "smear_bos_mask": False, "gate_window": 1},
+    "documents": {"attn_docs": True},
     # The published systems, their layers and techniques kept.
     **{
         system: {
@@ -145,10 +171,30 @@ def naive_rotate(x: np.ndarray, position: int, seq_len: int, cfg: Config) -> np.
     return y
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def naive_documents(ids: list[int], longest: int) -> list[int]:
+    """The number of each token's document."""
+    numbers, began = [0], 0
+    for i in range(1, len(ids)):
+        begins = ids[i] == BOS or i - began == longest
+        numbers.append(numbers[-1] + begins)
+        began = i if begins else began
+    return numbers
+
+
 def naive_attention(
-    p: dict, h: np.ndarray, v_flat: np.ndarray, exclusive: bool, cfg: Config
+    p: dict,
+    h: np.ndarray,
+    v_flat: np.ndarray,
+    exclusive: bool,
+    cfg: Config,
+    documents: list[int] | None = None,
 ) -> np.ndarray:
-    """(T, D) -> (T, D), with values v_flat (T, G*K)."""
+    """(T, D) -> (T, D), with values v_flat (T, G*K); by default a row is one document."""
+    documents = documents or [0] * len(h)
     length, width = len(h), cfg.model_dim // cfg.num_heads
     out = np.zeros_like(h)
     for head in range(cfg.num_heads):
@@ -163,10 +209,14 @@ def naive_attention(
         k = [turn(naive_rms(p["c_k.weight"][theirs] @ h[i]), i) for i in range(length)]
         v = v_flat[:, theirs]
         for i in range(length):
-            weights = np.exp([q[i] @ k[j] / math.sqrt(width) for j in range(i + 1)])
-            y = sum(w * v[j] for j, w in enumerate(weights / weights.sum()))
+            seen = [j for j in range(i + 1) if documents[j] == documents[i]]
+            weights = np.exp([q[i] @ k[j] / math.sqrt(width) for j in seen])
+            y = sum(w * v[j] for j, w in zip(seen, weights / weights.sum(), strict=True))
             if exclusive:
                 y = y - (y @ v[i]) / (v[i] @ v[i]) * v[i]
+            if cfg.attn_gate != "none":
+                open_by = sigmoid(cfg.attn_gate_scale * p["gate"][head] @ h[i, : cfg.gate_window])
+                y = y * open_by * {"sparse": 1, "out": 2}[cfg.attn_gate]
             out[i, mine] = y
     return out @ p["proj.weight"].T
 
@@ -192,14 +242,43 @@ def naive_smear(gate: np.ndarray, x: np.ndarray, ids: list[int], cfg: Config) ->
     return out
 
 
-def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
+def naive_smear_by_input(p: dict, x: np.ndarray, ids: list[int], cfg: Config) -> np.ndarray:
+    out = x.copy()
+    for i in range(1, len(x)):
+        if not (cfg.smear_bos_mask and ids[i] == BOS):
+            gate = sigmoid(p["smear.weight"] @ x[i, : cfg.gate_window])
+            out[i] = x[i] + p["smear.scale"] * gate * x[i - 1]
+    return out
+
+
+def naive_order(cfg: Config, looping: bool) -> list[int]:
+    """Which layer is executed when."""
+    order = []
+    for layer in range(cfg.num_layers):
+        order.append(layer)
+        if looping and cfg.num_loops and layer == cfg.loop_end:
+            for _ in range(cfg.num_loops):
+                order += range(cfg.loop_start, cfg.loop_end + 1)
+    return order
+
+
+def naive_logits(
+    p: dict,
+    ids: list[int],
+    cfg: Config,
+    looping: bool = True,
+    documents: list[int] | None = None,
+) -> np.ndarray:
     """The whole network on one row: (T,) token ids -> (T, V)."""
     x, values, stack = p["tok_emb.weight"][ids], np.zeros((len(ids), 1)), []
     if cfg.bigram_vocab_size:
         rows = p["bigram.embed.weight"][[naive_bucket(ids, i, cfg) for i in range(len(ids))]]
         x = x + p["bigram.scale"] * (rows @ p["bigram.proj.weight"].T)
-    x = naive_rms(x)
-    x0 = x = naive_smear(p["smear.gate"], x, ids, cfg) if cfg.smear_enabled else x
+    if cfg.smear_enabled and cfg.smear_form == "input":
+        x0 = x = naive_rms(naive_smear_by_input(p, x, ids, cfg))
+    else:
+        x = naive_rms(x)
+        x0 = x = naive_smear(p["smear.gate"], x, ids, cfg) if cfg.smear_enabled else x
     value_layers = [int(n) for n in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
     if value_layers:
         values = p["ve_shared.scale"] * (
@@ -207,7 +286,14 @@ def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
         )
     v0, kept = None, None
     middle = {"mid": cfg.num_layers // 2, "cache": cfg.cache_layer, "none": None}[cfg.backout_mode]
-    for layer in range(cfg.num_layers):
+    order = naive_order(cfg, looping)
+    half, second = len(order) // 2, None
+    for place, layer in enumerate(order):
+        has_lanes = 0 < cfg.parallel_start_layer <= layer
+        if has_lanes and second is None:
+            second = x
+        if not has_lanes and second is not None:
+            x, second = (x + second) / 2, None
         of = {
             name.removeprefix(f"blocks.{layer}."): value
             for name, value in p.items()
@@ -217,30 +303,44 @@ def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
             {name.removeprefix(part): value for name, value in of.items()}
             for part in ("attn.", "mlp.")
         )
-        if layer >= cfg.num_layers // 2 and stack and cfg.skip_per_dim != "off":
-            x = x + p["skip_weights"][layer - cfg.num_layers // 2] * stack.pop()
+        if place >= half and stack and cfg.skip_per_dim != "off":
+            skip = p["skip_weights"][place - half] * stack.pop()
+            if cfg.skip_gates:
+                keep = sigmoid(p["skip_gates"][place - half])
+                x = keep * x + (1 - keep) * skip
+            else:
+                x = x + skip
         scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale == "1" else 1
         seen = of["resid_mix"][0] * x + of["resid_mix"][1] * x0
-        x = seen
-        if cfg.backout_mode == "cache" and kept is not None and layer >= cfg.num_layers // 2:
+        before, x = x, seen
+        if cfg.backout_mode == "cache" and kept is not None and place >= half:
             seen = of["resid_mix"][0] * kept + of["resid_mix"][1] * x0
         h = scale * naive_rms(seen)
         v = own = h @ attn["c_v.weight"].T
         if layer in value_layers:
             v = v + values * p[f"ve_layer_scales.{value_layers.index(layer)}"]
         if layer == 0:
-            v0 = own if cfg.vrl_mode == "add" else v
+            v0 = (own if cfg.vrl_mode == "add" else v) if v0 is None else v0
         elif cfg.vrl_mode == "add":
             v = v + v0 / (1 + np.exp(-p[f"vrl_alphas.{layer - 1}"]))
         elif cfg.vrl_mode == "mix":
             v = attn["vr_lambda"][0] * v0 + attn["vr_lambda"][1] * v
         xsa = layer >= cfg.num_layers - cfg.xsa_last_n
-        x = x + of["attn_scale"] * naive_attention(attn, h, v, xsa, cfg)
-        x = x + of["mlp_scale"] * naive_mlp(mlp, scale * naive_rms(x), cfg)
-        if layer < cfg.num_layers // 2:
-            stack.append(x)
-        if layer == middle:
-            kept = x
+        attended = of["attn_scale"] * naive_attention(attn, h, v, xsa, cfg, documents)
+        if has_lanes:
+            thought = of["mlp_scale"] * naive_mlp(mlp, scale * naive_rms(second), cfg)
+            keep, write = p["lane_keep"][layer], p["lane_write"][layer]
+            x = keep[0] * before + write[0] * attended + write[2] * thought
+            second = keep[1] * second + write[1] * attended + write[3] * thought
+        else:
+            x = x + attended
+            x = x + of["mlp_scale"] * naive_mlp(mlp, scale * naive_rms(x), cfg)
+        output = x if second is None else (x + second) / 2
+        if place < half:
+            stack.append(output)
+        if layer == middle and layer not in order[place + 1 :]:
+            kept = output
+    x = output
     if kept is not None:
         x = x - p["backout_lambda"] * kept
     z = naive_rms(x) @ p["tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"].T
@@ -254,11 +354,23 @@ def naive_logits(p: dict, ids: list[int], cfg: Config) -> np.ndarray:
 def test_the_forward_is_its_equations(variant: str) -> None:
     cfg = Config(**{**SIZES, **VARIANTS[variant]})
     model, ids = random_model(cfg), random_ids(cfg, rows=2, length=9)
-    with torch.no_grad():
-        logits = model.logits(model.hidden(ids)).numpy()
-    expected = np.stack([naive_logits(arrays(model), row, cfg) for row in ids.tolist()])
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    documents = [[0] * 9] * 2
+    batch = Batch(ids, ids)
+    if cfg.attn_docs:
+        documents = [naive_documents(row, 4) for row in ids.tolist()]
+        batch = batch.by_document(4)
+    for looping in (True, False) if cfg.num_loops else (True,):
+        with torch.no_grad():
+            hidden = model.hidden(ids, batch.documents, batch.boundaries, looping)
+            logits = model.logits(hidden).numpy()
+        expected = np.stack(
+            [
+                naive_logits(arrays(model), row, cfg, looping, numbers)
+                for row, numbers in zip(ids.tolist(), documents, strict=True)
+            ]
+        )
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nats_are_the_negative_log_probability_of_each_target() -> None:
@@ -483,8 +595,8 @@ def test_late_layers_take_early_outputs_in_reverse(layers: int, skips: dict[int,
             self.layer = layer
 
         def forward(self, x, *context):
-            received[self.layer] = x[0, 0].tolist()
-            return torch.eye(32)[self.layer].expand_as(x)
+            received[self.layer] = x[0][0, 0].tolist()
+            return torch.eye(32)[self.layer].expand_as(x[0]), None
 
     received: dict[int, list[float]] = {}
     cfg = Config(**{**SIZES, "num_layers": layers, "xsa_last_n": 0, "ve_layers": ""})
@@ -533,6 +645,13 @@ def test_a_delta_adds_a_matrix_of_low_rank_for_each_row(rows: int) -> None:
 # Properties of the whole.
 
 
+def logits_of(model: GPT, ids: torch.Tensor, looping: bool = True) -> torch.Tensor:
+    """Logits of rows, with attention inside documents where the settings say so."""
+    batch = Batch(ids, ids)
+    batch = batch.by_document(ids.size(1)) if model.cfg.attn_docs else batch
+    return model.logits(model.hidden(ids, batch.documents, batch.boundaries, looping))
+
+
 EVERYTHING = {**SIZES, "num_layers": 6, "xsa_last_n": 6, "rope_ntk_ref": 16}
 
 
@@ -542,11 +661,17 @@ EVERYTHING = {**SIZES, "num_layers": 6, "xsa_last_n": 6, "rope_ntk_ref": 16}
         {},
         {"vrl_mode": "add", "backout_mode": "mid"},
         {"vrl_mode": "mix", "backout_mode": "cache", "cache_layer": 3, "bigram_hash": "sum"},
+        {"num_loops": 2, "loop_start": 1, "loop_end": 2},
+        {"parallel_start_layer": 2, "num_loops": 1, "loop_start": 2, "loop_end": 3},
+        {"skip_gates": True, "attn_gate": "sparse", "smear_form": "input", "attn_docs": True},
     ],
-    ids=["defaults", "VRL and backout", "mixed and cached"],
+    ids=["defaults", "VRL and backout", "mixed and cached", "loop", "lanes", "gates, documents"],
 )
+@pytest.mark.parametrize("looping", [True, False])
 @pytest.mark.parametrize("length", [2, 7, 33, 65])
-def test_no_later_token_changes_an_earlier_logit(length: int, techniques: dict) -> None:
+def test_no_later_token_changes_an_earlier_logit(
+    length: int, looping: bool, techniques: dict
+) -> None:
     """Row i of a batch differs from the others at position i alone; compared bit for bit."""
     cfg = Config(**{**EVERYTHING, **techniques})
     model, ids = random_model(cfg, dtype=torch.float32), random_ids(cfg, 1, length)
@@ -555,7 +680,7 @@ def test_no_later_token_changes_an_earlier_logit(length: int, techniques: dict) 
         changed = rows.clone()
         changed[at, at] = torch.where(ids[0] == new, 7, new)
         with torch.inference_mode():
-            before, after = (model.logits(model.hidden(x)) for x in (rows, changed))
+            before, after = (logits_of(model, x, looping) for x in (rows, changed))
         for i in range(length):
             assert torch.equal(before[i, :i], after[i, :i])
             assert not torch.equal(before[i, i], after[i, i])
