@@ -325,7 +325,7 @@ TYPE_MISTAKES = {
         "hidden",
         lambda old: lambda self, ids: (self.__setattr__("dtype", FP32), old(self, ids))[1],
     ),
-    "bfloat16 logits": patch_of(GPT, "logits", lambda old: lambda self, h: old(self, h).to(BF16)),
+    "bfloat16 logits": patch_of(GPT, "logits", lambda old: lambda *given: old(*given).to(BF16)),
     "float32 in Muon": patch_of(train_gpt, "pack_momentum", lambda old: lambda m: old(m.float())),
     "bfloat16 weights": patch_of(
         train_gpt.Muon,

@@ -341,7 +341,7 @@ def test_masked_head_is_the_renormalised_distribution() -> None:
     logits = 4.0 * torch.tanh(hidden @ head.t() / 4.0) + penalty[ids]
     torch.testing.assert_close(weights, train_gpt.mile_weights(logits, gamma, 0.1))
     assert torch.isfinite(weights).all()
-    plain = train_gpt.HeadNats.apply(hidden, head, targets, 4.0, None, 0.1)[0]
+    plain = train_gpt.HeadNats.apply(hidden, head, targets, 4.0, None, 0.1, ids, None)[0]
     assert (nats <= plain + 1e-5).all()
     assert (nats < plain - 1e-2).any()
 
