@@ -844,9 +844,10 @@ def fetch_tokenizer(
             f"{source.repository}: {remote} has {found.vocab_size} pieces, not {vocab_size}"
         )
     if found.marks_capitals != marks_capitals:
+        has = "has" if found.marks_capitals else "lacks"
         raise BadInput(
-            f"{source.repository}: {remote} {'has' if found.marks_capitals else 'lacks'} marks of "
-            "capitals; --caseops is for tokenizers that have them"
+            f"{source.repository}: {remote} {has} marks of capitals; --caseops is for tokenizers "
+            "that have them"
         )
     place_tokenizer(staged, path)
     return load_tokenizer(path)
