@@ -7872,6 +7872,7 @@ PRESETS: dict[str, dict] = {
     "mini": {
         "data_path": "./data/datasets/docs_sp1024",
         "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
+        "vocab_size": 1024,
         "loader": "shuffled",
         "model_dim": 64,
         "num_heads": 2,
