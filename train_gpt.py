@@ -24,14 +24,15 @@ Sections, in the order of a run:
   7  Training                     priming, one step, the loop
   8  Quantization                 int6/int8 grids, Hessians, GPTQ
   9  Artifact                     bytes to model and back
- 10  Size                         what it will take, and how it is made to fit
- 11  Counts                       n-grams and repeats, mixed with the network
- 12  Evaluation                   windows, bits per byte, learning from what is scored
- 13  Sampling                     text that the model draws
- 14  Faster on a CPU              derivatives by hand
- 15  Published variants           what only a published system needs
- 16  Configuration                all settings together, presets, the environment
- 17  Main                         the story, and the verbs above
+ 10  Range coder                integers to few bytes and back
+ 11  Size                         what it will take, and how it is made to fit
+ 12  Counts                       n-grams and repeats, mixed with the network
+ 13  Evaluation                   windows, bits per byte, learning from what is scored
+ 14  Sampling                     text that the model draws
+ 15  Faster on a CPU              derivatives by hand
+ 16  Published variants           what only a published system needs
+ 17  Configuration                all settings together, presets, the environment
+ 18  Main                         the story, and the verbs above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -61,7 +62,7 @@ import time
 import traceback
 import zipfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -4745,6 +4746,14 @@ class Stored:
             return "packed"
         return "float" if self.scale is None else "grid"
 
+    def numbers(self) -> list[int]:
+        """The numbers of its row in the header, from which the shapes of its arrays follow."""
+        return [*self.values.shape]
+
+    def arrays(self) -> list[Tensor]:
+        """Its streams in the artifact, integers before floats."""
+        return [array for array in (self.values, self.scale) if array is not None]
+
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
         values = self.values.float()
@@ -5176,8 +5185,8 @@ class ArtifactSettings(Part):
     )
     codec: str = training_knob(
         "zstd",
-        ("zstd", "lzma", "brotli", "best"),
-        "Compression of the artifact; best is the smaller of zstd and lzma.",
+        ("zstd", "lzma", "brotli", "range", "best"),
+        "Compression of the artifact; best is the smallest of zstd, lzma and range.",
     )
 
     @staticmethod
@@ -5192,7 +5201,8 @@ class ArtifactSettings(Part):
 ARTIFACT_MAGIC = b"TINYGPT\n"
 ARTIFACT_VERSION = 2  # what is written; version 1 is read as well
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, bytes of the body, sha256 of the rest
-CODECS = {"zstd": 1, "lzma": 2, "brotli": 3}
+CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "range": 4}
+BEST_OF = ("zstd", "lzma", "range")  # what CODEC=best tries
 
 ZSTD_LEVEL = 22
 ZSTD_SHORTEST_MATCHES = (6, 4, 3)  # bytes; all are tried, since no rule says which packs best
@@ -5219,29 +5229,26 @@ VERSION_1_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class Stream:
-    """One run of equal numbers that a stored tensor consists of: a field of Stored."""
+    """One array of equal numbers that a stored tensor consists of."""
 
-    field: str
     dtype: str  # as numpy names it, little-endian
-    count: Callable[[list[int]], int]  # how many numbers, from the tensor's shape
+    shape: Callable[[list[int]], Shape]  # from the numbers of the tensor's row in the header
 
 
 @dataclass(frozen=True)
 class StorageKind:
-    """A way to store a tensor: which numbers of dimensions it may have, and its streams."""
+    """A way to store a tensor: how many numbers its row may have, and its streams."""
 
-    dimensions: tuple[int, ...]
+    numbers: tuple[int, ...]
     streams: tuple[Stream, ...]
 
 
 # The body holds all streams of the first type, tensor by tensor, then all of the second, ...
 STREAM_TYPES = ("<i1", "<f2", "|u1")
 STORAGE_KINDS = {
-    "float": StorageKind((0, 1, 2), (Stream("values", "<f2", math.prod),)),
-    "grid": StorageKind(
-        (2,), (Stream("values", "<i1", math.prod), Stream("scale", "<f2", lambda shape: shape[0]))
-    ),
-    "packed": StorageKind((1,), (Stream("values", "|u1", math.prod),)),
+    "float": StorageKind((0, 1, 2), (Stream("<f2", tuple),)),
+    "grid": StorageKind((2,), (Stream("<i1", tuple), Stream("<f2", lambda row: (row[0],)))),
+    "packed": StorageKind((1,), (Stream("|u1", tuple),)),
 }
 TRAINING_TEXT = "training_text"  # the name of the packed tokens that COUNTS reads
 
@@ -5282,6 +5289,8 @@ def compress(body: bytes, codec: str) -> bytes:
         return compress_with_zstd(body)
     if codec == "lzma":
         return lzma.compress(body, preset=LZMA_PRESET)
+    if codec == "range":
+        return pack_by_range(body)
     return brotli_module().compress(body, quality=11, lgwin=24)
 
 
@@ -5320,6 +5329,8 @@ def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
         body = lzma_reader.decompress(packed, max_length=size + 1)
         complete = lzma_reader.eof and not lzma_reader.unused_data
         return body if complete else None
+    if codec == "range":
+        return unpack_by_range(packed, size)
     brotli = brotli_module()
     brotli_reader = brotli.Decompressor()
     try:
@@ -5337,21 +5348,18 @@ def by_place_in_layer(name: str) -> tuple[str, list[int]]:
 def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd") -> bytes:
     """The artifact's bytes; the same header and tensors always give the same bytes."""
     ordered = {name: stored[name] for name in sorted(stored, key=by_place_in_layer)}
-    tensors = [[name, tensor.kind, *tensor.values.shape] for name, tensor in ordered.items()]
+    tensors = [[name, tensor.kind, *tensor.numbers()] for name, tensor in ordered.items()]
     text = json.dumps({**header, "tensors": tensors}, sort_keys=True, separators=(",", ":"))
     body = [struct.pack("<I", len(text)), text.encode()]
-    for dtype in STREAM_TYPES:
-        for tensor in ordered.values():
-            for stream in STORAGE_KINDS[tensor.kind].streams:
-                if stream.dtype == dtype:
-                    numbers = getattr(tensor, stream.field).numpy()
-                    body.append(numbers.astype(dtype).tobytes())
+    arrays = {name: iter(tensor.arrays()) for name, tensor in ordered.items()}
+    for name, dtype, _ in streams_in_body([tensor_row(row, ARTIFACT_VERSION) for row in tensors]):
+        body.append(next(arrays[name]).numpy().astype(dtype).tobytes())
     return pack_body(b"".join(body), codec)
 
 
 def pack_body(body: bytes, codec: str) -> bytes:
     """The artifact of a body: the prelude, then the body under the codec, or the best one."""
-    codecs = ("zstd", "lzma") if codec == "best" else (codec,)
+    codecs = BEST_OF if codec == "best" else (codec,)
     packed_by = {name: compress(body, name) for name in codecs}
     codec = min(packed_by, key=lambda name: len(packed_by[name]))
     packed = packed_by[codec]
@@ -5367,7 +5375,8 @@ def unpack_body(blob: bytes) -> tuple[int, bytes]:
     _, version, number, size, digest = PRELUDE.unpack_from(blob)
     packed = blob[PRELUDE.size :]
     codecs = {number: name for name, number in CODECS.items()}
-    if not 1 <= version <= ARTIFACT_VERSION or number not in codecs:
+    known = 1 <= version <= ARTIFACT_VERSION and number in codecs
+    if not known or (version == 1 and codecs[number] == "range"):
         raise Refusal(
             f"artifact version {version}, codec {number}: this train_gpt.py reads "
             f"versions 1 to {ARTIFACT_VERSION}, codecs {CODECS}"
@@ -5383,65 +5392,82 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
     """Header and tensors of an artifact; raises Refusal before trusting any length in it."""
     version, body = unpack_body(blob)
     try:
-        (header_bytes,) = struct.unpack_from("<I", body)
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
-        header = json.loads(body[4 : 4 + header_bytes].decode())
-        texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a setting or fingerprint is not text")
-        rows = [tensor_row(row, version) for row in header["tensors"]]
-        return header, cut_payload(body, 4 + header_bytes, rows)
+        header, rows, end = header_of(body, version)
+        return header, cut_payload(body, end, rows)
     except MALFORMED as error:
         raise Refusal(
             f"the artifact's header is malformed ({type(error).__name__}: {error})"
         ) from None
 
 
-TensorRow = tuple[str, str, list[int]]  # name, storage kind, shape
+TensorRow = tuple[str, str, list[int]]  # name, storage kind, its numbers: the shape comes first
+
+
+def header_of(body: bytes, version: int) -> tuple[dict, list[TensorRow], int]:
+    """A body's header, the rows of its tensors, and where it ends; raises one of MALFORMED."""
+    (header_bytes,) = struct.unpack_from("<I", body)
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
+    end = 4 + header_bytes
+    header = json.loads(body[4:end].decode())
+    texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a setting or fingerprint is not text")
+    rows = [tensor_row(row, version) for row in header["tensors"]]
+    if len({name for name, _, _ in rows}) < len(rows):
+        raise ValueError("a tensor is there twice")
+    return header, rows, end
 
 
 def tensor_row(row: list, version: int) -> TensorRow:
-    """A tensor of the header, [name, kind, *shape], checked; raises ValueError or TypeError.
+    """A tensor of the header, [name, kind, *numbers], checked; raises ValueError or TypeError.
 
     Version 1 has 0 for floats and 1 for a grid in the place of the kind's name.
     """
-    name, kind, *shape = row
+    name, kind, *numbers = row
     if version == 1:
         if type(kind) is not int:
             raise ValueError(f"tensor {name!r} of kind {kind!r}")
         kind = {0: "float", 1: "grid"}[kind]
     sound = type(name) is str and type(kind) is str and kind in STORAGE_KINDS
-    if not sound or len(shape) not in STORAGE_KINDS[kind].dimensions:
-        raise ValueError(f"tensor {name!r} of kind {kind!r} and shape {shape!r}")
-    if not all(type(length) is int and 0 <= length <= MAX_BODY_BYTES for length in shape):
-        raise ValueError(f"tensor {name!r} of shape {shape!r}")
-    return name, kind, shape
+    if not sound or len(numbers) not in STORAGE_KINDS[kind].numbers:
+        raise ValueError(f"tensor {name!r} of kind {kind!r} and shape {numbers!r}")
+    if not all(type(number) is int and 0 <= number <= MAX_BODY_BYTES for number in numbers):
+        raise ValueError(f"tensor {name!r} of shape {numbers!r}")
+    return name, kind, numbers
+
+
+def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
+    """Name, type and shape of every stream, in the order in which the body holds them."""
+    for dtype in STREAM_TYPES:
+        for name, kind, numbers in rows:
+            for stream in STORAGE_KINDS[kind].streams:
+                if stream.dtype == dtype:
+                    yield name, dtype, stream.shape(numbers)
+
+
+def arrays_in_body(
+    body: bytes, start: int, rows: list[TensorRow]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Name, type and numbers of all streams, which fill the body from `start`, or ValueError."""
+    place = start
+    for name, dtype, shape in streams_in_body(rows):
+        flat = np.frombuffer(body, dtype, math.prod(shape), place)
+        yield name, dtype, flat.reshape(shape)
+        place += flat.nbytes
+    if place != len(body):
+        raise ValueError("the tensors do not add up to the body")
 
 
 def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Stored]:
     """The tensors whose streams fill the body from `start` to its end, or ValueError."""
-    fields_of: dict[str, dict[str, Tensor]] = {name: {} for name, _, _ in rows}
-    if len(fields_of) < len(rows):
-        raise ValueError("a tensor is there twice")
-    place = start
-    for dtype in STREAM_TYPES:
-        for name, kind, shape in rows:
-            for stream in STORAGE_KINDS[kind].streams:
-                if stream.dtype != dtype:
-                    continue
-                count = stream.count(shape)
-                numbers = np.frombuffer(body, dtype, count, place)
-                native = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
-                if dtype == "<f2" and not native.isfinite().all():
-                    raise ValueError(f"tensor {name!r} is not finite")
-                fields_of[name][stream.field] = native
-                place += numbers.nbytes
-    if place != len(body):
-        raise ValueError("the tensors do not add up to the body")
-    for name, _, shape in rows:
-        fields_of[name]["values"] = fields_of[name]["values"].view(shape)
-    return {name: Stored(**found) for name, found in fields_of.items()}
+    arrays: dict[str, list[Tensor]] = {name: [] for name, _, _ in rows}
+    for name, dtype, numbers in arrays_in_body(body, start, rows):
+        native = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
+        if dtype == "<f2" and not native.isfinite().all():
+            raise ValueError(f"tensor {name!r} is not finite")
+        arrays[name].append(native)
+    return {name: Stored(*arrays[name]) for name, _, _ in rows}
 
 
 def settings_in_header(header: dict) -> dict[str, str]:
@@ -5508,6 +5534,517 @@ def rebuild_model(
     restored = {name: tensor.restore() for name, tensor in tensors.items()}
     model.load_state_dict(restored, assign=True)
     return model.to(run.device)
+
+
+# =================================================================================================
+# Range coder
+# Integers of matrices to bytes and back. The coder is interleaved rANS; the model is that an
+# integer's expected magnitude is the product of a matrix's, a row's and a column's.
+# =================================================================================================
+
+TOTAL_FREQUENCY = 1 << 16  # of each table
+LEAST_STATE = 1 << 32  # a state lies in [2^32, 2^48) and grows and shrinks by words of 16 bits
+LANE_SHARE = 16  # there are sqrt(integers) / LANE_SHARE lanes: each costs 4 bytes, few cost time
+# Bounds on what is coded; lines are rows and columns.
+MAX_INTEGERS, MAX_LINES, MAX_MATRICES = 1 << 27, 1 << 22, 1 << 12
+MAX_CHUNK = 1 << 20  # integers coded at once
+
+# A level is LEVELS_AN_OCTAVE times log2 of an expected magnitude, from 2^LOWEST_OCTAVE on.
+LEVELS_AN_OCTAVE, LOWEST_OCTAVE, HIGHEST_OCTAVE = 16, -8, 7
+LEVELS_A_TABLE = 2
+TABLES = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * LEVELS_AN_OCTAVE // LEVELS_A_TABLE
+PRIOR_SAMPLES, COUNT_UNIT = 512, 256  # integers that a fresh table counts; one integer's count
+FIRST_CHUNK, CHUNK_SHARE = 512, 8  # tables learn after each chunk, of this share of all so far
+
+PROFILE_TOP, PROFILE_PASSES, MAX_SHIFT, LEAST_MEAN = 63, 6, 6, 1e-4
+STEP_IN_ERRORS = 3.5  # a profile's step in standard errors: finer ones cost more than they save
+TWIN_COSINE, TWIN_CANDIDATES = 0.9, 256
+
+
+class RangeEncoder:
+    """Interleaved rANS (arXiv:1311.2540, section 2.3): one state a lane, words of 16 bits.
+
+    A symbol of frequency f, above others of frequencies F in all, takes the state x of its lane
+    to (x // f) 2^16 + x % f + F. Decoding runs backwards, so the stream is written from its end.
+    Facts are bytes that a decoder is told outright.
+    """
+
+    def __init__(self) -> None:
+        self.facts = bytearray()
+        self.steps: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        """Note symbols, each of its own table; returns them.
+
+        ends: int64 (tables, symbols + 1), running sums of frequencies from 0 to TOTAL_FREQUENCY.
+        """
+        starts = ends[tables, symbols]
+        widths = ends[tables, symbols + 1] - starts
+        self.steps.append((starts.astype(np.uint16), (widths - 1).astype(np.uint16)))
+        return symbols
+
+    def stream(self, lanes: int) -> bytes:
+        """The final states of the lanes, then words in the order in which a decoder wants them."""
+        states = np.full(lanes, LEAST_STATE, np.uint64)
+        words = []
+        for starts, widths in reversed(self.steps):
+            for at in reversed(range(0, len(starts), lanes)):
+                f = widths[at : at + lanes].astype(np.uint64) + 1
+                x = states[: len(f)]
+                full = x >= f << 32
+                words.append(x[full].astype("<u2"))  # the low half
+                x[full] >>= 16
+                quotient = x // f
+                x[:] = (quotient << 16) + (x - quotient * f) + starts[at : at + lanes]
+        words.append(states.astype("<u8").view("<u2").reshape(-1, 4)[:, :3].ravel())
+        return b"".join(part.tobytes() for part in reversed(words))
+
+
+class RangeDecoder:
+    """Reads what RangeEncoder wrote; raises ValueError where it cannot have written that."""
+
+    def __init__(self, facts: bytes, stream: bytes, lanes: int) -> None:
+        self.facts, self.facts_read = facts, 0
+        if len(stream) < 6 * lanes or len(stream) % 2:
+            raise ValueError(f"a stream of {len(stream):,} bytes for {lanes:,} lanes")
+        self.words = np.frombuffer(stream, "<u2").astype(np.uint64)
+        self.words_read = 3 * lanes
+        low, middle, high = self.words[: self.words_read].reshape(lanes, 3).T
+        self.states = low | middle << 16 | high << 32
+
+    def told(self, size: int) -> bytes:
+        """The next bytes of the facts; raises ValueError past their end."""
+        part = self.facts[self.facts_read : self.facts_read + size]
+        if len(part) < size:
+            raise ValueError("the facts end early")
+        self.facts_read += size
+        return part
+
+    def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        """The next symbols, each of its own table; of those given only the number counts."""
+        bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
+        widths = np.diff(ends).ravel().astype(np.uint64)
+        found = np.empty(len(tables), np.int64)
+        lanes = len(self.states)
+        for at in range(0, len(tables), lanes):
+            x = self.states[: len(tables) - at]
+            low = x & 0xFFFF
+            slots = low.astype(np.int64) + (tables[at : at + lanes] << 16)
+            here = np.searchsorted(bounds, slots, side="right") - 1
+            found[at : at + lanes] = here
+            x[:] = widths[here] * (x >> 16) + (slots - bounds[here]).astype(np.uint64)
+            small = x < LEAST_STATE
+            stop = self.words_read + np.count_nonzero(small)
+            if stop > len(self.words):
+                raise ValueError("the stream ends early")
+            x[small] = x[small] << 16 | self.words[self.words_read : stop]
+            self.words_read = stop
+        return found - tables * (ends.shape[1] - 1)
+
+    def check_end(self) -> None:
+        """Raise ValueError unless decoding ended where encoding began."""
+        all_read = self.facts_read == len(self.facts) and self.words_read == len(self.words)
+        if not all_read or (self.states != LEAST_STATE).any():
+            raise ValueError("facts or stream do not end where they should")
+
+
+Coder = RangeEncoder | RangeDecoder
+
+
+@functools.cache
+def prior_counts(top: int) -> np.ndarray:
+    """What tables count before the first integer: int64 (TABLES, 2 top + 1).
+
+    The table for mean magnitude m is the discrete Gaussian g^(k^2), |k| <= top. Its g is
+    exp(-1 / (pi m^2)) for large m and m / 2 for small ones; 1 / (1 - g) near
+    1 + m / 2 + pi m^3 / (m + 0.3) is either. Here are only + - * / of float64, which all machines
+    round alike (IEEE 754).
+    """
+    levels = (np.arange(TABLES) + 0.5) * LEVELS_A_TABLE / LEVELS_AN_OCTAVE
+    octaves = np.floor(levels)
+    part = levels - octaves
+    mantissa = 1 + part * (0.6565 + 0.3435 * part)  # near 2^part
+    means = np.ldexp(mantissa, octaves.astype(np.int32) + LOWEST_OCTAVE)[:, None]
+    g = np.repeat(
+        1 - 1 / (1 + means / 2 + math.pi * means * means * means / (means + 0.3)), top, axis=1
+    )
+    right = np.cumprod(np.cumprod(g * g, axis=1) / g, axis=1)  # products of g^(2k - 1)
+    shape = np.concatenate([right[:, ::-1], np.ones_like(means), right], axis=1)
+    peak = COUNT_UNIT * PRIOR_SAMPLES / np.maximum(math.pi * means, 1)
+    return np.rint(peak * shape).astype(np.int64)
+
+
+class AdaptiveTables:
+    """Tables of the integers within +-top, one for each two levels, that learn what is coded."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self.counts = prior_counts(top).copy()
+        self.coded = 0
+
+    def ends(self, tables: slice) -> np.ndarray:
+        """Running sums of frequencies, none of them 0: int64 (tables, 2 top + 2)."""
+        counts = self.counts[tables]
+        symbols = counts.shape[1]
+        totals = counts.sum(axis=1, keepdims=True)
+        frequencies = 1 + counts * (TOTAL_FREQUENCY - symbols) // totals
+        frequencies[:, self.top] += TOTAL_FREQUENCY - frequencies.sum(axis=1)
+        return np.pad(frequencies.cumsum(axis=1), ((0, 0), (1, 0)))
+
+    def code(self, coder: Coder, matrix: np.ndarray, level: int, rows, columns) -> None:
+        """Code a matrix (r, c) in place, levels being level + rows[i] + columns[j].
+
+        Chunks go by share of what these tables coded so far, so that the decoder learns alike.
+        """
+        values = matrix.reshape(-1)  # a view
+        start = 0
+        while start < len(values):
+            size = max(FIRST_CHUNK, self.coded // CHUNK_SHARE)
+            stop = min(len(values), start + min(size, MAX_CHUNK))
+            i, j = np.divmod(np.arange(start, stop), matrix.shape[1])
+            tables = (level + rows[i] + columns[j]) // LEVELS_A_TABLE
+            tables = np.clip(tables, 0, TABLES - 1)
+            shifted = values[start:stop].astype(np.int64) + self.top
+            lowest = int(tables.min())
+            ends = self.ends(slice(lowest, int(tables.max()) + 1))
+            symbols = coder.code(ends, tables - lowest, shifted)
+            values[start:stop] = symbols - self.top
+            places = tables * self.counts.shape[1] + symbols
+            counted = np.bincount(places, minlength=self.counts.size)
+            self.counts += COUNT_UNIT * counted.reshape(self.counts.shape)
+            self.coded += stop - start
+            start = stop
+
+
+def level_of(magnitude: float) -> int:
+    """The level of an expected magnitude, within a byte."""
+    octaves = math.log2(max(magnitude, 2.0**LOWEST_OCTAVE)) - LOWEST_OCTAVE
+    return min(round(octaves * LEVELS_AN_OCTAVE), 255)
+
+
+@dataclass
+class Profile:
+    """What the model says of a matrix (r, c): its level, and levels above it by row and column.
+
+    The latter are whole steps of 2^n levels.
+    """
+
+    level: int
+    rows: np.ndarray  # int64 (r,), in steps
+    columns: np.ndarray  # int64 (c,), in steps
+    row_shift: int
+    column_shift: int
+
+    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Levels of rows and of columns, to be added to the matrix's."""
+        return self.rows << self.row_shift, self.columns << self.column_shift
+
+
+def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
+    """Logarithms of mean magnitudes, less their average, in steps of 2^n levels: int64, and n.
+
+    A mean m of n samples has a logarithm of variance chance = (0.57 + (1/m - 1)^+) / n, as for
+    normal integers if large and rare ones if small. Each logarithm is drawn to the average as far
+    as the share of chance in the variance of all says (James and Stein). A step is the power of
+    two near STEP_IN_ERRORS of the standard error that is left.
+    """
+    means = np.maximum(means, 0.5 / samples)
+    chance = (0.57 + np.maximum(1 / means - 1, 0)) / samples
+    logarithms = np.log(means)
+    logarithms -= logarithms.mean()
+    true = max(float((logarithms**2 - chance).mean()), 0.0)
+    levels = true / (true + chance) * logarithms / math.log(2) * LEVELS_AN_OCTAVE
+    error = math.sqrt(float(np.median(chance))) / math.log(2) * LEVELS_AN_OCTAVE
+    shift = min(max(round(math.log2(STEP_IN_ERRORS * error)), 0), MAX_SHIFT)
+    steps = np.rint(levels / (1 << shift)).astype(np.int64)
+    return steps.clip(-PROFILE_TOP, PROFILE_TOP), shift
+
+
+def fit_profile(matrix: np.ndarray) -> Profile:
+    """The profile by which an integer matrix (r, c) codes well: alternating means fit |q_ij| by
+    m a_i b_j, a and b of mean 1."""
+    magnitudes = np.abs(matrix).astype(np.float64)
+    mean = max(float(magnitudes.mean()), LEAST_MEAN)
+    columns = np.ones(matrix.shape[1])
+    rows = np.ones(matrix.shape[0])
+    for _ in range(PROFILE_PASSES):
+        rows = np.maximum((magnitudes / columns).mean(axis=1), LEAST_MEAN)
+        rows /= rows.mean()
+        columns = np.maximum((magnitudes / rows[:, None]).mean(axis=0), LEAST_MEAN)
+        columns /= columns.mean()
+    row_steps, row_shift = steps_of(mean * rows, matrix.shape[1])
+    column_steps, column_shift = steps_of(mean * columns, matrix.shape[0])
+    profile = Profile(0, row_steps, column_steps, row_shift, column_shift)
+    row_levels, column_levels = profile.levels()
+    expected = np.exp2(row_levels / LEVELS_AN_OCTAVE)[:, None]
+    expected = expected * np.exp2(column_levels / LEVELS_AN_OCTAVE)
+    profile.level = level_of(float((magnitudes / expected).mean()))
+    return profile
+
+
+def grid_top(largest: int) -> int:
+    """The end 2^n - 1 of a symmetric grid that holds `largest`; 128 for int8's own end."""
+    return top_of_bits(min(largest, 128).bit_length())
+
+
+def top_of_bits(bits: int) -> int:
+    """0, 1, 3, ... 127 and 128; raises ValueError for more than 8 bits."""
+    if bits > 8:
+        raise ValueError(f"integers of {bits} bits")
+    return min((1 << bits) - 1, 128)
+
+
+def wrap_integers(integers: np.ndarray, top: int) -> np.ndarray:
+    """Integers modulo 2 top + 1, within +-top."""
+    return (integers + top) % (2 * top + 1) - top
+
+
+def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
+    """Rows of (r, c) that are best told as differences from one of them, and that one: bool (r,).
+
+    Unused tokens have them: nothing but weight decay and the head's common pull acts on their
+    rows. They are those of cosine above TWIN_COSINE with the one of up to TWIN_CANDIDATES rows,
+    evenly taken, that has most such.
+    """
+    exact = matrix.astype(np.float64)
+    candidates = exact[:: len(exact) // TWIN_CANDIDATES + 1]
+    lengths = np.sqrt(np.maximum((exact * exact).sum(axis=1), 1))
+    least = TWIN_COSINE * np.sqrt((candidates * candidates).sum(axis=1))
+    near = candidates @ exact.T > least[:, None] * lengths
+    twins = near[near.sum(axis=1).argmax()]
+    first = int(twins.argmax())
+    twins[first] = False
+    # A magnitude m takes some log2(m + 1/2) bits, and telling twins takes one for each row.
+    own = np.log2(np.abs(exact[twins]) + 0.5).sum()
+    as_differences = np.log2(np.abs(exact[twins] - exact[first]) + 0.5).sum()
+    if own - as_differences < len(exact):
+        twins = np.zeros(len(exact), bool)
+    return twins, first
+
+
+@dataclass
+class IntegerModel:
+    """All tables of an artifact: those of profiles, and those of integers by their top."""
+
+    profiles: AdaptiveTables = field(default_factory=lambda: AdaptiveTables(PROFILE_TOP))
+    integers: dict[int, AdaptiveTables] = field(default_factory=dict)
+
+    def tables(self, top: int) -> AdaptiveTables:
+        """The tables of integers within +-top."""
+        if top not in self.integers:
+            self.integers[top] = AdaptiveTables(top)
+        return self.integers[top]
+
+    def code_steps(self, coder: Coder, steps: np.ndarray, spread: int) -> None:
+        """Code a profile's steps in place; spread: 0 where all are 0, else 1 + their level."""
+        if spread:
+            zeros = np.zeros(len(steps), np.int64)
+            self.profiles.code(coder, steps[None], spread - 1, zeros[:1], zeros)
+
+
+def encode_matrix(encoder: RangeEncoder, model: IntegerModel, matrix: np.ndarray) -> None:
+    """Code an integer matrix (r, c) of at least one element within +-128.
+
+    Facts: bits of its grid, the highest bit set where there are twins; level; shifts and
+    spreads of rows and of columns; with twins a bit for each row and the row they differ from.
+    """
+    top = grid_top(int(np.abs(matrix).max()))
+    twins, first = find_twins(matrix)
+    coded = matrix.copy()
+    coded[twins] = wrap_integers(coded[twins] - coded[first], top)
+    profile = fit_profile(coded)
+    spreads = [
+        1 + level_of(float(np.abs(steps).mean())) if steps.any() else 0
+        for steps in (profile.rows, profile.columns)
+    ]
+    kind = top.bit_length() | bool(twins.any()) << 7
+    shifts = profile.row_shift | profile.column_shift << 4
+    encoder.facts += bytes([kind, profile.level, shifts, *spreads])
+    if twins.any():
+        encoder.facts += np.packbits(twins).tobytes() + first.to_bytes(4, "little")
+    model.code_steps(encoder, profile.rows, spreads[0])
+    model.code_steps(encoder, profile.columns, spreads[1])
+    model.tables(top).code(encoder, coded, profile.level, *profile.levels())
+
+
+def decode_matrix(
+    decoder: RangeDecoder, model: IntegerModel, rows: int, columns: int
+) -> np.ndarray:
+    """The next matrix, int16 (rows, columns); raises ValueError where there cannot be one."""
+    kind, level, shifts, row_spread, column_spread = decoder.told(5)
+    top = top_of_bits(kind & 127)
+    twins: np.ndarray = np.zeros(rows, bool)
+    first = 0
+    if kind >> 7:
+        told = np.frombuffer(decoder.told((rows + 7) // 8), np.uint8)
+        twins = np.unpackbits(told, count=rows).astype(bool)
+        first = int.from_bytes(decoder.told(4), "little")
+        if first >= rows or twins[first]:
+            raise ValueError(f"row {first:,} of {rows:,} is no row for others to differ from")
+    row_steps = np.zeros(rows, np.int64)
+    column_steps = np.zeros(columns, np.int64)
+    model.code_steps(decoder, row_steps, row_spread)
+    model.code_steps(decoder, column_steps, column_spread)
+    matrix = np.zeros((rows, columns), np.int16)
+    profile = Profile(level, row_steps, column_steps, shifts & 15, shifts >> 4)
+    model.tables(top).code(decoder, matrix, level, *profile.levels())
+    matrix[twins] = wrap_integers(matrix[twins] + matrix[first], top)
+    return matrix
+
+
+def lanes_for(integers: int) -> int:
+    """How many lanes code so many integers."""
+    return max(1, math.isqrt(integers) // LANE_SHARE)
+
+
+def encode_integers(matrices: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
+    """Pack integer matrices within +-128: facts, which a general codec shortens, and a stream.
+
+    The same matrices always give the same bytes. Raises ValueError where a decoder would refuse.
+    """
+    check_shapes([matrix.shape for matrix in matrices])
+    encoder, model, integers = RangeEncoder(), IntegerModel(), 0
+    for matrix in matrices:
+        if matrix.size:
+            encode_matrix(encoder, model, matrix.astype(np.int16))
+            integers += matrix.size
+    return bytes(encoder.facts), encoder.stream(lanes_for(integers))
+
+
+def decode_integers(facts: bytes, stream: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """The int8 matrices of these shapes that encode_integers() packed.
+
+    Raises ValueError for anything that it cannot have written. Takes time and memory in
+    proportion to the integers that `shapes` claims, however few bytes there are.
+    """
+    check_shapes(shapes)
+    decoder = RangeDecoder(facts, stream, lanes_for(sum(math.prod(shape) for shape in shapes)))
+    model, matrices = IntegerModel(), []
+    for shape in shapes:
+        matrix = np.zeros(shape, np.int16)
+        if matrix.size:
+            matrix = decode_matrix(decoder, model, *shape)
+        if matrix.size and (matrix.max() > 127 or matrix.min() < -128):
+            raise ValueError("an integer is outside int8")
+        matrices.append(matrix.astype(np.int8))
+    decoder.check_end()
+    return matrices
+
+
+def check_shapes(shapes: Sequence[Shape]) -> None:
+    """Raise ValueError for shapes that are not of matrices, or too many or too large."""
+    for shape in shapes:
+        if len(shape) != 2 or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"expected a shape (rows, columns), not {shape!r}")
+    sizes = len(shapes), sum(map(sum, shapes)), sum(map(math.prod, shapes))
+    bounds = MAX_MATRICES, MAX_LINES, MAX_INTEGERS
+    if any(size > bound for size, bound in zip(sizes, bounds, strict=True)):
+        raise ValueError(f"matrices, lines and integers are {sizes}; the bounds are {bounds}")
+
+
+# LZMA packs everything else of a body: its header, its floats, its packed text, and the facts
+# that go with the integers.
+FACTS_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "pb": 0}]
+RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text; of all that LZMA packs
+MAX_FACTS = 1 << 20  # bytes of facts and flags, which the body itself does not hold
+
+
+def float_planes(floats: Sequence[np.ndarray]) -> bytes:
+    """fp16 tensors as bytes: a flag for each, then all high bytes, then all low bytes.
+
+    The flag says that the bit patterns ascend, as sorted scales do, and that their differences
+    are told in their place.
+    """
+    flags = bytearray()
+    words: list[np.ndarray] = [np.empty(0, np.uint16)]
+    for tensor in floats:
+        patterns = np.frombuffer(tensor.astype("<f2").tobytes(), "<u2")
+        ascending = bool((patterns[1:] >= patterns[:-1]).all())
+        flags.append(ascending)
+        words.append(np.diff(patterns, prepend=np.uint16(0)) if ascending else patterns)
+    planes = np.concatenate(words).astype("<u2").view(np.uint8)
+    return bytes(flags) + planes[1::2].tobytes() + planes[::2].tobytes()
+
+
+def read_float_planes(told: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
+    """What float_planes() made of flat tensors of these sizes; ValueError if that cannot be."""
+    flags, planes = told[: len(sizes)], np.frombuffer(told, np.uint8, offset=len(sizes))
+    if len(planes) != 2 * sum(sizes) or any(flag > 1 for flag in flags):
+        raise ValueError(f"{len(told):,} bytes are not {sum(sizes):,} floats")
+    high, low = planes.reshape(2, -1).astype(np.uint16)
+    words = high << 8 | low
+    tensors: list[np.ndarray] = []
+    at = 0
+    for flag, size in zip(flags, sizes, strict=True):
+        patterns: np.ndarray = words[at : at + size]
+        if flag:
+            patterns = patterns.cumsum(dtype=np.uint16)
+        tensors.append(np.frombuffer(patterns.astype("<u2").tobytes(), "<f2").astype(np.float16))
+        at += size
+    return tensors
+
+
+def pack_by_range(body: bytes) -> bytes:
+    """An artifact's body under the range coder: lengths, what LZMA packs, the integers' stream.
+
+    Raises one of MALFORMED for bytes that are no body.
+    """
+    header, rows, start = header_of(body, ARTIFACT_VERSION)
+    streams: dict[str, list[np.ndarray]] = {dtype: [] for dtype in STREAM_TYPES}
+    for _, dtype, numbers in arrays_in_body(body, start, rows):
+        streams[dtype].append(numbers)
+    facts, stream = encode_integers(streams["<i1"])
+    text = b"".join(numbers.tobytes() for numbers in streams["|u1"])
+    plain = body[4:start] + facts + text + float_planes(streams["<f2"])
+    packed = lzma.compress(plain, lzma.FORMAT_RAW, filters=FACTS_FILTERS)
+    lengths = RANGE_LENGTHS.pack(start - 4, len(facts), len(text), len(packed))
+    return lengths + packed + stream
+
+
+def unpack_by_range(packed: bytes, size: int) -> bytes:
+    """The body of `size` bytes that pack_by_range() was given; raises Refusal otherwise."""
+    try:
+        return read_range(packed, size)
+    except MALFORMED as error:
+        raise Refusal(
+            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
+        ) from None
+
+
+def read_range(packed: bytes, size: int) -> bytes:
+    """As unpack_by_range(), but raises one of MALFORMED.
+
+    Before integers are read, what the header promises has been found to be `size` bytes in all.
+    """
+    header_size, facts_size, text_size, packed_size = RANGE_LENGTHS.unpack_from(packed)
+    end = RANGE_LENGTHS.size + packed_size
+    plain = unpack_lzma(packed[RANGE_LENGTHS.size : end], size + MAX_FACTS)
+    parts = io.BytesIO(plain)
+    head = struct.pack("<I", header_size) + parts.read(header_size)
+    facts, text, floats = parts.read(facts_size), parts.read(text_size), parts.read()
+    _, rows, _ = header_of(head, ARTIFACT_VERSION)
+    shapes: dict[str, list[Shape]] = {dtype: [] for dtype in STREAM_TYPES}
+    for _, dtype, shape in streams_in_body(rows):
+        shapes[dtype].append(shape)
+    integers, halves, texts = (sum(map(math.prod, shapes[dtype])) for dtype in STREAM_TYPES)
+    if texts != text_size or len(head) + integers + 2 * halves + texts != size:
+        raise ValueError("its header and lengths disagree")
+    numbers = read_float_planes(floats, [math.prod(shape) for shape in shapes["<f2"]])
+    matrices = decode_integers(facts, packed[end:], shapes["<i1"])
+    arrays = [*matrices, *(half.astype("<f2") for half in numbers)]
+    return b"".join([head, *(array.tobytes() for array in arrays), text])
+
+
+def unpack_lzma(packed: bytes, most: int) -> bytes:
+    """What LZMA packed, at most `most` bytes; raises ValueError otherwise."""
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FACTS_FILTERS)
+    try:
+        plain = reader.decompress(packed, max_length=most)
+    except lzma.LZMAError as error:
+        raise ValueError(f"LZMA cannot read its part ({error})") from None
+    if not reader.eof or reader.unused_data:
+        raise ValueError("LZMA's part does not end where it should")
+    return plain
 
 
 # =================================================================================================

@@ -4,11 +4,10 @@
     python benchmarks/codec.py runs/*/artifact.bin
     python benchmarks/codec.py --synthetic     27 million Gaussian integers, for time and memory
 
-The integers of a kind are packed alone by zstd-22, lzma-9e and brotli-11; `range` is what they
-take within the whole stream. `order-0` is the entropy of their histogram, which a decoder would
-not know. The last lines are whole artifacts: each CODEC as a run writes it (zstd tries three least
-lengths of a repetition), zstd-22 and lzma-9e as they come, and range_coder.py, an experiment that
-no run uses.
+The integers of a kind are packed alone by zstd-22, lzma-9e, brotli-11 and the range coder.
+`order-0` is the entropy of their histogram, which a decoder would not know. The last lines are
+whole artifacts: each CODEC as a run writes it (zstd tries three least lengths of a repetition), and
+zstd-22 and lzma-9e as they come.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import brotli
@@ -28,8 +26,6 @@ import torch
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import range_coder  # noqa: E402
-
 import train_gpt  # noqa: E402
 from train_gpt import Stored  # noqa: E402
 
@@ -52,7 +48,6 @@ def packers() -> dict[str, tuple[Callable, Callable]]:
             )
             for codec in train_gpt.CODECS
         },
-        "range": (range_coder.compress, range_coder.decompress),
     }
 
 
@@ -72,53 +67,38 @@ def packed_alone(content: bytes) -> list[int]:
     ]
 
 
-def range_bytes(body: bytes) -> tuple[list[tuple], int]:
-    """Kind, integers and coded bytes of each stack of a body, and bytes of the rest."""
-    start, matrices, n = range_coder.range_parts(body, len(body))
-    q, costs, code_stack = np.frombuffer(body, np.int8, n, start), [], range_coder.code_stack
+def range_bytes(matrices: list[np.ndarray]) -> int:
+    """Bytes under the range coder, facts by LZMA."""
+    facts, stream = train_gpt.encode_integers(matrices)
+    filters = train_gpt.FACTS_FILTERS
+    return len(lzma.compress(facts, lzma.FORMAT_RAW, filters=filters)) + len(stream)
 
-    def counted(coder: range_coder.RangeEncoder, Q: np.ndarray, *rest: object) -> None:
-        steps = len(coder.steps)
-        code_stack(coder, Q, *rest)
-        used = np.concatenate([f for _, f in coder.steps[steps:]]) / 65536
-        costs.append((Q.size, -np.log2(used).sum() / 8))
 
-    range_coder.code_stack = counted
-    try:
-        packed = range_coder.compress(body)
-    finally:
-        range_coder.code_stack = code_stack
-    kinds, at, costs = [], 0, iter(costs)
-    for kind, names in groupby(matrices, lambda name: re.sub(r"\d+\.", "*.", name)):
-        size = sum(math.prod(matrices[name][:2]) for name in names)
-        seen = total = 0
-        while seen < size:  # a table with twins is coded in two parts
-            some, cost = next(costs)
-            seen, total = seen + some, total + cost
-        kinds.append((kind, q[at : at + size], total))
-        at += size
-    return kinds, len(packed) - sum(int(cost) for *_, cost in kinds)
+def kinds_of(stored: dict[str, Stored]) -> dict[str, list[np.ndarray]]:
+    """Integer matrices by kind: the names without the layers' numbers."""
+    kinds: dict[str, list[np.ndarray]] = {}
+    for name in sorted(stored, key=train_gpt.by_place_in_layer):
+        kind = re.sub(r"\d+\.", "*.", name)
+        for array in stored[name].arrays():
+            if array.dtype == torch.int8:
+                kinds.setdefault(kind, []).append(array.numpy())
+    return kinds
 
 
 def show(label: str, header: dict, stored: dict[str, Stored]) -> None:
     """Print the tables of one artifact."""
-    body = range_coder.body_of(header, stored)
-    kinds, rest = range_bytes(body)
-    print(
-        f"\n{label}\n{'kind':32}{'integers':>10}"
-        + "".join(f"{name:>11}" for name in ("order-0", "zstd-22", "lzma-9e", "brotli-11", "range"))
-    )
-    rows = [(kind, len(q), order_0(q), *packed_alone(q.tobytes()), cost) for kind, q, cost in kinds]
-    for kind, *numbers in rows:
-        print(f"{kind:32}{numbers[0]:10,}" + "".join(f"{x:11,.0f}" for x in numbers[1:]))
-    totals = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
+    blob = train_gpt.encode_artifact(header, stored)
+    body = train_gpt.unpack_body(blob)[1]
+    columns = ("order-0", "zstd-22", "lzma-9e", "brotli-11", "range")
+    print(f"\n{label}\n{'kind':32}{'integers':>10}" + "".join(f"{name:>11}" for name in columns))
+    rows = []
+    for kind, matrices in kinds_of(stored).items():
+        q = np.concatenate([matrix.ravel() for matrix in matrices])
+        costs = (order_0(q), *packed_alone(q.tobytes()), range_bytes(matrices))
+        rows.append((len(q), *costs))
+        print(f"{kind:32}{len(q):10,}" + "".join(f"{x:11,.0f}" for x in costs))
+    totals = [sum(column) for column in zip(*rows, strict=True)]
     print(f"{'all integers':32}{totals[0]:10,}" + "".join(f"{x:11,.0f}" for x in totals[1:]))
-    start, _, n = range_coder.range_parts(body, len(body))
-    others = body[:start] + body[start + n :]
-    print(
-        f"{'header and floats':32}{len(others):10,}{'':11}"
-        + "".join(f"{x:11,}" for x in (*packed_alone(others), rest))
-    )
     sizes = {}
     for codec, (pack, unpack) in packers().items():
         begin = time.perf_counter()

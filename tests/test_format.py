@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -40,6 +41,8 @@ def unpacked(codec: int, packed: bytes, size: int) -> bytes:
     if codec == 1:
         need(zstandard.frame_content_size(packed) == size, "size of the frame")
         body = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+    elif codec == 4:
+        body = by_range(packed, size)
     elif codec == 2:
         reader = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 26)
         body = reader.decompress(packed, size + 1)
@@ -52,42 +55,216 @@ def unpacked(codec: int, packed: bytes, size: int) -> bytes:
     return body
 
 
-def tensors_of(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray | None]]]:
-    """Header, and by name values and scales, or an error."""
+class PlainReader:
+    """A reader of integers: no arrays, one symbol at a time."""
+
+    def __init__(self, facts: bytes, stream: bytes, shapes: list[tuple[int, int]]) -> None:
+        self.facts = list(facts)
+        self.words = [int.from_bytes(stream[k : k + 2], "little") for k in range(0, len(stream), 2)]
+        lanes = max(1, math.isqrt(sum(r * c for r, c in shapes)) // 16)
+        self.states = [sum(self.words.pop(0) << 16 * k for k in range(3)) for _ in range(lanes)]
+        self.sets: dict[object, list] = {}
+
+    def first_counts(self, top: int) -> list[list[int]]:
+        """120 tables of 2 top + 1 counts."""
+        tables = []
+        for t in range(120):
+            octave, part = divmod((2 * t + 1) / 16, 1)
+            m = (1 + part * (0.6565 + 0.3435 * part)) * 2.0 ** (octave - 8)
+            g = 1 - 1 / (1 + m / 2 + math.pi * m * m * m / (m + 0.3))
+            squares, shape, half = 1.0, 1.0, []
+            for _ in range(top):
+                squares *= g * g
+                shape *= squares / g
+                half.append(round(256 * 512 / max(math.pi * m, 1) * shape))
+            tables.append([*half[::-1], round(256 * 512 / max(math.pi * m, 1)), *half])
+        return tables
+
+    def symbol(self, lane: int, frequencies: list[int]) -> int:
+        """The next symbol of a lane."""
+        slot, start, symbol = self.states[lane] % 65536, 0, 0
+        while slot >= start + frequencies[symbol]:
+            start += frequencies[symbol]
+            symbol += 1
+        x = frequencies[symbol] * (self.states[lane] // 65536) + slot - start
+        self.states[lane] = x * 65536 + self.words.pop(0) if x < 1 << 32 else x
+        return symbol
+
+    def values(self, key: object, top: int, levels: list[int]) -> list[int]:
+        """Integers of these levels by a set of tables."""
+        tables, coded = self.sets.setdefault(key, [self.first_counts(top), 0])
+        made: list[int] = []
+        while len(made) < len(levels):
+            stop = min(len(levels), len(made) + min(1 << 20, max(512, coded // 8)))
+            frequencies = []
+            for counts in tables:
+                f = [1 + n * (65536 - len(counts)) // sum(counts) for n in counts]
+                f[top] += 65536 - sum(f)
+                frequencies.append(f)
+            learned = []
+            for place, level in enumerate(levels[len(made) : stop]):
+                table = min(max(level // 2, 0), 119)
+                symbol = self.symbol(place % len(self.states), frequencies[table])
+                learned.append((table, symbol))
+                made.append(symbol - top)
+            for table, symbol in learned:
+                tables[table][symbol] += 256
+            coded += len(learned)
+        self.sets[key] = [tables, coded]
+        return made
+
+    def matrix(self, rows: int, columns: int) -> np.ndarray:
+        """The next matrix."""
+        kind, level, shifts, *spreads = (self.facts.pop(0) for _ in range(5))
+        top = min(2 ** (kind & 127) - 1, 128)
+        twins = []
+        if kind >= 128:
+            bits = [self.facts.pop(0) for _ in range((rows + 7) // 8)]
+            twins = [i for i in range(rows) if bits[i // 8] >> (7 - i % 8) & 1]
+            first = sum(self.facts.pop(0) << 8 * k for k in range(4))
+        steps = []
+        for size, spread in zip((rows, columns), spreads, strict=True):
+            steps.append(self.values("steps", 63, [spread - 1] * size) if spread else [0] * size)
+        levels = [
+            level + (row << (shifts & 15)) + (column << (shifts >> 4))
+            for row in steps[0]
+            for column in steps[1]
+        ]
+        made = np.array(self.values(top, top, levels)).reshape(rows, columns)
+        for i in twins:
+            made[i] = (made[i] + made[first] + top) % (2 * top + 1) - top
+        return made
+
+
+def streams_of(kind: str, sizes: list) -> list[tuple[str, tuple[int, ...]]]:
+    """Type (i int8, f half precision, b bytes) and shape of each stream of a tensor."""
+    if kind in ("float", "packed"):
+        need(len(sizes) <= 2 if kind == "float" else len(sizes) == 1, "sizes of a tensor")
+        return [("f" if kind == "float" else "b", tuple(sizes))]
+    form = re.fullmatch("grid(_protected)?(_low_rank)?", kind)
+    need(form, "kind of a tensor")
+    rows, columns, *more = sizes
+    found = [("i", (rows, columns)), ("f", (rows,))]
+    if form[1]:
+        start, width, *more = more
+        need(width >= 1 and start + width <= columns, "protected columns")
+        found.append(("f", (rows,)))
+    if form[2]:
+        rank, group, *more = more
+        need(1 <= rank <= 64 and group >= 1, "rank and group")
+        found += [("i", (rows, rank)), ("i", (rank, columns))]
+        found += [("f", ()), ("f", (-(-rank * columns // group),))]
+    need(not more, "numbers of a tensor")
+    return found
+
+
+def header_of(text: bytes, version: int) -> tuple[dict, list[tuple[str, str, list]]]:
+    """The header, and name, kind and sizes of every tensor, or an error."""
+    need(len(text) <= LONGEST_HEADER, "length of the header")
+    header = json.loads(text.decode())
+    texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
+    need(all(type(text) is str for text in texts), "texts")
+    entries = []
+    for name, kind, *sizes in header["tensors"]:
+        need(type(kind) is (str if version == 2 else int) and type(name) is str, "types")
+        named = kind if version == 2 else ("float", "grid")[range(2).index(kind)]
+        need(all(type(n) is int and 0 <= n <= LARGEST for n in sizes), "sizes")
+        streams_of(named, sizes)
+        entries.append((name, named, sizes))
+    need(len({name for name, *_ in entries}) == len(entries), "names")
+    return header, entries
+
+
+def in_body(entries: list) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of all streams as the body has them."""
+    every = [
+        (n, letter, shape) for n, k, sizes in entries for letter, shape in streams_of(k, sizes)
+    ]
+    return [stream for letter in "ifb" for stream in every if stream[1] == letter]
+
+
+def by_range(packed: bytes, size: int) -> bytes:
+    """The body that the range coder packed, or an error."""
+    header_size, facts_size, text_size, packed_size = struct.unpack("<4I", packed[:16])
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "pb": 0}]
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
+    plain = reader.decompress(packed[16 : 16 + packed_size], size + (1 << 20))
+    need(reader.eof and not reader.unused_data, "end of the LZMA part")
+    text, facts = plain[:header_size], plain[header_size:][:facts_size]
+    at = header_size + facts_size
+    other, planes = plain[at : at + text_size], plain[at + text_size :]
+    streams = in_body(header_of(text, 2)[1])
+    counts = {letter: [math.prod(s[2]) for s in streams if s[1] == letter] for letter in "ifb"}
+    need(sum(counts["b"]) == text_size == len(other), "bytes of text")
+    promised = 4 + header_size + sum(counts["i"]) + 2 * sum(counts["f"]) + text_size
+    need(promised == size, "size of the body")
+    halves, floats = sum(counts["f"]), len(counts["f"])
+    need(len(planes) == floats + 2 * halves, "bytes of floats")
+    high, low = planes[floats : floats + halves], planes[floats + halves :]
+    body = struct.pack("<I", header_size) + text
+    matrices = PlainReader(
+        facts, packed[16 + packed_size :], [s[2] for s in streams if s[1] == "i"]
+    )
+    for _, _, shape in [stream for stream in streams if stream[1] == "i"]:
+        body += matrices.matrix(*shape).astype("i1").tobytes()
+    need(not matrices.words and not matrices.facts, "end of stream and facts")
+    need(set(matrices.states) == {1 << 32}, "last states")
+    place = 0
+    for flag, count in zip(planes, counts["f"], strict=False):
+        need(flag < 2, "flag of floats")
+        last = 0
+        for k in range(place, place + count):
+            word = high[k] << 8 | low[k]
+            last = (word + last) % 65536 if flag else word
+            body += struct.pack("<H", last)
+        place += count
+    return body + other
+
+
+def tensors_of(blob: bytes) -> tuple[dict, dict[str, tuple[str, list, list[np.ndarray]]]]:
+    """Header, and by name kind, sizes and arrays, or an error."""
     need(52 <= len(blob) <= LARGEST, "size of the file")
     magic, version, codec, size = struct.unpack("<8sHHQ", blob[:20])
-    need(magic == b"TINYGPT\n" and version in (1, 2) and codec in (1, 2, 3), "kind of file")
+    need(magic == b"TINYGPT\n" and version in (1, 2) and codec in (1, 2, 3, 4), "kind of file")
+    need(version == 2 or codec < 4, "codec of version 1")
     need(hashlib.sha256(blob[52:]).digest() == blob[20:52], "sha256")
     need(size <= LARGEST, "bound of the body")
     body = unpacked(codec, blob[52:], size)
     (length,) = struct.unpack("<I", body[:4])
     need(length <= min(LONGEST_HEADER, size - 4), "length of the header")
-    header = json.loads(body[4 : 4 + length].decode())
-    texts = [header["tokenizer"], header["validation"], *header["settings"].values()]
-    need(all(type(text) is str for text in texts), "texts")
-    entries = header["tensors"]
-    if version == 2:
-        kinds = {"float": 0, "grid": 1}
-        entries = [[name, kinds[kind], *sizes] for name, kind, *sizes in entries]
-    for name, integer, *sizes in entries:
-        need(integer in (0, 1) and type(integer) is int, "kind")
-        need(type(name) is str and len(sizes) <= 2 and len(sizes) == 2 or not integer, "entry")
-        need(all(type(n) is int and 0 <= n <= LARGEST for n in sizes), "sizes")
-    need(len({name for name, *_ in entries}) == len(entries), "names")
-    integers = sum(math.prod(sizes) for _, integer, *sizes in entries if integer)
-    halves = [sizes[0] if integer else math.prod(sizes) for _, integer, *sizes in entries]
-    need(4 + length + integers + 2 * sum(halves) == size, "payload")
-    q, x = body[4 + length :], body[4 + length + integers :]
-    found = {}
-    for (name, integer, *sizes), count in zip(entries, halves, strict=True):
-        floats, x = np.frombuffer(x[: 2 * count], "<f2"), x[2 * count :]
-        need(np.isfinite(floats).all(), "finite")
-        if integer:
-            n = math.prod(sizes)
-            found[name], q = (np.frombuffer(q[:n], "i1").reshape(sizes), floats), q[n:]
-        else:
-            found[name] = (floats.reshape(sizes), None)
-    return header, found
+    header, entries = header_of(body[4 : 4 + length], version)
+    at = 4 + length
+    found: dict[str, list[np.ndarray]] = {name: [] for name, *_ in entries}
+    for name, letter, shape in in_body(entries):
+        dtype = {"i": "i1", "f": "<f2", "b": "u1"}[letter]
+        numbers = np.frombuffer(body, dtype, math.prod(shape), at).reshape(shape)
+        need(letter != "f" or np.isfinite(numbers).all(), "finite")
+        found[name].append(numbers)
+        at += numbers.nbytes
+    need(at == size, "payload")
+    return header, {name: (kind, sizes, found[name]) for name, kind, sizes in entries}
+
+
+def restored(kind: str, sizes: list, arrays: list[np.ndarray]) -> np.ndarray:
+    """What a tensor's numbers stand for, float32."""
+    values, *more = [array.astype(np.float32) for array in arrays]
+    if kind in ("float", "packed"):
+        return values
+    if "low_rank" in kind:
+        left, right, *more = more
+    scale, *more = more
+    steps = np.repeat(scale[:, None], values.shape[1], axis=1)
+    if "protected" in kind:
+        start, width = sizes[2:4]
+        finer, *more = more
+        steps[:, start : start + width] = finer[:, None]
+    made = values * steps
+    if "low_rank" in kind:
+        left_scale, right_scales = more
+        group = sizes[-1]
+        by_value = right_scales[np.arange(right.size) // group].reshape(right.shape)
+        made = made + (left_scale * left) @ (by_value * right)
+    return made
 
 
 # It reads what was written
@@ -95,13 +272,15 @@ def tensors_of(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarra
 
 def same(stored: dict[str, Stored], found: dict) -> bool:
     """Whether both are the same tensors, bit by bit."""
-    return stored.keys() == found.keys() and all(
-        np.array_equal(s.values.numpy(), found[name][0])
-        and s.values.numpy().tobytes() == found[name][0].tobytes()
-        and (s.scale is None) == (found[name][1] is None)
-        and (s.scale is None or s.scale.numpy().tobytes() == found[name][1].tobytes())
-        for name, s in stored.items()
-    )
+    ours = {
+        name: (tensor.kind, tensor.numbers(), [a.numpy().tobytes() for a in tensor.arrays()])
+        for name, tensor in stored.items()
+    }
+    read = {
+        name: (kind, sizes, [array.tobytes() for array in arrays])
+        for name, (kind, sizes, arrays) in found.items()
+    }
+    return ours == read
 
 
 def quantized(seed: int, **settings: object) -> tuple[dict, dict[str, Stored]]:
@@ -148,9 +327,7 @@ def test_a_reader_made_from_the_page_reads_the_same_tensors(codec: str, settings
     assert same(stored, found)
     assert {**found_header, "tensors": 0} == {**header, "tensors": 0}
     name = "blocks.11.mlp.fc.weight"
-    q, scale = found[name]
-    restored = q.astype(np.float32) * scale.astype(np.float32)[:, None]
-    assert restored.tobytes() == stored[name].restore().numpy().tobytes()
+    assert restored(*found[name]).tobytes() == stored[name].restore().numpy().tobytes()
 
 
 def test_it_reads_the_record_as_the_trainer_does() -> None:
@@ -197,8 +374,8 @@ def test_the_page_states_the_bounds_and_numbers_of_the_file() -> None:
     ):
         assert f"{number:,}" in page
     assert train_gpt.PRELUDE.size == 52
-    assert "unsigned: 1 zstd, 2 xz (LZMA), 3 brotli" in page
-    assert CODECS == {"zstd": 1, "lzma": 2, "brotli": 3}
+    assert "unsigned: 1 zstd, 2 xz (LZMA), 3 brotli, 4 range coder" in page
+    assert CODECS == {"zstd": 1, "lzma": 2, "brotli": 3, "range": 4}
     assert train_gpt.ARTIFACT_VERSION == 2
     assert "version 2." in page
 
@@ -232,8 +409,8 @@ def test_the_same_tensors_are_the_same_bytes_with_any_number_of_threads() -> Non
             timeout=300,
         )
         found.append(done.stdout.split())
-    assert len(found[0]) == 4
-    assert len(set(found[0])) == 3  # best is one of the others
+    assert len(found[0]) == 5
+    assert len(set(found[0])) == 4  # best is one of the others
     assert found[0] == found[1] == found[2]
 
 

@@ -167,10 +167,10 @@ def test_the_solver_ends_just_below_its_target(codec: str, share: float) -> None
     hessians = collect_hessians(
         model, lambda n: torch.randint(2, VOCAB_SIZE, (8, 32)), 2, math.inf, run_of(model)
     )
-    start = len(fit_artifact(model, hessians, HEADER, run_of(model, codec=codec))[1])
+    start = len(fit_artifact(model, hessians, b"", HEADER, run_of(model, codec=codec))[1])
     target = int(share * start)
     stored, blob = fit_artifact(
-        model, hessians, HEADER, run_of(model, codec=codec, artifact_target_bytes=target)
+        model, hessians, b"", HEADER, run_of(model, codec=codec, artifact_target_bytes=target)
     )
     assert 0.99 * target <= len(blob) <= target
     read = decode_artifact(blob)[1]
@@ -182,23 +182,24 @@ def test_every_system_meets_every_share_of_its_size(preset: str) -> None:
     """With code that takes a third of the whole, as at mini scale, so that models shrink more."""
     model, run = system(preset, QUANT_CLIP="std")
     hessians = collect_hessians(model, lambda n: torch.randint(2, 128, (8, 32)), 1, math.inf, run)
-    run.folder.source = bytes(len(fit_artifact(model, hessians, HEADER, run)[1]) // 2)
+    run.folder.source = bytes(len(fit_artifact(model, hessians, b"", HEADER, run)[1]) // 2)
     whole = 3 * len(run.folder.source)
     for share in (1.0, 0.85, 0.7):
         run.cfg = replace(model.cfg, artifact_target_bytes=int(share * whole))
-        total = len(run.folder.source) + len(fit_artifact(model, hessians, HEADER, run)[1])
+        total = len(run.folder.source) + len(fit_artifact(model, hessians, b"", HEADER, run)[1])
         assert 0.99 * int(share * whole) <= total <= int(share * whole)
 
 
 def test_without_a_target_only_the_limit_counts() -> None:
     """What fits is left as CLIP_SIGMAS says; what does not is made coarser, never larger."""
     model = random_model()
-    plain = fit_artifact(model, {}, HEADER, run_of(model))[1]
+    plain = fit_artifact(model, {}, b"", HEADER, run_of(model))[1]
     assert (
-        plain == fit_artifact(model, {}, HEADER, run_of(model, artifact_limit_bytes=len(plain)))[1]
+        plain
+        == fit_artifact(model, {}, b"", HEADER, run_of(model, artifact_limit_bytes=len(plain)))[1]
     )
     limit = int(0.8 * len(plain))
-    squeezed = fit_artifact(model, {}, HEADER, run_of(model, artifact_limit_bytes=limit))[1]
+    squeezed = fit_artifact(model, {}, b"", HEADER, run_of(model, artifact_limit_bytes=limit))[1]
     assert 0.9 * limit < len(squeezed) <= limit
 
 
@@ -212,7 +213,7 @@ def test_what_cannot_be_met_gives_the_smallest_that_was_tried() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "encode_artifact", noted)
-        blob = fit_artifact(model, {}, HEADER, run_of(model, artifact_limit_bytes=100))[1]
+        blob = fit_artifact(model, {}, b"", HEADER, run_of(model, artifact_limit_bytes=100))[1]
     assert 1 < len(sizes) <= train_gpt.SOLVER_PASSES
     assert len(blob) == min(sizes)
 
@@ -284,6 +285,6 @@ def test_what_is_foreseen_is_a_little_less_than_what_comes(preset: str, clip: st
         known if event == "size_foreseen" else {}
     )
     train_gpt.foresee_size(model, 1, run)
-    total = len(run.folder.source) + len(fit_artifact(model, {}, HEADER, run)[1])
+    total = len(run.folder.source) + len(fit_artifact(model, {}, b"", HEADER, run)[1])
     assert 0.7 * total < facts["total"] < total
     assert (facts["coarsest"] < facts["total"]) == (clip == "std")
