@@ -6890,23 +6890,6 @@ class Mixture:
         by_confidence = confidence[0] * (1 + MAX_CONFIDENCE) + confidence[1]
         return torch.from_numpy(np.stack([by_order, by_variety, by_match, by_confidence]))
 
-    def constants(self) -> list[np.ndarray]:
-        """What the gates and biases have learned, float16, for start_from() of another mixture."""
-        return [table.values.numpy().astype(np.float16) for table in self.gates + self.biases]
-
-    def start_from(self, constants: list[np.ndarray]) -> None:
-        """Begin with learned constants, as from a hold-out; raises Refusal if they do not fit.
-
-        The hold-out must be text that neither the network nor the counts were trained on.
-        """
-        tables = self.gates + self.biases
-        if [c.shape for c in constants] != [tuple(table.values.shape) for table in tables]:
-            raise Refusal("the mixture's constants are not those of its settings")
-        if not all(np.isfinite(c).all() for c in constants):
-            raise Refusal("the mixture's constants are not all finite")
-        for table, values in zip(tables, constants, strict=True):
-            table.values = torch.from_numpy(values.astype(np.float64))
-
     def learn(self) -> None:
         """Learn from the scored targets of the chunk: weights, biases and counts."""
         buckets = torch.cat([lesson.buckets for lesson in self.pending], 1)

@@ -225,24 +225,6 @@ def test_a_static_mixture_keeps_its_state():
     assert mixture.models["training"].learned == 600
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_constants_of_a_hold_out_begin_another_mixture(mode):
-    network = network_rows(1499)
-    taught = mixture_of(mode, words(4, 1500))
-    taught.score(network)
-    constants = taught.constants()
-    text = words(2, 200)
-    plain = mixture_of(mode, text, COUNT_GATE_RATE="0", COUNT_MATCH_RATE="0")
-    begun = mixture_of(mode, text, COUNT_GATE_RATE="0", COUNT_MATCH_RATE="0")
-    begun.start_from(constants)
-    assert begun.score(network[:199]).sum() < plain.score(network[:199]).sum()
-    with pytest.raises(train_gpt.Refusal, match="settings"):
-        begun.start_from(constants[1:])
-    constants[0][0, 0] = np.inf
-    with pytest.raises(train_gpt.Refusal, match="finite"):
-        begun.start_from(constants)
-
-
 def test_gradients_are_those_of_the_nats():
     text = words(2, 400)
     mixture = mixture_of("both", text)
@@ -410,6 +392,7 @@ def headline(output: str) -> str:
     return re.findall(r"val_bpb:(\d+\.\d{8})", output)[-1]
 
 
+@pytest.mark.slow
 def test_one_two_and_three_processes_repeat_the_score(tiny_data, tmp_path):
     job = tiny_job(tiny_data, tmp_path, "counted", COUNTS="both", COUNT_BYTES="20000")
     run = launch(**job)
