@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TinyData
+from conftest import TinyData, make_documents
 from jobs import (
     BARE_ENVIRONMENT,
     FORKS,
@@ -42,6 +42,7 @@ from test_run_sh import STUB, Checkout, add_program, link_venv, make_checkout, p
 from trouble import PAGE, Message, PythonSource, all_messages, page, shell_messages
 
 import train_gpt
+from data import caseops, prepare
 
 SMALL = {
     **TINY,
@@ -155,6 +156,19 @@ def check(damage: Callable[[Place], object] = lambda place: None, **changed: str
         return place.main("--check", **{"RUN_ID": "", **changed})
 
     return case
+
+
+def bytes_of_fewer_tokens(place: Place) -> None:
+    """Bytes by file, of two tokens."""
+    path = write_tokens(place.data / "fineweb_val_bytes_000000.bin", [0, 1])
+    place.edit_sidecar(caseops={"val_bytes": {path.name: train_gpt.sha256_of(path)}})
+
+
+def tokenizer_with_marks(place: Place) -> None:
+    """A tokenizer that marks capitals, and no bytes by file."""
+    place.give_tokenizer(
+        prepare.train_tokenizer(make_documents(2000, seed=1), 320, 0, caseops.TRAINER_OPTIONS)
+    )
 
 
 def overwrite(path: Path, offset: int, content: bytes) -> None:
@@ -691,6 +705,8 @@ CASES: dict[str, Case] = {
     "tokenizer of another size": check(VOCAB_SIZE="512"),
     "another validation text": check(lambda p: overwrite(p.shard("val"), 2000, b"\5\0\5\0")),
     "sidecar of another text": check(lambda p: p.edit_sidecar(encoded_bytes=7)),
+    "bytes of fewer tokens": check(bytes_of_fewer_tokens),
+    "marks without their bytes": check(tokenizer_with_marks),
     "text of another tokenizer": check(text_of_another_tokenizer, TOKEN_MASK="eval"),
     "tokenizer that ends early": refused(lambda p: [*train_gpt.wire_fields(b"\x80")]),
     "nothing to score": check(EVAL_TRUNCATE="1", EVAL_SEQ_LEN="8192"),
