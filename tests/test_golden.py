@@ -418,29 +418,12 @@ def test_optimizer_of_every_parameter(system: str) -> None:
     assert ours == expected
 
 
-# How #1855 trains, as its run set it.
-TRAINING_1855 = {
-    "matrix_lr": 0.026,
-    "tied_embed_lr": 0.03,
-    "scalar_lr": 0.02,
-    "muon_wd": 0.095,
-    "embed_wd": 0.085,
-    "adam_wd": 0.02,
-    "beta2": 0.99,
-    "muon_ns": "polar",
-    "muon_row_norm": True,
-    "muon_momentum": 0.97,
-    "warmdown_frac": 0.85,
-    "min_lr": 0.1,
-}
-
-
 @pytest.mark.parametrize(("precision", "within"), [("fp32", 1e-6), ("bf16", 1e-2)])
 def test_five_steps_of_muon_of_1855(precision: str, within: float) -> None:
     """Rows normed, Polar Express; rate and momentum change from step to step."""
     golden = golden_kit.numbers(golden_kit.PR1855, "muon")
     meta = json.loads(str(golden_kit.raw_numbers(golden_kit.PR1855, "muon")["meta"]))
-    cfg = Config(**TRAINING_1855)
+    cfg = Config(**PRESETS["pr1855"])
     banks = list(meta["scale"])
     weights = {
         bank: [torch.nn.Parameter(W.clone()) for W in golden[f"W0/{bank}"]] for bank in banks
@@ -481,13 +464,15 @@ def test_polar_express() -> None:
 
 def test_rates_and_momentum_of_1855() -> None:
     published = golden_kit.facts(golden_kit.PR1855, "schedule_loops_groups")
-    cfg = Config(**TRAINING_1855, max_wallclock_seconds=600.0)
-    schedule = Schedule(cfg, reserve_seconds=0.5)
+    cfg = Config(**PRESETS["pr1855"])
+    assert cfg.max_wallclock_seconds == 600.0
+    schedule = Schedule(cfg, reserve=0.5)
     for row in published["schedule_wallclock_600s_reserve_0_5"]:
         moment = schedule.at(row["step"], row["elapsed_ms"] / 1000)
         assert moment.lr_scale == pytest.approx(row["lr_mul"], rel=1e-12), row
         assert moment.momentum == pytest.approx(row["muon_momentum"], rel=1e-15), row
-    schedule = Schedule(Config(**TRAINING_1855, max_wallclock_seconds=0.0, iterations=20000))
+        assert moment.looping == row["looping"], row
+    schedule = Schedule(Config(**PRESETS["pr1855"], max_wallclock_seconds=0.0, iterations=20000))
     for row in published["schedule_step_driven_20000"]:
         assert schedule.at(row["step"], 0.0).lr_scale == pytest.approx(row["lr_mul"], rel=1e-12)
 
@@ -499,7 +484,7 @@ def test_optimizer_groups_of_1855() -> None:
             "optimizer_groups"
         ]
     }
-    cfg = Config(**TRAINING_1855, bigram_vocab_size=0, ve_enabled=False)
+    cfg = Config(**PRESETS["pr1855"])
     with torch.device("meta"):
         model = GPT(cfg)
     of_kind = {"token table": "tok", "attention matrix": "muon", "mlp matrix": "muon"}

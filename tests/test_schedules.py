@@ -197,6 +197,7 @@ def test_momentum_cools_down_to_where_it_began(
         muon_momentum=0.95,
         muon_momentum_cooldown_frac=cooldown,
     )
+    reserve = reserve if budget else 0.0  # nothing is kept back of a run of steps
     whole = budget - reserve if budget else 100.0
     momenta = [moment.momentum for moment in imagine(cfg, lambda n: 1.0, reserve)]
     for n, momentum in enumerate(momenta):
