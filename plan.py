@@ -99,6 +99,19 @@ def schedule_dates(cfg: train_gpt.Config) -> Iterator[str]:
             yield f"{name}: the last {left * cfg.warmdown_iters:,.0f} steps"
 
 
+def work_before_looping(cfg: train_gpt.Config) -> float:
+    """FLOPs a token as long as no layer is executed again."""
+    _, step = traced_step(cfg, looping=False)
+    return step["products"] + step["attention"]
+
+
+def steps_in_budget(cfg: train_gpt.Config, seconds: float, seconds_before: float) -> int:
+    """Steps of a run, of which one takes `seconds`, and `seconds_before` before loops begin."""
+    share = cfg.enable_looping_at if cfg.num_loops else 0.0
+    whole = cfg.max_wallclock_seconds * (share / seconds_before + (1.0 - share) / seconds)
+    return int(min(cfg.iterations, whole or math.inf))
+
+
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     """Everything that --plan prints; `code_bytes` is the size of the file that would run."""
     (model, step), widths = traced_step(cfg), Counter[int]()
@@ -116,8 +129,10 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     tokens, row, attention = cfg.train_batch_tokens, cfg.train_seq_len, step["attention"]
     work = step["products"] + attention
     rows = min(cfg.micro_batch_seqs or 98_304 // row or 1, -(-cfg.rows_per_step // ranks))
-    seconds = work * tokens / (ranks * PEAK_FLOPS * UTILISATION)
-    steps = int(min(cfg.iterations, cfg.max_wallclock_seconds / seconds or math.inf))
+    seconds, seconds_before = (
+        n * tokens / (ranks * PEAK_FLOPS * UTILISATION) for n in (work, work_before_looping(cfg))
+    )
+    steps = steps_in_budget(cfg, seconds, seconds_before)
     count, limit, end = widths.total(), cfg.artifact_limit_bytes, train_gpt.SOLVER_OCTAVES[1]
     size, least = (artifact_bytes(model, parameters, by=2.0**octaves) for octaves in (0, end))
     least, target = (1 - FITTED["error"]) * least + code_bytes, cfg.artifact_target_bytes or limit
@@ -142,6 +157,8 @@ def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
         f"speed, stated: {ranks} H100 at {UTILISATION:.1%} of {PEAK_FLOPS / 1e12:g} TFLOP/s, "
         f"{1e3 * seconds:.4g} ms a step, {steps:,} steps, {steps * tokens / 1e9:.3g} B tokens"
     )
+    if cfg.num_loops:
+        yield f"before looping: {1e3 * seconds_before:.4g} ms a step"
     yield (
         "memory a GPU, MiB: "
         + ", ".join(f"{k} {n / 2**20:,.0f}" for k, n in memory.items())
