@@ -147,80 +147,172 @@ def counted_scoring(cfg: train_gpt.Config, model: train_gpt.GPT) -> str:
     return said
 
 
+class Plan:
+    """What a run of these settings would do on H100s; lines() says it."""
+
+    def __init__(self, cfg: train_gpt.Config, code_bytes: int) -> None:
+        self.cfg = cfg
+        self.code_bytes = code_bytes  # of the file that would run
+        self.ranks = int(os.environ.get("WORLD_SIZE", 8))
+        self.model, self.step = traced_step(cfg)
+        self.parameters = dict(self.model.named_parameters())
+        self.reserve = train_gpt.calibration_operations(
+            self.model, train_gpt.calibration_tokens(cfg)
+        )
+        reserve = 0
+        if cfg.max_train_tflops:
+            train_gpt.refuse_small_budget(cfg)
+            reserve = self.reserve
+        operations = train_gpt.step_operations(self.model)
+        early = train_gpt.step_operations(self.model, looping=False)
+        self.schedule = train_gpt.Schedule(cfg, reserve, 0, operations, early)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a GPU's forward."""
+        cfg = self.cfg
+        wanted = cfg.micro_batch_seqs or 98_304 // cfg.train_seq_len or 1
+        return min(wanted, -(-cfg.rows_per_step // self.ranks))
+
+    def work_of_token(self, looping: bool = True) -> int:
+        """FLOPs of a token, forward and backward."""
+        hidden = train_gpt.hidden_operations(self.model, self.cfg.train_seq_len, looping)
+        return 3 * (hidden + train_gpt.head_operations(self.model))
+
+    def seconds_of_step(self, looping: bool = True) -> float:
+        """At the speed that is stated."""
+        flops = self.work_of_token(looping) * self.cfg.train_batch_tokens
+        return flops / (self.ranks * PEAK_FLOPS * UTILISATION)
+
+    def num_steps(self) -> int:
+        """Steps that the budget should give."""
+        cfg = self.cfg
+        if cfg.max_train_tflops:
+            return counted_steps(self.schedule)
+        if cfg.step_driven:
+            return cfg.iterations
+        before = cfg.enable_looping_at if cfg.num_loops else 0.0
+        steps_a_second = before / self.seconds_of_step(looping=False)
+        steps_a_second += (1.0 - before) / self.seconds_of_step()
+        return int(min(cfg.iterations, cfg.max_wallclock_seconds * steps_a_second))
+
+    def sizes(self) -> Iterator[str]:
+        """The parameters: how many, how they learn, how they are stored."""
+        yield f"parameters: {sum(p.numel() for p in self.parameters.values()):,}"
+        yield from train_gpt.routing_table(self.cfg, self.model)
+        widths = Counter[int]()
+        for name, parameter in self.parameters.items():
+            widths[train_gpt.bits_of(self.model, name)] += parameter.numel()
+        stored = []
+        for bits, number in sorted(widths.items()):
+            kind = f"int{bits}" if bits else "fp16"
+            stored.append(f"{number:,} at {kind}")
+        yield "stored as: " + ", ".join(stored)
+
+    def work(self) -> Iterator[str]:
+        """A step, what it takes and how long, and what scoring takes."""
+        cfg = self.cfg
+        tokens = cfg.train_batch_tokens
+        yield (
+            f"a step: {tokens:,} tokens, {cfg.rows_per_step:,} rows of {cfg.train_seq_len:,}, "
+            f"{self.rows_at_once} at once a GPU"
+        )
+        a_layer = train_gpt.attention_operations(self.model, cfg.train_seq_len)
+        attention = 3 * len(self.model.plan) * a_layer
+        work = self.work_of_token()
+        yield (
+            f"FLOPs: {work / 1e6:.1f} M a token (published for 11 layers at T=2048: 228 M), "
+            f"{attention / 1e6:.1f} M of it causal attention, {work * tokens / 1e12:.4g} T a step"
+        )
+        yield counted_training(cfg, self.model, self.reserve)
+        yield counted_scoring(cfg, self.model)
+        steps = self.num_steps()
+        yield (
+            f"speed, stated: {self.ranks} H100 at {UTILISATION:.1%} of {PEAK_FLOPS / 1e12:g} "
+            f"TFLOP/s, {1e3 * self.seconds_of_step():.4g} ms a step, {steps:,} steps, "
+            f"{steps * tokens / 1e9:.3g} B tokens"
+        )
+        if cfg.num_loops:
+            before = 1e3 * self.seconds_of_step(looping=False)
+            yield f"before the loop begins: {before:.4g} ms a step"
+
+    def optimizer_numbers(self) -> tuple[int, int]:
+        """Parameters of AdamW, and of Muon on one GPU, where the ranks share its stacks."""
+        adam = 0
+        stacks = Counter[tuple[str, torch.Size]]()
+        for group in train_gpt.route_parameters(self.cfg, self.model):
+            for parameter in group["params"]:
+                if group["optimizer"] == "adam":
+                    adam += parameter.numel()
+                else:
+                    stacks[group["route"], parameter.shape] += 1
+        sharers = self.ranks if self.cfg.muon_parallel else 1
+        muon = 0
+        for (_, shape), number in stacks.items():
+            muon += -(-number // sharers) * shape.numel()
+        return adam, muon
+
+    def memory(self) -> Iterator[str]:
+        """What a GPU holds, and what it sends."""
+        cfg = self.cfg
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        adam, muon = self.optimizer_numbers()
+        momenta = muon * (2 if cfg.muon_slow_share else 1)
+        averages = [name for name in ("ema", "swa") if name in cfg.avg_mode]
+        held = {
+            "parameters": 4 * count,
+            "gradients": 4 * count,
+            "optimizer": 8 * adam + momenta * (1 + 2 / 256 if cfg.muon_quant_momentum else 4),
+            "averages": 4 * count * len(averages),
+        }
+        for kind in ("saved activations", "logits"):
+            held[kind] = self.step[kind] * self.rows_at_once * cfg.train_seq_len
+        parts = ", ".join(f"{kind} {size / 2**20:,.0f}" for kind, size in held.items())
+        whole = sum(held.values()) / 2**20
+        yield (
+            f"memory a GPU, MiB: {parts}, in all {whole:,.0f} "
+            "(published, compiled: 18,873 to 23,629)"
+        )
+        others = self.ranks - 1 if cfg.muon_parallel else 0
+        everywhere = adam if cfg.muon_parallel else adam + muon
+        reduced = 8 * everywhere * (self.ranks - 1) // self.ranks
+        yield (
+            f"a rank sends, a step: {4 * muon * others:,} bytes reduce-scattered, "
+            f"{2 * muon * others:,} gathered, {reduced:,} all-reduced"
+        )
+
+    def artifact(self) -> Iterator[str]:
+        """The predicted size, and whether the coarsest clips would fit."""
+        cfg = self.cfg
+        limit = cfg.artifact_limit_bytes
+        size = artifact_bytes(self.model, self.parameters)
+        left = limit - size - self.code_bytes
+        yield (
+            f"artifact, predicted: {size:,.0f} +- {size * FITTED['error']:,.0f} bytes, and code "
+            f"{self.code_bytes:,}, of {limit:,}; {left:,.0f} left"
+        )
+        coarsest = 2.0 ** train_gpt.SOLVER_OCTAVES[1]
+        least = (1 - FITTED["error"]) * artifact_bytes(self.model, self.parameters, by=coarsest)
+        least += self.code_bytes
+        target = cfg.artifact_target_bytes or limit
+        warning = "warning: " if least > target else ""
+        yield f"{warning}no clips leave less than {least:,.0f}, of {target:,}"
+
+    def lines(self) -> Iterator[str]:
+        """Everything that --plan prints."""
+        yield from self.sizes()
+        yield from self.work()
+        yield from self.memory()
+        yield from self.artifact()
+        yield from schedule_dates(self.cfg, self.schedule)
+        reasons = "; ".join(train_gpt.static_ineligibility(self.cfg))
+        verdict = f"no: {reasons}" if reasons else "yes, in time on 8 x H100"
+        yield f"eligible as a record: {verdict}"
+
+
 def lines(cfg: train_gpt.Config, code_bytes: int) -> Iterator[str]:
     """Everything that --plan prints; `code_bytes` is the size of the file that would run."""
-    (model, step), widths = traced_step(cfg), Counter[int]()
-    ranks = int(os.environ.get("WORLD_SIZE", 8))
-    parameters, groups = dict(model.named_parameters()), train_gpt.route_parameters(cfg, model)
-    for name, p in parameters.items():
-        widths[train_gpt.bits_of(model, name)] += p.numel()
-    adam = sum(p.numel() for g in groups if g["optimizer"] == "adam" for p in g["params"])
-    stacks = Counter(
-        (g["route"], p.shape) for g in groups if g["optimizer"] == "muon" for p in g["params"]
-    )
-    sharers = ranks if cfg.muon_parallel else 1
-    muon = sum(-(-n // sharers) * shape.numel() for (_, shape), n in stacks.items())  # a rank's
-    momenta = muon * (2 if cfg.muon_slow_share else 1)
-    everywhere = adam if cfg.muon_parallel else adam + muon  # all-reduced
-    tokens, row = cfg.train_batch_tokens, cfg.train_seq_len
-    attention = 3 * len(model.plan) * train_gpt.attention_operations(model, row)
-    work = 3 * (train_gpt.hidden_operations(model, row) + train_gpt.head_operations(model))
-    calibration = train_gpt.calibration_tokens(cfg)
-    reserve = train_gpt.calibration_operations(model, calibration)
-    operations = [train_gpt.step_operations(model, looping) for looping in (True, False)]
-    schedule = train_gpt.Schedule(cfg, 0.0, 0, *operations)
-    if cfg.max_train_tflops:
-        train_gpt.refuse_small_budget(cfg)
-        schedule = train_gpt.Schedule(cfg, reserve, 0, *operations)
-    rows = min(cfg.micro_batch_seqs or 98_304 // row or 1, -(-cfg.rows_per_step // ranks))
-    seconds = work * tokens / (ranks * PEAK_FLOPS * UTILISATION)
-    steps = int(min(cfg.iterations, cfg.max_wallclock_seconds / seconds or math.inf))
-    if cfg.max_train_tflops:
-        steps = counted_steps(schedule)
-    count, limit, end = widths.total(), cfg.artifact_limit_bytes, train_gpt.SOLVER_OCTAVES[1]
-    size, least = (artifact_bytes(model, parameters, by=2.0**octaves) for octaves in (0, end))
-    least, target = (1 - FITTED["error"]) * least + code_bytes, cfg.artifact_target_bytes or limit
-    memory = {
-        "parameters": 4 * count,
-        "gradients": 4 * count,
-        "optimizer": 8 * adam + momenta * (1 + 2 / 256 if cfg.muon_quant_momentum else 4),
-        "averages": 4 * count * (("ema" in cfg.avg_mode) + ("swa" in cfg.avg_mode)),
-        **{kind: step[kind] * rows * row for kind in ("saved activations", "logits")},
-    }
-    yield f"parameters: {count:,}"
-    yield from train_gpt.routing_table(cfg, model)
-    yield "stored as: " + ", ".join(
-        f"{n:,} at {f'int{bits}' if bits else 'fp16'}" for bits, n in sorted(widths.items())
-    )
-    yield f"a step: {tokens:,} tokens, {cfg.rows_per_step:,} rows of {row:,}, {rows} at once a GPU"
-    yield (
-        f"FLOPs: {work / 1e6:.1f} M a token (published for 11 layers at T=2048: 228 M), "
-        f"{attention / 1e6:.1f} M of it causal attention, {work * tokens / 1e12:.4g} T a step"
-    )
-    yield counted_training(cfg, model, reserve)
-    yield counted_scoring(cfg, model)
-    yield (
-        f"speed, stated: {ranks} H100 at {UTILISATION:.1%} of {PEAK_FLOPS / 1e12:g} TFLOP/s, "
-        f"{1e3 * seconds:.4g} ms a step, {steps:,} steps, {steps * tokens / 1e9:.3g} B tokens"
-    )
-    yield (
-        "memory a GPU, MiB: "
-        + ", ".join(f"{k} {n / 2**20:,.0f}" for k, n in memory.items())
-        + f", in all {sum(memory.values()) / 2**20:,.0f} (published, compiled: 18,873 to 23,629)"
-    )
-    yield (
-        f"a rank sends, a step: {4 * muon * (sharers - 1):,} bytes reduce-scattered, "
-        f"{2 * muon * (sharers - 1):,} gathered, "
-        f"{8 * everywhere * (ranks - 1) // ranks:,} all-reduced"
-    )
-    yield (
-        f"artifact, predicted: {size:,.0f} +- {size * FITTED['error']:,.0f} bytes, and code "
-        f"{code_bytes:,}, of {limit:,}; {limit - size - code_bytes:,.0f} left"
-    )
-    yield f"{'warning: ' * (least > target)}no clips leave less than {least:,.0f}, of {target:,}"
-    yield from schedule_dates(cfg, schedule)
-    reasons = "; ".join(train_gpt.static_ineligibility(cfg))
-    yield f"eligible as a record: {f'no: {reasons}' if reasons else 'yes, in time on 8 x H100'}"
+    return Plan(cfg, code_bytes).lines()
 
 
 if __name__ == "__main__":

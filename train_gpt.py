@@ -2533,6 +2533,14 @@ def attention_inside(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=inside).transpose(1, 2)
 
 
+def what_attention_sees(documents: Tensor, boundaries: Tensor | None) -> Tensor:
+    """Documents (B, T) as attention_inside() takes them on their device."""
+    if documents.is_cuda and boundaries is not None:
+        return boundaries
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
 def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
     """attention_inside() on a GPU, where no work is done across documents; untried there."""
     rows = q.shape
@@ -2769,6 +2777,14 @@ def joined(lanes: Lanes) -> Tensor:
     return stream if second is None else 0.5 * (stream + second)
 
 
+def in_lanes(lanes: Lanes, are_two: bool) -> Lanes:
+    """The stream in as many lanes as a layer has: split in two equal ones, or joined."""
+    stream, second = lanes
+    if not are_two:
+        return joined(lanes), None
+    return stream, stream if second is None else second
+
+
 @dataclass
 class Context:
     """What the layers read beside the stream."""
@@ -2934,7 +2950,7 @@ class GPT(nn.Module):
             extra_v={},
         )
         if documents is not None:
-            c.inside = self.inside(documents, boundaries)
+            c.inside = what_attention_sees(documents, boundaries)
         if self.ve_shared is not None:
             shared = self.ve_shared(input_ids, self.dtype)
             for place, layer in enumerate(c.plan):
@@ -2951,13 +2967,6 @@ class GPT(nn.Module):
                 gate = torch.sigmoid(self.vrl_alphas[layer.value_gate])
                 c.extra_v[place] = c.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
         return c
-
-    def inside(self, documents: Tensor, boundaries: Tensor | None) -> Tensor:
-        """Documents (B, T) as attention_inside() takes them on this device."""
-        if documents.is_cuda and boundaries is not None:
-            return boundaries
-        same = documents.unsqueeze(2) == documents.unsqueeze(1)
-        return same.tril().unsqueeze(1)
 
     def first_values(self, x0: Tensor, extra_v: Tensor | None) -> Tensor:
         """The values of layer 0, of the embedding (B, T, D): (B, T, G*K)."""
@@ -2977,18 +2986,11 @@ class GPT(nn.Module):
         gate = like(torch.sigmoid(self.skip_gates[row]), x)
         return torch.lerp(skip, x, gate.expand_as(x))
 
-    def lanes_of(self, layer: Layer, lanes: Lanes) -> Lanes:
-        """The stream in as many lanes as the layer has: split in equal ones, or joined."""
-        x, second = lanes
-        if not layer.two_lanes:
-            return joined(lanes), None
-        return x, x if second is None else second
-
     def layer(self, place: int, lanes: Lanes, c: Context) -> Lanes:
         """The stream (B, T, D) -> (B, T, D) through a layer of the plan; the same of both lanes."""
         layer = c.plan[place]
         block: Any = self.blocks[layer.block]
-        x, second = self.lanes_of(layer, lanes)
+        x, second = in_lanes(lanes, layer.two_lanes)
         if layer.skip_from is not None and layer.skip_row is not None:
             x = self.with_skip(x, joined(c.outputs[layer.skip_from]), layer.skip_row)
         read = None if layer.reads is None else joined(c.outputs[layer.reads])

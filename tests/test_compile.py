@@ -62,7 +62,14 @@ SYSTEMS = {name: {**PRESETS[name], **TINY} for name in ("pr1361", "pr569", "pr70
         **PRESETS["pr295"],
         **TINY,
         "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.3.attn.c_k:fp16",
-    }
+    },
+    "pr1855": {
+        **PRESETS["pr1855"],
+        **TINY,
+        "loop_start": 1,
+        "loop_end": 2,
+        "parallel_start_layer": 3,
+    },
 }
 
 
@@ -117,7 +124,12 @@ def test_any_composition_is_one_graph(number: int) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "changed"),
-    [("pr703", {}), ("pr295", {"swa_every": 1}), ("pr1361", {"ttt_mode": "score_first"})],
+    [
+        ("pr703", {}),
+        ("pr295", {"swa_every": 1}),
+        ("pr1361", {"ttt_mode": "score_first"}),
+        ("pr1855", {}),
+    ],
 )
 def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: TinyData) -> None:
     """Through warmdown, QAT start, MiLe, averages, uneven micro-batches, export, all scores."""

@@ -31,6 +31,7 @@ CHOICES = {name: f for name, f in FIELDS.items() if type(f.default) is str and k
 
 # What mini may set: it is a scale, so it must leave every technique as it finds it.
 MINI_MAY_SET = {
+    "vocab_size",
     "model_dim",
     "num_heads",
     "num_kv_heads",
