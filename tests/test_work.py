@@ -129,7 +129,7 @@ def test_calibration_counts_what_torch_counts(setting, changes: dict) -> None:
         {"eval_stride": 0},
         {"eval_stride": 6},
         {"eval_stride": 16},
-        {"ttt_mode": "score_first", "ttt_chunk_tokens": 1000, "ttt_epochs": 2},
+        {"ttt_mode": "score_first", "ttt_chunk_tokens": 100, "ttt_epochs": 2},
         {"counts": "scored"},
     ],
     ids=str,
@@ -137,7 +137,7 @@ def test_calibration_counts_what_torch_counts(setting, changes: dict) -> None:
 def test_scoring_counts_what_torch_counts(setting, changes: dict) -> None:
     cfg, model, _, run = setting(**changes)
     whole = train_gpt.load_validation(cfg)
-    kept = 2000
+    kept = 200
     val = train_gpt.replace(
         whole, tokens=whole.tokens[:kept], target_bytes=whole.target_bytes[: kept - 1]
     )
@@ -163,7 +163,7 @@ def test_scoring_counts_what_torch_counts(setting, changes: dict) -> None:
     spans = train_gpt.windows(kept - 1, T, cfg.eval_stride)
     shown = T * len(train_gpt.strips_of(spans, cfg.eval_stride or T))
     if learner is not None:
-        passed = T * cfg.ttt_epochs * -(-1000 // T)  # the last chunk teaches nobody
+        passed = T * cfg.ttt_epochs * -(-100 // T)  # the last chunk teaches nobody
         assert learner.operations == 3 * passed * (
             train_gpt.hidden_operations(model, T) + train_gpt.head_operations(model)
         )
@@ -175,7 +175,7 @@ def test_scoring_counts_what_torch_counts(setting, changes: dict) -> None:
 SYSTEMS = [name for name in PRESETS if name != "mini"]
 
 
-@pytest.mark.parametrize("preset", ["", "mini", *SYSTEMS, *(f"{name},mini" for name in SYSTEMS)])
+@pytest.mark.parametrize("preset", ["", "mini", *SYSTEMS])
 def test_presets_count_what_torch_counts_on_fake_tensors(preset: str) -> None:
     """At full size; the squares of a flash kernel, with one repeated, are seven for our three."""
     cfg = Config.from_env({"PRESET": preset})[0]
