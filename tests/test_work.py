@@ -360,7 +360,9 @@ def test_a_run_by_operations_spends_them_and_says_so(whole: Path) -> None:
     scales = [step["lr_scale"] for step in steps]
     assert scales == sorted(scales, reverse=True)
     assert scales[0] == 1.0
-    assert scales[-1] < 0.1
+    # The last half decays, and what is left at the end is less than a step beside the last one.
+    decaying = 0.5 * (BUDGET - (work["tflops"] - steps[-1]["tflops"]))
+    assert scales[-1] < 2 * cost / decaying
     # What is left takes as long a TFLOP as what was done; the last step leaves calibration.
     halfway = steps[len(steps) // 2]
     left = BUDGET - halfway["tflops"]
@@ -384,7 +386,11 @@ def test_two_runs_of_one_seed_are_equal_to_the_bit(
 def test_elsewhere_a_run_takes_the_same_steps_to_nearly_the_same_score(
     environment: dict, whole: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:
-    """Sums in another order differ in their last bits, and training carries that on."""
+    """Sums in another order differ in their last bits, and training carries that on.
+
+    Measured after these 22 steps: losses and score within 3 parts in 10^7 of each other; of two
+    processes within 8. Longer training carries it further.
+    """
     other = run_alone(counted_job(tiny_data, tmp_path, "other"), **environment)
     assert events(other, "work")[0] == events(whole, "work")[0]
     ours, theirs = events(whole, "step"), events(other, "step")
@@ -392,8 +398,8 @@ def test_elsewhere_a_run_takes_the_same_steps_to_nearly_the_same_score(
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine["tflops"] == yours["tflops"]
         assert mine["lr_scale"] == yours["lr_scale"]
-        assert mine["train_loss"] == pytest.approx(yours["train_loss"], rel=0.002)
-    assert final_bpb(other) == pytest.approx(final_bpb(whole), rel=0.002)
+        assert mine["train_loss"] == pytest.approx(yours["train_loss"], rel=1e-4)
+    assert final_bpb(other) == pytest.approx(final_bpb(whole), rel=1e-4)
 
 
 def test_a_resumed_run_goes_on_with_its_account(
@@ -425,7 +431,7 @@ def test_two_ranks_take_the_steps_of_one(whole: Path, tiny_data: TinyData, tmp_p
     assert [step["tflops"] for step in ours] == [step["tflops"] for step in theirs]
     assert [step["lr_scale"] for step in ours] == [step["lr_scale"] for step in theirs]
     assert events(two, "work")[0] == events(whole, "work")[0]
-    assert final_bpb(two) == pytest.approx(final_bpb(whole), rel=0.002)
+    assert final_bpb(two) == pytest.approx(final_bpb(whole), rel=1e-4)
 
 
 def test_counts_say_their_processor_seconds(tiny_data: TinyData, tmp_path: Path) -> None:
