@@ -245,6 +245,8 @@ def track_page(track: str) -> str:
             "the file that ran.",
             "",
         ]
+    if rules.reasons:
+        lines += ["## Reasons", "", rules.reasons]
     return "\n".join([*lines, "[All entries](../README.md)", ""])
 
 
@@ -311,8 +313,6 @@ def board_page(root: Path, found: Found, unranked: Sequence[tuple[Path, str]]) -
     for track, rules in TRACKS.items():
         mine = [pair for pair in found if pair[1]["track"] == track]
         left_out = [pair for pair in unranked if pair[0].parent.name == track]
-        if rules.state == tracks.TO_COME and not mine and not left_out:
-            continue
         state = ""
         if rules.state == tracks.CLOSED:
             state = " This track is closed: it takes no new entries."

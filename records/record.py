@@ -323,11 +323,10 @@ def verb_board(args: argparse.Namespace) -> int:
         raise Wrong(f"{root}: no such folder; it is the one that holds the tracks")
     found, unranked = ranked_entries(root)
     (root / "README.md").write_text(pages.board_page(root, found, unranked), encoding="utf-8")
-    for track, rules in TRACKS.items():
-        if rules.state != tracks.TO_COME:
-            (root / track).mkdir(exist_ok=True)
-            page = pages.track_page(track)
-            (root / track / "README.md").write_text(page, encoding="utf-8")
+    for track in TRACKS:
+        (root / track).mkdir(exist_ok=True)
+        page = pages.track_page(track)
+        (root / track / "README.md").write_text(page, encoding="utf-8")
     print(root / "README.md", *(f"{f}: not ranked: {reason}" for f, reason in unranked), sep="\n")
     if found:
         import pictures

@@ -661,6 +661,8 @@ CASES: dict[str, Case] = {
     "an order that is no number": env(COUNT_SCORED_ORDERS="x"),
     "counts without windows": env(COUNTS="scored", EVAL_STRIDE="0"),
     "embeddings with half a decay": env(EMBED_WD="-0.5"),
+    "two budgets": env(MAX_TRAIN_TFLOPS="1", MAX_WALLCLOCK_SECONDS="60"),
+    "operations that hold no step": check(MAX_TRAIN_TFLOPS="0.000001"),
     "clips of nothing": env(CLIP_SIGMAS="mlp"),
     "target over the limit": env(ARTIFACT_TARGET_BYTES="16000001"),
     "adaptation without windows": env(TTT_MODE="score_first", EVAL_STRIDE="0"),

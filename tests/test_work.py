@@ -92,6 +92,10 @@ VARIANTS = [
     {"bigram_vocab_size": 0, "ve_enabled": False, "optimizer_routing": "by_ndim"},
     {"optimizer_routing": "banks", "quant_clip": "std"},
     {"backout_mode": "mid", "xsa_last_n": 0, "mile_gamma": 1.0},
+    {"num_loops": 2, "loop_start": 1, "loop_end": 1, "quant_clip": "std"},
+    {"num_loops": 1, "loop_start": 0, "loop_end": 1, "skip_gates": True, "vrl_mode": "mix"},
+    {"attn_gate": "sparse", "gate_window": 8, "smear_form": "input"},
+    {"parallel_start_layer": 1, "muon_ns": "polar", "muon_row_norm": True},
 ]
 
 
@@ -111,6 +115,7 @@ def test_a_step_counts_what_torch_counts(setting, changes: dict) -> None:
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_calibration_counts_what_torch_counts(setting, changes: dict) -> None:
     cfg, model, rows, run = setting(**changes)
+    model.requires_grad_(False)  # torch's counter follows modules by their gradients
     batches, size = 3, train_gpt.CALIBRATION_ROWS
     with counting() as counter:
         train_gpt.collect_hessians(
@@ -129,7 +134,7 @@ def test_calibration_counts_what_torch_counts(setting, changes: dict) -> None:
         {"eval_stride": 0},
         {"eval_stride": 6},
         {"eval_stride": 16},
-        {"ttt_mode": "score_first", "ttt_chunk_tokens": 1000, "ttt_epochs": 2},
+        {"ttt_mode": "score_first", "ttt_chunk_tokens": 100, "ttt_epochs": 2},
         {"counts": "scored"},
     ],
     ids=str,
@@ -137,7 +142,7 @@ def test_calibration_counts_what_torch_counts(setting, changes: dict) -> None:
 def test_scoring_counts_what_torch_counts(setting, changes: dict) -> None:
     cfg, model, _, run = setting(**changes)
     whole = train_gpt.load_validation(cfg)
-    kept = 2000
+    kept = 200
     val = train_gpt.replace(
         whole, tokens=whole.tokens[:kept], target_bytes=whole.target_bytes[: kept - 1]
     )
@@ -163,7 +168,7 @@ def test_scoring_counts_what_torch_counts(setting, changes: dict) -> None:
     spans = train_gpt.windows(kept - 1, T, cfg.eval_stride)
     shown = T * len(train_gpt.strips_of(spans, cfg.eval_stride or T))
     if learner is not None:
-        passed = T * cfg.ttt_epochs * -(-1000 // T)  # the last chunk teaches nobody
+        passed = T * cfg.ttt_epochs * -(-100 // T)  # the last chunk teaches nobody
         assert learner.operations == 3 * passed * (
             train_gpt.hidden_operations(model, T) + train_gpt.head_operations(model)
         )
@@ -175,7 +180,7 @@ def test_scoring_counts_what_torch_counts(setting, changes: dict) -> None:
 SYSTEMS = [name for name in PRESETS if name != "mini"]
 
 
-@pytest.mark.parametrize("preset", ["", "mini", *SYSTEMS, *(f"{name},mini" for name in SYSTEMS)])
+@pytest.mark.parametrize("preset", ["", "mini", *SYSTEMS])
 def test_presets_count_what_torch_counts_on_fake_tensors(preset: str) -> None:
     """At full size; the squares of a flash kernel, with one repeated, are seven for our three."""
     cfg = Config.from_env({"PRESET": preset})[0]
@@ -307,7 +312,7 @@ def test_a_budget_without_room_for_a_step_is_refused(setting, step: int) -> None
 
 # Whole runs
 
-BUDGET = 0.0036
+BUDGET = 0.008
 WIDE = {"EVAL_STRIDE": "0", "ITERATIONS": "1000", "MODEL_DIM": "64", "MICRO_BATCH_SEQS": "1"}
 
 
@@ -355,7 +360,9 @@ def test_a_run_by_operations_spends_them_and_says_so(whole: Path) -> None:
     scales = [step["lr_scale"] for step in steps]
     assert scales == sorted(scales, reverse=True)
     assert scales[0] == 1.0
-    assert scales[-1] < 0.1
+    # The last half decays, and what is left at the end is less than a step beside the last one.
+    decaying = 0.5 * (BUDGET - (work["tflops"] - steps[-1]["tflops"]))
+    assert scales[-1] < 2 * cost / decaying
     # What is left takes as long a TFLOP as what was done; the last step leaves calibration.
     halfway = steps[len(steps) // 2]
     left = BUDGET - halfway["tflops"]
@@ -379,7 +386,11 @@ def test_two_runs_of_one_seed_are_equal_to_the_bit(
 def test_elsewhere_a_run_takes_the_same_steps_to_nearly_the_same_score(
     environment: dict, whole: Path, tiny_data: TinyData, tmp_path: Path
 ) -> None:
-    """Sums in another order differ in their last bits, and training carries that on."""
+    """Sums in another order differ in their last bits, and training carries that on.
+
+    Measured after these 22 steps: losses and score within 3 parts in 10^7 of each other; of two
+    processes within 8. Longer training carries it further.
+    """
     other = run_alone(counted_job(tiny_data, tmp_path, "other"), **environment)
     assert events(other, "work")[0] == events(whole, "work")[0]
     ours, theirs = events(whole, "step"), events(other, "step")
@@ -387,8 +398,8 @@ def test_elsewhere_a_run_takes_the_same_steps_to_nearly_the_same_score(
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine["tflops"] == yours["tflops"]
         assert mine["lr_scale"] == yours["lr_scale"]
-        assert mine["train_loss"] == pytest.approx(yours["train_loss"], rel=0.002)
-    assert final_bpb(other) == pytest.approx(final_bpb(whole), rel=0.002)
+        assert mine["train_loss"] == pytest.approx(yours["train_loss"], rel=1e-4)
+    assert final_bpb(other) == pytest.approx(final_bpb(whole), rel=1e-4)
 
 
 def test_a_resumed_run_goes_on_with_its_account(
@@ -420,7 +431,7 @@ def test_two_ranks_take_the_steps_of_one(whole: Path, tiny_data: TinyData, tmp_p
     assert [step["tflops"] for step in ours] == [step["tflops"] for step in theirs]
     assert [step["lr_scale"] for step in ours] == [step["lr_scale"] for step in theirs]
     assert events(two, "work")[0] == events(whole, "work")[0]
-    assert final_bpb(two) == pytest.approx(final_bpb(whole), rel=0.002)
+    assert final_bpb(two) == pytest.approx(final_bpb(whole), rel=1e-4)
 
 
 def test_counts_say_their_processor_seconds(tiny_data: TinyData, tmp_path: Path) -> None:
