@@ -557,24 +557,32 @@ class Ranks:
         bits = [p.detach().view(torch.int32) for p in model.parameters()]
         total = torch.stack([part.sum(dtype=torch.int64) for part in bits]).sum()
         mine = float(total.item() % 2**50)  # a float64 holds it exactly
-        if self.agree(float(mine != self.agree(mine)), "most"):
+        of_main = self.agree(mine)
+        if self.any_of(mine != of_main):
             raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Turn a rank's Refusal inside into that of every rank, so that none waits or is silent."""
+        """If any rank refuses in this block, every rank does, by the words of the first of them.
+
+        Otherwise the others would wait for it in vain, or end without saying why.
+        """
         refusal = None
         try:
             yield
         except Refusal as error:
             refusal = error
+        # The lowest rank that refused, or inf: the largest of the negated ranks, negated.
         first = -self.agree(-math.inf if refusal is None else -self.rank, "most")
         if first < math.inf:
             text = f"rank {first:.0f}: {refusal}" if first else str(refusal)
             raise Refusal(self.broadcast(text.encode(), int(first)).decode())
 
     def absent(self) -> str:
-        """After a time-out: the ranks that are not among those that waited in vain as well."""
+        """After a time-out, the ranks that did not come to it; or "unknown".
+
+        Every rank that waited in vain says so in the store: the others are absent.
+        """
         store, missing = self.store, set(range(self.world_size))
         if store is None:
             return "unknown"
@@ -582,14 +590,15 @@ class Ranks:
         def ask() -> None:
             store.set(f"rank {self.rank} waited", "")
             while True:
-                here = [r for r in list(missing) if store.check([f"rank {r} waited"])]
+                here = [r for r in missing if store.check([f"rank {r} waited"])]
                 missing.difference_update(here)
                 time.sleep(0.1)
 
-        asking = threading.Thread(target=ask, daemon=True)  # a dead rank's store never answers
+        # In a thread of its own, as a store never answers if the process that holds it is dead.
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(3.0)
-        if self.rank in missing:
+        if self.rank in missing:  # the store did not even tell this rank of itself
             return "unknown"
         return ", ".join(map(str, sorted(missing)))
 
@@ -820,15 +829,16 @@ class Run:
         )
         self.folder = RunFolder(cfg, self.ranks)
         self.ledger = Ledger(self.folder)
-        self.phase = "starting"  # told if the run fails
+        self.phase = "starting"  # what the run is at; a message names it if the run fails
         self.signals: list[int] = []  # that asked training to end
-        self.continued = False  # after a stop, by Ctrl-Z or a scheduler
+        self.continued = False  # whether it goes on after it was stopped, by Ctrl-Z or a scheduler
+        # Of one forward and backward, where MICRO_BATCH_SEQS does not say.
         tokens_at_once = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of activations: bf16 only where the hardware multiplies it natively."""
+        """Type of activations: bf16 on a GPU, float32 on a CPU: few multiply bf16 natively."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
@@ -2583,7 +2593,7 @@ def find_attention(
 
 
 def first_output(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of a kernel that gives more than the attention's output."""
+    """The attention's output, of a kernel that returns more beside it."""
     return attend(q, k, v)[0]
 
 
@@ -2603,7 +2613,7 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
     v = v.unsqueeze(3)  # (B, T, G, 1, K)
     square = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-12).square()
-    along = (grouped * v).sum(-1, keepdim=True) / square
+    along = (grouped * v).sum(-1, keepdim=True) / square  # y . n = along ||v||
     return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
 
 
@@ -2612,21 +2622,22 @@ class Layer:
     """One step through the network: whose weights it has, and what goes into it beside the stream.
 
     Layers are counted by their place in the plan; what belongs to weights goes by `block`.
+    Without loops (NUM_LOOPS) the two are the same number.
     """
 
     block: int  # whose weights
     depth_scale: float  # of the normed inputs of attention and MLP
     two_lanes: bool  # whether attention and MLP work side by side, on a lane each
     exclusive: bool  # whether a token's own value is taken out of what attention gives (XSA)
-    skip_from: int | None  # the earlier layer whose output is added before (U-Net)
-    skip_row: int | None  # of the skip weights, by which it is multiplied
+    skip_from: int | None  # the earlier layer whose output is added to the stream first (U-Net)
+    skip_row: int | None  # the row of the skip weights that multiplies that output
     reads: int | None  # the earlier layer whose output attention reads instead of the stream
     value_scale: int | None  # which of the value embedding's scales; None without one
     value_gate: int | None  # which of the gates that add layer 0's values (VRL_MODE=add)
     mixes_values: bool  # whether layer 0's values are mixed with its own (VRL_MODE=mix)
 
     def __str__(self) -> str:
-        """A line for the log, of what is there."""
+        """A line for the log: the block, its scale, and the optional parts that the layer has."""
         parts = [f"block:{self.block} depth_scale:{self.depth_scale:.3f}"]
         parts += ["two_lanes"] if self.two_lanes else []
         parts += ["xsa"] if self.exclusive else []
@@ -4245,11 +4256,12 @@ class Averages:
         self.model = model
         self.decay = cfg.ema_decay
         self.snapshots = 0  # that SWA has taken
+        # "swa_of_ema" has both names in it.
         self.kept = {name: copy.deepcopy(model) for name in ("ema", "swa") if name in cfg.avg_mode}
 
     @torch.no_grad()
     def update(self, snapshot: bool) -> None:
-        """Take in the weights of a step: A <- A + weight (W - A), without waiting for a GPU."""
+        """Take in the weights of a step, without waiting for a GPU."""
         if "ema" in self.kept:
             self.move("ema", self.model, 1.0 - self.decay)
         if not snapshot:
@@ -4259,10 +4271,10 @@ class Averages:
             self.move("swa", self.kept.get("ema", self.model), 1.0 / self.snapshots)
 
     @torch.no_grad()
-    def move(self, name: str, source: GPT, weight: float) -> None:
-        """Move an average towards the weights of `source`."""
+    def move(self, name: str, source: GPT, share: float) -> None:
+        """Move an average A towards the weights W of `source`: A <- A + share (W - A)."""
         average: list[Tensor] = list(self.kept[name].parameters())
-        torch._foreach_lerp_(average, list(source.parameters()), weight)
+        torch._foreach_lerp_(average, list(source.parameters()), share)
 
     def acting(self, snapshot: bool) -> dict[str, bool]:
         """Each average that is kept: whether the step changed it."""
@@ -4270,7 +4282,10 @@ class Averages:
         return {name: changed[name] for name in self.kept}
 
     def result(self, run: Run) -> GPT:
-        """The model to export; without any snapshot, SWA falls back to what it would average."""
+        """The model to export. Ask once: AVG_LAST_SHARE moves the average that is kept.
+
+        SWA without any snapshot gives what it would have averaged, the EMA or the last weights.
+        """
         if "swa" in self.kept and self.snapshots:
             run.folder.log(
                 "swa:applying averaged {snapshots} checkpoints", "swa", snapshots=self.snapshots
@@ -4300,7 +4315,7 @@ class Training:
     """All that training changes, saved and restored whole, whatever the number of ranks."""
 
     def __init__(self, model: GPT, reserve: float, data: list, run: Run) -> None:
-        """`reserve` of the budget is kept for calibration."""
+        """`reserve` of the budget, in its unit, is kept for calibration."""
         cfg = run.cfg
         self.model = model
         self.run = run
@@ -7781,17 +7796,15 @@ class SquaredLeaky(torch.autograd.Function):
         return F.leaky_relu(h, ctx.slope).mul_(grad).mul_(2.0), None
 
 
-LOG2_E = math.log2(math.e)
-
-
 class HeadNats(torch.autograd.Function):
-    """Nats of the targets at capped logits and their weights, with one [tokens, vocabulary] copy.
+    """Nats of the targets at capped logits, and their weights; it keeps one matrix (B*T, V).
 
-    The gradient of each nat is found while its row of logits is in the processor's cache; its
-    factor in the loss is known only later, and then scales hidden states instead.
+    That is the derivative of each target's nats by its row of logits before the cap, found while
+    the row is in the processor's cache. What multiplies it in the loss is known only in the
+    backward, and multiplies rows of width D there instead of V.
     """
 
-    ROWS = 128  # at a time
+    ROWS = 128  # of logits, at a time
 
     @staticmethod
     def forward(
@@ -7813,11 +7826,12 @@ class HeadNats(torch.autograd.Function):
         """
         shape = targets.shape
         hidden = hidden.flatten(0, 1)
-        pull = hidden.new_empty(len(hidden), len(head))
+        pull = hidden.new_empty(len(hidden), len(head))  # that derivative
         nats, weights = [], []
         columns = [hidden, targets.reshape(-1, 1), input_ids.flatten(), pull]
         columns += [column.reshape(-1, 1) for column in prefixes or ()]
         blocks = zip(*(column.split(HeadNats.ROWS) for column in columns), strict=True)
+        # Rows of `pull` hold tanh(z / cap) first, here `bent`, and the derivative at the end.
         for own, at, before, bent, *second in blocks:
             torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
             logits = cap * bent
@@ -7826,7 +7840,8 @@ class HeadNats(torch.autograd.Function):
             weights.append(mile_weights(logits, gamma, clamp_min))
             if second:
                 other, share = second
-                farther = logits.gather(1, at) - logits.gather(1, other)  # in nats
+                # By how many nats the second target is less likely than the first.
+                farther = logits.gather(1, at) - logits.gather(1, other)
             own_nats, p = nats_and_shares(logits, at, penalty is not None)
             excess = p
             if second:
@@ -7849,6 +7864,9 @@ class HeadNats(torch.autograd.Function):
         of_hidden = (grad * (pull @ head)).view(*shape, -1)
         of_head = pull.t() @ (grad * hidden)
         return of_hidden, of_head, *[None] * 7
+
+
+LOG2_E = math.log2(math.e)
 
 
 def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
