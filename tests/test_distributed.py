@@ -213,7 +213,8 @@ def wait_for(path: Path, pattern: str, seconds: float = 120.0) -> None:
     raise AssertionError(f"{path} never said {pattern}")
 
 
-# int8 momentum, MiLe, both kinds of averages; a SWA that has begun when the checkpoint is made.
+# Two int8 momenta, NorMuon, MiLe, prefixes, both kinds of averages; a SWA that has begun when the
+# checkpoint is made.
 QUAINT = {
     "PRESET": "pr703,mini",
     "CACHE_LAYER": "1",
@@ -221,6 +222,10 @@ QUAINT = {
     "SWA_EVERY": "2",
     "SWA_START_FRAC": "1",
     "WARMDOWN_FRAC": "0.9",
+    "MUON_SLOW_SHARE": "0.5",
+    "MUON_SLOW_START_FRAC": "0.1",
+    "MUON_NEURON_NORM": "0.9",
+    "PREFIX_TARGET": "0.25",
 }
 
 

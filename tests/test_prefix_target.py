@@ -13,6 +13,7 @@ from conftest import TinyData
 from jobs import events, launch, tiny_job
 from test_model import SIZES, random_ids, random_model
 from test_schedules import clocked, imagine, stepped
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt
 from train_gpt import Batch, Config, piece_prefixes
@@ -132,3 +133,16 @@ def test_a_run_with_it_learns_otherwise(tiny_data: TinyData, tmp_path: Path, mas
     first = [curves[weight][0]["train_loss"] for weight in ("0", "0.25")]
     assert 0.02 < first[1] / first[0] - 1 < 0.25
     assert curves["0"][-1]["train_loss"] != curves["0.25"][-1]["train_loss"]
+
+
+def test_all_weights_are_one_graph() -> None:
+    """Without a break, with a mask and without: the weight's fall compiles nothing anew."""
+    graphs = CompileCounter()
+    forward = torch.compile(train_gpt.training_nats, fullgraph=True, dynamic=False, backend=graphs)
+    for number, masked in enumerate((False, True), start=1):
+        model, batch = prefixed_model(torch.float32, masked)
+        for weight in (0.25, 0.1, 0.0):
+            given = (model, batch, None, None, torch.tensor(weight))
+            compiled, plain = forward(*given)[0], train_gpt.training_nats(*given)[0]
+            torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+            assert graphs.frame_count == number
