@@ -174,7 +174,8 @@ def test_ranks_share_out_each_row_of_a_step_once(micro_batch_seqs: int) -> None:
         for world_size in range(1, 9):
             ranks = [
                 SimpleNamespace(
-                    rank=rank, world_size=world_size, micro_batch_rows=micro_batch_seqs or 16
+                    ranks=SimpleNamespace(rank=rank, world_size=world_size),
+                    micro_batch_rows=micro_batch_seqs or 16,
                 )
                 for rank in range(world_size)
             ]
