@@ -2867,6 +2867,19 @@ def two_lanes(
     return first, second
 
 
+class LaneWeights(nn.Module):
+    """What two_lanes() takes, a row for each layer; those of layers with one lane have no use."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.keep = known(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
+        self.write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
+
+    def of(self, block: int) -> tuple[Tensor, Tensor]:
+        """Of a layer: shares that lanes keep (2,), shares that they take (4,)."""
+        return self.keep[block], self.write[block]
+
+
 class GPT(nn.Module):
     """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
 
@@ -2899,11 +2912,8 @@ class GPT(nn.Module):
         self.skip_gates: nn.Parameter | None = None
         if cfg.skip_gates:
             self.skip_gates = known(GAIN_ROWS, nn.Parameter(torch.zeros(skips)))
-        self.lane_keep: nn.Parameter | None = None
-        self.lane_write: nn.Parameter | None = None
-        if any(layer.two_lanes for layer in self.plan):
-            self.lane_keep = known(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
-            self.lane_write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
+        has_lanes = any(layer.two_lanes for layer in self.plan)
+        self.lanes = LaneWeights(cfg) if has_lanes else None
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(
             known(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
@@ -2994,9 +3004,7 @@ class GPT(nn.Module):
         if layer.skip_from is not None and layer.skip_row is not None:
             x = self.with_skip(x, joined(c.outputs[layer.skip_from]), layer.skip_row)
         read = None if layer.reads is None else joined(c.outputs[layer.reads])
-        weights = None
-        if self.lane_keep is not None and self.lane_write is not None:
-            weights = self.lane_keep[layer.block], self.lane_write[layer.block]
+        weights = None if self.lanes is None else self.lanes.of(layer.block)
         extra_v = c.extra_v.get(place)
         given = (x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights
         if self.compiled_block is None or not torch.is_grad_enabled():

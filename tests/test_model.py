@@ -329,7 +329,7 @@ def naive_logits(
         attended = of["attn_scale"] * naive_attention(attn, h, v, xsa, cfg, documents)
         if has_lanes:
             thought = of["mlp_scale"] * naive_mlp(mlp, scale * naive_rms(second), cfg)
-            keep, write = p["lane_keep"][layer], p["lane_write"][layer]
+            keep, write = p["lanes.keep"][layer], p["lanes.write"][layer]
             x = keep[0] * before + write[0] * attended + write[2] * thought
             second = keep[1] * second + write[1] * attended + write[3] * thought
         else:
