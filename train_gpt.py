@@ -2537,18 +2537,37 @@ def attention_inside(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
     `inside` is a mask (B, 1, T, T), or the boundaries (N,) for kernels of variable length.
     """
     if inside.ndim == 1:
-        return variable_length_attention(q, k, v, inside)
+        variable = variable_length_attention if q.is_cuda else attention_by_length
+        return variable(q, k, v, inside)
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=inside).transpose(1, 2)
 
 
-def what_attention_sees(documents: Tensor, boundaries: Tensor | None) -> Tensor:
-    """Documents (B, T) as attention_inside() takes them on their device."""
-    if documents.is_cuda and boundaries is not None:
+def what_attention_sees(documents: Tensor, boundaries: Tensor | None, in_graph: bool) -> Tensor:
+    """Documents (B, T) as attention_inside() takes them on their device.
+
+    On a CPU a compiled graph takes a mask, whose shape does not depend on the documents.
+    """
+    if boundaries is not None and (documents.is_cuda or not in_graph):
         return boundaries
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril().unsqueeze(1)
+
+
+def attention_by_length(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
+    """attention_inside() on a CPU: documents of the same length together, and no others.
+
+    A mask would have the work done across documents, and in both directions, and then undo it.
+    """
+    lengths = [length for length in boundaries.diff().tolist() if length]
+    documents = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
+    found: dict[int, Tensor] = {}  # by document
+    for length in dict.fromkeys(lengths):
+        alike = [number for number, other in enumerate(lengths) if other == length]
+        y = sdpa_attention(*(torch.stack([part[number] for number in alike]) for part in documents))
+        found.update(zip(alike, y, strict=True))
+    return torch.cat([found[number] for number in range(len(lengths))]).view_as(q)
 
 
 def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
@@ -2837,6 +2856,10 @@ class Block(nn.Module):
         keep, inject = like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
 
+    def first_values(self, x0: Tensor, extra_v: Tensor | None, s: float) -> Tensor:
+        """The values of the first layer, of the embedding (B, T, D): (B, T, G*K)."""
+        return self.attn.values(rms_norm(self.mixed(x0, x0), s), extra_v, None)
+
     def forward(
         self,
         lanes: Lanes,
@@ -2864,6 +2887,17 @@ class Block(nn.Module):
         return x + b * self.mlp(rms_norm(x, s)), None
 
 
+def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """The stream with an earlier layer's output: x + w skip, or g x + (1 - g) w skip.
+
+    Both are (B, T, D), weight and gate (D,) or (1,); g = sigmoid(gate).
+    """
+    skip = like(weight, x) * skip
+    if gate is None:
+        return x + skip
+    return torch.lerp(skip, x, like(torch.sigmoid(gate), x).expand_as(x))
+
+
 def two_lanes(
     x: Tensor, second: Tensor, attended: Tensor, thought: Tensor, keep: Tensor, write: Tensor
 ) -> Lanes:
@@ -2876,6 +2910,19 @@ def two_lanes(
     first = keep[0] * x + write[0] * attended + write[2] * thought
     second = keep[1] * second + write[1] * attended + write[3] * thought
     return first, second
+
+
+class LaneWeights(nn.Module):
+    """What two_lanes() takes, a row for each layer; those of layers with one lane have no use."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.keep = known(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
+        self.write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
+
+    def of(self, block: int) -> tuple[Tensor, Tensor]:
+        """Of a layer: shares that lanes keep (2,), shares that they take (4,)."""
+        return self.keep[block], self.write[block]
 
 
 class GPT(nn.Module):
@@ -2910,11 +2957,8 @@ class GPT(nn.Module):
         self.skip_gates: nn.Parameter | None = None
         if cfg.skip_gates:
             self.skip_gates = known(GAIN_ROWS, nn.Parameter(torch.zeros(skips)))
-        self.lane_keep: nn.Parameter | None = None
-        self.lane_write: nn.Parameter | None = None
-        if any(layer.two_lanes for layer in self.plan):
-            self.lane_keep = known(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
-            self.lane_write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
+        has_lanes = any(layer.two_lanes for layer in self.plan)
+        self.lanes = LaneWeights(cfg) if has_lanes else None
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(
             known(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
@@ -2961,7 +3005,8 @@ class GPT(nn.Module):
             extra_v={},
         )
         if documents is not None:
-            c.inside = what_attention_sees(documents, boundaries)
+            in_graph = torch.compiler.is_compiling() or self.compiled_block is not None
+            c.inside = what_attention_sees(documents, boundaries, in_graph)
         if self.ve_shared is not None:
             shared = self.ve_shared(input_ids, self.dtype)
             for place, layer in enumerate(c.plan):
@@ -2972,30 +3017,13 @@ class GPT(nn.Module):
             return c
         # Only VRL_MODE=mix takes layer 0's values with its value embedding.
         own_extra = c.extra_v.get(0) if self.cfg.vrl_mode == "mix" else None
-        c.first_v = first_v = self.first_values(x0, own_extra)
+        first_block: Any = self.blocks[0]
+        c.first_v = first_v = first_block.first_values(x0, own_extra, c.plan[0].depth_scale)
         for place, layer in enumerate(c.plan):
             if layer.value_gate is not None:
                 gate = torch.sigmoid(self.vrl_alphas[layer.value_gate])
                 c.extra_v[place] = c.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
         return c
-
-    def first_values(self, x0: Tensor, extra_v: Tensor | None) -> Tensor:
-        """The values of layer 0, of the embedding (B, T, D): (B, T, G*K)."""
-        block = self.blocks[self.plan[0].block]
-        assert isinstance(block, Block)
-        u = rms_norm(block.mixed(x0, x0), self.plan[0].depth_scale)
-        return block.attn.values(u, extra_v, None)
-
-    def with_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
-        """The stream with an earlier layer's output: x + w skip, or g x + (1 - g) w skip.
-
-        Both are (B, T, D); g = sigmoid(gate).
-        """
-        skip = like(self.skip_weights[row], x) * skip
-        if self.skip_gates is None:
-            return x + skip
-        gate = like(torch.sigmoid(self.skip_gates[row]), x)
-        return torch.lerp(skip, x, gate.expand_as(x))
 
     def layer(self, place: int, lanes: Lanes, c: Context) -> Lanes:
         """The stream (B, T, D) -> (B, T, D) through a layer of the plan; the same of both lanes."""
@@ -3003,11 +3031,11 @@ class GPT(nn.Module):
         block: Any = self.blocks[layer.block]
         x, second = in_lanes(lanes, layer.two_lanes)
         if layer.skip_from is not None and layer.skip_row is not None:
-            x = self.with_skip(x, joined(c.outputs[layer.skip_from]), layer.skip_row)
+            gate = None if self.skip_gates is None else self.skip_gates[layer.skip_row]
+            weight = self.skip_weights[layer.skip_row]
+            x = with_skip(x, joined(c.outputs[layer.skip_from]), weight, gate)
         read = None if layer.reads is None else joined(c.outputs[layer.reads])
-        weights = None
-        if self.lane_keep is not None and self.lane_write is not None:
-            weights = self.lane_keep[layer.block], self.lane_write[layer.block]
+        weights = None if self.lanes is None else self.lanes.of(layer.block)
         extra_v = c.extra_v.get(place)
         given = (x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights
         if self.compiled_block is None or not torch.is_grad_enabled():
@@ -3063,22 +3091,6 @@ class GPT(nn.Module):
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
         return asked, batch.input_ids.take_along_dim(batch.places, dim=1)
 
-    def prefix_targets(
-        self, input_ids: Tensor, targets: Tensor, weight: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Tokens that begin the targets (B, T) and their weights in the loss (B, T).
-
-        A target that no token begins, or none that may follow the token before it, is its own
-        prefix at a weight of 0. None where `weight` is.
-        """
-        if weight is None:
-            return None
-        assert self.prefixes is not None, "PREFIX_TARGET needs the tokenizer's prefixes"
-        prefixes = self.prefixes[targets]
-        if self.penalty is not None:
-            prefixes = torch.where(self.penalty[input_ids, prefixes] == 0, prefixes, targets)
-        return prefixes, weight * (prefixes != targets)
-
     def forward(
         self,
         batch: Batch,
@@ -3093,7 +3105,7 @@ class GPT(nn.Module):
         """
         hidden, input_ids = self.asked(batch, looping)
         targets = batch.target_ids
-        prefixes = self.prefix_targets(input_ids, targets, prefix_weight)
+        prefixes = prefix_targets(self, input_ids, targets, prefix_weight)
         cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
         # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
@@ -3107,6 +3119,23 @@ class GPT(nn.Module):
         if prefixes is not None:
             nats = nats + prefixes[1] * target_nats(logits, prefixes[0])
         return nats, mile_weights(logits, mile_gamma, clamp_min)
+
+
+def prefix_targets(
+    model: GPT, input_ids: Tensor, targets: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Tokens that begin the targets (B, T) and their weights in the loss (B, T).
+
+    A target that no token begins, or none that may follow the token before it, is its own prefix
+    at a weight of 0. None where `weight` is.
+    """
+    if weight is None:
+        return None
+    assert model.prefixes is not None, "PREFIX_TARGET needs the tokenizer's prefixes"
+    prefixes = model.prefixes[targets]
+    if model.penalty is not None:
+        prefixes = torch.where(model.penalty[input_ids, prefixes] == 0, prefixes, targets)
+    return prefixes, weight * (prefixes != targets)
 
 
 def target_nats(logits: Tensor, targets: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ BANKS = {
 RENAMED = {
     "smear.scale": "smear_lambda",
     "smear.weight": "smear_gate.weight",
-    "lane_keep": "parallel_resid_lambdas",
-    "lane_write": "parallel_post_lambdas",
+    "lanes.keep": "parallel_resid_lambdas",
+    "lanes.write": "parallel_post_lambdas",
 }
 
 

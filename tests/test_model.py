@@ -329,7 +329,7 @@ def naive_logits(
         attended = of["attn_scale"] * naive_attention(attn, h, v, xsa, cfg, documents)
         if has_lanes:
             thought = of["mlp_scale"] * naive_mlp(mlp, scale * naive_rms(second), cfg)
-            keep, write = p["lane_keep"][layer], p["lane_write"][layer]
+            keep, write = p["lanes.keep"][layer], p["lanes.write"][layer]
             x = keep[0] * before + write[0] * attended + write[2] * thought
             second = keep[1] * second + write[1] * attended + write[3] * thought
         else:
@@ -645,11 +645,14 @@ def test_a_delta_adds_a_matrix_of_low_rank_for_each_row(rows: int) -> None:
 # Properties of the whole.
 
 
-def logits_of(model: GPT, ids: torch.Tensor, looping: bool = True) -> torch.Tensor:
+def logits_of(
+    model: GPT, ids: torch.Tensor, looping: bool = True, by_mask: bool = False
+) -> torch.Tensor:
     """Logits of rows, with attention inside documents where the settings say so."""
     batch = Batch(ids, ids)
     batch = batch.by_document(ids.size(1)) if model.cfg.attn_docs else batch
-    return model.logits(model.hidden(ids, batch.documents, batch.boundaries, looping))
+    boundaries = None if by_mask else batch.boundaries
+    return model.logits(model.hidden(ids, batch.documents, boundaries, looping))
 
 
 EVERYTHING = {**SIZES, "num_layers": 6, "xsa_last_n": 6, "rope_ntk_ref": 16}
@@ -680,10 +683,56 @@ def test_no_later_token_changes_an_earlier_logit(
         changed = rows.clone()
         changed[at, at] = torch.where(ids[0] == new, 7, new)
         with torch.inference_mode():
-            before, after = (logits_of(model, x, looping) for x in (rows, changed))
+            # A mask, as a new document changes how many places a kernel adds up over.
+            before, after = (logits_of(model, x, looping, by_mask=True) for x in (rows, changed))
         for i in range(length):
             assert torch.equal(before[i, :i], after[i, :i])
             assert not torch.equal(before[i, i], after[i, i])
+
+
+@pytest.mark.parametrize("longest", [3, 7, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_ways_of_attention_inside_documents_agree(longest: int, seed: int) -> None:
+    """By length, and by a mask as in compiled graphs: outputs and all three gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.where(torch.rand(3, 24, generator=generator) < 0.15, BOS, 5)
+    batch = Batch(ids, ids).by_document(longest)
+    assert batch.documents is not None
+    assert [row.unique().numel() for row in batch.documents] == [
+        naive_documents(row, longest)[-1] + 1 for row in ids.tolist()
+    ]
+    given = [
+        torch.randn(3, 24, heads, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, 2, 2)
+    ]
+    found = []
+    for in_graph in (False, True):
+        inside = train_gpt.what_attention_sees(batch.documents, batch.boundaries, in_graph)
+        assert inside.ndim == (4 if in_graph else 1)
+        q, k, v = (x.clone().requires_grad_() for x in given)
+        y = train_gpt.attention_inside(q, k, v, inside)
+        y.square().sum().backward()
+        found.append([y.detach(), q.grad, k.grad, v.grad])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_document_never_sees_the_one_before(seed: int) -> None:
+    """With all that reaches back kept inside documents, no logit depends on an earlier one."""
+    masks = {"attn_docs": True, "smear_bos_mask": True, "bigram_bos_mask": True}
+    variant = [{}, {"num_loops": 2, "loop_start": 1, "loop_end": 2}, {"parallel_start_layer": 2}]
+    cfg = Config(**{**SIZES, **masks, **variant[seed % 3], "vrl_mode": "add"})
+    model = random_model(cfg, seed, torch.float32)
+    ids = random_ids(cfg, 2, 24, seed)
+    ids[:, 10] = BOS
+    changed = ids.clone()
+    changed[:, 9] = torch.where(ids[:, 9] == 7, 8, 7)
+    ids[:, 9] = torch.where(ids[:, 9] == BOS, 9, ids[:, 9])
+    with torch.inference_mode():
+        before, after = (logits_of(model, x) for x in (ids, changed))
+    assert torch.equal(before[:, 10:], after[:, 10:])
+    assert not torch.equal(before[:, 9], after[:, 9])
 
 
 def test_the_published_systems_have_their_published_sizes() -> None:
