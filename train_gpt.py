@@ -8633,13 +8633,16 @@ FRONTIER = {
     "warmdown_frac": 0.85,
     "ema_decay": 0.9965,
     "qat_mode": "off",
-    "quant_clip": "std",
+    "quant_clip": "std_published",
     "clip_sigmas": "mlp:11.5,attn:13,emb:14,aux:13",
+    "lqer_top_k": 3,
+    "gate_storage": "int8",
+    "codec": "range",  # in place of ZPAQ by kinds of matrices
     "bits": "mlp:6,attn:6,emb:7,aux:8",
     "gptq_calib_batches": 16,
     "eval_truncate": True,
     "eval_stride": 0,
-    # To be completed: LQER, its packer, int8 rows of gates; adapters for each document.
+    # To be completed: adapters for each document.
 }
 
 PRESETS: dict[str, dict] = {
@@ -8761,7 +8764,9 @@ PRESETS: dict[str, dict] = {
         "matrix_lr": 0.028,
         "gptq_calib_batches": 32,
         "eval_seq_len": 2560,
-        # To be completed: LQER groups of 32, one stream, adapters, n-gram tilt.
+        "lqer_group": 32,
+        "gate_storage": "fp16",
+        # To be completed: adapters, n-gram tilt.
     },
     # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
     # are of the system's own value.
