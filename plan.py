@@ -59,7 +59,7 @@ def artifact_bytes(
 ) -> float:
     """Predicted size, CLIP_SIGMAS times `by`: Gaussian rows on grids, coded near their entropy."""
     cfg = model.cfg
-    total, std = 1100.0, cfg.quant_clip == "std"  # the header
+    total, std = 1100.0, cfg.clips_by_deviation  # the header
     for name, p in parameters.items():
         if not (bits := train_gpt.bits_of(model, name)):
             total += fit["float"] * p.numel()

@@ -4690,13 +4690,20 @@ class GridSettings(Part):
         65536, (0, 1 << 30), "Tensors of up to this many elements are stored as fp16."
     )
     quant_clip: str = training_knob(
-        "percentile", ("percentile", "std"), "What ends a row's grid: CLIP_SEARCH or CLIP_SIGMAS."
+        "percentile",
+        ("percentile", "std", "std_published"),
+        "What ends a row's grid: CLIP_SEARCH, or CLIP_SIGMAS; std takes the row's maximum if that "
+        "is farther, and steps that are cheap to code, std_published any fp16.",
     )
     clip_sigmas: str = training_knob(
         "mlp:12.85,attn:12.85,emb:10,aux:30",
         (),
-        "Standard deviations of a row at which QUANT_CLIP=std clips, by role or tensor.",
+        "Standard deviations of a row at which QUANT_CLIP=std and std_published clip, by role or "
+        "tensor.",
         tries=("mlp:8,attn:8,emb:8,aux:20",),
+    )
+    gate_storage: str = training_knob(
+        "fp16", ("fp16", "int8"), "How gates of attention are stored; int8 has a scale for a row."
     )
     clip_search: str = training_knob(
         "matrix",
@@ -4708,13 +4715,18 @@ class GridSettings(Part):
     )
 
     @property
+    def clips_by_deviation(self) -> bool:
+        """Whether CLIP_SIGMAS sets the steps of grids, and so the size of the artifact."""
+        return self.quant_clip != "percentile"
+
+    @property
     def bits_by_role(self) -> dict[str, int]:
         """Bits of each role's integers, or of a tensor's by its name; 0 for fp16."""
         return values_by_role("BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16")
 
     @property
     def sigmas_by_role(self) -> dict[str, float]:
-        """Standard deviations of a row at which QUANT_CLIP=std clips it, by role or tensor."""
+        """Standard deviations of a row at which its grid ends, by role or tensor."""
         return values_by_role(
             "CLIP_SIGMAS",
             self.clip_sigmas,
@@ -4771,39 +4783,152 @@ class GptqSettings(Part):
     )
 
 
+MAX_RANK = 64  # of a correction, by settings and in an artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionSettings(Part):
+    """What is stored beside a matrix's integers where they cost most."""
+
+    title = "Quantisation: corrections"
+    prefixes: ClassVar[tuple[str, ...]] = ("LQER_", "AWQ_")
+
+    lqer_top_k: int = training_knob(
+        0, (0, 64), "Matrices of largest rounding error that get a low-rank correction; 0 is off."
+    )
+    lqer_rank: int = training_knob(4, (1, MAX_RANK), "Rank of such a correction.")
+    lqer_group: int = training_knob(
+        64, (1, 1 << 16), "Numbers of its right factor that share a scale."
+    )
+    awq_columns: int = training_knob(
+        0, (0, 1 << 16), "Columns of the one group of inputs that GPTQ gives 8 bits; 0 is off."
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """A group with bits of its own is a matter of GPTQ with one candidate a row."""
+        yield (
+            cfg.awq_columns == 0 or (cfg.clips_by_deviation and cfg.gptq_variant == "full"),
+            "AWQ_COLUMNS needs QUANT_CLIP=std or std_published and GPTQ_VARIANT=full",
+        )
+
+
 CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
 CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
 TINY_STEP = 2.0**-14  # smallest normal fp16
 SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
 DAMPING, DAMPING_TRIES = 0.01, 5
+LEAST_HALF = 2.0**-24  # the smallest positive fp16
+INT8_TOP = 127  # of a grid of 8 bits
+LEFT_RANGE, RIGHT_RANGE = (-2, 1), (-8, 7)  # of the integers of a correction's factors
+LEFT_DIVISOR, RIGHT_DIVISOR = 1.5, 7.5  # the largest magnitude lands half a step past the end
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Columns of a matrix (r, c) with steps of their own, finer than those of its other columns."""
+
+    start: int
+    width: int
+    scale: Tensor  # fp16 (r,)
+
+    @property
+    def columns(self) -> slice:
+        """The columns."""
+        return slice(self.start, self.start + self.width)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A correction A B of a quantised matrix (r, c), of rank k, in integers.
+
+    Low-rank quantisation error reconstruction (LQER): arXiv:2402.02446; the grids are those of
+    pull request 1855.
+    """
+
+    left: Tensor  # int8 (r, k), within LEFT_RANGE
+    right: Tensor  # int8 (k, c), within RIGHT_RANGE
+    left_scale: Tensor  # fp16 ()
+    right_scales: Tensor  # fp16, one for each group of the right factor by rows
+    group: int
+
+    def product(self) -> Tensor:
+        """The correction, float32 (r, c)."""
+        scales = self.right_scales.float().repeat_interleave(self.group)[: self.right.numel()]
+        right = self.right.float() * scales.view_as(self.right)
+        return (self.left_scale.float() * self.left.float()) @ right
 
 
 @dataclass(frozen=True)
 class Stored:
     """A tensor as the artifact holds it: integers with one scale a row, or floats."""
 
-    values: Tensor  # int8 (rows, cols), or fp16 of any shape
+    values: Tensor  # int8 (rows, cols), or fp16 of any shape, or bytes
     scale: Tensor | None = None  # fp16 (rows,)
+    protected: Protected | None = None
+    low_rank: LowRank | None = None
 
     @property
     def kind(self) -> str:
         """Its storage kind, of STORAGE_KINDS."""
         if self.values.dtype == torch.uint8:
             return "packed"
-        return "float" if self.scale is None else "grid"
+        if self.scale is None:
+            return "float"
+        protected = "" if self.protected is None else "_protected"
+        low_rank = "" if self.low_rank is None else "_low_rank"
+        return f"grid{protected}{low_rank}"
 
     def numbers(self) -> list[int]:
         """The numbers of its row in the header, from which the shapes of its arrays follow."""
-        return [*self.values.shape]
+        numbers = [*self.values.shape]
+        if self.protected is not None:
+            numbers += [self.protected.start, self.protected.width]
+        if self.low_rank is not None:
+            numbers += [self.low_rank.left.size(1), self.low_rank.group]
+        return numbers
 
     def arrays(self) -> list[Tensor]:
         """Its streams in the artifact, integers before floats."""
-        return [array for array in (self.values, self.scale) if array is not None]
+        integers, floats = [self.values], []
+        if self.scale is not None:
+            floats.append(self.scale)
+        if self.protected is not None:
+            floats.append(self.protected.scale)
+        if self.low_rank is not None:
+            integers += [self.low_rank.left, self.low_rank.right]
+            floats += [self.low_rank.left_scale, self.low_rank.right_scales]
+        return integers + floats
+
+    @classmethod
+    def of(cls, kind: str, numbers: list[int], arrays: list[Tensor]) -> Stored:
+        """The tensor that has this kind, these numbers and these arrays."""
+        parts = iter(arrays)
+        values = next(parts)
+        is_corrected = "low_rank" in kind
+        factors = [next(parts), next(parts)] if is_corrected else []
+        scale = next(parts, None)
+        protected = low_rank = None
+        if "protected" in kind:
+            protected = Protected(numbers[2], numbers[3], next(parts))
+        if is_corrected:
+            left, right = factors
+            low_rank = LowRank(left, right, next(parts), next(parts), numbers[-1])
+        return cls(values, scale, protected, low_rank)
 
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
         values = self.values.float()
-        return values if self.scale is None else values.mul_(self.scale.float()[:, None])
+        if self.scale is None:
+            return values
+        steps = self.scale.float()[:, None]
+        if self.protected is not None:
+            steps = steps.repeat(1, values.size(1))
+            steps[:, self.protected.columns] = self.protected.scale.float()[:, None]
+        values.mul_(steps)
+        if self.low_rank is not None:
+            values.add_(self.low_rank.product())
+        return values
 
 
 def setting_of(model: GPT, name: str, by_role: dict):
@@ -4832,6 +4957,20 @@ def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
     """
     least = 1.0 / levels if floor == "inv_clip" else TINY_STEP
     return (clip / levels).clamp_min(least)
+
+
+def fp16_scale(scale: Tensor) -> Tensor:
+    """The nearest fp16, but never 0: a row of zeros would be divided by its scale."""
+    return scale.half().clamp_min(LEAST_HALF)
+
+
+def deviation_scales(W: Tensor, levels: int, sigmas: float) -> Tensor:
+    """Row scales that put `sigmas` deviations at the grid's top: (r, c), c >= 2 -> fp16 (r,).
+
+    s = fp16(k std(row) / top), std with n - 1, as the pull request 1855 has it. The step is
+    k / top deviations, so that k sets the integers' entropy.
+    """
+    return fp16_scale(sigmas * W.std(dim=1) / levels)
 
 
 def qat_grids(model: GPT) -> dict[str, int]:
@@ -4879,8 +5018,10 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> T
 
     QUANT_CLIP=std has only one: the row's grid ends at `sigmas` standard deviations, or at its
     maximum where that is farther. The scale is rounded to a logarithmic grid, which costs nothing
-    in error and leaves few different scales to be coded.
+    in error and leaves few different scales to be coded. std_published has deviation_scales().
     """
+    if cfg.quant_clip == "std_published":
+        return deviation_scales(W, largest_integer(bits), sigmas).float()[None]
     clips = W.abs().amax(dim=1)[None]
     if cfg.quant_clip == "std":
         clips = torch.maximum(clips, sigmas * W.std(dim=1, correction=0))
@@ -4901,13 +5042,37 @@ def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
     return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
 
 
-def round_to_nearest(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
-    """Nearest integers at the clip of least squared error."""
-    levels = largest_integer(bits)
+def grids_of(
+    scales: Tensor, bits: int, num_columns: int, protected: Protected | None
+) -> tuple[Tensor, Tensor]:
+    """Steps, (n, r, 1) or where they differ by column (n, r, c), and largest integers, (c,)."""
+    steps = scales.float().unsqueeze(-1)
+    tops = torch.full((num_columns,), float(largest_integer(bits)), device=scales.device)
+    if protected is not None:
+        steps = steps.repeat(1, 1, num_columns)
+        steps[..., protected.columns] = protected.scale.float()[:, None]
+        tops[protected.columns] = INT8_TOP
+    return steps, tops
+
+
+def protect(W: Tensor, group: slice | None, cfg: Config, sigmas: float) -> Protected | None:
+    """A group of columns on a grid of 8 bits that ends where their rows' own do."""
+    if group is None:
+        return None
+    scale = clip_candidates(W, 8, cfg, sigmas)[-1].half()
+    return Protected(group.start, group.stop - group.start, scale)
+
+
+def round_to_nearest(
+    W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, group: slice | None = None
+) -> Stored:
+    """Nearest integers at the clip of least squared error; `group` are columns of 8 bits."""
     scales = clip_candidates(W, bits, cfg, sigmas).half()
-    step = scales.float().unsqueeze(-1)
-    Q = torch.round(W / step).clamp(-levels, levels)
-    return pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
+    protected = protect(W, group, cfg, sigmas)
+    step, tops = grids_of(scales, bits, W.size(1), protected)
+    Q = torch.round(W / step).clamp(-tops, tops)
+    made = pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
+    return replace(made, protected=protected)
 
 
 def int8_rows(W: Tensor) -> Stored:
@@ -4916,6 +5081,13 @@ def int8_rows(W: Tensor) -> Stored:
     scale = row_scales(clip, 127, "inv_clip")
     q = torch.round(W.clamp(-clip[:, None], clip[:, None]) / scale[:, None]).clamp(-127, 127)
     return Stored(q.to(torch.int8), scale.half())
+
+
+def gate_rows(W: Tensor) -> Stored:
+    """Gates by GATE_STORAGE=int8: nearest of +-127 steps of fp16(max |row| / 127)."""
+    scale = fp16_scale(W.abs().amax(dim=1) / INT8_TOP)
+    q = torch.round(W / scale.float()[:, None]).clamp(-INT8_TOP, INT8_TOP)
+    return Stored(q.to(torch.int8), scale)
 
 
 def inverse_factor(H: Tensor) -> Tensor:
@@ -4930,15 +5102,18 @@ def inverse_factor(H: Tensor) -> Tensor:
     raise torch.linalg.LinAlgError("no damping made the Hessian positive definite")
 
 
-def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
+def gptq(
+    W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, group: slice | None = None
+) -> Stored:
     """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
 
     W: (r, c), H: (c, c), float32. arXiv:2210.17323: the rounding error of a column is made up for
     in the columns that are not rounded yet. All clip candidates are tried, and the one of the
-    least error is taken, squared or by the Hessian (GPTQ_SELECT).
+    least error is taken, squared or by the Hessian (GPTQ_SELECT). `group` are columns of 8 bits.
     """
     scales = clip_candidates(W, bits, cfg, sigmas).half()
-    step = scales.float().unsqueeze(-1)  # (candidates, r, 1)
+    protected = protect(W, group, cfg, sigmas)
+    step, tops = grids_of(scales, bits, W.size(1), protected)
     dead = H.diagonal() == 0  # inputs that were never seen
     H = H + torch.diag(dead.float())
     order = torch.arange(W.size(1), device=W.device)
@@ -4946,30 +5121,97 @@ def gptq(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> S
         order = torch.argsort(H.diagonal(), descending=True, stable=True)
     W = W.masked_fill(dead, 0.0)[:, order]
     H = H[order][:, order]
-    Q = feed_back(W, step, inverse_factor(H), bits, cfg)
+    if step.size(2) > 1:
+        step = step[..., order]
+    Q = feed_back(W, step, inverse_factor(H), tops[order], cfg)
     error = W - Q * step
     weighed = error @ H if cfg.gptq_select == "hessian" else error
-    return pick((weighed * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+    made = pick((weighed * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+    return replace(made, protected=protected)
 
 
-def feed_back(W: Tensor, step: Tensor, U: Tensor, bits: int, cfg: Config) -> Tensor:
+def feed_back(W: Tensor, step: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> Tensor:
     """GPTQ's loop over columns i: e = (w_i - q_i s) / U_ii, then w_j <- w_j - e U_ij for j > i.
 
-    W: (r, c), step: (n, r, 1) of n candidates, U: (c, c) -> Q: (n, r, c).
+    W: (r, c), step: (n, r, 1) or (n, r, c) of n candidates, U: (c, c), tops: (c,), the largest
+    integers -> Q: (n, r, c).
     """
-    levels = largest_integer(bits)
-    steps, diagonal = step.flatten(), U.diagonal().tolist()
+    levels, diagonal = tops.tolist(), U.diagonal().tolist()
     rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes lies together
+    steps = step.permute(2, 0, 1).reshape(step.size(2), -1).expand_as(rest)
     Q = torch.empty_like(rest)
     for start in range(0, len(rest), cfg.gptq_block_size):
         stop, errors = min(start + cfg.gptq_block_size, len(rest)), []
         for col in range(start, stop):
             column = rest[col]
-            q = torch.div(column, steps, out=Q[col]).round_().clamp_(-levels, levels)
-            errors.append((column - q * steps).div_(diagonal[col]))
+            q = torch.div(column, steps[col], out=Q[col]).round_()
+            q.clamp_(-levels[col], levels[col])
+            errors.append((column - q * steps[col]).div_(diagonal[col]))
             rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
         rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
     return Q.T.reshape(len(step), *W.shape)
+
+
+def protected_group(
+    matrices: dict[str, Tensor], activation_rms: dict[str, Tensor], width: int
+) -> tuple[str, slice]:
+    """Of all aligned groups of input columns the one worth most bits: matrix and columns.
+
+    AWQ-lite of pull request 1945, after arXiv:2306.00978: the score is the sum over the group of
+    the root mean square of a column's activations times its mean |w|. A remainder of columns is
+    no group. The name is "" where no matrix has a whole group.
+    """
+    best, best_score = ("", slice(0, 0)), -math.inf
+    for name, W in matrices.items():
+        salience = activation_rms[name] * W.abs().mean(dim=0)
+        whole = len(salience) // width * width
+        scores = salience[:whole].view(-1, width).sum(dim=1)
+        if whole and float(scores.max()) > best_score:
+            start = width * int(scores.argmax())
+            best, best_score = (name, slice(start, start + width)), float(scores.max())
+    return best
+
+
+def quantize_factors(A: Tensor, B: Tensor, group: int) -> LowRank:
+    """Factors (r, k) and (k, c) on a correction's grids.
+
+    A has one scale, max |A| / 1.5; B has one for each `group` values in row-major order, max / 7.5.
+    The last group may be shorter.
+    """
+    left_scale = fp16_scale(A.abs().max() / LEFT_DIVISOR)
+    left = torch.round(A / left_scale.float()).clamp(*LEFT_RANGE)
+    groups = B.flatten().split(group)
+    largest = torch.stack([part.abs().max() for part in groups])
+    right_scales = fp16_scale(largest / RIGHT_DIVISOR)
+    scaled = [part / scale for part, scale in zip(groups, right_scales.float(), strict=True)]
+    right = torch.round(torch.cat(scaled)).clamp(*RIGHT_RANGE).view_as(B)
+    return LowRank(left.to(torch.int8), right.to(torch.int8), left_scale, right_scales, group)
+
+
+def low_rank_correction(error: Tensor, rank: int, group: int) -> LowRank:
+    """The correction of rank `rank` that takes most of an error (r, c): A = U S, B = V^T."""
+    U, S, Vh = torch.linalg.svd(error, full_matrices=False)
+    return quantize_factors(U[:, :rank] * S[:rank], Vh[:rank], group)
+
+
+def largest_errors(errors: dict[str, Tensor], count: int) -> list[str]:
+    """Names of the `count` matrices of largest Frobenius norm, largest first."""
+    norms = {name: float(error.norm()) for name, error in errors.items()}
+    return sorted(norms, key=lambda name: -norms[name])[:count]
+
+
+@torch.no_grad()
+def order_hidden_units(model: GPT) -> None:
+    """Put each MLP's hidden units in the order of their rows' deviation, which changes no output.
+
+    Rows of fc and columns of proj are permuted alike. The range coder tells scales that ascend by
+    their differences, so that the log2(u!) bits of an order are saved and nothing is stored.
+    """
+    for module in model.modules():
+        if isinstance(module, MLP):
+            order = torch.argsort(module.fc.weight.float().std(dim=1), stable=True)
+            module.fc.weight.copy_(module.fc.weight[order])
+            module.proj.weight.copy_(module.proj.weight[:, order])
 
 
 def weighted_error(W: Tensor, stored: Stored, H: Tensor) -> float:
@@ -4994,12 +5236,12 @@ def head_name(model: GPT) -> str:
 def hessian_widths(model: GPT) -> dict[str, int]:
     """The modules whose inputs make a Hessian, and how many channels these have.
 
-    The matrix that makes logits is among them only with QUANT_CLIP=std.
+    The matrix that makes logits is among them only where CLIP_SIGMAS sets the steps.
     """
-    by_std = model.cfg.quant_clip == "std"
+    by_deviation = model.cfg.clips_by_deviation
     widths = {}
     for name, kind in model.kinds.items():
-        wanted = kind.may_be_rounded or (by_std and name == f"{head_name(model)}.weight")
+        wanted = kind.may_be_rounded or (by_deviation and name == f"{head_name(model)}.weight")
         if wanted and bits_of(model, name):
             widths[hessian_source(model, name)] = model.get_parameter(name).size(1)
     return widths
@@ -5091,8 +5333,13 @@ def calibration_reserve(batch_seconds: float, run: Run) -> float:
 
 
 def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str, Tensor]:
-    """Hessians: inside the training budget on the next training rows, outside it on drawn ones."""
+    """Hessians: inside the training budget on the next training rows, outside it on drawn ones.
+
+    Hidden units are put in order first where the codec makes use of it.
+    """
     cfg, run.phase, inside = run.cfg, "calibration", run.cfg.gptq_calib == "train"
+    if cfg.orders_hidden_units:
+        order_hidden_units(model)
     if cfg.gptq_variant == "off":
         return {}
 
@@ -5124,6 +5371,19 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
     return hessians
 
 
+def prune_stored(model: GPT, stored: dict[str, Stored], run: Run) -> None:
+    """Zero what PRUNE_PCT asks for."""
+    low = {name: s for name, s in stored.items() if 0 < bits_of(model, name) < 8}
+    share = model.cfg.prune_pct
+    if share and low:
+        run.folder.log(
+            "prune:zeroed {zeroed} of {of} integers below 8 bits",
+            "pruned",
+            zeroed=prune_integers(low, share),
+            of=sum(s.values.numel() for s in low.values()),
+        )
+
+
 def prune_integers(stored: dict[str, Stored], share: float) -> int:
     """Zero `share` of all integers, of those not zero yet the smallest |q s|; returns how many."""
     sizes = [s.values.numel() for s in stored.values()]
@@ -5138,18 +5398,78 @@ def prune_integers(stored: dict[str, Stored], share: float) -> int:
 
 
 def to_integers(
-    W: Tensor, H: Tensor | None, bits: int, cfg: Config, sigmas: float
+    W: Tensor, H: Tensor | None, bits: int, cfg: Config, sigmas: float, group: slice | None
 ) -> tuple[Stored, bool]:
     """A matrix on its grid, by GPTQ where there is a Hessian; and whether GPTQ had to give up."""
-    if H is None and bits == 8 and cfg.quant_clip != "std":
+    if H is None and bits == 8 and not cfg.clips_by_deviation:
         return int8_rows(W), False
     if H is None:
         return round_to_nearest(W, bits, cfg, sigmas), False
-    solve = gptq_simple if cfg.gptq_variant == "simple" else gptq
     try:
-        return solve(W, H, bits, cfg, sigmas), False
+        if cfg.gptq_variant == "simple":
+            return gptq_simple(W, H, bits, cfg, sigmas), False
+        return gptq(W, H, bits, cfg, sigmas, group), False
     except torch.linalg.LinAlgError:
-        return round_to_nearest(W, bits, cfg, sigmas), True
+        return round_to_nearest(W, bits, cfg, sigmas, group), True
+
+
+def pick_protected(
+    model: GPT, hessians: dict[str, Tensor], run: Run
+) -> tuple[str, slice] | tuple[None, None]:
+    """The matrix and the columns that AWQ_COLUMNS gives 8 bits, of all that have a Hessian."""
+    width = model.cfg.awq_columns
+    matrices, activation_rms = {}, {}
+    for name in model.kinds:
+        H = hessians.get(hessian_source(model, name))
+        if width and H is not None and bits_of(model, name):
+            matrices[name] = model.get_parameter(name).detach().float().to(H.device)
+            activation_rms[name] = H.diagonal().sqrt()
+    if not matrices:
+        return None, None
+    name, group = protected_group(matrices, activation_rms, width)
+    if not name:
+        return None, None
+    run.folder.log(
+        "awq:protected {tensor} columns:{start}-{stop}",
+        "protected",
+        tensor=name,
+        start=group.start,
+        stop=group.stop,
+    )
+    return name, group
+
+
+def correct_largest_errors(model: GPT, stored: dict[str, Stored], run: Run) -> None:
+    """Give the LQER_TOP_K matrices of largest error a low-rank correction of it, in place."""
+    cfg = model.cfg
+    if not cfg.lqer_top_k:
+        return
+    errors = {
+        name: model.get_parameter(name).detach().float().cpu() - tensor.restore()
+        for name, tensor in stored.items()
+        if bits_of(model, name)
+    }
+    for name in largest_errors(errors, cfg.lqer_top_k):
+        rank = min(cfg.lqer_rank, *errors[name].shape)
+        low_rank = low_rank_correction(errors[name], rank, cfg.lqer_group)
+        stored[name] = replace(stored[name], low_rank=low_rank)
+        left = errors[name] - low_rank.product()
+        run.folder.log(
+            "lqer:corrected {tensor} rank:{rank} error:{error:.5g} left:{left:.5g}",
+            "corrected",
+            tensor=name,
+            rank=rank,
+            error=float(errors[name].norm()),
+            left=float(left.norm()),
+        )
+
+
+def store_floats(model: GPT, name: str, W: Tensor) -> Stored:
+    """A parameter that BITS does not make integers: fp16, or a gate's rows of int8."""
+    is_gate_matrix = model.kinds[name] == GATE and W.ndim == 2
+    if is_gate_matrix and model.cfg.gate_storage == "int8":
+        return gate_rows(W.cpu())
+    return Stored(W.half().cpu())
 
 
 @torch.no_grad()
@@ -5167,6 +5487,7 @@ def quantize(
     fallbacks, objective = 0, 0.0
     # Factorisations and float64 sums are not to be had on every other device.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
+    protected_name, group = pick_protected(model, hessians, run)
     for name, p in run.folder.progress(
         "quantizing", iterable=[*model.named_parameters()], unit="tensor"
     ):
@@ -5178,25 +5499,20 @@ def quantize(
             W = W.masked_fill(W.abs() < least, 0.0)
         bits = bits_of(model, name)
         if bits == 0:
-            stored[name] = Stored(W.half().cpu())
+            stored[name] = store_floats(model, name, W)
             continue
         H = hessians.get(hessian_source(model, name))
         H = None if H is None else H.to(device)
         sigmas = factor * setting_of(model, name, cfg.sigmas_by_role)
-        made, fell_back = to_integers(W, H, bits, cfg, sigmas)
+        own_group = group if name == protected_name else None
+        made, fell_back = to_integers(W, H, bits, cfg, sigmas, own_group)
         if H is not None:
             objective += weighted_error(W, made, H)
         fallbacks += fell_back
-        assert made.scale is not None
-        stored[name] = Stored(made.values.cpu(), made.scale.cpu())
-    low = {n: s for n, s in stored.items() if s.scale is not None and bits_of(model, n) < 8}
-    if cfg.prune_pct and low:
-        run.folder.log(
-            "prune:zeroed {zeroed} of {of} integers below 8 bits",
-            "pruned",
-            zeroed=prune_integers(low, cfg.prune_pct),
-            of=sum(s.values.numel() for s in low.values()),
-        )
+        arrays = [array.cpu() for array in made.arrays()]
+        stored[name] = Stored.of(made.kind, made.numbers(), arrays)
+    prune_stored(model, stored, run)
+    correct_largest_errors(model, stored, run)
     run.folder.log(
         "gptq:quantized variant:{variant} matrices:{matrices} fallbacks:{fallbacks} "
         "objective:{objective:.6g}",
@@ -5226,14 +5542,19 @@ class ArtifactSettings(Part):
     artifact_target_bytes: int = training_knob(
         0,
         (0, 1 << 40),
-        "With QUANT_CLIP=std, bytes of code and artifact to end just below; 0 aims only when "
-        "they are over the limit.",
+        "With QUANT_CLIP=std or std_published, bytes of code and artifact to end just below; 0 "
+        "aims only when they are over the limit.",
     )
     codec: str = training_knob(
         "zstd",
         ("zstd", "lzma", "brotli", "range", "best"),
         "Compression of the artifact; best is the smallest of zstd, lzma and range.",
     )
+
+    @property
+    def orders_hidden_units(self) -> bool:
+        """Whether the codec makes use of an order of hidden units."""
+        return self.codec in ("range", "best")
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -5291,9 +5612,23 @@ class StorageKind:
 
 # The body holds all streams of the first type, tensor by tensor, then all of the second, ...
 STREAM_TYPES = ("<i1", "<f2", "|u1")
+ROW_SCALES = Stream("<f2", lambda row: (row[0],))
+GRID_STREAMS = (Stream("<i1", lambda row: (row[0], row[1])), ROW_SCALES)
+# A correction's row ends with its rank and its group.
+LEFT_FACTOR = Stream("<i1", lambda row: (row[0], row[-2]))
+RIGHT_FACTOR = Stream("<i1", lambda row: (row[-2], row[1]))
+CORRECTED_STREAMS = (GRID_STREAMS[0], LEFT_FACTOR, RIGHT_FACTOR, ROW_SCALES)
+FACTOR_SCALES = (
+    Stream("<f2", lambda row: ()),
+    Stream("<f2", lambda row: (-(-row[-2] * row[1] // row[-1]),)),
+)
+# After a tensor's own (rows, columns) comes where protected columns start and how many they are.
 STORAGE_KINDS = {
     "float": StorageKind((0, 1, 2), (Stream("<f2", tuple),)),
-    "grid": StorageKind((2,), (Stream("<i1", tuple), Stream("<f2", lambda row: (row[0],)))),
+    "grid": StorageKind((2,), GRID_STREAMS),
+    "grid_protected": StorageKind((4,), (*GRID_STREAMS, ROW_SCALES)),
+    "grid_low_rank": StorageKind((4,), (*CORRECTED_STREAMS, *FACTOR_SCALES)),
+    "grid_protected_low_rank": StorageKind((6,), (*CORRECTED_STREAMS, ROW_SCALES, *FACTOR_SCALES)),
     "packed": StorageKind((1,), (Stream("|u1", tuple),)),
 }
 TRAINING_TEXT = "training_text"  # the name of the packed tokens that COUNTS reads
@@ -5480,7 +5815,20 @@ def tensor_row(row: list, version: int) -> TensorRow:
         raise ValueError(f"tensor {name!r} of kind {kind!r} and shape {numbers!r}")
     if not all(type(number) is int and 0 <= number <= MAX_BODY_BYTES for number in numbers):
         raise ValueError(f"tensor {name!r} of shape {numbers!r}")
+    check_grid_numbers(kind, numbers)
     return name, kind, numbers
+
+
+def check_grid_numbers(kind: str, numbers: list[int]) -> None:
+    """Raise ValueError where protected columns or a correction's rank cannot be."""
+    if "protected" in kind:
+        columns, start, width = numbers[1:4]
+        if width < 1 or start + width > columns:
+            raise ValueError(f"{width} protected columns from {start} of {columns}")
+    if "low_rank" in kind:
+        rank, group = numbers[-2:]
+        if not 1 <= rank <= MAX_RANK or group < 1:
+            raise ValueError(f"a correction of rank {rank} in groups of {group}")
 
 
 def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
@@ -5513,7 +5861,7 @@ def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Sto
         if dtype == "<f2" and not native.isfinite().all():
             raise ValueError(f"tensor {name!r} is not finite")
         arrays[name].append(native)
-    return {name: Stored(*arrays[name]) for name, _, _ in rows}
+    return {name: Stored.of(kind, numbers, arrays[name]) for name, kind, numbers in rows}
 
 
 def settings_in_header(header: dict) -> dict[str, str]:
@@ -6095,11 +6443,12 @@ def unpack_lzma(packed: bytes, most: int) -> bytes:
 
 # =================================================================================================
 # Size
-# The artifact has a budget of bytes as training has one of seconds. QUANT_CLIP=std gives its
-# grids one knob, a factor of all CLIP_SIGMAS: coarser steps take fewer bytes. It is solved for.
+# The artifact has a budget of bytes as training has one of seconds. Steps by CLIP_SIGMAS have one
+# knob, a factor of all of them: coarser steps take fewer bytes. It is solved for.
 # =================================================================================================
 
 SIZE_FORESEEN_AT = 0.1  # of the run: when the log says what the artifact will take
+FACTOR_BYTES = 0.2  # a number of LQER's factors
 LEAST_CODED = 0.96  # of the integers' entropy: what a codec takes at least
 
 SOLVER_PASSES = 8
@@ -6144,23 +6493,37 @@ def solve_factor(model: GPT, goal: float) -> float:
     return 2.0**coarsest
 
 
+def correction_bytes(model: GPT) -> float:
+    """About what LQER's factors and their scales take: those of the largest matrices."""
+    cfg = model.cfg
+    matrices = [model.get_parameter(name) for name in model.kinds if bits_of(model, name)]
+    largest = sorted(matrices, key=Tensor.numel, reverse=True)[: cfg.lqer_top_k]
+    total = 0.0
+    for matrix in largest:
+        rows, columns = matrix.shape
+        rank = min(cfg.lqer_rank, rows, columns)
+        total += FACTOR_BYTES * rank * (rows + columns) + rank * columns / cfg.lqer_group
+    return total
+
+
 def foresee_size(model: GPT, step: int, run: Run) -> None:
     """Log what code and artifact of the present weights would take, and warn of a vain target.
 
     The estimate knows neither Hessians nor codec and is rather too low: integers near their
-    entropy, floats at a byte. It holds early in a run because QUANT_CLIP=std goes by the shape of
-    rows, which they keep as they grow.
+    entropy, floats at a byte. It holds early in a run because CLIP_SIGMAS go by the shape of rows,
+    which they keep as they grow.
     """
     cfg = run.cfg
     coarsest_octaves = 0.0  # percentile clips cannot be made coarser
     target = cfg.artifact_limit_bytes
-    if cfg.quant_clip == "std":
+    if cfg.clips_by_deviation:
         coarsest_octaves = SOLVER_OCTAVES[1]
         target = cfg.artifact_target_bytes or target
-    fixed = len(run.folder.source)
+    fixed = float(len(run.folder.source))
     for name, parameter in model.named_parameters():
         # A scale for each row of integers, or every float.
         fixed += len(parameter) if bits_of(model, name) else parameter.numel()
+    fixed += correction_bytes(model)
     total = fixed + LEAST_CODED * estimated_bytes(model, 1.0)
     coarsest = fixed + LEAST_CODED * estimated_bytes(model, 2.0**coarsest_octaves)
     run.folder.log(
@@ -6224,8 +6587,8 @@ def fit_artifact(
 ) -> tuple[dict[str, Stored], bytes]:
     """Quantised tensors and their artifact, the largest below the target that few passes find.
 
-    With QUANT_CLIP=std the target is ARTIFACT_TARGET_BYTES, which a pass must come close to, or
-    without one the limit. Other clips have no knob: there is one pass.
+    Where CLIP_SIGMAS sets the steps, the target is ARTIFACT_TARGET_BYTES, which a pass must come
+    close to, or without one the limit. Other clips have no knob: there is one pass.
     """
     cfg = run.cfg
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
@@ -6246,7 +6609,7 @@ def fit_artifact(
             total=total,
             target=target,
         )
-        if cfg.quant_clip != "std" or least <= total <= target:
+        if not cfg.clips_by_deviation or least <= total <= target:
             break
         last, factor = factor, solver.next_factor(factor, total)
         if factor == last:
@@ -6304,23 +6667,34 @@ def stored_text(packed_text: bytes) -> dict[str, Stored]:
 
 
 def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Log what each role takes: elements, and the order-0 entropy of its integers in bytes."""
+    """Log what each role takes: elements, and the order-0 entropy of its integers in bytes.
+
+    A role's corrections are among its integers, by a histogram of their own, and its floats.
+    """
     for role in ROLES:
         tensors = [tensor for name, tensor in stored.items() if model.kinds[name].role == role]
-        grids = [tensor.values.flatten() for tensor in tensors if tensor.scale is not None]
-        integers = torch.cat([torch.empty(0, dtype=torch.int8), *grids])
-        floats = 0
+        nothing = torch.empty(0, dtype=torch.int8)
+        integers, factors, floats = [nothing], [nothing], 0
         for tensor in tensors:
-            floats += tensor.values.numel() if tensor.scale is None else len(tensor.scale)
+            for array in tensor.arrays():
+                if array.dtype != torch.int8:
+                    floats += array.numel()
+                elif array is tensor.values:
+                    integers.append(array.flatten())
+                else:
+                    factors.append(array.flatten())
+        entropy = entropy_bytes(torch.cat(integers)) + entropy_bytes(torch.cat(factors))
         run.folder.log(
             "size {role} tensors:{tensors} integers:{integers} entropy_bytes:{entropy:.0f} "
-            "float_bytes:{floats}",
+            "float_bytes:{floats} corrected:{corrected} protected:{protected}",
             "size",
             role=role,
             tensors=len(tensors),
-            integers=len(integers),
-            entropy=entropy_bytes(integers),
+            integers=sum(map(len, integers + factors)),
+            entropy=entropy,
             floats=2 * floats,
+            corrected=sum(tensor.low_rank is not None for tensor in tensors),
+            protected=sum(tensor.protected is not None for tensor in tensors),
         )
 
 
@@ -7927,7 +8301,8 @@ def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.
     inverse = U.mT @ U
     scales = clip_candidates(W, bits, cfg, sigmas)
     step = scales.unsqueeze(-1)
-    Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], bits, cfg)
+    tops = torch.full((W.size(1),), float(levels))
+    Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], tops, cfg)
     error = W - torch.round(W / step).clamp(-levels, levels) * step
     return pick(error.square().mean(dim=2), Q, scales.half(), cfg)
 
@@ -8107,6 +8482,7 @@ class Config(
     QatSettings,
     GridSettings,
     GptqSettings,
+    CorrectionSettings,
     ArtifactSettings,
     CountSettings,
     EvaluationSettings,
@@ -8306,13 +8682,16 @@ FRONTIER = {
     "warmdown_frac": 0.85,
     "ema_decay": 0.9965,
     "qat_mode": "off",
-    "quant_clip": "std",
+    "quant_clip": "std_published",
     "clip_sigmas": "mlp:11.5,attn:13,emb:14,aux:13",
+    "lqer_top_k": 3,
+    "gate_storage": "int8",
+    "codec": "range",  # in place of ZPAQ by kinds of matrices
     "bits": "mlp:6,attn:6,emb:7,aux:8",
     "gptq_calib_batches": 16,
     "eval_truncate": True,
     "eval_stride": 0,
-    # To be completed: LQER, its packer, int8 rows of gates; adapters for each document.
+    # To be completed: adapters for each document.
 }
 
 PRESETS: dict[str, dict] = {
@@ -8434,7 +8813,9 @@ PRESETS: dict[str, dict] = {
         "matrix_lr": 0.028,
         "gptq_calib_batches": 32,
         "eval_seq_len": 2560,
-        # To be completed: LQER groups of 32, one stream, adapters, n-gram tilt.
+        "lqer_group": 32,
+        "gate_storage": "fp16",
+        # To be completed: adapters, n-gram tilt.
     },
     # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
     # are of the system's own value.

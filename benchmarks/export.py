@@ -76,7 +76,7 @@ def exported(
     used = {
         name: H
         for name, H in hessians.items()
-        if model.cfg.quant_clip == "std" or name not in ("tok_emb", "lm_head")
+        if model.cfg.clips_by_deviation or name not in ("tok_emb", "lm_head")
     }
     with tempfile.TemporaryDirectory() as place:
         run.folder.path = Path(place)

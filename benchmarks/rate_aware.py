@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import equal_bytes
 
 import train_gpt
-from train_gpt import Config, largest_integer
+from train_gpt import Config
 
 WEIGHTS = (0.25, 0.5, 1.0)
 
@@ -35,10 +35,15 @@ def costs(W: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
 
 
 def feed_back(
-    W: torch.Tensor, step: torch.Tensor, U: torch.Tensor, bits: int, cfg: Config, weight: float
+    W: torch.Tensor,
+    step: torch.Tensor,
+    U: torch.Tensor,
+    tops: torch.Tensor,
+    cfg: Config,
+    weight: float,
 ) -> torch.Tensor:
     """train_gpt.feed_back with the choice above; W: (r, c), step: (n, r, 1) -> Q: (n, r, c)."""
-    levels, rest = largest_integer(bits), W.repeat(len(step), 1, 1)
+    levels, rest = int(tops[0]), W.repeat(len(step), 1, 1)
     Q, bit_costs = torch.empty_like(rest), costs(W, step, levels)
     price = weight * 2 * math.log(2) / 12 * float((1 / U.diagonal()).square().mean())
     for col in range(W.size(1)):

@@ -64,6 +64,7 @@ VARIANTS = (
         "bigram_vocab_size": 0,
     },
     {"quant_clip": "std", "smear_enabled": False},
+    {"quant_clip": "std_published", "lqer_top_k": 2, "lqer_rank": 2, "lqer_group": 5},
 )
 NUMBERS = (
     0,
@@ -132,6 +133,7 @@ TEXTS = (
 )
 JSON_BYTES = b'0123456789-.eE[]{}",:\\ \n\x00\xff\x7ftfnulIN'
 PLACE = struct.Struct("<I")
+QUICK_FILTERS = [{**train_gpt.FACTS_FILTERS[0], "preset": 0}]  # as readable, quicker to set up
 
 
 # Inputs
@@ -143,7 +145,32 @@ def fast(body: bytes, codec: str) -> bytes:
         return zstandard.ZstdCompressor(level=1).compress(body)
     if codec == "lzma":
         return lzma.compress(body, preset=0)
+    if codec == "range":
+        return ranged(body)
     return train_gpt.brotli_module().compress(body, quality=1 if len(body) < 1 << 20 else 5)
+
+
+def ranged(body: bytes) -> bytes:
+    """The body under the range coder; one that has no streams as if all of it were packed text."""
+    try:
+        return train_gpt.pack_by_range(body)
+    except train_gpt.MALFORMED:
+        plain = lzma.compress(body[4:], lzma.FORMAT_RAW, filters=QUICK_FILTERS)
+        length = min(len(body[4:]), int.from_bytes(body[:4], "little"))
+        lengths = (length, 0, len(body[4:]) - length, len(plain))
+        return train_gpt.RANGE_LENGTHS.pack(*lengths) + plain + bytes(4) + b"\1\0"
+
+
+def repacked(rng: random.Random, packed: bytes) -> bytes:
+    """Change bytes of what LZMA packs, where a change of the packed bytes would only break LZMA."""
+    *lengths, size = train_gpt.RANGE_LENGTHS.unpack_from(packed)
+    end = train_gpt.RANGE_LENGTHS.size + size
+    plain = bytearray(train_gpt.unpack_lzma(packed[train_gpt.RANGE_LENGTHS.size : end], 1 << 20))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(lengths[0], len(plain)) if rng.random() < 0.8 else 0
+        plain[at] = rng.choice((0, 1, 255, rng.randrange(256)))
+    again = lzma.compress(bytes(plain), lzma.FORMAT_RAW, filters=QUICK_FILTERS)
+    return train_gpt.RANGE_LENGTHS.pack(*lengths, len(again)) + again + packed[end:]
 
 
 def sealed(packed: bytes, codec: int, size: int, version: int = ARTIFACT_VERSION) -> bytes:
@@ -280,7 +307,8 @@ def bombs(body: bytes, largest: int) -> list[bytes]:
                 **header,
                 "settings": settings,
                 "tensors": [
-                    [name, int(name == "tok_emb.weight"), *shape] for name, shape in shapes.items()
+                    [name, "grid" if name == "tok_emb.weight" else "float", *shape]
+                    for name, shape in shapes.items()
                 ],
             }
         )
@@ -313,7 +341,9 @@ def inputs(seed: int, largest: int) -> Callable[[], bytes]:
         if share < 0.35:
             packed, codec, size = rng.choice(packs)
             size += rng.choice((0, 0, 0, 1, -1, 1 << 20, -size, (1 << 63)))
-            codec = rng.choice((codec, codec, codec, 0, 1, 2, 3, 4, 65535))
+            if codec == CODECS["range"] and rng.random() < 0.6:
+                packed = repacked(rng, packed)
+            codec = rng.choice((codec, codec, codec, 0, 1, 2, 3, 4, 5, 65535))
             return sealed(rng.choice((packed, damaged(rng, packed))), codec, size)
         body, (codec, number) = mutated_body(rng, rng.choice(real)), rng.choice(codecs)
         return sealed(fast(body, codec), number, len(body), rng.choice((2, 2, 2, 1, 3)))
@@ -406,7 +436,7 @@ def guided(seconds: int) -> int:
     def one(data: bytes) -> None:
         if len(data) < 5:
             return
-        codec = data[0] % 4
+        codec = data[0] % 5
         blob = (
             sealed(data[5:], codec, PLACE.unpack_from(data, 1)[0])
             if codec
@@ -419,7 +449,7 @@ def guided(seconds: int) -> int:
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         rng = random.Random(seed)
-        if rng.random() < 0.5 or len(data) < 5 or data[0] % 4:
+        if rng.random() < 0.5 or len(data) < 5 or data[0] % 5:
             return atheris.Mutate(data, most)
         try:
             return (data[:1] + mutated_body(rng, data[1:]))[:most]
@@ -453,8 +483,12 @@ def instrument(patch_code: Callable) -> None:
     decoder.parse_string = json.decoder.py_scanstring
     readers = [
         train_gpt.decode_artifact,
+        train_gpt.header_of,
+        train_gpt.tensor_row,
         train_gpt.cut_payload,
         train_gpt.decompress,
+        train_gpt.read_range,
+        train_gpt.decode_matrix,
         train_gpt.settings_within,
         train_gpt.rebuild_model,
         train_gpt.locate_validation,
@@ -462,7 +496,7 @@ def instrument(patch_code: Callable) -> None:
         train_gpt.translate_names,
         Config.__post_init__,
         Config.value_layers.fget,
-        Config.by_role.__wrapped__,
+        train_gpt.values_by_role.__wrapped__,
         Config.bits_by_role.fget,
         Config.from_env.__func__,
         json.scanner.py_make_scanner,
