@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,14 +13,17 @@ import pytest
 import torch
 from golden_1855 import build
 from golden_kit import PR1855
+from torch.nn import functional as F
 
 import train_gpt
 from train_gpt import (
+    BOS,
     GPT,
     Batch,
     Config,
     DocumentScorer,
     LowRank,
+    Refusal,
     Run,
     Validation,
     document_queue,
@@ -147,3 +152,466 @@ def test_documents_adapt_as_in_1855(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.targets, result.num_bytes) == (facts["tokens_scored"], facts["bytes"])
     assert result.loss == pytest.approx(facts["val_loss"], abs=1e-5)
     assert result.bpb == pytest.approx(facts["val_bpb"], abs=1e-5)
+
+
+# A naive statement
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """A small model with a loop and shared first values, whose every parameter is random."""
+    torch.manual_seed(0)
+    net = GPT(small_settings())
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return net
+
+
+def small_settings(**changed: object) -> Config:
+    """Settings of the small model and its adaptation; some documents are longer than a window."""
+    settings = {
+        "vocab_size": 32,
+        "num_layers": 3,
+        "num_loops": 1,
+        "loop_start": 0,
+        "loop_end": 1,
+        "vrl_mode": "mix",
+        "xsa_last_n": 2,
+        "ve_layers": "1,2",
+        "model_dim": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "rope_dims": 4,
+        "rope_ntk_ref": 8,
+        "bigram_vocab_size": 32,
+        "bigram_dim": 8,
+        "ve_dim": 8,
+        "eval_seq_len": 16,
+        "eval_stride": 8,
+        "eval_batch_seqs": 2,
+        "eval_wallclock_seconds": 1e6,
+        "ttt_mode": "lora",
+        "lora_rank": 2,
+        "lora_alpha": 3.0,
+        "lora_lr": 0.05,
+        "lora_chunk_tokens": 4,
+        "lora_batch_docs": 3,
+        "lora_lanes": 2,
+    }
+    return Config(**{**settings, **changed})
+
+
+LENGTHS = (5, 23, 3, 9, 40, 11, 6, 4, 17, 2, 13)
+
+
+def small_split(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> Validation:
+    """Documents of random tokens, each after a BOS."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, 32, sum(lengths))
+    tokens[np.cumsum((0, *lengths[:-1]))] = BOS
+    return split_of(tokens, rng.integers(0, 9, len(tokens) - 1))
+
+
+def scored_by(
+    model: GPT, val: Validation, cfg: Config, rank: int = 0, ranks: int = 1, forward=training_nats
+) -> tuple[train_gpt.EvalResult, Run]:
+    """A copy of the model scored document by document, and the run."""
+    run = Run(cfg, rank, ranks, CPU)
+    run.ranks.agree = lambda value, op="first": value
+    run.ranks.add_up = lambda tensors: None
+    with run.ledger.scoring_clock.running():
+        return evaluate_documents("test", forward, copy.deepcopy(model), val, run), run
+
+
+def naive_nats(
+    model: GPT, val: Validation, cfg: Config, drawn: list[dict[str, torch.Tensor]]
+) -> float:
+    """Documents one by one: dense weights W + s B A in each layer of the plan, Adam by hand.
+
+    drawn: the A of every new set of deltas, in the order in which sets are made, by place and name.
+    """
+    model = copy.deepcopy(model).requires_grad_(False)
+    tokens = torch.from_numpy(val.tokens.astype(int))
+    starts = [*np.flatnonzero(val.tokens[:-1] == BOS).tolist(), len(tokens) - 1]
+    documents = sorted(zip(starts, starts[1:], strict=False), key=lambda d: d[1] - d[0])
+    size = cfg.lora_batch_docs
+    batches = [documents[n : n + size] for n in range(0, len(documents), size)][::-1]
+    kept: dict[int, list[dict[str, torch.Tensor]]] = {}
+    drawn = list(drawn)
+    total = 0.0
+    for number, batch in enumerate(batches):
+        lane = number % cfg.lora_lanes
+        if lane not in kept or len(kept[lane]) != len(batch):
+            new = drawn.pop(0)
+            kept[lane] = [{n: a[row].clone() for n, a in new.items()} for row in range(len(batch))]
+        steps = (batch[-1][1] - batch[-1][0] - 1) // cfg.lora_chunk_tokens
+        for row, (first, end) in enumerate(batch):
+            total += naive_document(model, tokens, first, end, kept[lane][row], steps, cfg)
+    assert not drawn
+    return total
+
+
+def naive_document(
+    model: GPT,
+    tokens: torch.Tensor,
+    first: int,
+    end: int,
+    downs: dict[str, torch.Tensor],
+    steps: int,
+    cfg: Config,
+) -> float:
+    """Nats of one document, and `downs` as they are after all `steps` of its batch."""
+    widths = {"k": 8, "v": 8, "head": 32}
+    ups = {n: torch.zeros(widths.get(n.split("/")[-1], 16), 2) for n in downs}
+    pairs = [(n, which) for n in downs for which in (downs, ups)]
+    squares = [torch.zeros_like(which[n]) for n, which in pairs]
+    total, chunk = 0.0, cfg.lora_chunk_tokens
+    for step in range(steps + 1):
+        at = first + step * chunk
+        learns = at + chunk < end
+        grads = [torch.zeros_like(which[n]) for n, which in pairs]
+        if at < end:
+            stop = min(at + chunk, end)
+            start = max(first, stop - cfg.eval_seq_len)
+            ids = F.pad(tokens[start:stop], (0, cfg.eval_seq_len - (stop - start)))[None]
+            for n, which in pairs:
+                which[n].requires_grad_(True)
+            with_dense_deltas(model, downs, ups, cfg)
+            log_probs = torch.log_softmax(dense_logits(model, ids, downs, ups, cfg), -1)[0]
+            nats = -log_probs[torch.arange(at - start, stop - start), tokens[at + 1 : stop + 1]]
+            total += float(nats.detach().double().sum())
+            if learns:
+                grads = torch.autograd.grad(
+                    nats.mean(), [which[n] for n, which in pairs], materialize_grads=True
+                )
+            for n, which in pairs:
+                which[n].requires_grad_(False)
+        if step == steps:
+            break
+        for index, (n, which) in enumerate(pairs):
+            squares[index] = 0.99 * squares[index] + 0.01 * grads[index] ** 2
+            unbiased = squares[index] / (1 - 0.99 ** (step + 1))
+            decayed = which[n] * (1 - cfg.lora_lr * cfg.lora_decay)
+            which[n] = decayed - cfg.lora_lr * grads[index] / (unbiased.sqrt() + 1e-10)
+    return total
+
+
+HOOKS: list = []
+
+
+def with_dense_deltas(model: GPT, downs: dict, ups: dict, cfg: Config) -> None:
+    """Let every module of the model add s (B A) x at the place of the plan that it is at."""
+    for hook in HOOKS:
+        hook.remove()
+    HOOKS.clear()
+    scale = cfg.lora_alpha / cfg.lora_rank
+    at = {"place": -1}
+
+    def dense(name: str, place: int) -> torch.Tensor:
+        key = f"{place}/{name}"
+        return scale * ups[key] @ downs[key]
+
+    def begins(module, given) -> None:
+        at["place"] += 1
+
+    def of(name: str):
+        # Before the first layer, layer 0's values are asked for by themselves.
+        return lambda module, given, y: y + given[0] @ dense(name, max(at["place"], 0)).T
+
+    for block in model.blocks:
+        HOOKS.append(block.register_forward_pre_hook(begins))
+        modules = {
+            "q": block.attn.c_q,
+            "k": block.attn.c_k,
+            "v": block.attn.c_v,
+            "o": block.attn,
+            "mlp": block.mlp,
+        }
+        for name, module in modules.items():
+            HOOKS.append(module.register_forward_hook(of(name)))
+
+
+def dense_logits(
+    model: GPT, ids: torch.Tensor, downs: dict, ups: dict, cfg: Config
+) -> torch.Tensor:
+    """Logits of a row, the head's weight being W + s B A."""
+    hidden = model.hidden(ids)
+    for hook in HOOKS:
+        hook.remove()
+    weight = model.head.weight + cfg.lora_alpha / cfg.lora_rank * ups["head"] @ downs["head"]
+    return cfg.logit_softcap * torch.tanh(hidden @ weight.T / cfg.logit_softcap)
+
+
+def test_documents_adapt_as_dense_weights_would(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, val = small_settings(), small_split()
+    drawn: list[dict[str, torch.Tensor]] = []
+
+    class Recorded(LowRank):
+        """Deltas whose A is kept when they are made."""
+
+        def __init__(self, *given) -> None:
+            super().__init__(*given)
+            own = {
+                f"{place}/{name}": down.detach().clone()
+                for place, deltas in enumerate(self.layers)
+                for name, (down, _) in deltas.items()
+            }
+            drawn.append(own | {"head": self.head[0].detach().clone()})
+
+    monkeypatch.setattr(train_gpt, "LowRank", Recorded)
+    result, run = scored_by(model, val, cfg)
+    assert result.targets == sum(LENGTHS) - 1
+    assert result.num_bytes == val.target_bytes.sum()
+    assert result.nats == pytest.approx(naive_nats(model, val, cfg, drawn), rel=2e-5)
+    still, _ = scored_by(model, val, replace(cfg, lora_lr=0.0))
+    assert abs(result.nats - still.nats) > 1.0
+    lengths = sorted([*LENGTHS[:-1], LENGTHS[-1] - 1])
+    batches = [lengths[n : n + 3] for n in range(0, len(lengths), 3)]
+    assert run.ledger.activity["ttt"] == sum((batch[-1] - 1) // 4 for batch in batches)
+
+
+# Scores come before updates
+
+Nats = dict[int, tuple[int, float]]  # by target: the number of the call that scored it, its nats
+
+
+def nats_by_target(
+    model: GPT, val: Validation, cfg: Config, scorer: type[DocumentScorer] = DocumentScorer
+) -> Nats:
+    """What each target costs and when it was scored."""
+    found: Nats = {}
+    calls = 0
+    plain = scorer.score_chunk
+
+    def recorded(self, documents, at, width, *rest):
+        nonlocal calls
+        calls += 1
+        sums, nats = plain(self, documents, at, width, *rest)
+        for row, (first, end) in zip(nats.tolist(), documents.tolist(), strict=True):
+            for target in range(first + at, min(first + at + width, end)):
+                assert target not in found
+                found[target] = calls, row[target - first - at]
+        return sums, nats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "score_chunk", recorded)
+        patch.setattr(train_gpt, "DocumentScorer", scorer)
+        result, _ = scored_by(model, val, cfg)
+    assert sorted(found) == list(range(val.num_targets(cfg)))
+    assert result.nats == pytest.approx(sum(nats for _, nats in found.values()), rel=1e-6)
+    return found
+
+
+def earlier_scores_stay(
+    model: GPT, cfg: Config, scorer: type[DocumentScorer] = DocumentScorer
+) -> bool:
+    """Whether no token changes the score of a target that was scored before it."""
+    val = small_split(lengths=(3, 13, 6, 9))
+    before = nats_by_target(model, val, cfg, scorer)
+    acted = False
+    for changed in range(1, len(val.tokens) - 1, 2):
+        if val.tokens[changed] == BOS:
+            continue
+        other = copy.deepcopy(val)
+        other.tokens[changed] = 2 + (val.tokens[changed] - 1) % 30
+        after = nats_by_target(model, other, cfg, scorer)
+        call = before[changed - 1][0]
+        document = np.flatnonzero(val.tokens[:changed] == BOS)[-1]
+        for target, (scored_at, nats) in before.items():
+            same_document = document <= target < changed - 1
+            earlier = scored_at < call or (scored_at == call and target < document)
+            if (same_document or earlier) and after[target][1] != nats:
+                return False
+            acted |= scored_at > call and target < document and after[target][1] != nats
+    assert acted  # a later batch begins with the A that this document has shaped
+    return True
+
+
+class LearnsFirst(DocumentScorer):
+    """A scorer that learns from a chunk and then scores it."""
+
+    def score_and_learn(self, documents, first, at, chunk, deltas):
+        own = documents[first:]
+        goes_on = torch.from_numpy(own[:, 1] - own[:, 0] > at + chunk)
+        if goes_on.any():
+            batch = train_gpt.chunk_batch(self.val, own, at, chunk, self.run.cfg, self.hints)
+            adapters = deltas.of_rows(first, first + len(own), torch.float32)
+            nats, _ = train_gpt.nats_and_scores(self.model, batch, 0.0, adapters)
+            deltas.learn((nats * goes_on[:, None]).sum() / chunk)
+        return self.score_chunk(own, at, chunk, deltas, (first, first + len(own)))[0]
+
+
+def test_a_chunk_is_scored_before_it_is_learned(model: GPT) -> None:
+    cfg = small_settings(lora_lanes=1, lora_batch_docs=2, lora_places="v,head")
+    assert earlier_scores_stay(model, cfg)
+    assert not earlier_scores_stay(model, cfg, LearnsFirst)
+
+
+def test_phases_learn_only_from_documents_that_are_scored(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = small_settings(
+        lora_lanes=1,
+        lora_phases=2,
+        lora_phase_docs=8,
+        lora_phase_chunk_tokens=16,
+        lora_phase_row_tokens=8,
+        lora_phase_lr=0.1,
+    )
+    val, seen = small_split(), []
+    scored: list[int] = []
+    learn, score = DocumentScorer.learn_together, DocumentScorer.score
+
+    def then_noted(self, documents, lane):
+        scored.extend(documents[:, 0].tolist())
+        return score(self, documents, lane)
+
+    def watched(self, documents):
+        seen.append((set(documents[:, 0].tolist()) <= set(scored), len(documents)))
+        learn(self, documents)
+
+    monkeypatch.setattr(DocumentScorer, "score", then_noted)
+    monkeypatch.setattr(DocumentScorer, "learn_together", watched)
+    result, run = scored_by(model, val, cfg)
+    assert seen == [(True, 4), (True, 8)]
+    assert run.ledger.activity["ttt_phases"] == run.ledger.occasions["ttt_phases"] > 3
+    without, _ = scored_by(model, val, replace(cfg, lora_phases=0))
+    assert result.nats != without.nats
+
+
+# Ranks, the budget, refusals
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_add_up_to_the_one_process(model: GPT, ranks: int) -> None:
+    cfg, val = small_settings(lora_lanes=3), small_split()
+    one, _ = scored_by(model, val, cfg)
+    parts = [scored_by(model, val, cfg, rank, ranks)[0] for rank in range(ranks)]
+    assert all(part.targets for part in parts[: min(ranks, 3)])
+    assert sum(part.targets for part in parts) == one.targets
+    assert sum(part.nats for part in parts) == pytest.approx(one.nats, rel=1e-12)
+
+
+def test_what_the_budget_does_not_hold_is_scored_without_learning(model: GPT, capsys) -> None:
+    cfg, val = small_settings(eval_wallclock_seconds=0.0), small_split()
+    result, run = scored_by(model, val, cfg)
+    assert result.targets == sum(LENGTHS) - 1
+    assert (run.ledger.activity["ttt"], run.ledger.occasions["ttt"]) == (0, 15)
+    assert re.search(r"warning: 8 of 11 documents were adapted to less", capsys.readouterr().out)
+    plain, _ = scored_by(model, val, replace(cfg, eval_wallclock_seconds=1e6, lora_lr=0.0))
+    assert result.nats == pytest.approx(plain.nats, rel=0.02)  # windows of long documents differ
+
+
+def test_learning_ends_when_the_rest_needs_the_time(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which each forward takes a second, and each step of learning two."""
+    now = [0.0]
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+    score, learn = train_gpt.nats_and_scores, LowRank.learn
+
+    def slow_score(*given):
+        now[0] += 1.0
+        return score(*given)
+
+    def slow_learn(self, loss):
+        now[0] += 2.0
+        learn(self, loss)
+
+    monkeypatch.setattr(train_gpt, "nats_and_scores", slow_score)
+    monkeypatch.setattr(LowRank, "learn", slow_learn)
+    _, free = scored_by(model, small_split(), small_settings())
+    assert free.ledger.activity["ttt"] == free.ledger.occasions["ttt"] == 15
+    budget = 0.7 * now[0]
+    now[0] = 0.0
+    result, run = scored_by(model, small_split(), small_settings(eval_wallclock_seconds=budget))
+    assert result.targets == sum(LENGTHS) - 1
+    assert 3 < run.ledger.activity["ttt"] < 15
+    assert 0.5 * budget < now[0] <= budget
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"counts": "scored"}, "COUNTS"),
+        ({"lora_places": "q,w"}, "LORA_PLACES"),
+        ({"lora_places": "q,q"}, "LORA_PLACES"),
+        ({"lora_short_chunks": "256"}, "LORA_SHORT_CHUNKS"),
+        ({"lora_short_chunks": "256:32"}, "EVAL_SEQ_LEN"),
+        ({"lora_chunk_tokens": 17}, "EVAL_SEQ_LEN"),
+        ({"lora_phase_row_tokens": 64, "lora_phase_chunk_tokens": 32}, "LORA_PHASE_ROW_TOKENS"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changed: dict, complaint: str) -> None:
+    with pytest.raises(Refusal, match=complaint):
+        small_settings(**changed)
+
+
+def test_short_documents_have_short_chunks(model: GPT) -> None:
+    cfg = small_settings(lora_short_chunks="6:2,12:3", lora_lanes=1)
+    calls: dict[int, int] = {}
+    for call, _ in nats_by_target(model, small_split(), cfg).values():
+        calls[call] = calls.get(call, 0) + 1
+    batches = [(23, 40), (11, 12, 17), (5, 6, 9), (2, 3, 4)]
+    widths = [4, 4, 3, 2]
+    expected = [
+        sum(min(max(length - at, 0), width) for length in batch)
+        for batch, width in zip(batches, widths, strict=True)
+        for at in range(0, batch[-1], width)
+    ]
+    assert [calls[n + 1] for n in range(len(calls))] == expected
+
+
+# Hints in the order of scoring
+
+
+def test_no_hint_comes_from_a_document_that_is_scored_later() -> None:
+    cfg = small_settings(ngram_tilt=1.0, ngram_order=3, ngram_threshold=0.0)
+    val = small_split()
+    val.tokens[:] = np.where(val.tokens == BOS, BOS, 2 + val.tokens % 3)
+    queue = document_queue(val, cfg)
+    order = np.concatenate([np.arange(*document) for batch in queue for document in batch])
+    run = Run(cfg, 0, 1, CPU)
+    hints = train_gpt.hints_in_order(val, order, run)
+    when = np.argsort(order)  # at which place a target is scored
+    assert (hints >= 0).sum() > 20
+    for changed in np.flatnonzero(val.tokens != BOS)[:-1]:
+        other = copy.deepcopy(val)
+        other.tokens[changed] = 5 - (val.tokens[changed] - 2)
+        others = train_gpt.hints_in_order(other, order, run)
+        same = when <= when[changed - 1]
+        assert np.array_equal(hints[same], others[same])
+    in_text = train_gpt.hints_in_order(val, None, run)
+    assert not np.array_equal(hints, in_text)
+
+
+def test_the_score_is_tilted_and_the_learning_is_not(model: GPT) -> None:
+    cfg = small_settings(ngram_order=2, ngram_threshold=0.0)
+    val = small_split()
+    val.tokens[:] = np.where(val.tokens == BOS, BOS, 2 + val.tokens % 3)
+    plain = nats_by_target(model, val, cfg)
+    tilted, run = scored_by(model, val, replace(cfg, ngram_tilt=2.0))
+    with_tilt = nats_by_target_untilted(model, val, replace(cfg, ngram_tilt=2.0))
+    assert with_tilt == {target: nats for target, (_, nats) in plain.items()}
+    assert tilted.nats != pytest.approx(sum(with_tilt.values()), rel=1e-3)
+    assert run.ledger.activity["ngram_tilt"] > 20
+
+
+def nats_by_target_untilted(model: GPT, val: Validation, cfg: Config) -> dict[int, float]:
+    """The nats that are learned from, by target."""
+    found: dict[int, float] = {}
+    plain = DocumentScorer.score_chunk
+
+    def recorded(self, documents, at, width, *rest):
+        sums, nats = plain(self, documents, at, width, *rest)
+        for row, (first, end) in zip(nats.tolist(), documents.tolist(), strict=True):
+            for target in range(first + at, min(first + at + width, end)):
+                found[target] = row[target - first - at]
+        return sums, nats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DocumentScorer, "score_chunk", recorded)
+        scored_by(model, val, cfg)
+    return found
