@@ -7901,7 +7901,8 @@ class LoraSettings(Part):
                 f"LORA_SHORT_CHUNKS={self.lora_short_chunks!r}: expected pairs of document and "
                 "chunk length, such as 256:8,2000:24"
             )
-        return {int(longest): int(chunk) for longest, chunk in sorted(p.split(":") for p in pairs)}
+        chunks = {int(longest): int(chunk) for longest, chunk in (p.split(":") for p in pairs)}
+        return dict(sorted(chunks.items()))
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -8403,10 +8404,18 @@ class DocumentScorer:
         self.generators: dict[int, torch.Generator] = {}
         self.is_late = False  # whether the budget holds no more learning
         self.targets_left = 0  # of this rank
-        self.places, self.place_seconds = 0, 0.0  # of forwards so far
+        self.seconds_a_place = 0.0  # of a forward in wide chunks
         self.learning_seconds = 0.0  # of the longest step
         self.cut_short = 0  # documents that learned less than they could
         run.ledger.occasions["ttt"] = 0
+
+    def measure(self, documents: np.ndarray) -> None:
+        """Find what scoring in wide chunks takes, on the last of these documents."""
+        cfg, run = self.run.cfg, self.run
+        few = documents[-run.scored_rows :]
+        batch = chunk_batch(self.val, few, 0, cfg.eval_seq_len, cfg, None).moved(run.put)
+        seconds = timed(lambda: nats_and_scores(self.model, batch, 0.0)[1].sum().item(), run)
+        self.seconds_a_place = seconds / batch.input_ids.numel()
 
     def deltas_for(self, lane: int, rows: int) -> LowRank:
         """The lane's deltas for a new batch: its last ones, if the batch has as many rows."""
@@ -8462,7 +8471,6 @@ class DocumentScorer:
         rows: where the documents stand in the batch to which the deltas belong, from and to.
         """
         cfg, run = self.run.cfg, self.run
-        started = time.perf_counter()
         batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
         with torch.set_grad_enabled(learns):
             adapters = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
@@ -8473,8 +8481,6 @@ class DocumentScorer:
         assert scored is not None and num_bytes is not None
         counted = [(x * scored).sum().double() for x in (scores.cpu().double(), scored, num_bytes)]
         self.targets_left -= int(scored.sum())
-        self.places += batch.input_ids.numel()
-        self.place_seconds += time.perf_counter() - started
         return torch.stack(counted), nats
 
     def score_and_learn(
@@ -8504,8 +8510,8 @@ class DocumentScorer:
 
         A target takes two places at most, as wide chunks advance by half a window.
         """
-        a_place = self.place_seconds / max(self.places, 1)
-        to_come = self.learning_seconds + 1.2 * 2 * a_place * self.targets_left
+        scoring = 1.2 * 2 * self.seconds_a_place * self.targets_left
+        to_come = self.learning_seconds + scoring
         return self.run.ledger.scoring_clock.elapsed() + to_come
 
     def learn_together(self, documents: np.ndarray) -> None:
@@ -8588,6 +8594,8 @@ def evaluate_documents(
     last = min(cfg.lora_phase_docs, num_documents)
     phases = [last * (n + 1) // cfg.lora_phases for n in range(cfg.lora_phases)]
     sums = torch.zeros(len(queue), 3, dtype=torch.float64)
+    with at_rest(model, cfg.eval_seq_len):
+        scorer.measure(queue[0])
     with run.folder.progress(name, total=len(order), unit="target") as bar:
         for first in range(0, len(queue), lanes):
             end = min(first + lanes, len(queue))
