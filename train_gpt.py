@@ -8550,8 +8550,10 @@ class DocumentScorer:
         self.generators.clear()
 
     def add_gradients(self, inputs: Tensor, targets: Tensor, num_targets: int) -> None:
-        """Gradients of the mean nats of a chunk, of this rank's rows (n, T)."""
+        """Gradients of the mean nats of a chunk, of this rank's rows (n, T), which may be none."""
         cfg, run = self.run.cfg, self.run
+        if len(inputs) == 0:
+            return
         at_once = max(1, run.scored_rows * cfg.eval_seq_len // cfg.phase_row_tokens)
         for few, asked in zip(inputs.split(at_once), targets.split(at_once), strict=True):
             batch = Batch(few, asked)

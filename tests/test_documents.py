@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,8 +14,10 @@ import golden_kit
 import numpy as np
 import pytest
 import torch
+from conftest import TinyData
 from golden_1855 import build
 from golden_kit import PR1855
+from jobs import environment, events, launch, tiny_job
 from torch.nn import functional as F
 
 import train_gpt
@@ -622,3 +626,65 @@ def nats_by_target_untilted(model: GPT, val: Validation, cfg: Config) -> dict[in
         patch.setattr(DocumentScorer, "score_chunk", recorded)
         scored_by(model, val, cfg)
     return found
+
+
+# Whole runs
+
+ADAPTED = {
+    "TTT_MODE": "lora",
+    "LORA_RANK": "4",
+    "LORA_ALPHA": "8",
+    "LORA_LR": "0.01",
+    "LORA_CHUNK_TOKENS": "16",
+    "LORA_BATCH_DOCS": "2",
+    "LORA_PHASES": "1",
+    "LORA_PHASE_DOCS": "6",
+    "LORA_PHASE_CHUNK_TOKENS": "128",
+    "LORA_PHASE_LR": "0.01",
+    "NGRAM_TILT": "2.625",
+    "NGRAM_ORDER": "4",
+    "ITERATIONS": "8",
+}
+
+
+def test_several_processes_give_the_score_of_one(tiny_data: TinyData, tmp_path, capsys) -> None:
+    job = tiny_job(tiny_data, tmp_path, "one", **ADAPTED)
+    with environment(**job):
+        assert train_gpt.main([]) == 0
+    folder, (final,) = tmp_path / "one", events(tmp_path / "one", "final")
+    scores = {e["name"]: e["val_bpb"] for e in events(folder, "eval")}
+    assert final["val_bpb"] == scores["artifact_documents"] != scores["artifact_sliding_no_ttt"]
+    acted = {e["name"]: (e["steps"], e["of"]) for e in events(folder, "activity")}
+    for name in ("ttt", "ttt_phases"):
+        assert acted[name][0] == acted[name][1] > 0, name
+    assert acted["ngram_tilt"][0] > 0
+    capsys.readouterr()
+    data = {"DATA_PATH": job["DATA_PATH"], "TOKENIZER_PATH": job["TOKENIZER_PATH"]}
+    with environment(**data):
+        assert train_gpt.main(["--eval", str(folder / "artifact.bin")]) == 0
+    assert f"val_bpb:{final['val_bpb']:.8f} " in capsys.readouterr().out
+    for processes in (2, 3):
+        done = launch("--eval", str(folder / "artifact.bin"), processes=processes, **data)
+        assert done.returncode == 0, done.stderr
+        score = float(re.search(r"^val_bpb:(\S+)", done.stdout, re.M)[1])
+        assert score == pytest.approx(final["val_bpb"], abs=2e-5)
+
+
+def test_a_signal_ends_the_adaptation_cleanly(tiny_data: TinyData, tmp_path, monkeypatch) -> None:
+    learn = LowRank.learn
+
+    def then_asked(self, loss) -> None:
+        learn(self, loss)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LowRank, "learn", then_asked)
+    with environment(**tiny_job(tiny_data, tmp_path, "cut", **ADAPTED)):
+        assert train_gpt.main([]) == 128 + signal.SIGTERM
+    folder = tmp_path / "cut"
+    assert (folder / "artifact.bin").stat().st_size > 0
+    assert not events(folder, "final")
+    monkeypatch.setattr(LowRank, "learn", learn)
+    job = tiny_job(tiny_data, tmp_path, "cut", RESUME="1", **ADAPTED)
+    with environment(**job):
+        assert train_gpt.main([]) == 0
+    assert events(folder, "final")
