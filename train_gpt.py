@@ -7907,8 +7907,8 @@ class LoraSettings(Part):
     @staticmethod
     def checks(cfg: Config) -> Checks:
         """A chunk fits into a window, a row into a chunk, and the counts see the text in order."""
+        assert cfg.delta_names  # or Refusal
         largest = max((cfg.lora_chunk_tokens, *cfg.short_chunks.values()))
-        yield cfg.delta_names, "LORA_PLACES must name a place"
         if cfg.ttt_mode != "lora":
             return
         yield (
@@ -9421,7 +9421,10 @@ FRONTIER = {
     "gptq_calib_batches": 16,
     "eval_truncate": True,
     "eval_stride": 0,
-    # To be completed: adapters for each document.
+    # Each of eight ranks had a row of 4,096 tokens in a step of a phase.
+    "ttt_mode": "lora",
+    "lora_phases": 3,
+    "lora_phase_row_tokens": 4096,
 }
 
 PRESETS: dict[str, dict] = {
@@ -9571,6 +9574,10 @@ PRESETS: dict[str, dict] = {
         "gptq_calib_batches": 32,
         "int8_keep_float_max_numel": 1024,
         "ttt_chunk_tokens": Fraction(1, 8),
+        "lora_batch_docs": Fraction(1, 4),
+        "lora_phase_docs": Fraction(1, 25),
+        "lora_phase_chunk_tokens": Fraction(1, 16),
+        "lora_phase_row_tokens": 0,
     },
 }
 
