@@ -8319,7 +8319,7 @@ def chunk_batch(
     )
 
 
-class LowRank:
+class DocumentDeltas:
     """Deltas alpha / r B A for the documents of a batch, and the AdamW that trains them.
 
     A is uniform in +-1 / sqrt(width), B zero: a document begins with the network as it is.
@@ -8400,7 +8400,7 @@ class DocumentScorer:
         self.run = run
         self.hints = hints
         self.phase = 0
-        self.lanes: dict[int, LowRank] = {}
+        self.lanes: dict[int, DocumentDeltas] = {}
         self.generators: dict[int, torch.Generator] = {}
         self.is_late = False  # whether the budget holds no more learning
         self.targets_left = 0  # of this rank
@@ -8417,7 +8417,7 @@ class DocumentScorer:
         seconds = timed(lambda: nats_and_scores(self.model, batch, 0.0)[1].sum().item(), run)
         self.seconds_a_place = seconds / batch.input_ids.numel()
 
-    def deltas_for(self, lane: int, rows: int) -> LowRank:
+    def deltas_for(self, lane: int, rows: int) -> DocumentDeltas:
         """The lane's deltas for a new batch: its last ones, if the batch has as many rows."""
         if lane not in self.generators:
             seed = self.phase * self.run.cfg.lora_lanes + lane
@@ -8427,7 +8427,7 @@ class DocumentScorer:
         else:
             depth, device = len(self.model.plan), self.run.device
             generator = self.generators[lane]
-            self.lanes[lane] = LowRank(self.run.cfg, rows, depth, generator, device)
+            self.lanes[lane] = DocumentDeltas(self.run.cfg, rows, depth, generator, device)
         return self.lanes[lane]
 
     def score(self, documents: np.ndarray, lane: int) -> Tensor:
@@ -8462,7 +8462,7 @@ class DocumentScorer:
         documents: np.ndarray,
         at: int,
         width: int,
-        deltas: LowRank | None,
+        deltas: DocumentDeltas | None,
         rows: tuple[int, int],
         learns: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -8484,7 +8484,7 @@ class DocumentScorer:
         return torch.stack(counted), nats
 
     def score_and_learn(
-        self, documents: np.ndarray, first: int, at: int, chunk: int, deltas: LowRank
+        self, documents: np.ndarray, first: int, at: int, chunk: int, deltas: DocumentDeltas
     ) -> Tensor:
         """Score a chunk of the documents from the first on, then learn of those that go on: (3,).
 

@@ -26,8 +26,8 @@ from train_gpt import (
     GPT,
     Batch,
     Config,
+    DocumentDeltas,
     DocumentScorer,
-    LowRank,
     Refusal,
     Run,
     Validation,
@@ -102,7 +102,7 @@ def test_documents_adapt_as_in_1855(monkeypatch: pytest.MonkeyPatch) -> None:
 
     drawn = 0
 
-    class PublishedDraw(LowRank):
+    class PublishedDraw(DocumentDeltas):
         """Deltas that begin with the published A."""
 
         def __init__(self, *given) -> None:
@@ -140,7 +140,7 @@ def test_documents_adapt_as_in_1855(monkeypatch: pytest.MonkeyPatch) -> None:
         learn(scorer, documents)
         bases.append({n: p.detach().clone() for n, p in model.named_parameters()})
 
-    monkeypatch.setattr(train_gpt, "LowRank", PublishedDraw)
+    monkeypatch.setattr(train_gpt, "DocumentDeltas", PublishedDraw)
     monkeypatch.setattr(train_gpt, "nats_and_scores", recorded)
     monkeypatch.setattr(DocumentScorer, "learn_together", then_kept)
     result = evaluate_documents("test", forward, model, val, run)
@@ -356,7 +356,7 @@ def test_documents_adapt_as_dense_weights_would(
     cfg, val = small_settings(), small_split()
     drawn: list[dict[str, torch.Tensor]] = []
 
-    class Recorded(LowRank):
+    class Recorded(DocumentDeltas):
         """Deltas whose A is kept when they are made."""
 
         def __init__(self, *given) -> None:
@@ -368,7 +368,7 @@ def test_documents_adapt_as_dense_weights_would(
             }
             drawn.append(own | {"head": self.head[0].detach().clone()})
 
-    monkeypatch.setattr(train_gpt, "LowRank", Recorded)
+    monkeypatch.setattr(train_gpt, "DocumentDeltas", Recorded)
     result, run = scored_by(model, val, cfg)
     assert result.targets == sum(LENGTHS) - 1
     assert result.num_bytes == val.target_bytes.sum()
@@ -521,7 +521,7 @@ def test_learning_ends_when_the_rest_needs_the_time(
     """By a clock of a second for each 32 places of a forward, and two for each learning step."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    score, learn = train_gpt.nats_and_scores, LowRank.learn
+    score, learn = train_gpt.nats_and_scores, DocumentDeltas.learn
 
     def slow_score(net, batch, *rest):
         now[0] += batch.input_ids.numel() / 32
@@ -532,7 +532,7 @@ def test_learning_ends_when_the_rest_needs_the_time(
         learn(self, loss)
 
     monkeypatch.setattr(train_gpt, "nats_and_scores", slow_score)
-    monkeypatch.setattr(LowRank, "learn", slow_learn)
+    monkeypatch.setattr(DocumentDeltas, "learn", slow_learn)
     _, free = scored_by(model, small_split(), small_settings())
     assert free.ledger.activity["ttt"] == free.ledger.occasions["ttt"] == 15
     budget = 0.7 * now[0]
@@ -671,13 +671,13 @@ def test_several_processes_give_the_score_of_one(tiny_data: TinyData, tmp_path, 
 
 
 def test_a_signal_ends_the_adaptation_cleanly(tiny_data: TinyData, tmp_path, monkeypatch) -> None:
-    learn = LowRank.learn
+    learn = DocumentDeltas.learn
 
     def then_asked(self, loss) -> None:
         learn(self, loss)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(LowRank, "learn", then_asked)
+    monkeypatch.setattr(DocumentDeltas, "learn", then_asked)
     with (
         environment(**tiny_job(tiny_data, tmp_path, "cut", **ADAPTED)),
         pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)),
@@ -686,8 +686,7 @@ def test_a_signal_ends_the_adaptation_cleanly(tiny_data: TinyData, tmp_path, mon
     folder = tmp_path / "cut"
     assert (folder / "artifact.bin").stat().st_size > 0
     assert not events(folder, "final")
-    monkeypatch.setattr(LowRank, "learn", learn)
     job = tiny_job(tiny_data, tmp_path, "cut", RESUME="1", **ADAPTED)
-    with environment(**job):
-        assert train_gpt.main([]) == 0
+    done = launch(**job)
+    assert done.returncode == 0, done.stderr
     assert events(folder, "final")
