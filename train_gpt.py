@@ -1212,6 +1212,7 @@ class Batch:
     boundaries: Tensor | None = None  # int32 (N,), see document_boundaries()
     scored: Tensor | None = None  # int64 like target_ids: 1 where a target counts, 0 where not
     target_bytes: Tensor | None = None  # int64 like target_ids: UTF-8 bytes of each target
+    hint_ids: Tensor | None = None  # int64 like target_ids: whose logit NGRAM_TILT raises, or -1
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with each of its tensors as `move` gives it, on a device, say."""
@@ -2379,6 +2380,32 @@ def kinds_within(cfg: Config) -> dict[str, Kind]:
         return GPT(cfg).kinds
 
 
+Delta = tuple[Tensor, Tensor]  # of low rank r, for each row of a batch: (B, r, in), (B, out, r)
+
+
+def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
+    """y (B, T, out) + B A x of x (B, T, in), by each row's own A and B; y without a delta."""
+    if delta is None:
+        return y
+    down, up = delta
+    return y + (x @ down.mT) @ up.mT
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Deltas for the rows of a batch, each for one place where the network takes one.
+
+    Those of a layer are called q, k and v, which join its projections, and o and mlp, which go
+    straight from the normed input of attention and MLP to its output (LoRA, arXiv:2106.09685).
+    """
+
+    layers: tuple[dict[str, Delta], ...]  # by place in the plan
+    head: Delta | None
+
+
+NO_DELTAS: dict[str, Delta] = {}
+
+
 class Linear(nn.Linear):
     """Matrix product without bias; the float32 weight is cast to the activations' type."""
 
@@ -2386,17 +2413,9 @@ class Linear(nn.Linear):
         super().__init__(width_in, width_out, bias=False)
         known(kind, self.weight)
 
-    def forward(self, x: Tensor, delta: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, T, in) -> (B, T, out).
-
-        A delta (A, B) of low rank r adds B A to the weight, for each row of the batch its own:
-        (B, r, in) and (B, out, r).
-        """
-        y = F.linear(x, like(self.weight, x))
-        if delta is None:
-            return y
-        down, up = delta
-        return y + (x @ down.mT) @ up.mT
+    def forward(self, x: Tensor, delta: Delta | None = None) -> Tensor:
+        """(B, T, in) -> (B, T, out); a delta adds to the weight, for each row its own."""
+        return with_delta(F.linear(x, like(self.weight, x)), x, delta)
 
 
 class Table(nn.Embedding):
@@ -2744,9 +2763,15 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.exclusive = layer.exclusive
 
-    def values(self, x: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
+    def values(
+        self,
+        x: Tensor,
+        extra_v: Tensor | None,
+        first_v: Tensor | None,
+        delta: Delta | None = None,
+    ) -> Tensor:
         """W x + extra, which VRL_MODE=mix (arXiv:2410.17897) mixes with layer 0's: (B, T, G*K)."""
-        v = self.c_v(x)
+        v = self.c_v(x, delta)
         if extra_v is not None:
             v = v + extra_v
         if self.vr_lambda is not None:
@@ -2773,15 +2798,17 @@ class Attention(nn.Module):
         extra_v: Tensor | None,
         first_v: Tensor | None,
         inside: Tensor | None = None,
+        deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Tensor:
         """x: (B, T, D); added to the values and layer 0's: (B, T, G*K) -> (B, T, D)."""
-        q, k, v = self.c_q(x), self.c_k(x), self.values(x, extra_v, first_v)
+        q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
+        v = self.values(x, extra_v, first_v, deltas.get("v"))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
         y = self.attend(q, rotate(rms_norm(k), rotation), v, inside)
         if self.exclusive:
             y = exclude_own_value(y, v)
-        return self.proj(self.gated(y, x).flatten(2))
+        return with_delta(self.proj(self.gated(y, x).flatten(2)), x, deltas.get("o"))
 
 
 class MLP(nn.Module):
@@ -2793,9 +2820,10 @@ class MLP(nn.Module):
         self.proj = Linear(cfg.mlp_dim, cfg.model_dim, replace(MLP_MATRIX, start=start_output))
         self.slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, deltas: dict[str, Delta] = NO_DELTAS) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.proj(SquaredLeaky.apply(self.fc(x), self.slope))
+        y = self.proj(SquaredLeaky.apply(self.fc(x), self.slope))
+        return with_delta(y, x, deltas.get("mlp"))
 
 
 Lanes = tuple[Tensor, Tensor | None]  # the stream (B, T, D), and the second lane where there is one
@@ -2825,6 +2853,7 @@ class Context:
     extra_v: dict[int, Tensor]  # by layer, added to its values (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
     inside: Tensor | None = None  # the documents, for attention_inside()
+    adapters: Adapters | None = None
     outputs: list[Lanes] = field(default_factory=list)  # after each layer so far
 
 
@@ -2856,9 +2885,11 @@ class Block(nn.Module):
         keep, inject = like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
 
-    def first_values(self, x0: Tensor, extra_v: Tensor | None, s: float) -> Tensor:
+    def first_values(
+        self, x0: Tensor, extra_v: Tensor | None, s: float, delta: Delta | None
+    ) -> Tensor:
         """The values of the first layer, of the embedding (B, T, D): (B, T, G*K)."""
-        return self.attn.values(rms_norm(self.mixed(x0, x0), s), extra_v, None)
+        return self.attn.values(rms_norm(self.mixed(x0, x0), s), extra_v, None, delta)
 
     def forward(
         self,
@@ -2871,6 +2902,7 @@ class Block(nn.Module):
         inside: Tensor | None,
         weights: tuple[Tensor, Tensor] | None,
         s: float | Tensor,
+        deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Lanes:
         """The stream (B, T, D) -> (B, T, D), or with `weights` both lanes, see two_lanes().
 
@@ -2880,11 +2912,12 @@ class Block(nn.Module):
         a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
         u = self.mixed(x, x0)
         seen = u if read is None else self.mixed(read, x0)
-        attended = a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v, inside)
+        attended = a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v, inside, deltas)
         if second is not None and weights is not None:
-            return two_lanes(x, second, attended, b * self.mlp(rms_norm(second, s)), *weights)
+            thought = b * self.mlp(rms_norm(second, s), deltas)
+            return two_lanes(x, second, attended, thought, *weights)
         x = u + attended
-        return x + b * self.mlp(rms_norm(x, s)), None
+        return x + b * self.mlp(rms_norm(x, s), deltas), None
 
 
 def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -2993,6 +3026,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
+        adapters: Adapters | None = None,
     ) -> Context:
         """What the layers read beside the stream, of ids (B, T) and embedding x0 (B, T, D)."""
         first, row_length = self.row_place or (0, input_ids.size(1))
@@ -3003,6 +3037,7 @@ class GPT(nn.Module):
             x0=x0,
             rotation=(cos, sin),
             extra_v={},
+            adapters=adapters,
         )
         if documents is not None:
             in_graph = torch.compiler.is_compiling() or self.compiled_block is not None
@@ -3017,8 +3052,11 @@ class GPT(nn.Module):
             return c
         # Only VRL_MODE=mix takes layer 0's values with its value embedding.
         own_extra = c.extra_v.get(0) if self.cfg.vrl_mode == "mix" else None
+        deltas = NO_DELTAS if adapters is None else adapters.layers[0]
         first_block: Any = self.blocks[0]
-        c.first_v = first_v = first_block.first_values(x0, own_extra, c.plan[0].depth_scale)
+        c.first_v = first_v = first_block.first_values(
+            x0, own_extra, c.plan[0].depth_scale, deltas.get("v")
+        )
         for place, layer in enumerate(c.plan):
             if layer.value_gate is not None:
                 gate = torch.sigmoid(self.vrl_alphas[layer.value_gate])
@@ -3038,6 +3076,8 @@ class GPT(nn.Module):
         weights = None if self.lanes is None else self.lanes.of(layer.block)
         extra_v = c.extra_v.get(place)
         given = (x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights
+        if c.adapters is not None:
+            return block(*given, layer.depth_scale, c.adapters.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
             return block(*given, layer.depth_scale)
         # A tensor, or each depth would need a compiled block of its own.
@@ -3049,6 +3089,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
+        adapters: Adapters | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last layer.
 
@@ -3056,7 +3097,7 @@ class GPT(nn.Module):
         each layer is executed once, as before ENABLE_LOOPING_AT.
         """
         x = self.embedded(input_ids)
-        c = self.context(input_ids, x, documents, boundaries, looping)
+        c = self.context(input_ids, x, documents, boundaries, looping, adapters)
         lanes: Lanes = x, None
         for place in range(len(c.plan)):
             lanes = self.layer(place, lanes, c)
@@ -3067,12 +3108,14 @@ class GPT(nn.Module):
             x = x - like(self.backout_lambda, x) * joined(c.outputs[kept])
         return rms_norm(x)
 
-    def logits(self, hidden: Tensor, input_ids: Tensor | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, input_ids: Tensor | None = None, delta: Delta | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c).
 
         With the token mask, -inf where a token may not follow that of `input_ids` (B, T).
         """
-        z = F.linear(hidden, like(self.head.weight, hidden)).float()
+        z = with_delta(F.linear(hidden, like(self.head.weight, hidden)), hidden, delta).float()
         cap = self.cfg.logit_softcap
         logits = cap * z.div_(cap).tanh_()
         if self.penalty is None:
@@ -3080,12 +3123,15 @@ class GPT(nn.Module):
         assert input_ids is not None, "the token mask needs the tokens before"
         return logits + F.embedding(input_ids, self.penalty)
 
-    def asked(self, batch: Batch, looping: bool = True) -> tuple[Tensor, Tensor]:
+    def asked(
+        self, batch: Batch, looping: bool = True, adapters: Adapters | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states of a batch where its targets are, and the tokens there: (B, S, D), (B, S).
 
         S is T where the batch names no places.
         """
-        hidden = self.hidden(batch.input_ids, batch.documents, batch.boundaries, looping)
+        inside = batch.documents, batch.boundaries
+        hidden = self.hidden(batch.input_ids, *inside, looping, adapters)
         if batch.places is None:
             return hidden, batch.input_ids
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
@@ -4259,7 +4305,7 @@ def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
         batch = batch.by_document(T) if cfg.attn_docs else batch
         return batch.moved(run.put)
 
-    if cfg.ttt_mode != "off":
+    if cfg.ttt_mode in ("score_first", "train_then_score"):
         forward(model, blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
     whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
@@ -7519,6 +7565,184 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
 
 
 # =================================================================================================
+# N-gram tilt
+# Long passages of a validation text occur twice. What followed the same tokens before has its
+# logit raised: a distribution that is fixed before the target is seen. (parameter-golf #2135)
+# =================================================================================================
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiltSettings(Part):
+    """Where repeats of the scored text raise a token's probability, and how much."""
+
+    title = "N-gram tilt"
+    prefixes: ClassVar[tuple[str, ...]] = ("NGRAM_",)
+
+    ngram_tilt: float = scoring_knob(
+        0.0,
+        (0.0, 20.0),
+        "What is added to the logit of the token that followed the same context; 0 is off.",
+        absent=0.0,
+        tries=(2.625,),
+    )
+    ngram_order: int = scoring_knob(
+        16, (2, 16), "Tokens of the context and its follower.", absent=16
+    )
+    ngram_threshold: float = scoring_knob(
+        0.8, (0.0, 1.0), "Share of the follower in a context, at least.", absent=0.8
+    )
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """The counts have repeats of their own."""
+        yield (
+            cfg.ngram_tilt == 0 or cfg.counts == "off",
+            "NGRAM_TILT and COUNTS both expect repeats: one of them must be off",
+        )
+
+
+# Factors of the hash of a context, oldest token first; the next one is the following token's.
+HASH_FACTORS = (
+    *(36313, 27191, 51647, 81929, 131071, 196613, 262147, 393241),
+    *(524309, 655373, 786433, 917521, 1048583, 1179653, 1310729, 1441801),
+)
+PAIR_FACTOR = 1000003
+
+
+@dataclass(frozen=True)
+class Hints:
+    """For each target, what followed its context most often before it: (N,) each."""
+
+    tokens: np.ndarray  # int64; 0 where the context is new
+    shares: np.ndarray  # float32, of the times the context was followed by it; 0 where it is new
+
+    def gates(self, threshold: float) -> np.ndarray:
+        """Where a hint is sure enough: bool (N,)."""
+        return (self.shares > 0) & (self.shares >= np.float32(threshold))
+
+
+def context_keys(targets: np.ndarray, order: int) -> np.ndarray:
+    """Hashes of the order - 1 tokens before each target that has so many: uint64.
+
+    The first target counts as its own predecessor, so the first that has them is order - 2. The
+    hash is the published one, of about 37 bits: on streams of many millions contexts do collide,
+    which makes a hint worse but never non-causal.
+    """
+    length = order - 1
+    stream = np.concatenate([targets[:1], targets]).astype(np.uint64)
+    count = len(targets) - (length - 1)
+    keys = np.zeros(max(count, 0), np.uint64)
+    for place, factor in enumerate(HASH_FACTORS[:length]):
+        keys ^= stream[place : place + len(keys)] * np.uint64(factor)
+    return keys
+
+
+def earlier_equals(keys: np.ndarray) -> np.ndarray:
+    """How many earlier elements are equal to each: int64 (N,)."""
+    order, new = grouped(keys)
+    places = np.arange(len(keys))
+    starts = np.maximum.accumulate(np.where(new, places, 0))
+    earlier = np.empty(len(keys), np.int64)
+    earlier[order] = places - starts
+    return earlier
+
+
+def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An order that puts equal keys side by side, earliest first, and where each group begins."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    new = np.ones(len(keys), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return order, new
+
+
+def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
+    """The hints of all targets: (N,) token ids, the stream without its first BOS.
+
+    Equal to the sequential pass that looks a context up first and then counts the target: the best
+    token of a context is the last whose count exceeded all counts there before.
+    """
+    hints = np.zeros(len(targets), np.int64)
+    shares = np.zeros(len(targets), np.float32)
+    keys = context_keys(targets, order)
+    if not len(keys):
+        return Hints(hints, shares)
+    first = order - 2
+    followers = targets[first:].astype(np.uint64)
+    pairs = (keys * np.uint64(PAIR_FACTOR)) ^ (followers * np.uint64(HASH_FACTORS[order - 1]))
+    counts = earlier_equals(pairs) + 1
+
+    by_context, new = grouped(keys)
+    counts = counts[by_context]
+    places = np.arange(len(keys))
+    # A group's offset is above all counts of the groups before it.
+    offsets = np.cumsum(new) * (len(keys) + 1)
+    best = np.maximum.accumulate(counts + offsets)
+    leads = np.ones(len(keys), bool)
+    leads[1:] = best[1:] > best[:-1]
+    leaders = np.maximum.accumulate(np.where(leads, places, 0))
+    starts = np.maximum.accumulate(np.where(new, places, 0))
+    # What a target finds is what the one before it in its group left.
+    found = np.flatnonzero(~new)
+    before = found - 1
+    at = by_context[found] + first
+    hints[at] = followers[by_context[leaders[before]]]
+    totals = found - starts[found]
+    shares[at] = (best - offsets)[before] / totals
+    return Hints(hints, shares)
+
+
+def tilted_nats(
+    nats: Tensor, hint_nats: Tensor, is_hint: Tensor, gates: Tensor, beta: float
+) -> Tensor:
+    """Nats of targets under the tilted distribution, from those of target and hint: (...).
+
+    Only the score is tilted; a loss that is trained on takes the plain nats.
+    """
+    growth = torch.expm1(torch.tensor(beta, dtype=torch.float64)).to(nats.dtype)
+    normaliser = torch.log1p(torch.exp(-hint_nats) * growth)
+    return torch.where(gates, nats - beta * is_hint + normaliser, nats)
+
+
+def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.ndarray | None:
+    """The hint of each target, -1 where its gate is closed: int64 (N,); None without NGRAM_TILT.
+
+    order: the targets (N,) in the order in which they are scored, as no hint may come from what is
+    scored later; None for that of the text.
+    """
+    cfg = run.cfg
+    if cfg.ngram_tilt == 0:
+        return None
+    targets = val.tokens[1 : val.num_targets(cfg) + 1]
+    if order is None:
+        order = np.arange(len(targets))
+    hints = find_hints(targets[order], cfg.ngram_order)
+    gates = hints.gates(cfg.ngram_threshold)
+    in_text = np.full(len(targets), -1)
+    in_text[order[gates]] = hints.tokens[gates]
+    run.ledger.occasions["ngram_tilt"] += len(targets)
+    run.ledger.activity["ngram_tilt"] += int(gates.sum())
+    return in_text
+
+
+def nats_and_scores(
+    model: GPT, batch: Batch, beta: float, adapters: Adapters | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nats of the targets, to learn from, and what is scored: tilted by beta to the hints."""
+    hidden, input_ids = model.asked(batch, adapters=adapters)
+    head = None if adapters is None else adapters.head
+    logits = model.logits(hidden, input_ids, head).flatten(0, 1)
+    targets = batch.target_ids.flatten()
+    nats = F.cross_entropy(logits, targets, reduction="none")
+    scores = nats.detach()
+    if batch.hint_ids is not None:
+        hints = batch.hint_ids.flatten()
+        of_hints = F.cross_entropy(logits.detach(), hints.clamp_min(0), reduction="none")
+        scores = tilted_nats(scores, of_hints, targets == hints, hints >= 0, beta)
+    return nats.view_as(batch.target_ids), scores.view_as(batch.target_ids)
+
+
+# =================================================================================================
 # Evaluation
 # Windows are data: (start, first scored, end of scored), in targets. One loop scores any of
 # them. Batches are formed before they are dealt to ranks, so no world size changes the score.
@@ -7567,8 +7791,9 @@ class AdaptationSettings(Part):
 
     ttt_mode: str = scoring_knob(
         "off",
-        ("off", "score_first", "train_then_score"),
-        "Adapt to text that was scored; train_then_score trains first and is no legal score.",
+        ("off", "score_first", "lora", "train_then_score"),
+        "Adapt to text that was scored, as a whole or document by document (lora); "
+        "train_then_score trains first and is no legal score.",
     )
     ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Learning rate of the adaptation (SGD).")
     ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Momentum of the adaptation.")
@@ -7585,7 +7810,7 @@ class AdaptationSettings(Part):
     @staticmethod
     def checks(cfg: Config) -> Checks:
         """Adaptation needs sliding windows, some layers that learn, and a batch that fits."""
-        if cfg.ttt_mode == "off":
+        if cfg.ttt_mode in ("off", "lora"):
             return
         yield cfg.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"
         yield (
@@ -7596,6 +7821,116 @@ class AdaptationSettings(Part):
             cfg.eval_seq_len * cfg.ttt_batch_seqs <= MAX_BATCH_TOKENS,
             f"TTT_BATCH_SEQS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Part):
+    """TTT_MODE=lora: each document has deltas of low rank that learn from what is scored of it."""
+
+    title = "Adaptation by document"
+    prefixes: ClassVar[tuple[str, ...]] = ("LORA_",)
+
+    lora_rank: int = scoring_knob(80, (1, 1024), "Rank r of a delta.", absent=80)
+    lora_alpha: float = scoring_knob(
+        144.0, (0.0, 1e6), "A delta counts LORA_ALPHA / LORA_RANK times.", absent=144.0
+    )
+    lora_places: str = scoring_knob(
+        "q,k,v,o,mlp,head",
+        (),
+        "Where a layer takes deltas (q, k, v, o, mlp), and the head, comma-separated.",
+        absent="q,k,v,o,mlp,head",
+        tries=("q,head",),
+    )
+    lora_lr: float = scoring_knob(1e-4, (0.0, 1.0), "Learning rate of AdamW.", absent=1e-4)
+    lora_beta2: float = scoring_knob(
+        0.99, (0.0, 0.99999), "Decay of AdamW's mean of squares; beta 1 is 0.", absent=0.99
+    )
+    lora_decay: float = scoring_knob(0.5, (0.0, 100.0), "Weight decay of AdamW.", absent=0.5)
+    lora_chunk_tokens: int = scoring_knob(
+        48, (1, 1 << 20), "Targets of a document that are scored before each step.", absent=48
+    )
+    lora_short_chunks: str = scoring_knob(
+        "",
+        (),
+        "Chunks of batches without longer documents, such as 256:8,2000:24 (#2014).",
+        absent="",
+        tries=("256:8,2000:24",),
+    )
+    lora_batch_docs: int = scoring_knob(
+        64, (1, 4096), "Documents of like length in step.", absent=64
+    )
+    lora_lanes: int = scoring_knob(
+        8, (1, 256), "Queues of batches, each with deltas of its own; no more ranks work.", absent=8
+    )
+    lora_phases: int = scoring_knob(
+        0,
+        (0, 100),
+        "How often all weights learn from the shortest documents that are scored.",
+        absent=0,
+    )
+    lora_phase_docs: int = scoring_knob(
+        2500, (1, 1 << 30), "Documents scored before the last of LORA_PHASES.", absent=2500
+    )
+    lora_phase_lr: float = scoring_knob(
+        1e-3, (0.0, 1.0), "Learning rate of LORA_PHASES; TTT_MOMENTUM goes with it.", absent=1e-3
+    )
+    lora_phase_chunk_tokens: int = scoring_knob(
+        32768, (2, 1 << 30), "Targets of a step of LORA_PHASES.", absent=32768
+    )
+    lora_phase_row_tokens: int = scoring_knob(
+        0, (0, 1 << 20), "Tokens of a row there; 0 takes EVAL_SEQ_LEN.", absent=0
+    )
+
+    @property
+    def delta_names(self) -> tuple[str, ...]:
+        """LORA_PLACES one by one; or Refusal."""
+        names = tuple(name.strip() for name in self.lora_places.split(","))
+        if len(set(names)) < len(names) or not set(names) <= set(DELTA_NAMES):
+            raise Refusal(
+                f"LORA_PLACES={self.lora_places!r}: expected different ones of "
+                f"{', '.join(DELTA_NAMES)}"
+            )
+        return names
+
+    @property
+    def short_chunks(self) -> dict[int, int]:
+        """Chunks by the longest document of a batch, the shortest first; or Refusal."""
+        pairs = [part.strip() for part in self.lora_short_chunks.split(",") if part.strip()]
+        if not all(re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,5}", pair) for pair in pairs):
+            raise Refusal(
+                f"LORA_SHORT_CHUNKS={self.lora_short_chunks!r}: expected pairs of document and "
+                "chunk length, such as 256:8,2000:24"
+            )
+        chunks = {int(longest): int(chunk) for longest, chunk in (p.split(":") for p in pairs)}
+        return dict(sorted(chunks.items()))
+
+    @staticmethod
+    def checks(cfg: Config) -> Checks:
+        """A chunk fits into a window, a row into a chunk, and the counts see the text in order."""
+        assert cfg.delta_names  # or Refusal
+        largest = max((cfg.lora_chunk_tokens, *cfg.short_chunks.values()))
+        if cfg.ttt_mode != "lora":
+            return
+        yield (
+            cfg.counts == "off",
+            "TTT_MODE scores documents by their length, but COUNTS learn in the order of the text: "
+            "one of them must be off",
+        )
+        yield (
+            largest <= cfg.eval_seq_len,
+            "LORA_CHUNK_TOKENS and LORA_SHORT_CHUNKS must be at most EVAL_SEQ_LEN",
+        )
+        yield (
+            cfg.lora_batch_docs * cfg.eval_seq_len <= MAX_BATCH_TOKENS,
+            f"LORA_BATCH_DOCS times EVAL_SEQ_LEN must be at most {MAX_BATCH_TOKENS:,} tokens",
+        )
+        yield (
+            cfg.phase_row_tokens <= cfg.lora_phase_chunk_tokens,
+            "LORA_PHASE_ROW_TOKENS (0: EVAL_SEQ_LEN) must be at most LORA_PHASE_CHUNK_TOKENS",
+        )
+
+
+DELTA_NAMES = ("q", "k", "v", "o", "mlp", "head")
 
 
 @dataclass(frozen=True)
@@ -7635,7 +7970,14 @@ def windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     return np.stack([starts, firsts, ends], axis=1)
 
 
-def window_batch(val: Validation, spans: np.ndarray, size: int, width: int, cfg: Config) -> Batch:
+def window_batch(
+    val: Validation,
+    spans: np.ndarray,
+    size: int,
+    width: int,
+    cfg: Config,
+    hints: np.ndarray | None = None,
+) -> Batch:
     """The windows `spans`, padded to `size` rows; of each the strip that holds what it scores.
 
     Places, targets, bytes and what is scored are (size, width). There are no places where the
@@ -7659,6 +8001,7 @@ def window_batch(val: Validation, spans: np.ndarray, size: int, width: int, cfg:
         places=None if width == T else ints(places),
         scored=ints(scored),
         target_bytes=ints(val.target_bytes[targets]),
+        hint_ids=None if hints is None else ints(hints[targets]),
     )
     return batch.by_document(T) if cfg.attn_docs else batch
 
@@ -7677,15 +8020,23 @@ def score_windows(
     width: int,
     run: Run,
     bar: tqdm,
+    hints: np.ndarray | None = None,
 ) -> Tensor:
-    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,)."""
+    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,).
+
+    hints: of each target of the text, see hints_in_order().
+    """
     cfg = run.cfg
     batches = in_batches(strips_of(spans, width), cfg.eval_batch_seqs)
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for index in range(run.ranks.rank, len(batches), run.ranks.world_size):
         for rows in in_batches(batches[index], run.scored_rows):
-            batch = window_batch(val, rows, run.scored_rows, width, cfg)
-            nats = forward(model, batch.moved(run.put))[0].cpu().double()
+            batch = window_batch(val, rows, run.scored_rows, width, cfg, hints)
+            if hints is None:
+                nats = forward(model, batch.moved(run.put))[0].cpu().double()
+            else:
+                scores = nats_and_scores(model, batch.moved(run.put), cfg.ngram_tilt)[1]
+                nats = scores.cpu().double()
             scored, num_bytes = batch.scored, batch.target_bytes
             assert scored is not None and num_bytes is not None
             counted = [(x * scored).sum().double() for x in (nats, scored, num_bytes)]
@@ -7796,12 +8147,13 @@ def evaluate(
     spans: np.ndarray | None = None,
     mixture: Mixture | None = None,
     learner: Learner | None = None,
+    hints: np.ndarray | None = None,
 ) -> EvalResult:
     """Score the validation split in windows of EVAL_SEQ_LEN, chunks side by side at stride 0.
 
     The loop is the rule of a legal score: a chunk of targets is scored, by the model's
-    distributions or their mixture with the counts', and only then may a learner learn from it.
-    `spans` replaces the windows by others.
+    distributions, their tilt to `hints` or their mixture with the counts', and only then may a
+    learner learn from it. `spans` replaces the windows by others.
     """
     cfg = run.cfg
     started = time.perf_counter()
@@ -7823,7 +8175,7 @@ def evaluate(
             elif mixture is not None:
                 sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
             else:
-                sums += score_windows(forward, model, val, of_chunk, width, run, bar)
+                sums += score_windows(forward, model, val, of_chunk, width, run, bar, hints)
             if learner is not None and chunk < num_chunks - 1:
                 seconds = time.perf_counter() - started
                 first, end = chunk * size, (chunk + 1) * size
@@ -7913,6 +8265,362 @@ def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
     return frozen
 
 
+# Adaptation by document
+
+
+def documents_of(val: Validation, cfg: Config) -> np.ndarray:
+    """Documents by their targets, as rows (first, end): from one BOS to the next, included."""
+    num_targets = val.num_targets(cfg)
+    begins = np.flatnonzero(val.tokens[:num_targets] == BOS)
+    firsts = np.union1d(begins, [0]).astype(np.int64)
+    return np.stack([firsts, np.append(firsts[1:], num_targets)], axis=1)
+
+
+def document_queue(val: Validation, cfg: Config) -> list[np.ndarray]:
+    """Batches of documents of like length, the longest first; in each, the shortest first."""
+    documents = documents_of(val, cfg)
+    lengths = documents[:, 1] - documents[:, 0]
+    by_length = documents[np.argsort(lengths, kind="stable")]
+    return in_batches(by_length, cfg.lora_batch_docs)[::-1]
+
+
+def chunk_batch(
+    val: Validation,
+    documents: np.ndarray,
+    at: int,
+    width: int,
+    cfg: Config,
+    hints: np.ndarray | None,
+) -> Batch:
+    """Of each document the targets at to at + width - 1, in a window that ends with them.
+
+    A window has up to EVAL_SEQ_LEN tokens of the document, from its row's start. Rows are padded;
+    padding scores nothing, and causality keeps it harmless.
+    """
+    first, end = np.split(documents, 2, axis=1)
+    asked = first + at
+    stop = np.minimum(asked + width, end)
+    start = np.maximum(stop - cfg.eval_seq_len, first)
+    inputs = start + np.arange(int((stop - start).max()))
+    targets = asked + np.arange(width)
+    scored = targets < stop
+    targets = np.minimum(targets, stop - 1)
+
+    def ints(column: np.ndarray) -> Tensor:
+        return torch.from_numpy(column.astype(np.int64))
+
+    return Batch(
+        input_ids=ints(np.where(inputs < stop, val.tokens[np.minimum(inputs, stop - 1)], 0)),
+        target_ids=ints(val.tokens[targets + 1]),
+        places=ints(targets - start),
+        scored=ints(scored),
+        target_bytes=ints(val.target_bytes[targets]),
+        hint_ids=None if hints is None else ints(hints[targets]),
+    )
+
+
+class DocumentDeltas:
+    """Deltas alpha / r B A for the documents of a batch, and the AdamW that trains them.
+
+    A is uniform in +-1 / sqrt(width), B zero: a document begins with the network as it is.
+    """
+
+    def __init__(
+        self, cfg: Config, rows: int, depth: int, generator: torch.Generator, device: torch.device
+    ) -> None:
+        self.cfg = cfg
+        self.rows = rows
+        width, kv_width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        outputs = {"k": kv_width, "v": kv_width, "head": cfg.vocab_size}
+        of_layers = [name for name in cfg.delta_names if name != "head"]
+
+        def drawn(name: str) -> Delta:
+            """A drawn, B zero."""
+            down = torch.rand(rows, cfg.lora_rank, width, generator=generator)
+            down = (2.0 * down - 1.0) / math.sqrt(width)
+            up = torch.zeros(rows, outputs.get(name, width), cfg.lora_rank)
+            return down.to(device).requires_grad_(), up.to(device).requires_grad_()
+
+        self.layers = [{name: drawn(name) for name in of_layers} for _ in range(depth)]
+        self.head = drawn("head") if "head" in cfg.delta_names else None
+        self.restart()
+
+    def pairs(self) -> list[Delta]:
+        """All deltas (A, B)."""
+        of_layers = [delta for deltas in self.layers for delta in deltas.values()]
+        return of_layers if self.head is None else [*of_layers, self.head]
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin new documents: B is zero and AdamW remembers nothing, but A is kept."""
+        for _, up in self.pairs():
+            up.zero_()
+        self.optimizer = torch.optim.AdamW(
+            [matrix for delta in self.pairs() for matrix in delta],
+            lr=self.cfg.lora_lr,
+            betas=(0.0, self.cfg.lora_beta2),
+            eps=1e-10,
+            weight_decay=self.cfg.lora_decay,
+        )
+
+    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> Adapters:
+        """The deltas of some of the batch's documents, as the network takes them."""
+        scale = self.cfg.lora_alpha / self.cfg.lora_rank
+
+        def given(delta: Delta) -> Delta:
+            """The rows of one delta, scaled."""
+            down, up = delta
+            return down[first:end].to(dtype), (scale * up[first:end]).to(dtype)
+
+        layers = [{name: given(delta) for name, delta in own.items()} for own in self.layers]
+        return Adapters(tuple(layers), None if self.head is None else given(self.head))
+
+    def learn(self, loss: Tensor) -> None:
+        """A step down the gradient of the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+
+class DocumentScorer:
+    """Scores documents, each with deltas of its own that learn from what is scored of it.
+
+    Documents of like length go in step. One forward scores a chunk of each and gives the gradient
+    of an AdamW step, unless the chunk is its document's last. When the rest of the budget just
+    holds the scoring of what is left, that goes on in wide chunks, without learning.
+    (parameter-golf #1855)
+    """
+
+    def __init__(
+        self, forward: Forward, model: GPT, val: Validation, run: Run, hints: np.ndarray | None
+    ) -> None:
+        self.forward = forward
+        self.model = model
+        self.val = val
+        self.run = run
+        self.hints = hints
+        self.phase = 0
+        self.lanes: dict[int, DocumentDeltas] = {}
+        self.generators: dict[int, torch.Generator] = {}
+        self.is_late = False  # whether the budget holds no more learning
+        self.targets_left = 0  # of this rank
+        self.seconds_a_place = 0.0  # of a forward in wide chunks
+        self.learning_seconds = 0.0  # of the longest step
+        self.cut_short = 0  # documents that learned less than they could
+        run.ledger.occasions["ttt"] = 0
+
+    def measure(self, documents: np.ndarray) -> None:
+        """Find what scoring in wide chunks takes, on the last of these documents."""
+        cfg, run = self.run.cfg, self.run
+        few = documents[-run.scored_rows :]
+        batch = chunk_batch(self.val, few, 0, cfg.eval_seq_len, cfg, None).moved(run.put)
+        seconds = timed(lambda: nats_and_scores(self.model, batch, 0.0)[1].sum().item(), run)
+        self.seconds_a_place = seconds / batch.input_ids.numel()
+
+    def deltas_for(self, lane: int, rows: int) -> DocumentDeltas:
+        """The lane's deltas for a new batch: its last ones, if the batch has as many rows."""
+        if lane not in self.generators:
+            seed = self.phase * self.run.cfg.lora_lanes + lane
+            self.generators[lane] = torch.Generator().manual_seed(seed)
+        if lane in self.lanes and self.lanes[lane].rows == rows:
+            self.lanes[lane].restart()
+        else:
+            depth, device = len(self.model.plan), self.run.device
+            generator = self.generators[lane]
+            self.lanes[lane] = DocumentDeltas(self.run.cfg, rows, depth, generator, device)
+        return self.lanes[lane]
+
+    def score(self, documents: np.ndarray, lane: int) -> Tensor:
+        """Score a batch of documents, the shortest first: nats, targets and bytes (3,)."""
+        cfg = self.run.cfg
+        lengths = documents[:, 1] - documents[:, 0]
+        longest = int(lengths[-1])
+        chunk = next(
+            (chunk for most, chunk in cfg.short_chunks.items() if longest <= most),
+            cfg.lora_chunk_tokens,
+        )
+        self.run.ledger.occasions["ttt"] += (longest - 1) // chunk
+        sums = torch.zeros(3, dtype=torch.float64)
+        deltas = None if self.is_late else self.deltas_for(lane, len(documents))
+        at = 0
+        while deltas is not None and at < longest and not self.is_late:
+            first = int((lengths <= at).sum())
+            sums += self.score_and_learn(documents, first, at, chunk, deltas)
+            at += chunk
+        if at < longest:
+            self.cut_short += int((lengths > max(at, chunk)).sum())
+        while at < longest:
+            width = cfg.eval_seq_len if at == 0 else -(-cfg.eval_seq_len // 2)
+            for few in in_batches(np.flatnonzero(lengths > at), self.run.scored_rows):
+                rows = int(few[0]), int(few[-1]) + 1
+                sums += self.score_chunk(documents[slice(*rows)], at, width, deltas, rows)[0]
+            at += width
+        return sums
+
+    def score_chunk(
+        self,
+        documents: np.ndarray,
+        at: int,
+        width: int,
+        deltas: DocumentDeltas | None,
+        rows: tuple[int, int],
+        learns: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Nats, targets and bytes (3,) of a chunk of each document, and its nats, to learn from.
+
+        rows: where the documents stand in the batch to which the deltas belong, from and to.
+        """
+        cfg, run = self.run.cfg, self.run
+        batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
+        with torch.set_grad_enabled(learns):
+            adapters = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
+            nats, scores = nats_and_scores(
+                self.model, batch.moved(run.put), cfg.ngram_tilt, adapters
+            )
+        scored, num_bytes = batch.scored, batch.target_bytes
+        assert scored is not None and num_bytes is not None
+        counted = [(x * scored).sum().double() for x in (scores.cpu().double(), scored, num_bytes)]
+        self.targets_left -= int(scored.sum())
+        return torch.stack(counted), nats
+
+    def score_and_learn(
+        self, documents: np.ndarray, first: int, at: int, chunk: int, deltas: DocumentDeltas
+    ) -> Tensor:
+        """Score a chunk of the documents from the first on, then learn of those that go on: (3,).
+
+        A chunk's score is final before its nats are learned from.
+        """
+        run = self.run
+        documents = documents[first:]
+        goes_on = torch.from_numpy(documents[:, 1] - documents[:, 0] > at + chunk)
+        learns = bool(goes_on.any())
+        rows = first, first + len(documents)
+        sums, nats = self.score_chunk(documents, at, chunk, deltas, rows, learns)
+        self.is_late = self.seconds_needed() > run.cfg.eval_wallclock_seconds
+        if learns and not self.is_late:
+            started = time.perf_counter()
+            deltas.learn((nats * run.put(goes_on)[:, None]).sum() / chunk)
+            run.settle()
+            self.learning_seconds = max(self.learning_seconds, time.perf_counter() - started)
+            run.ledger.activity["ttt"] += 1
+        return sums
+
+    def seconds_needed(self) -> float:
+        """Seconds of the budget if one more step is learned and the rest is scored, with a margin.
+
+        A target takes two places at most, as wide chunks advance by half a window.
+        """
+        scoring = 1.2 * 2 * self.seconds_a_place * self.targets_left
+        to_come = self.learning_seconds + scoring
+        return self.run.ledger.scoring_clock.elapsed() + to_come
+
+    def learn_together(self, documents: np.ndarray) -> None:
+        """SGD of all weights on documents that are scored, as training sees text; a new phase.
+
+        Their tokens are laid end to end and cut into chunks, of which the last is left out; each
+        chunk is a step, at a rate that falls as a cosine. (phased global SGD, parameter-golf #1855)
+        """
+        cfg, run, model = self.run.cfg, self.run, self.model
+        shown = [self.val.tokens[first : end + 1] for first, end in documents]
+        tokens = torch.from_numpy(np.concatenate(shown).astype(np.int64))
+        chunk, T = cfg.lora_phase_chunk_tokens, cfg.phase_row_tokens
+        steps = -(-(len(tokens) - 1) // chunk) - 1
+        used = chunk - chunk % T
+        parameters = list(model.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=cfg.lora_phase_lr, momentum=cfg.ttt_momentum)
+        run.ledger.occasions["ttt_phases"] += steps
+        for step in range(steps):
+            late = self.seconds_needed() > cfg.eval_wallclock_seconds
+            if run.ranks.any_of(self.is_late or late):
+                break
+            rate = cfg.lora_phase_lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = rate
+            ids = tokens[step * chunk : step * chunk + used + 1]
+            own = slice(run.ranks.rank, None, run.ranks.world_size)
+            rows = ids[:-1].view(-1, T)[own], ids[1:].view(-1, T)[own]
+            self.add_gradients(*rows, used)
+            reduce_gradients(parameters, [], run)
+            if cfg.ttt_grad_clip:
+                torch.nn.utils.clip_grad_norm_(parameters, cfg.ttt_grad_clip)
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+            run.ledger.activity["ttt_phases"] += 1
+        self.phase += 1
+        self.lanes.clear()
+        self.generators.clear()
+
+    def add_gradients(self, inputs: Tensor, targets: Tensor, num_targets: int) -> None:
+        """Gradients of the mean nats of a chunk, of this rank's rows (n, T), which may be none."""
+        cfg, run = self.run.cfg, self.run
+        if len(inputs) == 0:
+            return
+        at_once = max(1, run.scored_rows * cfg.eval_seq_len // cfg.phase_row_tokens)
+        for few, asked in zip(inputs.split(at_once), targets.split(at_once), strict=True):
+            batch = Batch(few, asked)
+            if cfg.attn_docs:
+                batch = batch.by_document(cfg.eval_seq_len)
+            nats, _ = self.forward(self.model, batch.moved(run.put))
+            (nats.sum() / num_targets).backward()
+
+
+@contextlib.contextmanager
+def at_rest(model: GPT, row_length: int) -> Iterator[None]:
+    """Weights that have no gradient, and positions of rows of this length, which may be cut."""
+    model.requires_grad_(False)
+    model.row_place = (0, row_length)
+    try:
+        yield
+    finally:
+        model.row_place = None
+        model.requires_grad_(True)
+
+
+def evaluate_documents(
+    name: str, forward: Forward, model: GPT, val: Validation, run: Run
+) -> EvalResult:
+    """Score the validation split document by document, each of which adapts to itself.
+
+    Batches go to LORA_LANES lanes in the order of the queue, and a lane to the rank that its number
+    says, so that what a document finds depends on the text alone. No hint comes from a document
+    that is scored later.
+    """
+    cfg, ranks = run.cfg, run.ranks
+    started = time.perf_counter()
+    queue = document_queue(val, cfg)
+    order = np.concatenate([np.arange(first, end) for batch in queue for first, end in batch])
+    scorer = DocumentScorer(forward, model, val, run, hints_in_order(val, order, run))
+    lanes, num_documents = cfg.lora_lanes, sum(map(len, queue))
+    lengths = [int((batch[:, 1] - batch[:, 0]).sum()) for batch in queue]
+    owned = [n for n in range(len(queue)) if n % lanes % ranks.world_size == ranks.rank]
+    scorer.targets_left = sum(lengths[n] for n in owned)
+    last = min(cfg.lora_phase_docs, num_documents)
+    phases = [last * (n + 1) // cfg.lora_phases for n in range(cfg.lora_phases)]
+    sums = torch.zeros(len(queue), 3, dtype=torch.float64)
+    with at_rest(model, cfg.eval_seq_len):
+        scorer.measure(queue[0])
+    with run.folder.progress(name, total=len(order), unit="target") as bar:
+        for first in range(0, len(queue), lanes):
+            end = min(first + lanes, len(queue))
+            with at_rest(model, cfg.eval_seq_len):
+                for number in range(first, end):
+                    if number in owned:
+                        sums[number] = scorer.score(queue[number], number - first)
+            scorer.is_late = ranks.any_of(scorer.is_late)
+            bar.update(sum(lengths[first:end]))
+            scored = np.concatenate(queue[:end][::-1])
+            if phases and len(scored) >= phases[0] and end < len(queue):
+                scorer.learn_together(scored[: phases.pop(0)])
+    cut_short = torch.tensor(float(scorer.cut_short), dtype=torch.float64)
+    ranks.add_up([sums, cut_short])
+    if cut_short:
+        run.folder.log(
+            f"warning: {int(cut_short)} of {num_documents} documents were adapted to less than "
+            f"TTT_MODE=lora asks, to keep EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}"
+        )
+    nats, targets, num_bytes = sums.sum(0).tolist()
+    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - started)
+
+
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
     """Log a score under what was scored; raises FloatingPointError if it is not finite."""
     if not math.isfinite(result.nats):
@@ -7950,12 +8658,15 @@ def score_artifact(
     stride = cfg.eval_stride
     results: list[EvalResult] = []
 
-    def score(name: str, tag: str, *, legal: bool = True, **how: Any) -> EvalResult:
-        """One evaluation, logged and kept."""
-        result = evaluate(name, forward, model, val, run, **how)
+    def keep(result: EvalResult, tag: str, legal: bool = True) -> EvalResult:
+        """A score, logged and kept."""
         report(tag, result, run, legal=legal)
         results.append(result)
         return result
+
+    def score(name: str, tag: str, *, legal: bool = True, **how: Any) -> EvalResult:
+        """One evaluation in windows, logged and kept."""
+        return keep(evaluate(name, forward, model, val, run, **how), tag, legal)
 
     if diagnostics and stride:
         score("artifact_chunked", f"final_{label}_roundtrip_exact")
@@ -7963,19 +8674,31 @@ def score_artifact(
             spans = published_windows(val.num_targets(cfg), cfg.eval_seq_len, stride, cfg.sliding)
             name = f"{label}_{cfg.sliding}"
             score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
-        if cfg.ttt_mode == "score_first":
+        if cfg.ttt_mode in ("score_first", "lora"):
             score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride=stride)
         if cfg.counts != "off":
             score("artifact_sliding_no_counts", f"final_{label}_no_counts", stride=stride)
+        if cfg.ngram_tilt and cfg.ttt_mode != "lora":
+            score("artifact_sliding_no_tilt", f"final_{label}_no_tilt", stride=stride)
     with run.ledger.scoring_clock.running():
-        if stride == 0:
-            headline = score("artifact_chunked", f"final_{label}_roundtrip_exact")
+        if cfg.ttt_mode == "lora":
+            by_document = evaluate_documents("artifact_documents", forward, model, val, run)
+            headline = keep(by_document, "legal_ttt_exact")
+        elif stride == 0:
+            hints = hints_in_order(val, None, run)
+            headline = score("artifact_chunked", f"final_{label}_roundtrip_exact", hints=hints)
         else:
+            hints = hints_in_order(val, None, run)
             mixture = make_mixture(stored, val, run)
             learner = Adapter(forward, model, val, run) if cfg.ttt_mode == "score_first" else None
             tag = f"final_{label}_sliding_window_exact" if learner is None else "legal_ttt_exact"
             headline = score(
-                "artifact_sliding", tag, stride=stride, mixture=mixture, learner=learner
+                "artifact_sliding",
+                tag,
+                stride=stride,
+                mixture=mixture,
+                learner=learner,
+                hints=hints,
             )
         if diagnostics and cfg.ttt_mode == "train_then_score":
             train_then_score(Adapter(forward, model, val, run), headline.seconds)
@@ -8487,6 +9210,8 @@ class Config(
     CountSettings,
     EvaluationSettings,
     AdaptationSettings,
+    LoraSettings,
+    TiltSettings,
     SampleSettings,
 ):
     """All settings of a run, checked; the defaults are the recommended combination.
@@ -8510,6 +9235,11 @@ class Config(
         """The layer whose output is subtracted at the end; -1 for none."""
         layers = {"none": -1, "mid": self.num_layers // 2, "cache": self.cache_layer}
         return layers[self.backout_mode]
+
+    @property
+    def phase_row_tokens(self) -> int:
+        """Tokens of a row in LORA_PHASES."""
+        return self.lora_phase_row_tokens or self.eval_seq_len
 
     @property
     def token_lr(self) -> float:
@@ -8691,7 +9421,10 @@ FRONTIER = {
     "gptq_calib_batches": 16,
     "eval_truncate": True,
     "eval_stride": 0,
-    # To be completed: adapters for each document.
+    # Each of eight ranks had a row of 4,096 tokens in a step of a phase.
+    "ttt_mode": "lora",
+    "lora_phases": 3,
+    "lora_phase_row_tokens": 4096,
 }
 
 PRESETS: dict[str, dict] = {
@@ -8841,6 +9574,10 @@ PRESETS: dict[str, dict] = {
         "gptq_calib_batches": 32,
         "int8_keep_float_max_numel": 1024,
         "ttt_chunk_tokens": Fraction(1, 8),
+        "lora_batch_docs": Fraction(1, 4),
+        "lora_phase_docs": Fraction(1, 25),
+        "lora_phase_chunk_tokens": Fraction(1, 16),
+        "lora_phase_row_tokens": 0,
     },
 }
 

@@ -31,7 +31,6 @@ from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import ngram_tilt  # noqa: E402
 import train_gpt  # noqa: E402
 
 SCORED_TOKENS = 32768
@@ -118,7 +117,7 @@ def gain_of_tilt(folder: Path) -> None:
     targets = tokens[1:].astype(np.int64)
     plain = np.zeros(len(targets))
     forms = [(16, 0.8, 2.625), (8, 0.8, 2.625), (6, 0.8, 2.0), (4, 0.8, 1.5)]
-    hints = {form: ngram_tilt.find_hints(targets, form[0]) for form in forms}
+    hints = {form: train_gpt.find_hints(targets, form[0]) for form in forms}
     sums = dict.fromkeys(forms, 0.0)
     scored = 0
     for where, _, logits in entry.scored(tokens):
@@ -129,8 +128,11 @@ def gain_of_tilt(folder: Path) -> None:
         for form in forms:
             gates = torch.from_numpy(hints[form].gates(form[1])[where])
             tokens_of_hints = torch.from_numpy(hints[form].tokens[where])
-            tilted = ngram_tilt.tilted_logits(flat, tokens_of_hints, gates, form[2])
-            sums[form] += float(cross_entropy(tilted, own, reduction="sum"))
+            of_hints = cross_entropy(flat, tokens_of_hints, reduction="none")
+            nats = torch.from_numpy(plain[where]).float()
+            is_hint = own == tokens_of_hints
+            tilted = train_gpt.tilted_nats(nats, of_hints, is_hint, gates, form[2])
+            sums[form] += float(tilted.double().sum())
     for form in forms:
         order, threshold, beta = form
         gated = hints[form].gates(threshold)[:scored].mean()
@@ -193,7 +195,7 @@ def cost_of_hints(targets: int) -> None:
     half = targets // 2
     stream[half : half + half // 10] = stream[: half // 10]
     start = time.perf_counter()
-    hints = ngram_tilt.find_hints(stream)
+    hints = train_gpt.find_hints(stream)
     seconds = time.perf_counter() - start
     print(f"{targets:,} targets: {seconds:.1f} s, {hints.gates(0.8).mean():.2%} gated")
 

@@ -444,6 +444,15 @@ WARNING_RUNS = {
     ),
     "limits": (3, {"ITERATIONS": "2", "ARTIFACT_LIMIT_BYTES": "1000"}),
     "hours": (0, {"MAX_WALLCLOCK_SECONDS": "601", "COMPILE": "0"}),
+    "adaptation": (
+        0,
+        {
+            "ITERATIONS": "2",
+            "EVAL_WALLCLOCK_SECONDS": "0.0001",
+            "TTT_MODE": "lora",
+            "LORA_CHUNK_TOKENS": "16",
+        },
+    ),
 }
 warned: dict[str, str] = {}  # what each of them printed
 
@@ -681,6 +690,20 @@ CASES: dict[str, Case] = {
         lambda p: None, code=2, WORLD_SIZE="2", LOCAL_WORLD_SIZE="4"
     ),
     "a launcher that says only half": during(lambda p: None, code=2, SLURM_PROCID="1"),
+    "deltas at a strange place": check(LORA_PLACES="q,w"),
+    "chunks without a length": check(LORA_SHORT_CHUNKS="256"),
+    "repeats twice": check(NGRAM_TILT="2", COUNTS="scored"),
+    "counts out of order": check(TTT_MODE="lora", COUNTS="scored"),
+    "chunks wider than windows": check(TTT_MODE="lora", LORA_CHUNK_TOKENS="65"),
+    "many long documents at once": check(
+        TTT_MODE="lora", LORA_BATCH_DOCS="4096", EVAL_SEQ_LEN="65536", EVAL_BATCH_SEQS="1"
+    ),
+    "rows longer than chunks": check(
+        TTT_MODE="lora",
+        LORA_CHUNK_TOKENS="8",
+        LORA_PHASE_ROW_TOKENS="64",
+        LORA_PHASE_CHUNK_TOKENS="32",
+    ),
     "misspelled verb": lambda place: place.main("--chekc"),
     "plan without its file": no_plan,
     "attention that is not here": check(ATTENTION="fa3"),
@@ -756,6 +779,7 @@ CASES: dict[str, Case] = {
     "settings of no record": warning("settings"),
     "hours instead of minutes": warning("hours"),
     "clocks that run out": warning("clocks"),
+    "too little time to adapt": warning("adaptation"),
     "artifact over the limit": warning("limits"),
     "resumed": resumed(lambda p: None, code=0),
     # Artifacts and --eval
