@@ -61,7 +61,7 @@ def test_loops_begin_with_the_first_step_whose_share_of_the_run_is_over(
 def test_loops_go_on_once_they_began() -> None:
     """By the clock, of the budget less what calibration needs; a clock cannot turn them off."""
     cfg = Config(**SIZES, max_wallclock_seconds=600.0, enable_looping_at=0.35)
-    schedule = Schedule(cfg, reserve_seconds=0.5)
+    schedule = Schedule(cfg, 0.5)
     assert not schedule.at(2177, 209.8).looping
     assert schedule.at(2178, 209.825).looping
     schedule.observe(2178, 209.825)
