@@ -4436,29 +4436,6 @@ class Training:
             foresee_size(self.model, self.step, run)
         return moment
 
-    def log_starts(self, moment: Moment, qat_begins: bool, loops_begin: bool) -> None:
-        """Log what begins with this step."""
-        run, mode = self.run, self.run.cfg.qat_mode
-        if loops_begin:
-            run.folder.log(
-                "depth_loop:enabled step:{step} layers:{layers}",
-                "depth_loop",
-                step=self.step,
-                layers=[layer.block for layer in self.model.plan],
-            )
-        if "swa" in self.averages.kept and moment.snapshot and not run.ledger.activity["swa"]:
-            run.folder.log(f"swa:start step:{self.step + 1}")
-        if not qat_begins:
-            return
-        run.folder.log(
-            "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
-            f"{mode}_qat",
-            mode=mode,
-            step=self.step,
-            scale=moment.lr_scale,
-            matrices=self.rounded_matrices,
-        )
-
     def end_step(self, stats: Tensor, moment: Moment, seconds: float, show: bool) -> None:
         """Take in a step that was begun at `seconds`; its own numbers are read one step later."""
         run = self.run
@@ -4602,6 +4579,30 @@ class Training:
             self.run.stop(asked, situation)
 
 
+def log_starts(state: Training, moment: Moment, qat_begins: bool, loops_begin: bool) -> None:
+    """Log what begins with this step."""
+    run, mode = state.run, state.run.cfg.qat_mode
+    if loops_begin:
+        run.folder.log(
+            "depth_loop:enabled step:{step} layers:{layers}",
+            "depth_loop",
+            step=state.step,
+            layers=[layer.block for layer in state.model.plan],
+        )
+    if "swa" in state.averages.kept and moment.snapshot and not run.ledger.activity["swa"]:
+        run.folder.log(f"swa:start step:{state.step + 1}")
+    if not qat_begins:
+        return
+    run.folder.log(
+        "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+        f"{mode}_qat",
+        mode=mode,
+        step=state.step,
+        scale=moment.lr_scale,
+        matrices=state.rounded_matrices,
+    )
+
+
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
     """Train until the budget less the reserve ends; returns the averaged model."""
     run.phase = "training"
@@ -4623,7 +4624,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     report(f"step:{step}/{cfg.iterations}", result, run, step)
             qat_begins = moment.qat and not qat_before
             loops_begin = moment.looping and not looping_before
-            state.log_starts(moment, qat_begins, loops_begin)
+            log_starts(state, moment, qat_begins, loops_begin)
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
             state.end_step(stats, moment, seconds, show=qat_begins or loops_begin)
             bar.update(schedule.position(state.step, state.spent(seconds)) - bar.n)
