@@ -5600,8 +5600,8 @@ class ArtifactSettings(Part):
 
     @property
     def orders_hidden_units(self) -> bool:
-        """Whether the codec makes use of an order of hidden units."""
-        return self.codec in ("range", "best")
+        """Whether the codec makes use of an order of hidden units; best leaves weights alone."""
+        return self.codec == "range"
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
