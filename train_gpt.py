@@ -9319,7 +9319,7 @@ class Config(
         if value != setting.default:
             mark = "*"
             accepted += f"; default {show_setting(setting.default)}"
-        return f"{mark} {name.upper():<27}{show_setting(value):<12} {about.meaning} [{accepted}]"
+        return f"{mark} {name.upper():<29}{show_setting(value):<12} {about.meaning} [{accepted}]"
 
 
 SETTINGS: dict[str, Field] = {setting.name: setting for setting in fields(Config)}

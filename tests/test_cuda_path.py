@@ -209,12 +209,13 @@ def note_blocks(model: GPT, notes: Notes, types: Types) -> None:
     """Watch what enters, leaves and comes back to each block, and each weight's gradient."""
 
     def before(block: nn.Module, inputs: tuple) -> None:
-        x, x0, read, _, extra_v, first_v, _ = inputs
+        (x, _), x0, read, _, extra_v, first_v, *_ = inputs
         notes["into blocks"] |= {y.dtype for y in (x, x0, read, extra_v, first_v) if y is not None}
         types.inside = True
 
-    def after(block: nn.Module, inputs: tuple, x: Tensor) -> None:
+    def after(block: nn.Module, inputs: tuple, lanes: tuple) -> None:
         types.inside = False
+        x = lanes[0]
         notes["blocks"].add(kind(x))
         x.register_hook(lambda grad: notes["back to blocks"].add(kind(grad)))
 

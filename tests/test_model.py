@@ -797,10 +797,10 @@ def test_blocks_start_as_the_identity(variant: str) -> None:
     model = GPT(cfg)
     initialize(model, cfg)
     x, x0 = torch.randn(2, 1, 6, 32)
-    context = train_gpt.Context(x0, rotary_tables(cfg, 6, x.device), {})
+    rotation = rotary_tables(cfg, 6, x.device)
     for block in model.blocks:
-        given = x, x0, None, context.rotation, None, None, 1.0
-        assert torch.equal(block(*given), x)
+        stream, second = block((x, None), x0, None, rotation, None, None, None, None, 1.0)
+        assert torch.equal(stream, x) and second is None
 
 
 def initial(**changes: object) -> GPT:

@@ -54,6 +54,11 @@ MINI_MAY_SET = {
     "data_path",
     "tokenizer_path",
     "lr_mult",
+    "vocab_size",
+    "lora_batch_docs",
+    "lora_phase_docs",
+    "lora_phase_row_tokens",
+    "lora_phase_chunk_tokens",
 }
 
 # Environment names of shells, clusters, containers and libraries. None of them is meant for us.
