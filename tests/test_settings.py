@@ -54,7 +54,6 @@ MINI_MAY_SET = {
     "data_path",
     "tokenizer_path",
     "lr_mult",
-    "vocab_size",
     "lora_batch_docs",
     "lora_phase_docs",
     "lora_phase_row_tokens",
