@@ -109,7 +109,9 @@ def test_every_activation(system: str) -> None:
     for layer, block in enumerate(model.blocks):
 
         def keep(block, inputs, output, layer=layer):
-            seen[f"block_{layer}"], seen["x0"] = output, inputs[1]
+            stream, second = output
+            assert second is None
+            seen[f"block_{layer}"], seen["x0"] = stream, inputs[1]
 
         block.register_forward_hook(keep)
     seen["final_norm"] = model.hidden(golden["input_ids"])

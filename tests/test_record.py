@@ -656,11 +656,18 @@ def test_plot_draws_runs_and_entries_live_or_ended(
     assert "7 steps" in capsys.readouterr().out
 
 
-def test_plot_never_overwrites_what_is_no_picture(made: Path, tmp_path: Path, capsys) -> None:
+def test_plot_never_overwrites_what_is_no_picture(entry: Path, tmp_path: Path, capsys) -> None:
+    """Nor does it draw steps that do not say what they are drawn by."""
     mine = tmp_path / "thesis.txt"
     mine.write_text("mine")
-    assert record.main(["plot", str(made), "--out", str(mine)]) == 1
-    assert record.main(["plot", str(made), "--by", "tflops", "--out", str(tmp_path / "x.png")]) == 1
+    assert record.main(["plot", str(entry), "--out", str(mine)]) == 1
+    for path in entry.glob("metrics_*"):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in events:
+            event.pop("tflops", None)
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    by_work = ["--by", "tflops", "--out", str(tmp_path / "x.png")]
+    assert record.main(["plot", str(entry), *by_work]) == 1
     assert record.main(["plot", str(tmp_path)]) == 1
     assert mine.read_text() == "mine"
     assert not (tmp_path / "x.png").exists()

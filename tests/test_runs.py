@@ -171,7 +171,7 @@ def test_each_step_logs_the_scale_that_it_used(run: Finished) -> None:
 
 
 def test_the_last_lines_say_what_came_of_it(run: Finished) -> None:
-    last = "\n".join(run.out.splitlines()[-7:])
+    last = "\n".join(run.out.splitlines()[-8:])
     scores = {event["name"]: event["val_bpb"] for event in events(run.folder, "eval")}
     (sizes,) = events(run.folder, "artifact")
     (params,) = re.findall(r"^model_params:(\d+)$", run.log, re.M)

@@ -464,9 +464,9 @@ def test_a_run_beyond_its_budget_is_not_eligible(setting, seconds: float, late: 
 def test_the_last_checkpoint_is_off_the_clock_and_others_are_not(setting, monkeypatch) -> None:
     ticking: list[bool] = []
     monkeypatch.setattr(
-        Run,
-        "save_checkpoint",
-        lambda run, state: ticking.append(run.ledger.training_clock.since is not None),
+        train_gpt.Training,
+        "save",
+        lambda state, _: ticking.append(state.run.ledger.training_clock.since is not None),
     )
     trained(setting, checkpoint_seconds=1e-9)
     assert (len(ticking) > 2, all(ticking[:-1]), ticking[-1]) == (True, True, False)
