@@ -37,6 +37,14 @@ SHAPES = st.tuples(st.integers(1, 300), st.integers(2, 40)).flatmap(
 
 
 @pytest.fixture(autouse=True, scope="module")
+def work_is_not_counted() -> Iterator[None]:
+    """Toys have no operations; tests/test_work.py counts those of models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "scoring_operations", lambda *given, **named: 0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Compute on one thread, which is faster than two for tensors this small."""
     before = torch.get_num_threads()
