@@ -614,7 +614,10 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
         "phases of SGD, documents, rate, chunk",
         ("none",) * 5 + ("3, 2500, 1e-3, 32768", "1, 2500, 1e-3, 32768"),
         "LORA_PHASES LORA_PHASE_DOCS LORA_PHASE_LR LORA_PHASE_CHUNK_TOKENS LORA_PHASE_ROW_TOKENS",
-        {**dict.fromkeys(SYSTEMS[:5], "without effect")},
+        {
+            **dict.fromkeys(SYSTEMS[:5], "without effect"),
+            "pr2135": "rows of 2560 there, one or two a rank, whose means weighed the same",
+        },
     ),
     (
         "n-gram tilt, order, threshold",
