@@ -280,7 +280,7 @@ class LimitedSettings:
         if setting is not None and knob_of(setting).reach not in self._reaches:
             raise Refusal(
                 f"{name.upper()} is read by {self._reader}, but its reach is "
-                f"{knob_of(setting).reach!r}: declare it as one of {', '.join(self._reaches)}"
+                f"{knob_of(setting).reach!r}: declare it with {self._reaches[-1]}_knob"
             )
         return getattr(self._cfg, name)
 
@@ -2958,6 +2958,20 @@ class LaneWeights(nn.Module):
         return self.keep[block], self.write[block]
 
 
+def add_first_values(model: GPT, c: Context) -> None:
+    """Put layer 0's values (VRL) where the other layers read them."""
+    # Only VRL_MODE=mix takes layer 0's values with its value embedding.
+    own_extra = c.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
+    deltas = NO_DELTAS if c.adapters is None else c.adapters.layers[0]
+    block: Any = model.blocks[0]
+    first_v = block.first_values(c.x0, own_extra, c.plan[0].depth_scale, deltas.get("v"))
+    c.first_v = first_v
+    for place, layer in enumerate(c.plan):
+        if layer.value_gate is not None:
+            gate = torch.sigmoid(model.vrl_alphas[layer.value_gate])
+            c.extra_v[place] = c.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
+
+
 class GPT(nn.Module):
     """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
 
@@ -3048,19 +3062,8 @@ class GPT(nn.Module):
                 if layer.value_scale is not None:
                     scale = self.ve_layer_scales[layer.value_scale]
                     c.extra_v[place] = like(scale, shared) * shared
-        if self.cfg.vrl_mode == "off":
-            return c
-        # Only VRL_MODE=mix takes layer 0's values with its value embedding.
-        own_extra = c.extra_v.get(0) if self.cfg.vrl_mode == "mix" else None
-        deltas = NO_DELTAS if adapters is None else adapters.layers[0]
-        first_block: Any = self.blocks[0]
-        c.first_v = first_v = first_block.first_values(
-            x0, own_extra, c.plan[0].depth_scale, deltas.get("v")
-        )
-        for place, layer in enumerate(c.plan):
-            if layer.value_gate is not None:
-                gate = torch.sigmoid(self.vrl_alphas[layer.value_gate])
-                c.extra_v[place] = c.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
+        if self.cfg.vrl_mode != "off":
+            add_first_values(self, c)
         return c
 
     def layer(self, place: int, lanes: Lanes, c: Context) -> Lanes:
@@ -8642,77 +8645,110 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool 
     )
 
 
+class ArtifactScores:
+    """The scores of the model rebuilt from an artifact, each logged under what was scored.
+
+    The settings of `run` are those of the artifact.
+    """
+
+    def __init__(
+        self, stored: dict[str, Stored], val: Validation, forward: Forward, run: Run
+    ) -> None:
+        self.stored = stored
+        self.val = val
+        self.forward = forward
+        self.model = rebuild_model(run.cfg, stored, run)
+        if run.cfg.token_mask != "0":
+            mask_tokens(self.model, val, run.device)
+        self.run = run.with_settings(run.cfg.for_scoring())
+        self.label = grid_label(self.model, stored)
+        self.results: list[EvalResult] = []
+
+    def keep(self, result: EvalResult, tag: str, legal: bool = True) -> EvalResult:
+        """A score, logged and kept."""
+        report(tag, result, self.run, legal=legal)
+        self.results.append(result)
+        return result
+
+    def score(self, name: str, tag: str, *, legal: bool = True, **how: Any) -> EvalResult:
+        """One evaluation in windows, logged and kept."""
+        result = evaluate(name, self.forward, self.model, self.val, self.run, **how)
+        return self.keep(result, tag, legal)
+
+    def in_chunks(self, **how: Any) -> EvalResult:
+        """The score in chunks side by side."""
+        return self.score("artifact_chunked", f"final_{self.label}_roundtrip_exact", **how)
+
+    def diagnostics(self) -> None:
+        """Scores beside the headline: in chunks, in published windows, without each addition."""
+        cfg, label, stride = self.run.cfg, self.label, self.run.cfg.eval_stride
+        if stride == 0:
+            return
+        self.in_chunks()
+        if cfg.sliding != "cover":
+            num_targets = self.val.num_targets(cfg)
+            spans = published_windows(num_targets, cfg.eval_seq_len, stride, cfg.sliding)
+            name = f"{label}_{cfg.sliding}"
+            self.score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
+        without = {
+            "no_ttt": cfg.ttt_mode in ("score_first", "lora"),
+            "no_counts": cfg.counts != "off",
+            "no_tilt": cfg.ngram_tilt > 0 and cfg.ttt_mode != "lora",
+        }
+        for name, differs in without.items():
+            if differs:
+                self.score(f"artifact_sliding_{name}", f"final_{label}_{name}", stride=stride)
+
+    def headline(self) -> EvalResult:
+        """The score by which runs are compared, with all that the settings add."""
+        cfg, val, run = self.run.cfg, self.val, self.run
+        if cfg.ttt_mode == "lora":
+            name = "artifact_documents"
+            by_document = evaluate_documents(name, self.forward, self.model, val, run)
+            return self.keep(by_document, "legal_ttt_exact")
+        hints = hints_in_order(val, None, run)
+        if cfg.eval_stride == 0:
+            return self.in_chunks(hints=hints)
+        mixture = make_mixture(self.stored, val, run)
+        learner = None
+        tag = f"final_{self.label}_sliding_window_exact"
+        if cfg.ttt_mode == "score_first":
+            learner = Adapter(self.forward, self.model, val, run)
+            tag = "legal_ttt_exact"
+        return self.score(
+            "artifact_sliding",
+            tag,
+            stride=cfg.eval_stride,
+            mixture=mixture,
+            learner=learner,
+            hints=hints,
+        )
+
+    def after_training_on_it(self, scoring_seconds: float) -> None:
+        """The score that is not legal: the model learns from the text before it is asked."""
+        train_then_score(Adapter(self.forward, self.model, self.val, self.run), scoring_seconds)
+        name = "artifact_sliding_train_then_score"
+        self.score(name, "illegal_ttt", stride=self.run.cfg.eval_stride, legal=False)
+
+
 def score_artifact(
     stored: dict[str, Stored], val: Validation, forward: Forward, run: Run, diagnostics: bool
 ) -> list[EvalResult]:
-    """Score the model rebuilt from an artifact; the last is the headline, which is timed.
-
-    Diagnostics are further scores under names of their own: in chunks, without adaptation, without
-    counts, in a published system's own windows. The settings of `run` are those of the artifact.
-    """
-    model = rebuild_model(run.cfg, stored, run)
-    if run.cfg.token_mask != "0":
-        mask_tokens(model, val, run.device)
-    run = run.with_settings(run.cfg.for_scoring())
-    cfg = run.cfg
-    label = grid_label(model, stored)
-    stride = cfg.eval_stride
-    results: list[EvalResult] = []
-
-    def keep(result: EvalResult, tag: str, legal: bool = True) -> EvalResult:
-        """A score, logged and kept."""
-        report(tag, result, run, legal=legal)
-        results.append(result)
-        return result
-
-    def score(name: str, tag: str, *, legal: bool = True, **how: Any) -> EvalResult:
-        """One evaluation in windows, logged and kept."""
-        return keep(evaluate(name, forward, model, val, run, **how), tag, legal)
-
-    if diagnostics and stride:
-        score("artifact_chunked", f"final_{label}_roundtrip_exact")
-        if cfg.sliding != "cover":
-            spans = published_windows(val.num_targets(cfg), cfg.eval_seq_len, stride, cfg.sliding)
-            name = f"{label}_{cfg.sliding}"
-            score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
-        if cfg.ttt_mode in ("score_first", "lora"):
-            score("artifact_sliding_no_ttt", f"final_{label}_no_ttt", stride=stride)
-        if cfg.counts != "off":
-            score("artifact_sliding_no_counts", f"final_{label}_no_counts", stride=stride)
-        if cfg.ngram_tilt and cfg.ttt_mode != "lora":
-            score("artifact_sliding_no_tilt", f"final_{label}_no_tilt", stride=stride)
-    with run.ledger.scoring_clock.running():
-        if cfg.ttt_mode == "lora":
-            by_document = evaluate_documents("artifact_documents", forward, model, val, run)
-            headline = keep(by_document, "legal_ttt_exact")
-        elif stride == 0:
-            hints = hints_in_order(val, None, run)
-            headline = score("artifact_chunked", f"final_{label}_roundtrip_exact", hints=hints)
-        else:
-            hints = hints_in_order(val, None, run)
-            mixture = make_mixture(stored, val, run)
-            learner = Adapter(forward, model, val, run) if cfg.ttt_mode == "score_first" else None
-            tag = f"final_{label}_sliding_window_exact" if learner is None else "legal_ttt_exact"
-            headline = score(
-                "artifact_sliding",
-                tag,
-                stride=stride,
-                mixture=mixture,
-                learner=learner,
-                hints=hints,
-            )
+    """Score the model of an artifact; the last score is the headline, which is timed."""
+    scores = ArtifactScores(stored, val, forward, run)
+    cfg, ledger = scores.run.cfg, run.ledger
+    if diagnostics:
+        scores.diagnostics()
+    with ledger.scoring_clock.running():
+        headline = scores.headline()
         if diagnostics and cfg.ttt_mode == "train_then_score":
-            train_then_score(Adapter(forward, model, val, run), headline.seconds)
-            name = "artifact_sliding_train_then_score"
-            score(name, "illegal_ttt", stride=stride, legal=False)
-    run.ledger.scoring_operations = headline.operations
-    seconds, budget = run.ledger.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
+            scores.after_training_on_it(headline.seconds)
+    ledger.scoring_operations = headline.operations
+    seconds, budget = ledger.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
     if seconds > budget:
-        run.ledger.mark_ineligible(
-            f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}"
-        )
-    results.remove(headline)
-    return [*results, headline]
+        ledger.mark_ineligible(f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}")
+    scores.results.remove(headline)
+    return [*scores.results, headline]
 
 
 def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixture | None:
@@ -9880,6 +9916,7 @@ def static_ineligibility(cfg: Config) -> list[str]:
 def verb_check(cfg: Config, notes: list[str]) -> int:
     """Look at settings, data and tokenizer as a run would, and do nothing else."""
     rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    laid_out(cfg)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(
             f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
