@@ -9585,7 +9585,11 @@ PRESETS: dict[str, dict] = {
         "eval_seq_len": 2560,
         "lqer_group": 32,
         "gate_storage": "fp16",
-        # To be completed: adapters, n-gram tilt.
+        "lora_places": "q,v,o,mlp,head",
+        "lora_lr": 8e-5,
+        "lora_decay": 2.0,
+        "lora_phases": 1,
+        "ngram_tilt": 2.625,
     },
     # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
     # are of the system's own value.
