@@ -2734,7 +2734,11 @@ def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
 
 def last_place(blocks: list[int], block: int) -> int:
     """Where the weights of `block` are used for the last time; -1 if nowhere."""
-    return max((place for place, used in enumerate(blocks) if used == block), default=-1)
+    last = -1
+    for place, used in enumerate(blocks):
+        if used == block:
+            last = place
+    return last
 
 
 class Attention(nn.Module):

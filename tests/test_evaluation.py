@@ -264,13 +264,13 @@ def test_the_head_sees_no_more_than_a_stride_of_each_window(model: GPT, stride: 
     val, net, seen = random_split(72, vocab_size=32), copy.deepcopy(model), Counter()
     inside, head = net.hidden, net.logits
 
-    def hidden(ids: torch.Tensor) -> torch.Tensor:
+    def hidden(ids: torch.Tensor, *more: object) -> torch.Tensor:
         seen["windows"] += len(ids)
-        return inside(ids)
+        return inside(ids, *more)
 
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
+    def logits(hidden: torch.Tensor, *more: object) -> torch.Tensor:
         seen["logits"] += hidden[..., 0].numel()
-        return head(hidden)
+        return head(hidden, *more)
 
     net.hidden, net.logits = hidden, logits
     score(val, evaluation(16, eval_batch_seqs=1), stride, training_nats, net)
@@ -527,13 +527,16 @@ def test_adaptation_leaves_the_rest_of_the_scoring_its_time(
         },
     )
     run, val = Run(cfg, 0, 1, CPU), random_split(161, vocab_size=32)
+    run.ledger.scoring_clock = train_gpt.Clock(lambda: now[0])
 
     def forward(model, batch):
         now[0] += 0.5
         shape = batch.target_ids.shape
         return torch.zeros(shape), torch.ones(shape)
 
-    adapter = Adapter(forward, torch.nn.Linear(2, 2), val, run)
+    stand_in = torch.nn.Linear(2, 2)
+    stand_in.blocks = torch.nn.ModuleList()
+    adapter = Adapter(forward, stand_in, val, run)
     adapter.learn = lambda *how: now.__setitem__(0, now[0] + 2.0)
     with run.ledger.scoring_clock.running():
         evaluate("test", forward, None, val, run, 8, learner=adapter)
