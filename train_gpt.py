@@ -3363,7 +3363,7 @@ class AdamSettings(Part):
         tries=(0.085,),
     )
     beta2: float = training_knob(
-        0.95, (0.0, 0.99999), "Fraction of AdamW's mean squared gradient that a step keeps."
+        0.95, (0.5, 0.99999), "Fraction of AdamW's mean squared gradient that a step keeps."
     )
     grad_clip_norm: float = training_knob(
         0.3, (0.0, 1e6), "Largest norm of the whole gradient; 0 sets no bound."

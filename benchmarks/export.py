@@ -80,7 +80,7 @@ def exported(
     }
     with tempfile.TemporaryDirectory() as place:
         run.folder.path = Path(place)
-        blob = train_gpt.export(model, used, val, run)
+        blob = train_gpt.export(model, used, b"", val, run)
     rebuilt = train_gpt.rebuild_model(model.cfg, train_gpt.decode_artifact(blob)[1], run)
     result = train_gpt.evaluate("artifact", train_gpt.training_nats, rebuilt, val, run)
     return blob, result.bpb, len(run.folder.source)

@@ -254,7 +254,7 @@ def trials(cfg: t.Config, tokens: int, device: torch.device) -> Iterator[tuple[s
     x = some(rows, cfg.train_seq_len, cfg.model_dim)
     context = model.context(ids, x)
     context.extra_v = {}
-    whole = both_ways(torch.compile(lambda x: model.layer(0, x, context)), x)
+    whole = both_ways(torch.compile(lambda x: model.layer(0, (x, None), context)[0]), x)
     yield "blocks, all parts", lambda: [whole() for _ in range(cfg.num_layers)]
     stacks = Counter(
         p.shape

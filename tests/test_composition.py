@@ -200,7 +200,10 @@ def test_every_choice_and_every_switch_is_composed() -> None:
 
 def check(numbers: list[int], data: TinyData, folder: Path) -> None:
     """Train, export and score; score the artifact again; look at what the model reads."""
-    given = {name.upper(): show_setting(value) for name, value in as_settings(numbers).items()}
+    given = {
+        name.upper(): value if isinstance(value, str) else show_setting(value)
+        for name, value in as_settings(numbers).items()
+    }
     given |= {**data.env, "RUNS_DIR": str(folder), "RUN_ID": "run", "COMPILE": "0"}
     torch.manual_seed(0)
     with environment(**given):

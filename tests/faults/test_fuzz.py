@@ -194,7 +194,8 @@ def check_environment(env: dict[str, str]) -> Config | None:
         elif name in ALIASES or name in RETIRED:
             assert any(note.startswith(f"{name}=") for note in notes), name
         else:
-            assert not name.startswith(OWNED_PREFIXES), f"{name} was silently ignored"
+            noted = any(note.startswith(f"{name}=") for note in notes)
+            assert noted or not name.startswith(OWNED_PREFIXES), f"{name} was silently ignored"
     return cfg
 
 
