@@ -14,7 +14,7 @@ import pytest
 from conftest import TinyData
 from jobs import TRAINER, environment, events, launch, snapshot, tiny_job
 
-from train_gpt import PRESETS, Config, main, processor
+from train_gpt import Config, main, processor
 
 STEPS = 20
 

@@ -404,7 +404,11 @@ def late_bad_id(place: Place) -> None:
 
 def replicas_differ(place: Place) -> None:
     """The other of two ranks has another sum of bits."""
-    two = SimpleNamespace(world_size=2, agree=lambda value, op="first": value * (op == "most"))
+    two = SimpleNamespace(
+        world_size=2,
+        agree=lambda value, op="first": value * (op == "most"),
+        any_of=lambda condition: condition,
+    )
     original = train_gpt.Ranks.check_replicas
     place.patch.setattr(
         train_gpt.Ranks, "check_replicas", lambda ranks, model, step: original(two, model, step)
@@ -665,6 +669,15 @@ CASES: dict[str, Case] = {
     "bits of a tensor that is not there": env(BITS="mlp:6,attn:6,emb:8,aux:8,all:8"),
     "clips of a tensor that is not there": env(CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,all:8"),
     "orders that are none": env(COUNT_ORDERS=""),
+    "a gate that looks too far": env(ATTN_GATE="sparse", GATE_WINDOW="600"),
+    "loops of no layers": env(NUM_LOOPS="1", LOOP_START="5", LOOP_END="3"),
+    "loops from the end on": env(NUM_LOOPS="1", ENABLE_LOOPING_AT="1"),
+    "loops after the last step": env(
+        NUM_LOOPS="1", ITERATIONS="2", MAX_WALLCLOCK_SECONDS="0", ENABLE_LOOPING_AT="0.9"
+    ),
+    "finer columns without a grid by deviation": env(AWQ_COLUMNS="8"),
+    "a tilt beside counts": env(NGRAM_TILT="2", COUNTS="scored"),
+    "documents beside counts": env(TTT_MODE="lora", COUNTS="scored"),
     "an order of counts twice": env(COUNT_ORDERS="2,2"),
     "an order of one": env(COUNT_ORDERS="1,2"),
     "an order that is no number": env(COUNT_SCORED_ORDERS="x"),
@@ -859,11 +872,19 @@ def test_trouble_is_told(place: Place, cause: str) -> None:
     printed.update(told)
 
 
+# Their causes take a whole run by the clock, or a body of CODEC=range that is malformed.
+CAUSED_ELSEWHERE = (
+    "warning: training ended before ENABLE_LOOPING_AT: exported without loops",  # test_loops.py
+    "the artifact's body does not decompress (...: ...)",  # test_codec.py, fuzz_artifact.py
+)
+
+
 def test_every_message_was_printed(request: pytest.FixtureRequest) -> None:
     run = [item for item in request.session.items if item.name.startswith("test_trouble_is_told")]
     if len(run) < len(CASES):
         pytest.skip("needs all the cases of this file in the same run")
-    missing = [message.text for message in MESSAGES if message.text not in printed]
+    told = {*printed, *CAUSED_ELSEWHERE}
+    missing = [message.text for message in MESSAGES if message.text not in told]
     assert not missing, "no case prints:\n" + "\n".join(missing)
 
 
