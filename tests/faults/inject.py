@@ -175,10 +175,10 @@ def small_memory(rows: int) -> None:
     """A forward of more rows than this has no room."""
     original = train_gpt.training_nats
 
-    def planted(model, input_ids, *rest, **named):
-        if len(input_ids) > rows and model.training and torch.is_grad_enabled():
+    def planted(model, batch, *rest, **named):
+        if len(batch.input_ids) > rows and model.training and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("no room")
-        return original(model, input_ids, *rest, **named)
+        return original(model, batch, *rest, **named)
 
     train_gpt.training_nats = planted
 
