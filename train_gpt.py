@@ -5072,9 +5072,10 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> T
 
     QUANT_CLIP=std has only one: the row's grid ends at `sigmas` standard deviations, or at its
     maximum where that is farther. The scale is rounded to a logarithmic grid, which costs nothing
-    in error and leaves few different scales to be coded. std_published has deviation_scales().
+    in error and leaves few different scales to be coded. std_published has deviation_scales(), but
+    for a single column, which has no deviation: there a grid ends at the maximum.
     """
-    if cfg.quant_clip == "std_published":
+    if cfg.quant_clip == "std_published" and W.size(1) > 1:
         return deviation_scales(W, largest_integer(bits), sigmas).float()[None]
     clips = W.abs().amax(dim=1)[None]
     if cfg.quant_clip == "std":

@@ -69,6 +69,8 @@ TINY = {
     "ttt_chunk_tokens": 64,
     "ttt_batch_seqs": 2,
     "ttt_freeze_blocks": 1,
+    "lora_chunk_tokens": 4,
+    "lora_short_chunks": "8:2",
 }
 # Values of sizes and texts that mean something at this size only.
 TRIES: dict[str, tuple] = {
@@ -185,7 +187,6 @@ def test_the_cover_holds_every_pair() -> None:
     assert len(COVER) < 100
 
 
-@pytest.mark.slow
 def test_every_choice_and_every_switch_is_composed() -> None:
     """Nothing that decides what comes out is left out, and no value contradicts all others."""
     composed = {NUMBERED[number] for combination in COVER for number in combination}

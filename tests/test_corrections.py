@@ -156,6 +156,14 @@ def naive_gptq(W: np.ndarray, H: np.ndarray, steps: np.ndarray, top: int) -> np.
     return q
 
 
+def test_a_single_column_has_a_grid_though_it_has_no_deviation() -> None:
+    W = torch.tensor([[0.7], [-2.0], [0.0]])
+    (*_, scales) = train_gpt.clip_candidates(W, 6, PUBLISHED, sigmas=9.0)
+    rounded = torch.round(W / scales[:, None])
+    assert rounded.abs().max() <= 31
+    assert ((rounded * scales[:, None] - W).abs() <= scales[:, None] / 2).all()
+
+
 @pytest.mark.parametrize("columns", [24, 150])
 def test_gptq_equals_its_definition(columns: int) -> None:
     rng = np.random.default_rng(columns)
