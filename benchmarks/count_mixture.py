@@ -9,7 +9,6 @@ last command counts and mixes a synthetic stream of that length with a made-up n
 """
 
 import argparse
-import importlib.util
 import math
 import resource
 import sys
@@ -20,7 +19,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+from compliance import load_script  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 RATES_OF_0 = {"COUNT_GATE_RATE": "0", "COUNT_MATCH_RATE": "0"}
@@ -50,17 +51,6 @@ LONG_STREAM = {
 ROWS_A_CALL = 2048
 
 
-def load_trainer(folder: Path):
-    """The record's own train_gpt.py as a module."""
-    spec = importlib.util.spec_from_file_location("recorded_train_gpt", folder / "train_gpt.py")
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{folder} holds no train_gpt.py: give the folder of a record")
-    trainer = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = trainer
-    spec.loader.exec_module(trainer)
-    return trainer
-
-
 @torch.no_grad()
 def network_rows(trainer, folder: Path, cfg, tokens: np.ndarray) -> np.ndarray:
     """The artifact's log-probabilities of tokens[1:] in sliding windows: float16 (N - 1, V)."""
@@ -85,7 +75,7 @@ class Case:
     """A record's validation text, training text and network."""
 
     def __init__(self, folder: Path, kept_rows: Path | None) -> None:
-        trainer = load_trainer(folder)
+        trainer = load_script(folder / "train_gpt.py")
         header, _ = trainer.read_artifact(folder / "artifact.bin")
         cfg, _ = trainer.settings_within(header, {})
         cfg = trainer.locate_validation(cfg, header)

@@ -14,14 +14,12 @@ forms in turn, A B A B, for a vocabulary and a width.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+from compliance import load_script  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 SCORED_TOKENS = 32768
@@ -52,7 +52,7 @@ class Entry:
     """A kept artifact, its model as the entry's own train_gpt.py rebuilds it, and its data."""
 
     def __init__(self, folder: Path) -> None:
-        trainer = self.own_trainer(folder)
+        trainer = load_script(folder / "train_gpt.py")
         header, stored = trainer.read_artifact(folder / "artifact.bin")
         self.cfg, _ = trainer.settings_within(header, {})
         run = trainer.Run(self.cfg, 0, 1, torch.device("cpu"))
@@ -60,17 +60,6 @@ class Entry:
         self.data = ROOT / f"data/datasets/docs_sp{self.cfg.vocab_size}"
         model_file = ROOT / f"data/tokenizers/docs_{self.cfg.vocab_size}_bpe.model"
         self.tokenizer = load_tokenizer(model_file)
-
-    @staticmethod
-    def own_trainer(folder: Path) -> ModuleType:
-        """The entry's train_gpt.py as a module."""
-        spec = importlib.util.spec_from_file_location("entry_train_gpt", folder / "train_gpt.py")
-        if spec is None or spec.loader is None:
-            raise SystemExit(f"{folder} has no train_gpt.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
 
     @torch.no_grad()
     def scored(self, tokens: np.ndarray) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

@@ -111,12 +111,12 @@ def check_official_logs(logs: dict[str, str], found: dict) -> Iterator[str]:
         yield f"seeds {sorted(map(int, seeds))}: one stands twice"
     for kind, limit, words in (
         ("total bytes", RULES.max_bytes, "{:,.0f} bytes are over the cap"),
-        ("training stop", 600_500, "training took {:,.0f} ms"),
-        ("evaluation time", 600_000, "evaluation took {:,.0f} ms"),
+        ("training stop", 1000 * RULES.max_train_seconds + GRACE_MS, "training took {:,.0f} ms"),
+        ("evaluation time", 1000 * RULES.max_eval_seconds, "evaluation took {:,.0f} ms"),
     ):
         for log, value in found[kind].items():
             if value > limit:
-                yield f"{log}: {words.format(value)}, more than {limit:,}"
+                yield f"{log}: {words.format(value)}, more than {limit:,.0f}"
     for log, tokens in found["validation tokens"].items():
         if log in found["loss"]:
             nats, bpb = found["loss"][log], found["final score"][log]

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,15 @@ class TinyData:
         }
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only make a second thread wait, for long where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_documents(num_words: int, seed: int) -> list[str]:
     """Return documents of 50 to 150 words in which some words are far likelier than others."""
     rng = random.Random(seed)
@@ -59,27 +69,28 @@ def make_documents(num_words: int, seed: int) -> list[str]:
     return documents
 
 
-def train_tokenizer(documents: list[str]) -> bytes:
-    """Return a SentencePiece model with the trainer settings of data/prepare.py."""
+def train_tokenizer(sentences: Iterable[str], **changes: object) -> bytes:
+    """Return a SentencePiece model, made as data/prepare.py makes one but for `changes`."""
     model = io.BytesIO()
+    options: dict[str, object] = {
+        "model_type": "bpe",
+        "vocab_size": VOCAB_SIZE,
+        "character_coverage": 0.999,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "pad_id": 0,
+        "bos_id": BOS_ID,
+        "eos_id": 2,
+        "unk_id": 3,
+        "hard_vocab_limit": False,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        character_coverage=0.999,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        pad_id=0,
-        bos_id=BOS_ID,
-        eos_id=2,
-        unk_id=3,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
+        sentence_iterator=iter(sentences), model_writer=model, **(options | changes)
     )
     return model.getvalue()
 

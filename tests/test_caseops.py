@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,30 +112,10 @@ def test_transform_is_its_definition(text: str) -> None:
 
 def train(**changes: object) -> sentencepiece.SentencePieceProcessor:
     """A tokenizer of transformed text with the marks as symbols of its own."""
-    model = io.BytesIO()
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line]
-    options: dict = {
-        "model_type": "bpe",
-        "vocab_size": 500,
-        "byte_fallback": True,
-        "split_digits": True,
-        "add_dummy_prefix": False,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "hard_vocab_limit": False,
-        "pad_id": 0,
-        "bos_id": 1,
-        "eos_id": 2,
-        "unk_id": 3,
-        "num_threads": 1,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=caseops.transformed(lines),
-        model_writer=model,
-        **(options | caseops.TRAINER_OPTIONS | changes),
-    )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    options: dict = {"vocab_size": 500, **caseops.TRAINER_OPTIONS, **changes}
+    model = train_tokenizer(caseops.transformed(lines), **options)
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 OURS = train()

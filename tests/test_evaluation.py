@@ -30,6 +30,8 @@ from train_gpt import (
     windows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SHAPES = st.tuples(st.integers(1, 300), st.integers(2, 40)).flatmap(
     lambda shape: st.tuples(st.just(shape[0]), st.just(shape[1]), st.integers(0, shape[1]))
@@ -42,15 +44,6 @@ def work_is_not_counted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "scoring_operations", lambda *given, **named: 0)
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Compute on one thread, which is faster than two for tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Windows

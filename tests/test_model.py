@@ -25,6 +25,8 @@ from train_gpt import (
     rotate,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {
     "vocab_size": 64,
     "num_layers": 5,
@@ -110,15 +112,6 @@ VARIANTS = {
         if system != "mini"
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only make a second thread wait, for long where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_model(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT:

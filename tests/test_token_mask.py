@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import random
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import train_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -59,29 +59,10 @@ def training_lines() -> list[str]:
 
 
 def trained(**changes: object) -> sentencepiece.SentencePieceProcessor:
-    """A tokenizer trained on the small corpus, as data/prepare.py does but for `changes`."""
-    model = io.BytesIO()
-    options: dict[str, object] = {
-        "model_type": "bpe",
-        "vocab_size": 420,
-        "byte_fallback": True,
-        "split_digits": True,
-        "add_dummy_prefix": False,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "hard_vocab_limit": False,
-        "character_coverage": 0.98,
-        "pad_id": 0,
-        "bos_id": BOS,
-        "eos_id": 2,
-        "unk_id": 3,
-        "num_threads": 1,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(training_lines()), model_writer=model, **(options | changes)
-    )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    """A tokenizer trained on the small corpus."""
+    options: dict = {"vocab_size": 420, "character_coverage": 0.98, **changes}
+    model = train_tokenizer(training_lines(), **options)
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def field(number: int, content: bytes | int) -> bytes:
