@@ -225,9 +225,16 @@ prepare_data() {
         return
     fi
     case ",${preset// /}," in
-    *,mini,*) set -- docs_sp1024 docs_1024_bpe.model docs ;;
-    *) set -- fineweb10B_sp1024 fineweb_1024_bpe.model fineweb --variant sp1024 ;;
+    *,mini,*) set -- 1024 docs_sp1024 docs_1024_bpe.model docs ;;
+    *,pr1855,* | *,pr2135,*)
+        local marked=lossless_caps_caseops_v1_reserved
+        set -- 8192 "fineweb10B_sp8192_$marked" "fineweb_8192_bpe_$marked.model" \
+            fineweb --variant sp8192 --caseops
+        ;;
+    *) set -- 1024 fineweb10B_sp1024 fineweb_1024_bpe.model fineweb --variant sp1024 ;;
     esac
+    local pieces=$1
+    shift
     if has_data "$1" "$2"; then
         return
     fi
@@ -235,8 +242,8 @@ prepare_data() {
         warn "no GPU and a PRESET without mini: data is not prepared, set DATA_PATH"
         return
     fi
-    if [ "${VOCAB_SIZE:-1024}" != 1024 ]; then
-        die "VOCAB_SIZE=$VOCAB_SIZE, but the data prepared here have 1024 pieces; set DATA_PATH" \
+    if [ "${VOCAB_SIZE:-$pieces}" != "$pieces" ]; then
+        die "VOCAB_SIZE=$VOCAB_SIZE, but the data prepared here have $pieces pieces; set DATA_PATH" \
             "and TOKENIZER_PATH too"
     fi
     # A bad setting is refused before the minutes that data takes.

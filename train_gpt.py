@@ -47,6 +47,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -1119,6 +1120,16 @@ class DataSettings(Part):
         "Tokens after which ATTN_DOCS=1 cuts a document; 0 cuts where a row ends.",
         tries=(5,),
     )
+    doc_growth: str = training_knob(
+        "",
+        (),
+        "Shares of the run and how long ATTN_DOCS=1 leaves documents up to then, such as "
+        "0.1:1024,0.7:2048 (#2014); DOC_MAX_LEN holds for the rest.",
+        tries=("0.3:2,0.6:4",),
+    )
+    doc_growth_steps: int = training_knob(
+        32, (0, 10**6), "Steps in which rates rise from 0 again where DOC_GROWTH steps up."
+    )
     micro_batch_seqs: int = training_knob(
         0, (0, 1 << 20), "Rows a forward; 0 takes 98,304 tokens, on a CPU 8,192."
     )
@@ -1133,13 +1144,30 @@ class DataSettings(Part):
         """Tokens of a document that attention reaches across in training, at most."""
         return self.doc_max_len or self.train_seq_len
 
+    @property
+    def context_stages(self) -> list[tuple[float, int]]:
+        """Shares of the run at which stages end, and the longest document in each; or Refusal."""
+        stages = []
+        for part in self.doc_growth.replace(" ", "").split(",") if self.doc_growth else ():
+            if not re.fullmatch(r"(0?\.\d{1,9}):([1-9]\d{0,6})", part):
+                raise Refusal(
+                    f"DOC_GROWTH={self.doc_growth!r}: expected shares of the run below 1 and "
+                    "lengths in tokens, such as 0.1:1024,0.7:2048"
+                )
+            share, length = part.split(":")
+            stages.append((float(share), int(length)))
+        return [*stages, (1.0, self.longest_document)]
+
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A batch is a whole number of rows."""
+        """A batch is a whole number of rows, and documents only grow."""
         yield (
             cfg.train_batch_tokens % cfg.train_seq_len == 0,
             "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN",
         )
+        for before, after in itertools.pairwise(cfg.context_stages):
+            grows = before[0] < after[0] and before[1] < after[1]
+            yield grows, "DOC_GROWTH must name rising shares, and lengths that rise to DOC_MAX_LEN"
 
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, TOKEN_BYTES = 20240520, 1, 1024, 2
@@ -1282,8 +1310,11 @@ class TrainingRows:
                 f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more"
             )
 
-    def batch(self, first_row: int, num_rows: int) -> Batch:
-        """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
+    def batch(self, first_row: int, num_rows: int, longest_document: int | None = None) -> Batch:
+        """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each.
+
+        With ATTN_DOCS documents are cut after `longest_document` tokens; None: as the run ends.
+        """
         for tokens in self.opened.values():
             refuse_cut_shard(tokens)
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
@@ -1291,7 +1322,9 @@ class TrainingRows:
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
         batch = Batch(ids[:, :-1], ids[:, 1:])
-        return batch.by_document(self.longest_document) if self.longest_document else batch
+        if not self.longest_document:
+            return batch
+        return batch.by_document(longest_document or self.longest_document)
 
     def first_tokens(self, count: int) -> np.ndarray:
         """The first tokens of the shards in their order, at most `count`: uint16 (n,)."""
@@ -3690,6 +3723,7 @@ class Moment:
     slow_share: float = 0.0  # of Muon's slower momentum
     prefix_weight: float = 0.0  # of the prefix's nats in the loss
     looping: bool = True  # layers LOOP_START to LOOP_END are executed again, if there is a loop
+    longest_document: int | None = None  # in tokens, with ATTN_DOCS; None: as the run ends
 
 
 class Schedule:
@@ -3727,6 +3761,8 @@ class Schedule:
         self.last_spent = 0.0
         self.qat = False  # whether it has begun
         self.looping = False  # likewise
+        self.stage = 0  # of DOC_GROWTH
+        self.stage_begun = -cfg.doc_growth_steps  # with which step it began
 
     def observe(self, step: int, spent: float) -> None:
         """Take in that step `step` (from 0) is about to begin, `spent` of the budget gone."""
@@ -3737,6 +3773,10 @@ class Schedule:
         moment = self.at(step, spent)
         self.qat = moment.qat
         self.looping = moment.looping
+        stage = self.context_stage(step, spent)
+        if stage > self.stage:
+            self.stage = stage
+            self.stage_begun = step
 
     def at(self, step: int, spent: float) -> Moment:
         """The schedules at step `step` (from 0), `spent` of the budget gone.
@@ -3749,9 +3789,10 @@ class Schedule:
         slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
         # Switches go by the scale without its floor, so that each is reached in the end.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
+        stage = max(self.stage, self.context_stage(step, spent))
         qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
         return Moment(
-            lr_scale=max(scale, cfg.min_lr),
+            lr_scale=max(scale, cfg.min_lr) * self.rise_after_growth(step, stage),
             momentum=self.momentum(step, remaining, whole),
             qat=self.qat or cfg.qat_mode == "always" or qat_begins,
             done=self.has_ended(step, spent),
@@ -3760,6 +3801,7 @@ class Schedule:
             slow_share=cfg.muon_slow_share if slow_counts else 0.0,
             prefix_weight=cfg.prefix_target * prefix_scale(remaining, whole),
             looping=self.looping or self.loops_begin(step, spent),
+            longest_document=cfg.context_stages[stage][1],
         )
 
     def position(self, step: int, spent: float) -> float:
@@ -3770,6 +3812,19 @@ class Schedule:
         """Whether the fraction of the run is over from which layers loop, if any do."""
         over = self.position(step, spent) / max(self.budget, 1e-9)
         return self.cfg.num_loops > 0 and over >= self.cfg.enable_looping_at
+
+    def context_stage(self, step: int, spent: float) -> int:
+        """The stage of DOC_GROWTH by the share of the run that is over; a stage ends after it."""
+        over = self.position(step, spent) / max(self.budget, 1e-9)
+        stages = self.cfg.context_stages if self.cfg.attn_docs else self.cfg.context_stages[-1:]
+        ends = [share for share, _ in stages[:-1]]
+        return sum(over > share for share in ends)
+
+    def rise_after_growth(self, step: int, stage: int) -> float:
+        """Factor of the rates after a stage began, from 0 to 1."""
+        begun = step if stage > self.stage else self.stage_begun
+        steps = self.cfg.doc_growth_steps
+        return min((step - begun) / steps, 1.0) if steps else 1.0
 
     def remaining_and_whole(self, step: int, spent: float) -> tuple[float, float]:
         """What is left of the run and how long it is in all, both in the budget's unit."""
@@ -3845,8 +3900,12 @@ class Schedule:
             found["mile"] = moment.mile_gamma > 0
         if cfg.prefix_target:
             found["prefix_target"] = moment.prefix_weight > 0
+        if cfg.min_lr:
+            found["rate_floor"] = moment.lr_scale == cfg.min_lr
         if cfg.num_loops:
             found["depth_loop"] = moment.looping
+        if cfg.attn_docs and cfg.doc_growth:
+            found["short_documents"] = moment.longest_document != cfg.longest_document
         return found
 
     def turning_points(self) -> Iterator[tuple[str, float]]:
@@ -3875,6 +3934,9 @@ class Schedule:
         if cfg.prefix_target:
             yield "prefix target: its fall", 1.0 / 3.0
             yield "prefix target: none", 2.0 / 3.0
+        if cfg.attn_docs:
+            for (share, _), (_, length) in itertools.pairwise(cfg.context_stages):
+                yield f"documents of up to {length:,} tokens", share
 
 
 # =================================================================================================
@@ -4170,7 +4232,8 @@ def train_step(
     cfg = run.cfg
     loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
     for first, count in micro_batches(cfg, run):
-        batch = rows.batch(step * cfg.rows_per_step + first, count)
+        first_row = step * cfg.rows_per_step + first
+        batch = rows.batch(first_row, count, moment.longest_document)
         torch._foreach_add_([loss, weight], backward(forward, model, batch, moment, run))
     if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -4249,7 +4312,8 @@ def compile_blocks(
         """Seconds of a forward and backward pass of every kind."""
         start = time.perf_counter()
         for count, moment in kinds:
-            backward(forward, model, rows.batch(0, count), moment, run)
+            batch = rows.batch(0, count, moment.longest_document)
+            backward(forward, model, batch, moment, run)
         model.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
@@ -4278,16 +4342,18 @@ def compile_blocks(
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
     """Compile and warm up every path of the run, untimed, and put everything back.
 
-    Trains a few steps with throw-away optimizers, with and without QAT and loops. Returns the
-    measured seconds of one calibration batch and of one evaluation batch.
+    Trains a few steps with throw-away optimizers, with and without QAT and loops, with documents of
+    each length. Returns the measured seconds of one calibration batch and of one evaluation batch.
     """
     cfg, run.phase = run.cfg, "priming"
     before = copy.deepcopy(model.state_dict())
     qat_kinds = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
     loop_kinds = [False, True] if cfg.num_loops else [False]
     momentum, gamma = cfg.muon_momentum, cfg.mile_gamma
+    lengths = [length for _, length in cfg.context_stages] if cfg.attn_docs else [None]
     moments = [
-        Moment(1.0, momentum, qat, False, gamma, looping=looping)
+        Moment(1.0, momentum, qat, False, gamma, looping=looping, longest_document=length)
+        for length in lengths
         for looping in loop_kinds
         for qat in qat_kinds
     ]
@@ -4524,6 +4590,7 @@ class Training:
                 "schedule": [schedule.qat, schedule.last_spent, list(schedule.step_seconds)],
                 "operations": run.ledger.training_operations,
                 "looping": schedule.looping,
+                "context_stage": [schedule.stage, schedule.stage_begun],
                 "occasions": dict(run.ledger.occasions),
                 "activity": dict(run.ledger.activity),
                 "last_logged_share": self.last_logged_share,
@@ -4551,6 +4618,8 @@ class Training:
         schedule.step_seconds.extend(step_seconds)
         run.ledger.training_operations = saved["operations"]
         schedule.looping = saved.get("looping", True)
+        if "context_stage" in saved:
+            schedule.stage, schedule.stage_begun = saved["context_stage"]
         run.ledger.occasions = Counter(saved["occasions"])
         run.ledger.activity = Counter(saved["activity"])
         self.last_logged_share = saved["last_logged_share"]
@@ -4586,9 +4655,18 @@ class Training:
             self.run.stop(asked, situation)
 
 
-def log_starts(state: Training, moment: Moment, qat_begins: bool, loops_begin: bool) -> None:
+def log_starts(
+    state: Training, moment: Moment, qat_begins: bool, loops_begin: bool, documents_grow: bool
+) -> None:
     """Log what begins with this step."""
     run, mode = state.run, state.run.cfg.qat_mode
+    if documents_grow:
+        run.folder.log(
+            "documents:grown step:{step} longest:{longest}",
+            "documents_grown",
+            step=state.step,
+            longest=moment.longest_document,
+        )
     if loops_begin:
         run.folder.log(
             "depth_loop:enabled step:{step} layers:{layers}",
@@ -4621,6 +4699,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             state.save_if_asked(seconds)
             qat_before = schedule.qat
             looping_before = schedule.looping
+            stage_before = schedule.stage
             moment = state.begin_step(seconds)
             if moment.done:
                 break
@@ -4631,9 +4710,11 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
                     report(f"step:{step}/{cfg.iterations}", result, run, step)
             qat_begins = moment.qat and not qat_before
             loops_begin = moment.looping and not looping_before
-            log_starts(state, moment, qat_begins, loops_begin)
+            documents_grow = schedule.stage > stage_before
+            log_starts(state, moment, qat_begins, loops_begin, documents_grow)
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
-            state.end_step(stats, moment, seconds, show=qat_begins or loops_begin)
+            begins = qat_begins or loops_begin or documents_grow
+            state.end_step(stats, moment, seconds, show=begins)
             bar.update(schedule.position(state.step, state.spent(seconds)) - bar.n)
         state.log_pending(clock.elapsed(), show=True)
     state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
@@ -4656,6 +4737,18 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
         reason=reason,
     )
     return state.averages.result(run)
+
+
+def log_gates(model: GPT, run: Run) -> None:
+    """Log the largest weight of each kind of gate; one that is 0, as all were, never moved."""
+    largest: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if model.kinds[name].name == GATE.name or name == "skip_gates":
+            kind = re.sub(r"^blocks\.\d+\.", "", name)
+            largest[kind] = max(largest.get(kind, 0.0), float(parameter.detach().abs().max()))
+    if largest:
+        said = " ".join(f"{kind}:{weight:.4f}" for kind, weight in largest.items())
+        run.folder.log(f"gates largest weights: {said}", "gates", largest=largest)
 
 
 def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
@@ -4726,8 +4819,8 @@ class QatSettings(Part):
     )
     qat_targets: str = training_knob(
         "stored",
-        ("stored", "linears", "aux"),
-        "Which linears QAT rounds: those stored as integers, all, those outside the blocks.",
+        ("stored", "linears", "blocks", "aux"),
+        "Which linears QAT rounds: those stored as integers, all, those of the blocks, the others.",
     )
 
 
@@ -5028,15 +5121,20 @@ def deviation_scales(W: Tensor, levels: int, sigmas: float) -> Tensor:
 
 
 def qat_grids(model: GPT) -> dict[str, int]:
-    """Name and bits (6 for what is stored as fp16) of each linear weight that QAT reaches."""
+    """Name and bits of each linear weight that QAT reaches.
+
+    What is stored as fp16 is rounded to the bits of its role in the blocks, to 6 elsewhere.
+    """
     grids = {}
     for name, kind in model.kinds.items():
         if not kind.may_be_rounded:
             continue
         bits = bits_of(model, name)
-        reached = {"stored": bits > 0, "linears": True, "aux": kind.role == "aux"}
+        in_blocks = kind.role != "aux"
+        reached = {"stored": bits > 0, "linears": True, "blocks": in_blocks, "aux": not in_blocks}
         if reached[model.cfg.qat_targets]:
-            grids[name] = bits or 6
+            of_role = model.cfg.bits_by_role[kind.role] if in_blocks else 0
+            grids[name] = bits or of_role or 6
     return grids
 
 
@@ -9423,8 +9521,10 @@ PUBLISHED = {
     "eval_truncate": True,
 }
 
-# #1855 as it ran; #2135 differs in few settings. CaseOps is a matter of the data and its tokenizer.
+# #1855 as it ran; #2135 differs in few settings. The text has its capitals as marks (CaseOps).
 FRONTIER = {
+    "data_path": "./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+    "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
     "loader": "sequential",
     "vocab_size": 8192,
     "mlp_mult": 4.0,
@@ -9574,6 +9674,7 @@ PRESETS: dict[str, dict] = {
         "warmdown_iters": 3000,
         "avg_mode": "swa",
         "qat_mode": "always",
+        "qat_targets": "blocks",  # the last keys too, which are stored as fp16
         "q_scale_floor": "tiny",
         "gptq_variant": "off",
         "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
@@ -9726,6 +9827,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
             state.restore(saved)
         packed_text = pack_training_text(rows, run)
         model, steps = train(forward, state, rows, val, run), state.step
+        log_gates(model, run)
         model, run = as_trained(model, state, run)
         hessians = calibrate(model, rows, steps, run)
         run.phase = "scoring the float model"
