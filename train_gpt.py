@@ -4047,6 +4047,18 @@ def adaptation_operations(model: GPT, rows: int) -> int:
     return 3 * rows * seq_len * forward
 
 
+def chunk_operations(model: GPT, batch: Batch, adapted_layers: int, learns: bool) -> int:
+    """Of a chunk of documents: weights at rest take one product backward, deltas two."""
+    cfg, window, asked = model.cfg, batch.input_ids.size(1), batch.target_ids.size(1)
+    weights = window * hidden_operations(model, window) + asked * head_operations(model)
+    deltas = 0
+    for name, width in delta_outputs(cfg).items() if adapted_layers else ():
+        places = asked if name == "head" else adapted_layers * window
+        deltas += places * 2 * cfg.lora_rank * (cfg.model_dim + width)
+    passes_back = weights + 2 * deltas if learns else 0
+    return len(batch.input_ids) * (weights + deltas + passes_back)
+
+
 def laid_out(cfg: Config) -> GPT:
     """The network of these settings, without memory for its weights."""
     with torch.device("meta"):
@@ -4743,7 +4755,7 @@ def log_gates(model: GPT, run: Run) -> None:
     """Log the largest weight of each kind of gate; one that is 0, as all were, never moved."""
     largest: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        if model.kinds[name].name == GATE.name or name == "skip_gates":
+        if model.kinds[name].fits is is_gate or name == "skip_gates":
             kind = re.sub(r"^blocks\.\d+\.", "", name)
             largest[kind] = max(largest.get(kind, 0.0), float(parameter.detach().abs().max()))
     if largest:
@@ -8426,6 +8438,35 @@ def chunk_batch(
     )
 
 
+def wide_chunks(lengths: np.ndarray, at: int, run: Run) -> Iterator[tuple[slice, int, int]]:
+    """Documents, place and width of each call that scores from `at` on without learning.
+
+    lengths: of a batch of documents, in targets, rising.
+    """
+    T = run.cfg.eval_seq_len
+    while at < lengths[-1]:
+        width = T if at == 0 else -(-T // 2)
+        for few in in_batches(np.flatnonzero(lengths > at), run.scored_rows):
+            yield slice(int(few[0]), int(few[-1]) + 1), at, width
+        at += width
+
+
+def wide_work(lengths: np.ndarray, at: int, run: Run) -> np.ndarray:
+    """Calls of wide_chunks() and places in their windows: float64 (2,)."""
+    work = np.zeros(2)
+    for few, start, width in wide_chunks(lengths, at, run):
+        window = min(run.cfg.eval_seq_len, start + width, int(lengths[few][-1]))
+        work += 1, len(lengths[few]) * window
+    return work
+
+
+def delta_outputs(cfg: Config) -> dict[str, int]:
+    """Width of what each place of LORA_PLACES adds to."""
+    kv_width = cfg.num_kv_heads * cfg.head_dim
+    widths = {"k": kv_width, "v": kv_width, "head": cfg.vocab_size}
+    return {name: widths.get(name, cfg.model_dim) for name in cfg.delta_names}
+
+
 class DocumentDeltas:
     """Deltas alpha / r B A for the documents of a batch, and the AdamW that trains them.
 
@@ -8437,15 +8478,14 @@ class DocumentDeltas:
     ) -> None:
         self.cfg = cfg
         self.rows = rows
-        width, kv_width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        outputs = {"k": kv_width, "v": kv_width, "head": cfg.vocab_size}
+        width, outputs = cfg.model_dim, delta_outputs(cfg)
         of_layers = [name for name in cfg.delta_names if name != "head"]
 
         def drawn(name: str) -> Delta:
             """A drawn, B zero."""
             down = torch.rand(rows, cfg.lora_rank, width, generator=generator)
             down = (2.0 * down - 1.0) / math.sqrt(width)
-            up = torch.zeros(rows, outputs.get(name, width), cfg.lora_rank)
+            up = torch.zeros(rows, outputs[name], cfg.lora_rank)
             return down.to(device).requires_grad_(), up.to(device).requires_grad_()
 
         self.layers = [{name: drawn(name) for name in of_layers} for _ in range(depth)]
@@ -8489,6 +8529,63 @@ class DocumentDeltas:
         self.optimizer.step()
 
 
+class DocumentBudget:
+    """Whether the evaluation budget holds one more step of learning before the rest is scored.
+
+    The rest is known as calls of the network and places in them, in wide chunks without learning;
+    what either takes is measured, again and again, since a machine may slow down. Estimates err to
+    the long side, so that a budget that holds the scoring without learning is kept.
+    """
+
+    MARGIN = 1.15  # on what is measured
+    # Costs are measured again after this share of the budget, and so many times what that takes.
+    MEASURED_EACH, MEASURED_AFTER = 0.05, 50
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.costs = np.zeros(2)  # seconds of a call and of a place, without deltas
+        self.work_left = np.zeros(2)  # calls and places of this rank's batches to come
+        self.measure_at = 0.0  # of the scoring clock
+        # Of the last steps: seconds of scoring a place with deltas, and of the whole step.
+        self.recent: deque[tuple[float, float]] = deque(maxlen=8)
+
+    def measure(self, forward: Callable[[int], int]) -> None:
+        """Find the costs by `forward`, which scores so many rows and says how many places.
+
+        Each rank for itself, whenever it likes: nothing here waits for another.
+        """
+        clock = self.run.ledger.scoring_clock
+        began = clock.elapsed()
+        for rows, kind in ((1, 0), (self.run.scored_rows, 1)):
+            forward(rows)
+            start = time.perf_counter()
+            places = forward(rows)
+            self.costs[kind] = (time.perf_counter() - start) / (places if kind else 1)
+        pause = self.MEASURED_EACH * self.run.cfg.eval_wallclock_seconds
+        took = clock.elapsed() - began
+        self.measure_at = clock.elapsed() + max(pause, self.MEASURED_AFTER * took)
+
+    @property
+    def wants_measuring(self) -> bool:
+        """Whether the costs may have changed since they were measured."""
+        return self.run.ledger.scoring_clock.elapsed() >= self.measure_at
+
+    def note_step(self, places: int, scoring: float, learning: float) -> None:
+        """Take in the seconds of a step: its scoring with deltas, its learning."""
+        self.recent.append((scoring / places, scoring + learning))
+
+    def is_short(self, work: np.ndarray, step_seconds: float = 0.0) -> bool:
+        """Whether a step of learning, a batch's own rest, and all other batches take too long.
+
+        work: calls and places of the batch's rest. A step takes `step_seconds` at least.
+        """
+        a_place, a_step = np.max(self.recent, axis=0) if self.recent else (0.0, 0.0)
+        rest = work @ np.maximum(self.costs, [0.0, a_place]) + self.work_left @ self.costs
+        needed = max(a_step, step_seconds) + self.MARGIN * rest
+        elapsed = self.run.ledger.scoring_clock.elapsed()
+        return elapsed + needed > self.run.cfg.eval_wallclock_seconds
+
+
 class DocumentScorer:
     """Scores documents, each with deltas of its own that learn from what is scored of it.
 
@@ -8510,19 +8607,33 @@ class DocumentScorer:
         self.lanes: dict[int, DocumentDeltas] = {}
         self.generators: dict[int, torch.Generator] = {}
         self.is_late = False  # whether the budget holds no more learning
-        self.targets_left = 0  # of this rank
-        self.seconds_a_place = 0.0  # of a forward in wide chunks
-        self.learning_seconds = 0.0  # of the longest step
+        self.budget = DocumentBudget(run)
+        self.operations = 0
         self.cut_short = 0  # documents that learned less than they could
         run.ledger.occasions["ttt"] = 0
 
+    def begin(self, queue: list[np.ndarray]) -> None:
+        """Take in this rank's batches, and find what their scoring takes without learning."""
+        for documents in queue:
+            self.budget.work_left += wide_work(documents[:, 1] - documents[:, 0], 0, self.run)
+        if queue:
+            self.measure(queue[0])
+            self.is_late = self.budget.is_short(np.zeros(2))
+
     def measure(self, documents: np.ndarray) -> None:
-        """Find what scoring in wide chunks takes, on the last of these documents."""
+        """Find what scoring in wide chunks takes, on the longest of these documents."""
         cfg, run = self.run.cfg, self.run
-        few = documents[-run.scored_rows :]
-        batch = chunk_batch(self.val, few, 0, cfg.eval_seq_len, cfg, None).moved(run.put)
-        seconds = timed(lambda: nats_and_scores(self.model, batch, 0.0)[1].sum().item(), run)
-        self.seconds_a_place = seconds / batch.input_ids.numel()
+
+        @torch.no_grad()
+        def forward(rows: int) -> int:
+            """Score the first window of some documents; returns its places."""
+            few = documents[-rows:]
+            width = cfg.eval_seq_len if rows > 1 else 1
+            batch = chunk_batch(self.val, few, 0, width, cfg, None).moved(run.put)
+            nats_and_scores(self.model, batch, 0.0)[1].sum().item()
+            return batch.input_ids.numel()
+
+        self.budget.measure(forward)
 
     def deltas_for(self, lane: int, rows: int) -> DocumentDeltas:
         """The lane's deltas for a new batch: its last ones, if the batch has as many rows."""
@@ -8547,6 +8658,9 @@ class DocumentScorer:
             cfg.lora_chunk_tokens,
         )
         self.run.ledger.occasions["ttt"] += (longest - 1) // chunk
+        if self.budget.wants_measuring and not self.is_late:
+            self.measure(documents)
+        self.budget.work_left -= wide_work(lengths, 0, self.run)
         sums = torch.zeros(3, dtype=torch.float64)
         deltas = None if self.is_late else self.deltas_for(lane, len(documents))
         at = 0
@@ -8556,12 +8670,9 @@ class DocumentScorer:
             at += chunk
         if at < longest:
             self.cut_short += int((lengths > max(at, chunk)).sum())
-        while at < longest:
-            width = cfg.eval_seq_len if at == 0 else -(-cfg.eval_seq_len // 2)
-            for few in in_batches(np.flatnonzero(lengths > at), self.run.scored_rows):
-                rows = int(few[0]), int(few[-1]) + 1
-                sums += self.score_chunk(documents[slice(*rows)], at, width, deltas, rows)[0]
-            at += width
+        for few, start, width in wide_chunks(lengths, at, self.run):
+            rows = few.start, few.stop
+            sums += self.score_chunk(documents[few], start, width, deltas, rows)[0]
         return sums
 
     def score_chunk(
@@ -8587,7 +8698,8 @@ class DocumentScorer:
         scored, num_bytes = batch.scored, batch.target_bytes
         assert scored is not None and num_bytes is not None
         counted = [(x * scored).sum().double() for x in (scores.cpu().double(), scored, num_bytes)]
-        self.targets_left -= int(scored.sum())
+        depth = 0 if adapters is None else len(adapters.layers)
+        self.operations += chunk_operations(self.model, batch, depth, learns)
         return torch.stack(counted), nats
 
     def score_and_learn(
@@ -8602,24 +8714,20 @@ class DocumentScorer:
         goes_on = torch.from_numpy(documents[:, 1] - documents[:, 0] > at + chunk)
         learns = bool(goes_on.any())
         rows = first, first + len(documents)
+        began = time.perf_counter()
         sums, nats = self.score_chunk(documents, at, chunk, deltas, rows, learns)
-        self.is_late = self.seconds_needed() > run.cfg.eval_wallclock_seconds
+        scoring_seconds = time.perf_counter() - began
+        lengths = documents[:, 1] - documents[:, 0]
+        rest = wide_work(lengths, at + chunk, run)
+        self.is_late = self.budget.is_short(rest, 4.0 * scoring_seconds)
         if learns and not self.is_late:
-            started = time.perf_counter()
             deltas.learn((nats * run.put(goes_on)[:, None]).sum() / chunk)
             run.settle()
-            self.learning_seconds = max(self.learning_seconds, time.perf_counter() - started)
+            learning_seconds = time.perf_counter() - began - scoring_seconds
+            places = len(documents) * min(at + chunk, run.cfg.eval_seq_len)
+            self.budget.note_step(places, scoring_seconds, learning_seconds)
             run.ledger.activity["ttt"] += 1
         return sums
-
-    def seconds_needed(self) -> float:
-        """Seconds of the budget if one more step is learned and the rest is scored, with a margin.
-
-        A target takes two places at most, as wide chunks advance by half a window.
-        """
-        scoring = 1.2 * 2 * self.seconds_a_place * self.targets_left
-        to_come = self.learning_seconds + scoring
-        return self.run.ledger.scoring_clock.elapsed() + to_come
 
     def learn_together(self, documents: np.ndarray) -> None:
         """SGD of all weights on documents that are scored, as training sees text; a new phase.
@@ -8636,10 +8744,13 @@ class DocumentScorer:
         parameters = list(model.parameters())
         optimizer = torch.optim.SGD(parameters, lr=cfg.lora_phase_lr, momentum=cfg.ttt_momentum)
         run.ledger.occasions["ttt_phases"] += steps
+        # Until a step is measured, a pass forward and backward is taken for four forward.
+        seconds = 4.0 * used * self.budget.costs[1] / run.ranks.world_size
         for step in range(steps):
-            late = self.seconds_needed() > cfg.eval_wallclock_seconds
+            late = self.budget.is_short(np.zeros(2), seconds)
             if run.ranks.any_of(self.is_late or late):
                 break
+            began = time.perf_counter()
             rate = cfg.lora_phase_lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = rate
             ids = tokens[step * chunk : step * chunk + used + 1]
@@ -8651,6 +8762,10 @@ class DocumentScorer:
                 torch.nn.utils.clip_grad_norm_(parameters, cfg.ttt_grad_clip)
             optimizer.step()
             model.zero_grad(set_to_none=True)
+            run.settle()
+            seconds = time.perf_counter() - began
+            a_token = hidden_operations(model, T) + head_operations(model)
+            self.operations += 3 * rows[0].numel() * a_token
             run.ledger.activity["ttt_phases"] += 1
         self.phase += 1
         self.lanes.clear()
@@ -8696,15 +8811,17 @@ def evaluate_documents(
     queue = document_queue(val, cfg)
     order = np.concatenate([np.arange(first, end) for batch in queue for first, end in batch])
     scorer = DocumentScorer(forward, model, val, run, hints_in_order(val, order, run))
+    if cfg.lora_phases:
+        run.ledger.occasions["ttt_phases"] = 0
     lanes, num_documents = cfg.lora_lanes, sum(map(len, queue))
     lengths = [int((batch[:, 1] - batch[:, 0]).sum()) for batch in queue]
     owned = [n for n in range(len(queue)) if n % lanes % ranks.world_size == ranks.rank]
-    scorer.targets_left = sum(lengths[n] for n in owned)
     last = min(cfg.lora_phase_docs, num_documents)
     phases = [last * (n + 1) // cfg.lora_phases for n in range(cfg.lora_phases)]
     sums = torch.zeros(len(queue), 3, dtype=torch.float64)
     with at_rest(model, cfg.eval_seq_len):
-        scorer.measure(queue[0])
+        scorer.begin([queue[n] for n in owned])
+    scorer.is_late = ranks.any_of(scorer.is_late)
     with run.folder.progress(name, total=len(order), unit="target") as bar:
         for first in range(0, len(queue), lanes):
             end = min(first + lanes, len(queue))
@@ -8717,15 +8834,17 @@ def evaluate_documents(
             scored = np.concatenate(queue[:end][::-1])
             if phases and len(scored) >= phases[0] and end < len(queue):
                 scorer.learn_together(scored[: phases.pop(0)])
-    cut_short = torch.tensor(float(scorer.cut_short), dtype=torch.float64)
-    ranks.add_up([sums, cut_short])
+    told = torch.tensor([scorer.cut_short, scorer.operations], dtype=torch.float64)
+    ranks.add_up([sums, told])
+    cut_short, operations = map(int, told.tolist())
     if cut_short:
         run.folder.log(
-            f"warning: {int(cut_short)} of {num_documents} documents were adapted to less than "
+            f"warning: {cut_short} of {num_documents} documents were adapted to less than "
             f"TTT_MODE=lora asks, to keep EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}"
         )
     nats, targets, num_bytes = sums.sum(0).tolist()
-    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return EvalResult(name, nats, int(targets), int(num_bytes), seconds, operations)
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
@@ -8785,9 +8904,10 @@ class ArtifactScores:
     def diagnostics(self) -> None:
         """Scores beside the headline: in chunks, in published windows, without each addition."""
         cfg, label, stride = self.run.cfg, self.label, self.run.cfg.eval_stride
+        if stride > 0 or cfg.ttt_mode == "lora":  # else it is the headline
+            self.in_chunks()
         if stride == 0:
             return
-        self.in_chunks()
         if cfg.sliding != "cover":
             num_targets = self.val.num_targets(cfg)
             spans = published_windows(num_targets, cfg.eval_seq_len, stride, cfg.sliding)
@@ -9722,7 +9842,8 @@ PRESETS: dict[str, dict] = {
         "int8_keep_float_max_numel": 1024,
         "ttt_chunk_tokens": Fraction(1, 8),
         "lora_batch_docs": Fraction(1, 4),
-        "lora_phase_docs": Fraction(1, 25),
+        "lora_lanes": Fraction(1, 4),  # of 98 documents several batches are left after a phase
+        "lora_phase_docs": Fraction(1, 50),
         "lora_phase_chunk_tokens": Fraction(1, 16),
         "lora_phase_row_tokens": 0,
     },
