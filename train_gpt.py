@@ -3710,6 +3710,20 @@ def prefix_scale(remaining: float, whole: float) -> float:
     return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
 
 
+def muon_momentum(cfg: Config, step: int, remaining: float, whole: float) -> float:
+    """Muon's momentum, which rises linearly to its last value, and may fall back in the end.
+
+    `remaining` is what is left of the `whole` run, in one unit.
+    """
+    cooldown = cfg.muon_momentum_cooldown_frac * whole
+    ramp = 1.0
+    if cfg.muon_momentum_warmup_steps:
+        ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0)
+    if max(remaining, 0.0) < cooldown:
+        ramp *= max(remaining, 0.0) / cooldown
+    return (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
+
+
 @dataclass(frozen=True)
 class Moment:
     """What the schedules say at one step."""
@@ -3724,6 +3738,13 @@ class Moment:
     prefix_weight: float = 0.0  # of the prefix's nats in the loss
     looping: bool = True  # layers LOOP_START to LOOP_END are executed again, if there is a loop
     longest_document: int | None = None  # in tokens, with ATTN_DOCS; None: as the run ends
+
+
+def context_stage(cfg: Config, over: float) -> int:
+    """The stage of DOC_GROWTH, with this share of the run over; a stage ends after its share."""
+    if not cfg.attn_docs:
+        return 0
+    return sum(over > share for share, _ in cfg.context_stages[:-1])
 
 
 class Schedule:
@@ -3773,7 +3794,7 @@ class Schedule:
         moment = self.at(step, spent)
         self.qat = moment.qat
         self.looping = moment.looping
-        stage = self.context_stage(step, spent)
+        stage = context_stage(self.cfg, self.over(step, spent))
         if stage > self.stage:
             self.stage = stage
             self.stage_begun = step
@@ -3789,18 +3810,19 @@ class Schedule:
         slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
         # Switches go by the scale without its floor, so that each is reached in the end.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
-        stage = max(self.stage, self.context_stage(step, spent))
+        over = self.over(step, spent)
+        stage = max(self.stage, context_stage(cfg, over))
         qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
         return Moment(
             lr_scale=max(scale, cfg.min_lr) * self.rise_after_growth(step, stage),
-            momentum=self.momentum(step, remaining, whole),
+            momentum=muon_momentum(cfg, step, remaining, whole),
             qat=self.qat or cfg.qat_mode == "always" or qat_begins,
             done=self.has_ended(step, spent),
             mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
             slow_share=cfg.muon_slow_share if slow_counts else 0.0,
             prefix_weight=cfg.prefix_target * prefix_scale(remaining, whole),
-            looping=self.looping or self.loops_begin(step, spent),
+            looping=self.looping or (cfg.num_loops > 0 and over >= cfg.enable_looping_at),
             longest_document=cfg.context_stages[stage][1],
         )
 
@@ -3808,20 +3830,12 @@ class Schedule:
         """How much of the budget is gone, in its unit."""
         return step if self.unit == "steps" else spent
 
-    def loops_begin(self, step: int, spent: float) -> bool:
-        """Whether the fraction of the run is over from which layers loop, if any do."""
-        over = self.position(step, spent) / max(self.budget, 1e-9)
-        return self.cfg.num_loops > 0 and over >= self.cfg.enable_looping_at
-
-    def context_stage(self, step: int, spent: float) -> int:
-        """The stage of DOC_GROWTH by the share of the run that is over; a stage ends after it."""
-        over = self.position(step, spent) / max(self.budget, 1e-9)
-        stages = self.cfg.context_stages if self.cfg.attn_docs else self.cfg.context_stages[-1:]
-        ends = [share for share, _ in stages[:-1]]
-        return sum(over > share for share in ends)
+    def over(self, step: int, spent: float) -> float:
+        """The share of the run's training that is over."""
+        return self.position(step, spent) / max(self.budget, 1e-9)
 
     def rise_after_growth(self, step: int, stage: int) -> float:
-        """Factor of the rates after a stage began, from 0 to 1."""
+        """Factor of the rates after a stage of DOC_GROWTH began, from 0 to 1."""
         begun = step if stage > self.stage else self.stage_begun
         steps = self.cfg.doc_growth_steps
         return min((step - begun) / steps, 1.0) if steps else 1.0
@@ -3851,20 +3865,6 @@ class Schedule:
         if len(self.step_seconds) < self.STEPS_NEEDED:
             return 0.0
         return float(np.median(self.step_seconds))
-
-    def momentum(self, step: int, remaining: float, whole: float) -> float:
-        """Muon's momentum, which rises linearly to its last value, and may fall back in the end.
-
-        `remaining` is what is left of the `whole` run, in one unit.
-        """
-        cfg = self.cfg
-        cooldown = cfg.muon_momentum_cooldown_frac * whole
-        ramp = 1.0
-        if cfg.muon_momentum_warmup_steps:
-            ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0)
-        if max(remaining, 0.0) < cooldown:
-            ramp *= max(remaining, 0.0) / cooldown
-        return (1.0 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
 
     def has_ended(self, step: int, spent: float) -> bool:
         """Whether training has ended; the first step is always made."""

@@ -42,7 +42,10 @@ def score(artifact: Path, given: argparse.Namespace, changed: dict[str, str]) ->
     env = {"EVAL_WALLCLOCK_SECONDS": BUDGET, "EVAL_STRIDE": "0", **changed}
     header, stored = t.read_artifact(artifact)
     cfg, _ = t.settings_within(header, env)
-    cfg = t.locate_tokenizer(replace(cfg, data_path=given.data or cfg.data_path), header)
+    if given.data:
+        cfg = t.locate_tokenizer(replace(cfg, data_path=given.data), header)
+    else:
+        cfg = t.locate_validation(cfg, header)
     run = t.Run(cfg, 0, 1, torch.device("cpu"))
     val = some_documents(t.load_validation(cfg), cfg, given.begin, given.share)
     scores = t.ArtifactScores(stored, val, t.training_nats, run)
