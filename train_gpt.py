@@ -3,36 +3,39 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py    8 GPUs, FineWeb, the defaults
     PRESET=mini python train_gpt.py                          two CPU cores, built-in corpus
     python train_gpt.py --help                               every setting
-    python train_gpt.py --check                              look at settings and data, do nothing
+    python train_gpt.py --check                              check settings and data, then stop
     python train_gpt.py --plan                               what a run would do and cost
     python train_gpt.py --eval runs/<id>/artifact.bin        score an artifact again
-    python train_gpt.py --sample runs/<id>/artifact.bin ""   text that its model draws
+    python train_gpt.py --sample runs/<id>/artifact.bin ""   draw text from its model
 
-The number to bring down is val_bpb, bits per byte of the validation text by the model that the
-artifact holds. ARTIFACT_LIMIT_BYTES bounds code plus artifact, MAX_WALLCLOCK_SECONDS training
-and calibration, EVAL_WALLCLOCK_SECONDS scoring. Hyperparameters are environment variables; a
-run leaves its log, metrics, settings, source and artifact in runs/<RUN_ID>/.
+The number to lower is val_bpb: how many bits per byte of validation text the model needs once it
+has been reloaded from the artifact. ARTIFACT_LIMIT_BYTES bounds code plus artifact,
+MAX_WALLCLOCK_SECONDS bounds training and calibration, EVAL_WALLCLOCK_SECONDS bounds scoring.
+Settings are environment variables; a run leaves its log, metrics, settings, source and artifact
+in runs/<RUN_ID>/.
 
 Sections, in the order of a run:
 
-  1  Settings                     what a setting is, and what its readers may read
+  1  Settings                     how a setting is declared, parsed and checked
   2  Run                          ranks, device, clock, log, run folder
   3  Data                         shards, training rows, validation split, bytes per token
-  4  Token mask                   what a tokenizer cannot emit
+  4  Token mask                   token pairs that a tokenizer cannot emit
   5  Model                        the network, one forward for everything
   6  Optimizers and schedules     Muon, AdamW, routing table, learning rate at a given time
-  7  Training                     priming, one step, the loop
-  8  Quantization                 int6/int8 grids, Hessians, GPTQ
-  9  Artifact                     bytes to model and back
- 10  Range coder                integers to few bytes and back
- 11  Size                         what it will take, and how it is made to fit
- 12  Counts                       n-grams and repeats, mixed with the network
- 13  Evaluation                   windows, bits per byte, learning from what is scored
- 14  Sampling                     text that the model draws
- 15  Faster on a CPU              derivatives by hand
- 16  Published variants           what only a published system needs
- 17  Configuration                all settings together, presets, the environment
- 18  Main                         the story, and the verbs above
+  7  Counted work                 floating-point operations, counted from shapes
+  8  Training                     priming, one step, the loop
+  9  Quantization                 int6/int8 grids, Hessians, GPTQ
+ 10  Artifact                     model to bytes and back
+ 11  Range coder                  integers to few bytes and back
+ 12  Size                         the artifact's size: predicted, and made to fit the limit
+ 13  Counts                       n-grams and repeats, mixed with the network
+ 14  N-gram tilt                  hints from repeated passages of the scored text
+ 15  Evaluation                   windows, bits per byte, learning from what is scored
+ 16  Sampling                     text drawn from the model
+ 17  Faster on a CPU              hand-written derivatives
+ 18  Published variants           what only a published system needs
+ 19  Configuration                all settings together, presets, the environment
+ 20  Main                         a run from start to end, and the commands above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -79,8 +82,8 @@ except ImportError:
     print("error: this needs Linux or macOS; on Windows, run it inside WSL", file=sys.stderr)
     sys.exit(2)
 
-# What asks a process to end: a scheduler, Ctrl-C, a terminal that goes away, a limit of CPU time,
-# and what SLURM and its like send some time before they kill.
+# Signals that ask a process to end. They come from a scheduler, Ctrl-C, a closed terminal or a
+# limit on CPU time; SLURM and its like send USR1 or USR2 some time before they kill.
 END_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -92,10 +95,10 @@ END_SIGNALS = (
 
 
 def handle_end_signals(handler: Callable[[int, FrameType | None], None]) -> dict:
-    """Let `handler` take what asks the process to end; returns the handlers before.
+    """Install `handler` for END_SIGNALS; returns the handlers that it replaces, by signal.
 
-    A hang-up that is ignored already stays so: that is what nohup asks for. Off the main thread
-    signals are the host program's matter.
+    A SIGHUP that is already ignored stays ignored, as nohup asks. Only the main thread may install
+    handlers; on any other, nothing is installed.
     """
     before: dict = {}
     if threading.current_thread() is threading.main_thread():
@@ -106,8 +109,8 @@ def handle_end_signals(handler: Callable[[int, FrameType | None], None]) -> dict
 
 
 def end_before_work(number: int, frame: FrameType | None) -> None:
-    """End a process that has not begun to work: nothing can be lost."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one a host is enough
+    """End a process that has not begun to work, so that nothing can be lost."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per host is enough
         line = f"error: {signal.Signals(number).name} during starting; nothing was begun\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
@@ -115,9 +118,9 @@ def end_before_work(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    # Before what follows, as importing torch takes seconds and settles how its threads wait.
-    # Threads that spin while they wait take the CPU from each other where there is less of it
-    # than cores: in a container with a quota, beside a neighbour at work.
+    # This stands before the import of torch, which takes seconds and fixes how threads wait.
+    # Threads that spin while they wait take the CPU from each other wherever fewer cores are free
+    # than there are threads: in a container with a quota, or beside another program.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     handle_end_signals(end_before_work)
 
@@ -133,8 +136,9 @@ from tqdm import tqdm
 
 # =================================================================================================
 # Settings
-# What a setting is. The settings themselves stand at the head of the sections that use them, in
-# small parts; the section Configuration puts the parts together and reads the environment.
+# How a setting is declared, parsed and checked. The settings themselves stand at the head of the
+# sections that use them, in small parts; the section Configuration joins the parts and reads the
+# environment.
 # =================================================================================================
 
 
@@ -142,12 +146,12 @@ class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
 
     def __str__(self) -> str:
-        """At most 1,000 printable characters, since a hostile file's texts may hold anything."""
+        """The message, cut to 1,000 printable characters: it may quote a hostile file."""
         text = super().__str__()[:1000]
         return "".join(character if character.isprintable() else "?" for character in text)
 
 
-# What reading a stranger's JSON and lengths may raise.
+# Everything that parsing an untrusted file's JSON and lengths may raise.
 MALFORMED = (
     ValueError,
     LookupError,
@@ -163,17 +167,17 @@ UNSAID = object()  # marks a setting that does not say what its absence in an ar
 
 @dataclass(frozen=True)
 class Knob:
-    """What is known of a setting beside its name and default.
+    """Everything about a setting but its name and default.
 
-    accepts: (lowest, highest) of a number, the choices of a text; empty for any text.
+    accepts: (lowest, highest) for a number, the choices for a text; empty accepts any text.
     meaning: a sentence for --help, with the unit.
-    reach: who may read the setting.
-        "run": where and how the run works, never what comes out of it; may differ on resuming.
-        "training": decides what is learned or exported.
-        "model": decides the network that an artifact holds; travels in its header.
-        "scoring": decides how an artifact is scored; travels too, and may be set anew for --eval.
-    absent: the value that artifacts from before this setting mean; see VERSION_1_SETTINGS.
-    tries: values beside the choices that the tests compose with all other settings.
+    reach: what the setting affects, which decides who may read it.
+        "run": where and how the run works, never its result; may differ when a run is resumed.
+        "training": what is learned or exported.
+        "model": the network; such a setting travels in the artifact's header.
+        "scoring": how an artifact is scored; travels too, and --eval may override it.
+    absent: the value to assume for an artifact older than the setting; see VERSION_1_SETTINGS.
+    tries: values, beside the choices, that tests combine with all other settings.
     """
 
     accepts: tuple
@@ -189,7 +193,7 @@ class Knob:
 
 
 def knob_of_reach(reach: str) -> Callable[..., Any]:
-    """A function that declares settings of this reach; see Knob."""
+    """Make the function that declares settings of this reach; see Knob."""
 
     def declare(
         default: object,
@@ -199,7 +203,7 @@ def knob_of_reach(reach: str) -> Callable[..., Any]:
         absent: object = UNSAID,
         tries: tuple = (),
     ) -> Any:
-        """A dataclass field with its Knob; see there for the arguments."""
+        """Make a dataclass field that carries a Knob; see Knob for the arguments."""
         return field(
             default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)}
         )
@@ -212,32 +216,32 @@ training_knob = knob_of_reach("training")
 model_knob = knob_of_reach("model")
 scoring_knob = knob_of_reach("scoring")
 
-Checks = Iterator[tuple[object, str]]  # whether a condition holds, and the complaint if not
+Checks = Iterator[tuple[object, str]]  # pairs of a condition and the complaint if it is false
 
 
 class Part:
     """The settings of one subject, as a frozen dataclass; Config inherits from all parts.
 
-    Names in the environment that begin with one of `prefixes` are ours: one that is no setting
-    is a mistake, not somebody else's variable.
+    An environment variable that begins with one of `prefixes` but names no setting is refused as
+    a misspelling; other unknown variables belong to other programs.
     """
 
-    title: ClassVar[str]  # heads the part in --help
+    title: ClassVar[str]  # the part's heading in --help
     prefixes: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Conditions on the part's settings, each with its complaint, which names settings."""
+        """Yield conditions on the part's settings; a complaint names the settings it is about."""
         return iter(())
 
 
 def knob_of(setting: Field) -> Knob:
-    """What a field of Config says of its setting."""
+    """The Knob that a field of Config carries."""
     return setting.metadata["knob"]
 
 
 def parse_setting(name: str, text: str, setting: Field) -> object:
-    """The value of setting `name` from its text; raises Refusal naming what was expected."""
+    """Parse the text of setting `name`; raises Refusal that says what was expected."""
     accepts = knob_of(setting).accepts
     kind: Any = type(setting.default)
     try:
@@ -247,22 +251,22 @@ def parse_setting(name: str, text: str, setting: Field) -> object:
         raise Refusal(f"{name}={text!r}: expected {expected}") from None
     if kind is str and accepts and value not in accepts:
         raise Refusal(f"{name}={text!r}: expected one of {', '.join(accepts)}")
-    if kind in (int, float) and not accepts[0] <= value <= accepts[1]:  # refuses nan as well
+    if kind in (int, float) and not accepts[0] <= value <= accepts[1]:  # true for nan as well
         raise Refusal(f"{name}={value}: expected {accepts[0]} <= value <= {accepts[1]}")
     return value
 
 
 def show_setting(value: object) -> str:
-    """A setting's value as one would write it in the environment."""
+    """Format a setting's value as one would write it in the environment."""
     text = str(int(value)) if isinstance(value, bool) else str(value)
     return text if text and text.isprintable() else repr(text)
 
 
 class LimitedSettings:
-    """The settings that one kind of reader may read; any other one is refused.
+    """A view of Config that refuses to show settings outside the given reaches; see Knob.
 
-    It keeps the network from depending on a setting that does not travel in the artifact: such a
-    model would train and export, and then not be rebuilt.
+    The network reads its settings through it. If it could depend on a setting that does not
+    travel in the artifact, it would train and export, and could then not be rebuilt.
     """
 
     def __init__(self, cfg: Config, reaches: tuple[str, ...], reader: str) -> None:
@@ -271,7 +275,7 @@ class LimitedSettings:
         self._reader = reader
 
     def __getattr__(self, name: str) -> Any:
-        """The value of a setting, or of a property computed from settings within reach."""
+        """Look up a setting, or a property, which is computed through this same view."""
         found = inspect.getattr_static(type(self._cfg), name)
         if isinstance(found, property):
             assert found.fget is not None
@@ -287,8 +291,7 @@ class LimitedSettings:
 
 # =================================================================================================
 # Run
-# What a process is and what a run leaves behind. Every decision that ranks must share goes
-# through agree(), every sum through add_up() or scatter_sum(); with one process they do nothing.
+# The processes of a run and the files that it leaves behind.
 # =================================================================================================
 
 
@@ -298,34 +301,40 @@ class RunSettings(Part):
 
     title = "Run"
 
-    preset: str = run_knob("", (), "Names of presets, comma-separated; later ones win.")
+    preset: str = run_knob("", (), "Apply these presets, comma-separated; a later one wins.")
     not_ours: str = run_knob(
-        "", (), "Names of other programs' variables, comma-separated, that look like settings."
+        "", (), "Ignore these variables, comma-separated: they look like settings and are not."
     )
-    run_id: str = run_knob("", (), "Folder under RUNS_DIR; empty takes UTC time and a suffix.")
-    runs_dir: str = run_knob("runs", (), "Folder in which run folders are made.")
-    seed: int = training_knob(1337, (0, 2**31 - 1), "Seed of initial weights and data order.")
-    attention: str = run_knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
+    run_id: str = run_knob(
+        "", (), "Name the run's folder under RUNS_DIR; empty takes UTC time and a random suffix."
+    )
+    runs_dir: str = run_knob("runs", (), "Make run folders in this folder.")
+    seed: int = training_knob(1337, (0, 2**31 - 1), "Seed the initial weights and the data order.")
+    attention: str = run_knob(
+        "auto",
+        ("auto", "fa3", "sdpa"),
+        "Use this attention kernel: auto takes FlashAttention-3 where it works, else torch's.",
+    )
     compile: str = run_knob(
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
     )
-    resume: bool = run_knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
+    resume: bool = run_knob(False, (), "Continue from the last checkpoint of RUN_ID, if any.")
     checkpoint_seconds: float = run_knob(
-        0.0, (0.0, 1e7), "Seconds between checkpoints; 0 writes them on signals and at the end."
+        0.0, (0.0, 1e7), "Write a checkpoint every so many seconds; 0: on a signal and at the end."
     )
     watchdog_seconds: float = run_knob(
-        600.0, (0.1, 1e7), "Seconds that a rank waits for the others before it gives up."
+        600.0, (0.1, 1e7), "Give up after waiting this many seconds for the other ranks."
     )
     train_log_every: int = run_knob(
-        0, (0, math.inf), "Steps between log lines; 0 logs about 50 lines."
+        0, (0, math.inf), "Log every so many steps; 0 logs about 50 lines a run."
     )
     val_loss_every: int = run_knob(
-        4000, (0, math.inf), "Steps between validations; 0 validates at the end only."
+        4000, (0, math.inf), "Validate every so many steps; 0 validates at the end only."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A run's name is the name of a folder, and only a named run can be resumed."""
+        """A run's name must be valid for a folder, and only a named run can be resumed."""
         yield (
             re.fullmatch(r"[\w.-]{0,100}", cfg.run_id) and cfg.run_id not in (".", ".."),
             "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'",
@@ -339,39 +348,44 @@ class BudgetSettings(Part):
 
     title = "Budgets"
 
-    iterations: int = training_knob(20000, (1, 10**8), "Largest number of training steps.")
+    iterations: int = training_knob(20000, (1, 10**8), "Train for at most this many steps.")
     max_wallclock_seconds: float = training_knob(
-        600.0, (0.0, 1e7), "Seconds for training and calibration; 0 makes the run step-driven."
+        600.0,
+        (0.0, 1e7),
+        "Bound training and calibration to this many seconds; 0 leaves it to ITERATIONS or "
+        "MAX_TRAIN_TFLOPS to end the run.",
     )
     max_train_tflops: float = training_knob(
         0.0,
         (0.0, 1e9),
-        "Counted 10^12 floating-point operations for training and calibration instead of seconds, "
-        "equal on every machine; 0 sets no bound.",
+        "Bound training and calibration to this many 10^12 floating-point operations, which are "
+        "counted from shapes and equal on every machine; 0 sets no such bound.",
     )
-    eval_wallclock_seconds: float = run_knob(600.0, (0.0, 1e7), "Seconds for scoring the artifact.")
+    eval_wallclock_seconds: float = run_knob(
+        600.0, (0.0, 1e7), "Bound the scoring of the artifact to this many seconds."
+    )
     artifact_limit_bytes: int = training_knob(
-        16_000_000, (1, 1 << 40), "Most decimal bytes that code and artifact may have together."
+        16_000_000, (1, 1 << 40), "Bound code and artifact together to this many bytes."
     )
     warmup_steps: int = training_knob(
-        20, (0, 1000), "Priming steps before the clock starts, undone afterwards."
+        20, (0, 1000), "Prime with this many steps before the clock starts; they are undone."
     )
 
     @property
     def step_driven(self) -> bool:
-        """Whether what is counted ends the run, steps or operations, rather than the clock."""
+        """Whether a count of steps or of operations ends the run, rather than the clock."""
         return self.max_wallclock_seconds == 0
 
     @property
     def budget_unit(self) -> str:
-        """What the run's budget is counted in; ITERATIONS bounds every run besides."""
+        """The unit of the run's budget; ITERATIONS bounds every run as well."""
         if self.max_train_tflops:
             return "operations"
         return "steps" if self.step_driven else "seconds"
 
     @property
     def whole_budget(self) -> float:
-        """What training and calibration may cost, in its unit."""
+        """What training and calibration may cost, in budget_unit."""
         budgets = {
             "operations": round(1e12 * self.max_train_tflops),
             "steps": self.iterations,
@@ -381,7 +395,7 @@ class BudgetSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Two budgets would leave it to the machine which of them ends the run."""
+        """With two budgets, the machine's speed would decide which of them ends the run."""
         yield (
             cfg.max_wallclock_seconds == 0 or cfg.max_train_tflops == 0,
             "a run has one budget, and the other is 0: MAX_WALLCLOCK_SECONDS or MAX_TRAIN_TFLOPS",
@@ -389,9 +403,9 @@ class BudgetSettings(Part):
 
 
 def say(line: str, to_stderr: bool = False) -> None:
-    """Write a line to the console. It may have gone away: output is never essential."""
+    """Write a line to the console, if it is still there: losing output must not end a run."""
     stream = sys.stderr if to_stderr else sys.stdout
-    if stream is None:  # closed before the process began
+    if stream is None:  # it was closed before the process began
         return
     try:
         tqdm.write(line, file=stream)
@@ -399,7 +413,7 @@ def say(line: str, to_stderr: bool = False) -> None:
     except UnicodeEncodeError:
         tqdm.write(line.encode("ascii", "backslashreplace").decode(), file=stream)
     except (OSError, ValueError):
-        # What is left in the stream's buffer must not fail again when Python exits.
+        # Python flushes the stream's buffer once more when it exits, and must not fail then.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
@@ -407,9 +421,9 @@ def say(line: str, to_stderr: bool = False) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open what was closed of stdin, stdout and stderr, or a file of the run would take its place.
+    """Open /dev/null in place of stdin, stdout and stderr, as far as they are closed.
 
-    Python has no stream for a closed one; say() knows.
+    Otherwise a file of the run would get such a descriptor, and other programs' output with it.
     """
     while True:
         number = os.open(os.devnull, os.O_RDWR)
@@ -419,11 +433,11 @@ def open_standard_streams() -> None:
 
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
-CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
+CACHED_TOKENS = 4096  # of a scoring forward on a CPU: the activations of more leave its caches
 
 
 class Clock:
-    """Seconds that count against a budget: runs only inside `with clock.running()`."""
+    """Seconds that count against a budget; the clock runs only inside `with clock.running()`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -435,13 +449,18 @@ class Clock:
 
     @contextlib.contextmanager
     def running(self, runs: bool = True) -> Iterator[None]:
-        """Count the time spent inside, or with running(False) leave it out."""
-        before = self.since is not None
-        self.banked, self.since = self.elapsed(), self.now() if runs else None
+        """Count the time spent inside; running(False) leaves it out."""
+        ran_before = self.since is not None
+        self.set_running(runs)
         try:
             yield
         finally:
-            self.banked, self.since = self.elapsed(), self.now() if before else None
+            self.set_running(ran_before)
+
+    def set_running(self, runs: bool) -> None:
+        """Bank the time so far, and start or stop the clock."""
+        self.banked = self.elapsed()
+        self.since = self.now() if runs else None
 
 
 class Ranks:
@@ -465,30 +484,33 @@ class Ranks:
         self.world_size = world_size
         self.device = device or torch.device("cpu")
         self.is_main = rank == 0
-        self.store = store  # where the processes found each other
-        # Into how many parts the stacks of Muon are split; with 1, every rank does all of them.
+        self.store = store  # through which the processes found each other
+        # Muon divides each stack of matrices into this many parts; with 1, every rank does all.
         self.num_parts = world_size if split_stacks else 1
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
         self.control: dist.ProcessGroup | None = None
+        # Its time-out is long: rank 0 may quantise alone while the others wait for the artifact.
         self.patient: dist.ProcessGroup | None = None
         if world_size > 1 and dist.is_initialized():
             seconds = timedelta(seconds=watchdog_seconds)
             self.control = dist.new_group(backend="gloo", timeout=seconds)
-            # Rank 0 may quantise long alone before it sends what came out.
             self.patient = dist.new_group(backend="gloo", timeout=20 * seconds)
 
-    def agree(self, value: float, op: str = "first") -> float:
-        """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
+    def agree(self, value: float) -> float:
+        """Return rank 0's value on every rank."""
+        return self.largest(value if self.is_main else -math.inf)
+
+    def largest(self, value: float) -> float:
+        """Return the largest of the ranks' values on every rank, in float64."""
         if self.world_size == 1:
             return value
-        counts = op == "most" or self.is_main
-        box = torch.tensor(value if counts else -math.inf, dtype=torch.float64)
+        box = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return box.item()
 
     def any_of(self, condition: bool) -> bool:
         """Whether the condition holds on any rank."""
-        return self.agree(float(condition), "most") > 0
+        return self.largest(float(condition)) > 0
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
@@ -501,14 +523,17 @@ class Ranks:
         torch._foreach_copy_(tensors, shaped)
 
     def part_of(self, stack: Tensor) -> Tensor:
-        """This rank's part of a stack (n, ...), padded with zeros to equal parts: (m, ...)."""
+        """This rank's part (m, ...) of a stack (n, ...); zeros pad it so that parts are equal."""
         count = -(-len(stack) // self.num_parts)
         first = count * (self.rank % self.num_parts)
         part = stack[first : first + count].to(self.device)
         return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
 
     def scatter_sum(self, stack: Tensor) -> Callable[[], Tensor]:
-        """Start to sum (n, ...) over ranks; what waits for it gives this rank's part (m, ...)."""
+        """Start to sum a stack (n, ...) over ranks.
+
+        Returns a function that waits for the sum and gives this rank's part (m, ...).
+        """
         if self.world_size == 1:
             return lambda: stack
         if self.num_parts == 1:
@@ -519,27 +544,33 @@ class Ranks:
         return waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
 
     def gather(self, part: Tensor) -> Callable[[], Tensor]:
-        """Start to put all ranks' parts (m, ...) together; what waits for it gives the whole."""
+        """Start to gather all ranks' parts (m, ...).
+
+        Returns a function that waits for them and gives the padded stack (num_parts m, ...).
+        """
         if self.num_parts == 1:
             return lambda: part
         whole = part.new_empty(self.num_parts * len(part), *part.shape[1:])
         return waiter(whole, dist.all_gather_single(whole, part.contiguous(), async_op=True))
 
     def broadcast(self, content: bytes, source: int = 0) -> bytes:
-        """The bytes of rank `source`, on every rank, whether or not they share a file system."""
+        """Return the bytes of rank `source` on every rank; no shared file system is needed."""
         box = [content]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=source, group=self.patient)
         return box[0]
 
     def copy_from_main(self, model: nn.Module) -> None:
-        """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
+        """Copy rank 0's parameters to all ranks: different CPUs draw slightly different ones."""
         if self.world_size > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
 
     def copy_of(self, own: Tensor | None, owner: int, shape: tuple[int, ...]) -> Tensor:
-        """Rank `owner`'s float32 tensor of this shape in host memory, on every rank."""
+        """Return rank `owner`'s float32 tensor, in host memory, on every rank.
+
+        own: the tensor on the owner; the other ranks have none and know its shape only.
+        """
         if self.world_size == 1:
             assert own is not None
             return own
@@ -556,14 +587,14 @@ class Ranks:
             return
         bits = [p.detach().view(torch.int32) for p in model.parameters()]
         total = torch.stack([part.sum(dtype=torch.int64) for part in bits]).sum()
-        mine = float(total.item() % 2**50)  # a float64 holds it exactly
-        of_main = self.agree(mine)
-        if self.any_of(mine != of_main):
+        own = float(total.item() % 2**50)  # a float64 holds it exactly
+        of_main = self.agree(own)
+        if self.any_of(own != of_main):
             raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """If any rank refuses in this block, every rank does, by the words of the first of them.
+        """If any rank raises Refusal in this block, raise that of the lowest such rank on all.
 
         Otherwise the others would wait for it in vain, or end without saying why.
         """
@@ -572,18 +603,19 @@ class Ranks:
             yield
         except Refusal as error:
             refusal = error
-        # The lowest rank that refused, or inf: the largest of the negated ranks, negated.
-        first = -self.agree(-math.inf if refusal is None else -self.rank, "most")
+        # The lowest rank that refused, or inf if none did.
+        first = -self.largest(-math.inf if refusal is None else -self.rank)
         if first < math.inf:
             text = f"rank {first:.0f}: {refusal}" if first else str(refusal)
             raise Refusal(self.broadcast(text.encode(), int(first)).decode())
 
-    def absent(self) -> str:
-        """After a time-out, the ranks that did not come to it; or "unknown".
+    def absent_ranks(self) -> str:
+        """After a time-out, list the ranks that never came to the exchange, or "unknown".
 
-        Every rank that waited in vain says so in the store: the others are absent.
+        Every rank that waited in vain leaves a mark in the store; those without one are absent.
         """
-        store, missing = self.store, set(range(self.world_size))
+        store = self.store
+        missing = set(range(self.world_size))
         if store is None:
             return "unknown"
 
@@ -594,17 +626,17 @@ class Ranks:
                 missing.difference_update(here)
                 time.sleep(0.1)
 
-        # In a thread of its own, as a store never answers if the process that holds it is dead.
+        # This asks in a thread, as a store never answers if the process that holds it is dead.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(3.0)
-        if self.rank in missing:  # the store did not even tell this rank of itself
+        if self.rank in missing:  # the store did not even return this rank's own mark
             return "unknown"
         return ", ".join(map(str, sorted(missing)))
 
 
 def waiter(result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
-    """A function that waits for `result`; waiting again costs nothing."""
+    """Make a function that waits for `work` and gives `result`; waiting again costs nothing."""
 
     @functools.cache
     def wait() -> Tensor:
@@ -615,20 +647,20 @@ def waiter(result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
 
 
 class RunFolder:
-    """What a run leaves in runs/<RUN_ID>/: log, metrics, settings, source, checkpoints, artifact.
+    """The run's folder, runs/<RUN_ID>/: log, metrics, settings, source, checkpoints, artifact.
 
     Only rank 0 has a folder and writes. The other ranks call the same methods, which then do
-    nothing, so that no caller has to ask.
+    nothing, so that callers need not distinguish.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks) -> None:
         self.cfg = cfg
         self.ranks = ranks
         self.path: Path | None = None
-        self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
+        self.source = Path(__file__).read_bytes()  # read once: it may be edited during the run
 
     def open(self) -> None:
-        """Make the folder with settings and source, or with RESUME go on in it, or Refusal."""
+        """Make the folder, or with RESUME=1 continue in it; raises Refusal if it is unsuitable."""
         name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
         with self.ranks.together():
             if self.ranks.is_main:
@@ -644,18 +676,19 @@ class RunFolder:
                 f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
                 "touched. Choose another RUN_ID, or RESUME=1 to go on"
             ) from None
-        settings, source = folder / "settings.json", folder / "train_gpt.py"
+        settings = folder / "settings.json"
+        source = folder / "train_gpt.py"
         self.refuse_other_settings(settings)
         if source.is_file() and source.read_bytes() != self.source:
             raise Refusal(f"RESUME=1: {source} began this run, and another one is running now")
         no_locks = self.lock_folder(folder)
         self.path = folder
-        for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
-            torn.unlink()
+        for partial in folder.glob(".*.partial"):  # left by a process that died while it wrote
+            partial.unlink()
         for log in (folder / "log.txt", folder / "metrics.jsonl"):
             if log.is_file():
-                whole_lines, end, _torn = log.read_bytes().rpartition(b"\n")
-                write_file(log, whole_lines + end)
+                whole_lines, newline, _cut_line = log.read_bytes().rpartition(b"\n")
+                write_file(log, whole_lines + newline)
         write_file(settings, json.dumps(asdict(self.cfg), indent=1).encode())
         write_file(source, self.source)
         if no_locks:
@@ -665,9 +698,9 @@ class RunFolder:
             )
 
     def lock_folder(self, folder: Path) -> str:
-        """Keep other processes out until this one ends, however it does; Refusal if one is in.
+        """Lock the folder until this process ends; raises Refusal if another one has locked it.
 
-        Returns why the file system has no locks, where it has none: a lock is a precaution.
+        Returns "", or the reason why the file system cannot lock: the run goes on without.
         """
         self.lock = os.open(folder, os.O_RDONLY)
         try:
@@ -679,7 +712,7 @@ class RunFolder:
         return ""
 
     def refuse_other_settings(self, path: Path) -> None:
-        """Raise Refusal if the run that wrote these settings was to give another result."""
+        """Raise Refusal if the settings of the run to resume would give another result."""
         if not path.is_file():
             return
         try:
@@ -706,7 +739,7 @@ class RunFolder:
         self.log(f"checkpoint step:{state['step']} bytes:{packed.tell()}")
 
     def checkpoints(self) -> list[Path]:
-        """The run's checkpoints, newest first; other names are somebody's own."""
+        """The run's checkpoints, newest first; files with other names are the user's."""
         by_step = {}
         for path in self.path.iterdir() if self.path is not None else ():
             if name := re.fullmatch(r"checkpoint_(\d+)\.pt", path.name):
@@ -714,26 +747,29 @@ class RunFolder:
         return [by_step[step] for step in sorted(by_step, reverse=True)]
 
     def last_checkpoint(self) -> dict | None:
-        """The newest checkpoint that can be read, on every rank; None to begin anew."""
+        """Load the newest readable checkpoint on every rank; None if the run begins anew."""
         content = b""
         for path in self.checkpoints() if self.cfg.resume else ():
             try:
                 content = read_checkpoint(path)
                 break
-            except Exception as error:  # what torch.load raises is not told
+            except Exception as error:  # torch.load documents no exceptions
                 self.log(f"warning: {path} cannot be read ({error}); trying the one before")
         content = self.ranks.broadcast(content)
-        # By way of the CPU: what one GPU saved, all ranks would put on that one.
+        # To the CPU first: torch would put every rank's tensors on the GPU that saved them.
         return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
 
     def append(self, name: str, text: str) -> None:
-        """Add text to a file of the run folder, if there is one yet."""
+        """Append text to a file of the run folder, if the folder has been opened."""
         if self.path is not None:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(text)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Write a line, unless empty, to console and log.txt, and an event to metrics.jsonl."""
+        """Write template.format(**facts) to console and log.txt, and an event to metrics.jsonl.
+
+        Either is left out if its name is empty.
+        """
         if not self.ranks.is_main:
             return
         if template:
@@ -744,7 +780,7 @@ class RunFolder:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
 
     def progress(self, label: str, **how: Any) -> tqdm:
-        """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
+        """Make a progress bar with ETA on rank 0's terminal; it is silent without a terminal."""
         return tqdm(
             desc=label,
             leave=False,
@@ -756,9 +792,9 @@ class RunFolder:
 
 
 def read_checkpoint(path: Path) -> bytes:
-    """The bytes of a checkpoint that torch.load can read; raises whatever shows that it cannot."""
+    """Read the bytes of a checkpoint; raises some exception if torch.load could not read it."""
     content = path.read_bytes()
-    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch checks no sums
+    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch verifies no checksums
     if damaged:
         raise ValueError(f"{damaged} is damaged")
     torch.load(io.BytesIO(content), weights_only=True)
@@ -766,7 +802,7 @@ def read_checkpoint(path: Path) -> bytes:
 
 
 class Ledger:
-    """What a run used and did: its clocks, when each technique acted, and if it may be a record."""
+    """What a run has used and done: clocks, counts, and whether it may stand as a record."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -777,23 +813,22 @@ class Ledger:
         self.training_operations = 0  # counted, in training and calibration
         self.scoring_operations = 0
         self.calibration_tokens = 0
-        # By technique: how often it could have acted, and how often it did.
-        self.occasions = Counter[str]()
-        self.activity = Counter[str]()
-        self.ineligible: list[str] = []  # reasons
+        self.occasions = Counter[str]()  # by technique: how often it could have acted
+        self.activity = Counter[str]()  # by technique: how often it did
+        self.ineligible: list[str] = []  # why the run cannot stand as a record
 
     def note(self, name: str, acted: bool) -> None:
-        """Count an occasion on which a technique that is configured may act, and whether it did."""
+        """Count one occasion on which a configured technique could act, and whether it did."""
         self.occasions[name] += 1
         self.activity[name] += int(acted)
 
     def mark_ineligible(self, reason: str) -> None:
-        """Note why the run cannot stand as a record."""
+        """Record a reason why the run cannot stand as a record, and warn of it."""
         self.ineligible.append(reason)
         self.folder.log(f"warning: not eligible as a record: {reason}")
 
     def log_activity(self) -> None:
-        """Log how often each scheduled technique was active; warn of any that never was."""
+        """Log how often each configured technique acted; warn of any that never did."""
         for name, occasions in self.occasions.items():
             self.folder.log(
                 "activity {name} steps:{steps} of:{of}",
@@ -829,16 +864,15 @@ class Run:
         )
         self.folder = RunFolder(cfg, self.ranks)
         self.ledger = Ledger(self.folder)
-        self.phase = "starting"  # what the run is at; a message names it if the run fails
-        self.signals: list[int] = []  # that asked training to end
-        self.continued = False  # whether it goes on after it was stopped, by Ctrl-Z or a scheduler
-        # Of one forward and backward, where MICRO_BATCH_SEQS does not say.
+        self.phase = "starting"  # a failure's message names the phase
+        self.signals: list[int] = []  # those that have asked training to end
+        self.continued = False  # whether Ctrl-Z or a scheduler paused the process since last asked
         tokens_at_once = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of activations: bf16 on a GPU, float32 on a CPU: few multiply bf16 natively."""
+        """The type of activations; on a CPU float32, as few CPUs multiply bfloat16 natively."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
@@ -850,12 +884,12 @@ class Run:
 
     @property
     def adaptation_rows(self) -> int:
-        """Rows of a rank in a step of test-time training."""
+        """How many rows each rank takes in a step of test-time training."""
         return -(-self.cfg.ttt_batch_seqs // self.ranks.world_size)
 
     @property
     def scored_rows(self) -> int:
-        """Windows that are scored at once, of a batch of EVAL_BATCH_SEQS."""
+        """How many of a batch's EVAL_BATCH_SEQS windows one forward scores."""
         if self.device.type != "cpu":
             return self.cfg.eval_batch_seqs
         return min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len))
@@ -869,7 +903,10 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> Iterator[Run]:
-        """Open the process group that torchrun's environment describes, if any; close it after."""
+        """Join the other ranks and install signal handlers; undo both at the end of the block.
+
+        Any exception but Refusal becomes one line on the console and SystemExit(EXIT_FAILED).
+        """
         run = cls(cfg, *join_ranks(cfg))
         before = handle_end_signals(run.on_signal)
         if before:
@@ -888,14 +925,14 @@ class Run:
             dist.destroy_process_group()
 
     def tell_failure(self, error: Exception) -> None:
-        """Say in one line on the console what failed, and in log.txt where."""
+        """Say in one line on the console what failed, and write the traceback to log.txt."""
         text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
         if self.ranks.store is not None and "timed out" in str(error).lower():
-            absent = self.ranks.absent()
+            absent = self.ranks.absent_ranks()
             text = f"waited {self.cfg.watchdog_seconds:g} s; not there: rank {absent}"
         line = f"error: rank {self.ranks.rank}, during {self.phase}: {text}"
         say(line, to_stderr=True)
-        with contextlib.suppress(OSError):  # a full disk has been named already
+        with contextlib.suppress(OSError):  # if the disk is full, the line above says so
             self.folder.append("log.txt", "".join(traceback.format_exception(error)))
 
     @property
@@ -904,16 +941,18 @@ class Run:
         return self.signals[0] if self.signals else 0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
+        """During training, ask it to write a checkpoint and end; at other times, end at once.
+
+        A second SIGINT or SIGTERM ends training at once too. Other signals may well come twice: a
+        CPU limit's comes every second, and closing a terminal may send two kinds.
+        """
         insists = number in self.signals and number in (signal.SIGINT, signal.SIGTERM)
         if self.phase != "training" or insists:
             self.stop(number, f"during {self.phase}; what the run folder holds was kept")
-        # One that came before the end asks no more: a CPU limit's signal comes every second, and
-        # who closes a terminal may send two kinds.
         self.signals.append(number)
 
     def on_continue(self, number: int, frame: FrameType | None) -> None:
-        """Note that the process was stopped for a while, and goes on."""
+        """Note that the process was paused and now continues."""
         self.continued = True
 
     def stop(self, number: int, situation: str) -> None:
@@ -923,17 +962,20 @@ class Run:
         raise SystemExit(128 + number)
 
     def settle(self) -> None:
-        """Wait until the GPU has done what was asked of it, so that a clock tells the truth."""
+        """Wait until the GPU's queue is empty, so that a clock measures finished work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def put(self, x: Tensor) -> Tensor:
-        """`x` of the host on the run's device; only what lies together goes without waiting."""
+        """Copy `x` from the host to the run's device, to a GPU without waiting for it."""
         pinned = x.contiguous().pin_memory() if self.device.type == "cuda" else x
         return pinned.to(self.device, non_blocking=True)
 
     def fetch(self, x: Tensor) -> Callable[[], list[float]]:
-        """Start to copy `x` to the host; what waits for that, and for no later work, gives it."""
+        """Start to copy `x` to the host.
+
+        Returns a function that waits for the copy, and for no later work, and gives the numbers.
+        """
         if self.device.type != "cuda":
             return x.tolist
         host = x.to("cpu", non_blocking=True)
@@ -946,7 +988,7 @@ class Run:
         return numbers
 
     def log_header(self, notes: list[str]) -> None:
-        """Log what this run takes: settings, versions, machine, source."""
+        """Log what determines the run: notes, settings, versions, machine, source."""
         log, source = self.folder.log, self.folder.source
         name = f"{torch.get_num_threads()} threads of {processor()}"
         if self.device.type == "cuda":
@@ -980,17 +1022,20 @@ class Run:
         )
 
 
-def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, here: int) -> None:
-    """Raise Refusal if what a launcher says of this process cannot be."""
+def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, on_host: int) -> None:
+    """Raise Refusal if the launcher's variables contradict each other.
+
+    on_host: how many of the world's processes run on this host, LOCAL_WORLD_SIZE.
+    """
     if rank >= world_size:
         raise Refusal(
             f"RANK={rank}, WORLD_SIZE={world_size}: ranks go from 0 to WORLD_SIZE - 1; start "
             "the processes with torchrun, or a single one without these variables"
         )
-    if "LOCAL_WORLD_SIZE" in os.environ and not local_rank < here <= world_size:
+    if "LOCAL_WORLD_SIZE" in os.environ and not local_rank < on_host <= world_size:
         raise Refusal(
-            f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={here}, WORLD_SIZE={world_size}: expected "
-            "LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE; torchrun sets them so"
+            f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={on_host}, WORLD_SIZE={world_size}: "
+            "expected LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE; torchrun sets them so"
         )
     if "WORLD_SIZE" in os.environ:
         return
@@ -1003,10 +1048,11 @@ def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, here: int) -> 
 
 
 def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
-    """Find the other processes: (rank, world size, device, where they found each other).
+    """Join the process group that torchrun's variables describe; without them, work alone.
 
-    The environment is that of torchrun; without it, the process is alone. Raises Refusal if the
-    environment contradicts itself, or the others are not there.
+    Returns rank, world size, device and the store through which the processes found each other,
+    None for a single process. Raises Refusal if the variables contradict each other, or the other
+    processes do not come.
     """
     given = {
         "RANK": os.environ.get("RANK", "0"),
@@ -1019,13 +1065,14 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
             f"{', '.join(given)} are {[*given.values()]}: expected "
             "whole numbers; torchrun sets them, a single process needs none"
         )
-    rank, local_rank, world_size, here = map(int, given.values())
-    refuse_odd_ranks(rank, local_rank, world_size, here)
-    device = pick_device(local_rank, world_size, here)
-    asked = os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ
-    if device.type == "cpu" and here > 1 and asked:
-        # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    rank, local_rank, world_size, on_host = map(int, given.values())
+    refuse_odd_ranks(rank, local_rank, world_size, on_host)
+    device = pick_device(local_rank, world_size, on_host)
+    # torchrun sets OMP_NUM_THREADS=1, however many cores there are. Who wants one thread sets
+    # MKL_NUM_THREADS too.
+    by_torchrun = os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ
+    if device.type == "cpu" and on_host > 1 and by_torchrun:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_host))
     if world_size == 1:
         return rank, world_size, device, None
     try:
@@ -1037,7 +1084,7 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
             f"({said}); torchrun sets up all that they need"
         ) from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
-        # Its store outlives a restart: what dead processes left there must not be found.
+        # The store outlives a restart; a prefix hides what the dead processes left in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -1049,12 +1096,12 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
     return rank, world_size, device, store
 
 
-def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
-    """The device of one of `here` processes on this host; Refusal without a GPU for each."""
+def pick_device(local_rank: int, world_size: int, on_host: int) -> torch.device:
+    """Pick this process's device; raises Refusal if there are fewer GPUs than processes."""
     if torch.cuda.is_available():
-        if here > (gpus := torch.cuda.device_count()):
+        if on_host > (gpus := torch.cuda.device_count()):
             raise Refusal(
-                f"{here} processes on this host, but it has {gpus} GPU(s): start one "
+                f"{on_host} processes on this host, but it has {gpus} GPU(s): start one "
                 "process for each (--nproc_per_node)"
             )
         torch.cuda.set_device(local_rank)
@@ -1065,7 +1112,7 @@ def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
 
 
 def processor() -> str:
-    """What the CPU calls itself; its architecture where the system does not say."""
+    """The CPU's model name, or its architecture where the system does not tell the name."""
     with contextlib.suppress(OSError):
         if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
             return found[1]
@@ -1073,7 +1120,7 @@ def processor() -> str:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that appears complete or not at all."""
+    """Write a file such that it appears complete or not at all, even if the machine fails."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as f:
         f.write(content)
@@ -1083,7 +1130,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
+    """The sha256 of a file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -4216,7 +4263,7 @@ def fit_micro_batch(
             backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
             failed = 0.0
         model.zero_grad(set_to_none=True)
-        if not run.ranks.agree(failed, "most"):
+        if not run.ranks.largest(failed):
             return
         if cfg.micro_batch_seqs or run.micro_batch_rows == 1:
             raise torch.OutOfMemoryError(
@@ -4259,9 +4306,7 @@ def compile_blocks(
         compiling, compiled = trial(), min(trial(), trial(), trial())
     except Exception as error:  # a compiler fails in many ways
         compiled, why = plain, ": " + str(error).strip().split("\n")[0]
-    if (
-        run.ranks.agree(compiled / plain if kinds else 0.0, "most") >= 1.0
-    ):  # some ranks have no rows
+    if run.ranks.largest(compiled / plain if kinds else 0.0) >= 1.0:  # some ranks have no rows
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
     run.folder.log(
@@ -4571,7 +4616,7 @@ class Training:
             )
         every = self.run.cfg.checkpoint_seconds
         # Not written back to run.signal, which a signal may set while ranks agree.
-        asked = int(self.run.ranks.agree(self.run.signal, "most"))
+        asked = int(self.run.ranks.largest(self.run.signal))
         due = every > 0 and seconds - self.saved_at >= every
         if asked or due:
             self.log_pending(seconds)
@@ -4638,7 +4683,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
         state.log_pending(clock.elapsed(), show=True)
     state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
     run.phase = "calibration"  # a signal ends the run at once from here on
-    state.stop(int(run.ranks.agree(run.signal, "most")))  # a signal that came after the last step
+    state.stop(int(run.ranks.largest(run.signal)))  # a signal that came after the last step
     run.ledger.trained_seconds = clock.elapsed()
     reasons = {
         "seconds": "stopping_early: wallclock_cap",
@@ -5355,7 +5400,7 @@ def collect_hessians(
             seen += input_ids.numel()
         run.settle()
         end = run.ledger.training_clock.elapsed()
-        if run.ranks.agree(float(end + 2 * (end - start) > deadline), "most"):
+        if run.ranks.largest(float(end + 2 * (end - start) > deadline)):
             break
     for hook in hooks:
         hook.remove()
