@@ -1148,36 +1148,42 @@ class DataSettings(Part):
     title = "Data"
 
     data_path: str = run_knob(
-        "./data/datasets/fineweb10B_sp1024", (), "Folder of the training and validation shards."
+        "./data/datasets/fineweb10B_sp1024", (), "Read training and validation shards from here."
     )
     tokenizer_path: str = run_knob(
-        "./data/tokenizers/fineweb_1024_bpe.model", (), "The shards' SentencePiece model."
+        "./data/tokenizers/fineweb_1024_bpe.model", (), "Read the shards' SentencePiece model here."
     )
     loader: str = training_knob(
-        "shuffled", ("shuffled", "sequential"), "Order in which training rows are read."
+        "shuffled",
+        ("shuffled", "sequential"),
+        "Read training rows in an order shuffled each epoch, or one after the other.",
     )
     train_batch_tokens: int = training_knob(
-        786432, (2, 1 << 30), "Tokens a training step, over all ranks."
+        786432, (2, 1 << 30), "Train on this many tokens a step, over all ranks."
     )
-    train_seq_len: int = training_knob(2048, (2, 1 << 20), "Tokens a training row.")
+    train_seq_len: int = training_knob(
+        2048, (2, 1 << 20), "Cut training text into rows of this many tokens."
+    )
     doc_max_len: int = training_knob(
         0,
         (0, 1 << 20),
-        "Tokens after which ATTN_DOCS=1 cuts a document; 0 cuts where a row ends.",
+        "With ATTN_DOCS=1, cut documents after this many tokens; 0 cuts them at a row's end only.",
         tries=(5,),
     )
     micro_batch_seqs: int = training_knob(
-        0, (0, 1 << 20), "Rows a forward; 0 takes 98,304 tokens, on a CPU 8,192."
+        0,
+        (0, 1 << 20),
+        "Take this many rows in one forward and backward; 0 takes 98,304 tokens, 8,192 on a CPU.",
     )
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a step's global batch."""
+        """The number of rows in a step's global batch."""
         return self.train_batch_tokens // self.train_seq_len
 
     @property
     def longest_document(self) -> int:
-        """Tokens of a document that attention reaches across in training, at most."""
+        """The number of tokens after which a document is cut in training, if ATTN_DOCS=1."""
         return self.doc_max_len or self.train_seq_len
 
     @staticmethod
@@ -1189,20 +1195,23 @@ class DataSettings(Part):
         )
 
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, TOKEN_BYTES = 20240520, 1, 1024, 2
-BOS = 1
-# Training shards up to this many tokens in all are searched for bad ids before the run; larger
-# sets are searched in their first million tokens each, and batch by batch as they are used.
-FULL_SCAN_TOKENS, SCAN_TOKENS = 200_000_000, 1 << 20
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+TOKEN_BYTES = 2
+BOS = 1  # the token that begins a document
+# Training sets of up to FULL_SCAN_TOKENS are searched for bad ids before the run. Of larger ones
+# SCAN_TOKENS of each shard are, and every batch when it is used.
+FULL_SCAN_TOKENS = 200_000_000
+SCAN_TOKENS = 1 << 20
 SIDECAR = "fineweb_val.json"
-
-
-OPEN_SHARDS = 128  # training shards that stay mapped; macOS allows a process 256 files
+OPEN_SHARDS = 128  # training shards that stay mapped; macOS allows a process 256 open files
 
 
 def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.memmap:
     """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise Refusal(
             f"{path}: not a token shard (expected magic {SHARD_MAGIC}, version "
@@ -1220,7 +1229,7 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
 
 
 def refuse_cut_shard(tokens: np.memmap) -> None:
-    """Raise RuntimeError if the file is shorter now: reading on would end the process by SIGBUS."""
+    """Raise RuntimeError if the file has been cut short: reading on would raise SIGBUS."""
     size = tokens.base.size()  # type: ignore[union-attr, operator]  # its base is an mmap
     if size < SHARD_HEADER_BYTES + tokens.nbytes:
         raise RuntimeError(f"{tokens.filename} was cut short while the run read it")
@@ -1236,8 +1245,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Ref
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
-    """The shards of a split in order; raises Refusal if there are none."""
-    # Beside fineweb_val_000000.bin there may be fineweb_val_bytes_000000.bin.
+    """List the shards of a split in order; raises Refusal if there are none."""
+    # The digit keeps out fineweb_val_bytes_000000.bin, which may stand beside the shards.
     if paths := sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin")):
         return paths
     raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin; data/prepare.py makes them")
@@ -1245,50 +1254,49 @@ def shard_paths(folder: str, split: str) -> list[Path]:
 
 @dataclass
 class Batch:
-    """Rows of tokens, and what is asked about them; what has no use in a batch is None.
+    """B rows of T tokens, their targets, and facts about both; None where a fact is not needed.
 
-    B rows of T tokens; targets of all places, or of the S places of each row that are asked for.
+    There is a target at all T places of a row, or at S chosen places of it.
     """
 
     input_ids: Tensor  # int64 (B, T)
     target_ids: Tensor  # int64 (B, T), or (B, S) with `places`
-    places: Tensor | None = None  # int64 (B, S), positions in the row whose targets are asked for
-    documents: Tensor | None = (
-        None  # int64 (B, T), see document_numbers(): inside it attention acts
-    )
+    places: Tensor | None = None  # int64 (B, S), the places in each row that have a target
+    # Attention stays inside documents: int64 (B, T), see document_numbers(). None: whole rows.
+    documents: Tensor | None = None
     boundaries: Tensor | None = None  # int32 (N,), see document_boundaries()
-    scored: Tensor | None = None  # int64 like target_ids: 1 where a target counts, 0 where not
-    target_bytes: Tensor | None = None  # int64 like target_ids: UTF-8 bytes of each target
-    hint_ids: Tensor | None = None  # int64 like target_ids: whose logit NGRAM_TILT raises, or -1
+    # These have the shape of target_ids, in int64.
+    scored: Tensor | None = None  # 1 where a target counts, 0 where not
+    target_bytes: Tensor | None = None  # UTF-8 bytes of each target
+    hint_ids: Tensor | None = None  # the token whose logit NGRAM_TILT raises, or -1
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with each of its tensors as `move` gives it, on a device, say."""
-        given = ((column.name, getattr(self, column.name)) for column in fields(self))
-        return Batch(**{name: move(x) for name, x in given if x is not None})
+        """Apply `move` to each tensor of the batch, for example to bring it to a device."""
+        columns = ((column.name, getattr(self, column.name)) for column in fields(self))
+        return Batch(**{name: move(x) for name, x in columns if x is not None})
 
     def by_document(self, longest: int) -> Batch:
-        """The batch with attention kept inside documents, cut after `longest` tokens."""
+        """Keep attention inside documents, which are cut after `longest` tokens."""
         documents = document_numbers(self.input_ids, longest)
         return replace(self, documents=documents, boundaries=document_boundaries(documents))
 
 
 def document_numbers(input_ids: Tensor, longest: int) -> Tensor:
-    """The number of each token's document, counted through all rows: int64 (B, T).
+    """Number each token's document, through all rows in order: int64 (B, T) -> (B, T).
 
-    A document begins with BOS, with a row, and `longest` tokens after it began.
+    A document begins at each BOS, at each start of a row, and `longest` tokens after it began.
     """
     places = torch.arange(input_ids.size(1), device=input_ids.device)
     begins = (input_ids == BOS) | (places == 0)
-    first = torch.where(begins, places, 0).cummax(1).values
-    begins = (places - first) % longest == 0
+    start = torch.where(begins, places, 0).cummax(1).values  # the place where its document began
+    begins = (places - start) % longest == 0
     return begins.flatten().cumsum(0).view_as(input_ids) - 1
 
 
 def document_boundaries(documents: Tensor) -> Tensor:
-    """Where documents begin in the rows laid end to end, and the end of all: int32 (N,).
+    """The places where documents begin in the flattened rows, then the end of all: int32 (N,).
 
-    The end is repeated up to a multiple of 64, or every batch would need a compiled graph of its
-    own.
+    The end is repeated until N is a multiple of 64, so that few compiled graphs serve all batches.
     """
     lengths = documents.flatten().bincount()
     ends = lengths.cumsum(0)
@@ -1298,10 +1306,11 @@ def document_boundaries(documents: Tensor) -> Tensor:
 
 
 class TrainingRows:
-    """Training rows of T+1 tokens, numbered from 0 without end; the same for every world size.
+    """Training rows of T+1 tokens, numbered 0, 1, ... without end; equal for every world size.
 
-    sequential: row n is the stream's tokens from n T on, shards joined in order and wrapped.
-    shuffled: each epoch is a random permutation of all blocks of T tokens inside a shard, by SEED.
+    LOADER=sequential: row n begins at token n T of the shards joined in order; the stream wraps.
+    LOADER=shuffled: shards are cut into blocks of T tokens (and the next one); each epoch is a
+    permutation of all blocks, drawn from SEED.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -1309,8 +1318,10 @@ class TrainingRows:
         total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
         self.scan_tokens = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
         self.shards = paths
-        self.opened: dict[int, np.memmap] = {}  # by number, the one longest open first
-        self.seq_len, self.seed, self.vocab_size = cfg.train_seq_len, cfg.seed, cfg.vocab_size
+        self.opened: dict[int, np.memmap] = {}  # by number; the one opened first comes first
+        self.seq_len = cfg.train_seq_len
+        self.seed = cfg.seed
+        self.vocab_size = cfg.vocab_size
         self.shuffled = cfg.loader == "shuffled"
         self.longest_document = cfg.longest_document if cfg.attn_docs else 0
         sizes = []
@@ -1320,9 +1331,10 @@ class TrainingRows:
             self.keep_open(number, tokens)
         self.first_token = np.cumsum([0, *sizes])
         self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
-        self.num_tokens, self.num_blocks = int(self.first_token[-1]), int(self.first_block[-1])
-        self.epoch = -1
-        self.order: np.ndarray = np.empty(0, np.uint32)  # of the epoch's blocks
+        self.num_tokens = int(self.first_token[-1])
+        self.num_blocks = int(self.first_block[-1])
+        self.epoch = -1  # the epoch whose permutation is in `order`
+        self.order: np.ndarray = np.empty(0, np.uint32)
         if not self.num_blocks:
             raise Refusal(
                 f"DATA_PATH={cfg.data_path}: no shard holds a row of "
@@ -1330,18 +1342,18 @@ class TrainingRows:
             )
 
     def batch(self, first_row: int, num_rows: int) -> Batch:
-        """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each."""
+        """Rows first_row, first_row + 1, ... with all their targets: int64 (num_rows, T) each."""
         for tokens in self.opened.values():
             refuse_cut_shard(tokens)
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
-        # Too late to refuse: the run has begun.
+        # RuntimeError, as the run has begun and it is too late for a Refusal.
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
         batch = Batch(ids[:, :-1], ids[:, 1:])
         return batch.by_document(self.longest_document) if self.longest_document else batch
 
     def first_tokens(self, count: int) -> np.ndarray:
-        """The first tokens of the shards in their order, at most `count`: uint16 (n,)."""
+        """The first `count` tokens of the shards in order, or all if there are fewer: uint16."""
         found: list[np.ndarray] = []
         left = count
         for number in range(len(self.shards)):
@@ -1352,17 +1364,17 @@ class TrainingRows:
         return np.concatenate(found)
 
     def keep_open(self, number: int, tokens: np.memmap) -> None:
-        """Keep a shard open, and of many only the last few: a process may have 256 files open."""
+        """Keep a shard mapped; beyond OPEN_SHARDS of them, drop the one opened first."""
         self.opened[number] = tokens
         if len(self.opened) > OPEN_SHARDS:
             del self.opened[next(iter(self.opened))]
 
     def tokens_of(self, number: int) -> np.memmap:
-        """A shard's tokens, uint16 (n,); opened again if it was not kept open."""
+        """A shard's tokens, uint16 (n,); opens the shard again if it was dropped."""
         if number not in self.opened:
             try:
                 tokens = open_shard(self.shards[number], self.vocab_size, 1)
-            except Refusal as refusal:  # too late to refuse: the run has begun
+            except Refusal as refusal:  # the run has begun: it is too late for a Refusal
                 raise RuntimeError(str(refusal)) from None
             if len(tokens) != self.first_token[number + 1] - self.first_token[number]:
                 raise RuntimeError(f"{self.shards[number]} has changed since the run began")
@@ -1376,63 +1388,57 @@ class TrainingRows:
         epoch, position = divmod(n, self.num_blocks)
         if epoch != self.epoch:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.epoch, self.order = (
-                epoch,
-                generator.permutation(np.arange(self.num_blocks, dtype=np.uint32)),
-            )
+            self.epoch = epoch
+            self.order = generator.permutation(np.arange(self.num_blocks, dtype=np.uint32))
         block = int(self.order[position])
         shard = int(np.searchsorted(self.first_block, block, side="right")) - 1
         start = (block - int(self.first_block[shard])) * self.seq_len
         return self.tokens_of(shard)[start : start + self.seq_len + 1]
 
     def take(self, start: int) -> np.ndarray:
-        """T+1 tokens of the circular stream from token `start` on, uint16 (T+1,)."""
-        at = (start + np.arange(self.seq_len + 1)) % self.num_tokens
-        shards, row = np.searchsorted(self.first_token, at, side="right") - 1, at.astype(np.uint16)
+        """T+1 tokens of the wrapped stream from token `start` on: uint16 (T+1,)."""
+        places = (start + np.arange(self.seq_len + 1)) % self.num_tokens
+        shards = np.searchsorted(self.first_token, places, side="right") - 1
+        row = np.empty(len(places), np.uint16)
         for shard in np.unique(shards):
-            here = shards == shard
-            row[here] = self.tokens_of(int(shard))[at[here] - self.first_token[shard]]
+            inside = shards == shard
+            row[inside] = self.tokens_of(int(shard))[places[inside] - self.first_token[shard]]
         return row
 
 
 def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 bytes each token stands for, and the saving of those that open a document.
+    """How many UTF-8 bytes each token stands for, and how many fewer right after BOS: int16 (V,).
 
     A piece counts its UTF-8 length with every U+2581 read as one space, a byte piece 1, a
     control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
-    document that is not in the text: the first piece after BOS counts one less.
+    document that is not in the text, so the first piece after BOS counts one less.
     """
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
-    no_text = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-    counts = [
-        1
-        if tokenizer.is_byte(token)
-        else 0
-        if any(kind(token) for kind in no_text)
-        else len(piece.replace("\u2581", " ").encode())
-        for token, piece in enumerate(pieces)
-    ]
+    counts = [len(piece.replace("\u2581", " ").encode()) for piece in pieces]
+    for token in range(len(pieces)):
+        if tokenizer.is_byte(token):
+            counts[token] = 1
+        elif has_no_text(tokenizer, token):
+            counts[token] = 0
     prefixed = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     opening = [prefixed and piece.startswith("\u2581") for piece in pieces]
     return np.array(counts, np.int16), np.array(opening, np.int16)
 
 
-def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-    """For each token the one with the longest text that begins its own; itself where none does.
+def has_no_text(tokenizer: sentencepiece.SentencePieceProcessor, token: int) -> bool:
+    """Whether a token is a control, unknown or unused piece."""
+    return tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token)
 
-    Only whole pieces count: a byte, control, unknown or unused piece neither begins one nor is
-    begun. Returns int64 (V,).
+
+def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """For each token, the token whose text is its longest proper prefix, or itself: int64 (V,).
+
+    Byte pieces and those without text have no prefix and are none.
     """
-    no_text = (
-        tokenizer.is_control,
-        tokenizer.is_unknown,
-        tokenizer.is_unused,
-        tokenizer.is_byte,
-    )
     token_of = {
         tokenizer.id_to_piece(token): token
         for token in range(tokenizer.vocab_size())
-        if not any(kind(token) for kind in no_text)
+        if not (tokenizer.is_byte(token) or has_no_text(tokenizer, token))
     }
     prefixes = np.arange(tokenizer.vocab_size())
     for text, token in token_of.items():
@@ -1441,8 +1447,8 @@ def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarra
     return prefixes
 
 
-# CaseOps: a tokenizer may know words in lower case only. Marks then say where the text has
-# capitals, and a file beside the shards how many bytes of the text each token stands for.
+# CaseOps: the tokenizer knows words in lower case only. Marks say where the text has capitals,
+# and a file beside the shards says how many bytes of the original text each token stands for.
 # (parameter-golf, lossless_caps_caseops_v1; data/caseops.py has the definition)
 TITLE, ALLCAPS, CAPNEXT, ESC = MARKS = "\ue001\ue002\ue003\ue004"
 WORD_OR_MARK = re.compile(f"[A-Za-z]+|[{MARKS}]")
@@ -1453,12 +1459,12 @@ MARKED = re.compile(
 
 
 def marks_capitals(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether a tokenizer has pieces for the marks, so that its text is a marked one."""
+    """Whether a tokenizer was made for marked text: it has a piece for each mark."""
     return all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKS)
 
 
 def mark_word(found: re.Match[str]) -> str:
-    """A run of ASCII letters with marks before its capitals, or a mark of the text itself."""
+    """Replace what WORD_OR_MARK found: put marks for a word's capitals, escape a literal mark."""
     word = found[0]
     if word in MARKS:
         return ESC + word
@@ -1469,46 +1475,50 @@ def mark_word(found: re.Match[str]) -> str:
 
 
 def unmark(found: re.Match[str]) -> str:
-    """What a mark and its letters stand for; nothing where a model wrote a mark before neither."""
+    """Replace what MARKED found by what it stands for; a mark that a model misplaced vanishes."""
     capitals = found["letter"] or found["word"] or ""
     return found["literal"] or capitals.upper()
 
 
 def encode_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-    """A text's tokens, its capitals marked if the tokenizer is one for that."""
+    """Encode a text, with its capitals marked if the tokenizer was made for that."""
     if marks_capitals(tokenizer):
         text = WORD_OR_MARK.sub(mark_word, text)
     return tokenizer.encode(text)
 
 
 def decode_text(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int]) -> str:
-    """The text of tokens, with capitals again where they are marked."""
+    """Decode tokens to text, with capitals in place of their marks."""
     text = tokenizer.decode(ids)
     return MARKED.sub(unmark, text) if marks_capitals(tokenizer) else text
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation split that agrees with its sidecar and tokenizer."""
+    """A validation split, found to agree with its sidecar and tokenizer."""
 
     tokens: np.ndarray  # uint16 (N,)
-    target_bytes: np.ndarray  # uint16 (N-1,), of tokens[1:], the targets
-    fingerprint: str
+    target_bytes: np.ndarray  # uint16 (N-1,), the bytes of tokens[1:], which are the targets
+    fingerprint: str  # sha256 over the shards' sha256
     tokenizer_sha256: str
-    documents: int
-    recorded_bytes: int
-    forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: pairs never emitted
+    documents: int  # how many there are
+    recorded_bytes: int  # of the whole text, by the sidecar
+    forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: see forbidden_pairs()
     prefixes: np.ndarray | None = None  # int64 (V,), with PREFIX_TARGET: see piece_prefixes()
-    accounting: str = ""  # what is to be said of bytes that are not those of the pieces
+    accounting: str = ""  # a note on how bytes are counted, if not by the tokens' pieces
 
     def num_targets(self, cfg: Config) -> int:
-        """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
+        """The number of targets: all tokens but the first; with EVAL_TRUNCATE, of full rows."""
         targets = len(self.tokens) - 1
         return targets - targets % cfg.eval_seq_len if cfg.eval_truncate else targets
 
 
 def read_sidecar(folder: str) -> dict:
-    """What data/prepare.py recorded of a validation split, and its fingerprint; or Refusal."""
+    """Read what data/prepare.py recorded of a validation split; raises Refusal if it is damaged.
+
+    Adds facts that follow from these: the files with their sha256, a fingerprint of them all, and
+    whether bytes are counted by file (CaseOps).
+    """
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise Refusal(
@@ -1522,14 +1532,14 @@ def read_sidecar(folder: str) -> dict:
         facts["counted_by_file"] = bool(caseops["val_bytes"])
         facts["published_bytes"] = caseops.get("published_bytes")
         hashes = "".join(sha256 for _, sha256 in sorted(facts["files"].items()))
-        facts["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()  # one name for them
+        facts["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()
         if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
 
 def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentencePieceProcessor, str]:
-    """The tokenizer that a sidecar records, and its sha256; raises Refusal if it is another one."""
+    """Load the tokenizer and its sha256; raises Refusal if it is not the one recorded."""
     path = Path(cfg.tokenizer_path)
     sha256 = sha256_of(path)
     if sha256 != recorded["sha256"]:
@@ -1552,7 +1562,7 @@ def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentenceP
 def bytes_by_piece(
     tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> np.ndarray:
-    """The bytes of text that each token stands for, by its piece: uint16 (N,)."""
+    """How many bytes of text each token stands for, by its piece: uint16 (N,)."""
     counts, opening = piece_bytes(tokenizer)
     token_bytes = counts[tokens]
     token_bytes[1:] -= opening[tokens[1:]] * (tokens[:-1] == BOS)
@@ -1560,12 +1570,12 @@ def bytes_by_piece(
 
 
 def byte_shard(path: Path) -> Path:
-    """The file that counts the bytes of a validation shard's tokens, where there is one."""
+    """The path of the file that counts the bytes of a validation shard's tokens, if any."""
     return path.with_name(path.name.replace("val_", "val_bytes_"))
 
 
 def bytes_by_file(paths: list[Path]) -> np.ndarray:
-    """The bytes of the original text that each token of some shards stands for: uint16 (N,)."""
+    """How many bytes of the original text each token of the shards stands for: uint16 (N,)."""
     counts = []
     for path in paths:
         counts.append(open_shard(byte_shard(path), 1 << 16))
@@ -1578,7 +1588,7 @@ def bytes_by_file(paths: list[Path]) -> np.ndarray:
 
 
 def published_accounting(sidecar: dict) -> str:
-    """What is to be said of bytes counted by file: the published accounting leaves some out."""
+    """A note for the log on bytes counted by file: the published accounting leaves some out."""
     counted, published = sidecar["encoded_bytes"], sidecar["published_bytes"]
     if type(published) is not int:
         return f"{counted:,} by file; whether it leaves ends of documents out is not recorded"
@@ -1591,7 +1601,10 @@ def published_accounting(sidecar: dict) -> str:
 def read_split(
     cfg: Config, sidecar: dict, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The validation tokens and the bytes of each, uint16 (N,) both; raises Refusal."""
+    """Read the validation tokens and the bytes of each, both uint16 (N,).
+
+    Raises Refusal if the files are not those that the sidecar records.
+    """
     paths = shard_paths(cfg.data_path, "val")
     files = [*paths, *map(byte_shard, paths)] if sidecar["counted_by_file"] else paths
     if {path.name: sha256_of(path) for path in files if path.is_file()} != sidecar["files"]:
@@ -1651,43 +1664,45 @@ def load_validation(cfg: Config) -> Validation:
 
 # =================================================================================================
 # Token mask
-# A BPE tokenizer never emits some pairs of tokens: their text would have been merged differently.
-# Their probability is taken away exactly, P'(x | context) = P(x | context) [(p, x) is allowed] /
-# (1 - sum of P over forbidden tokens), p the token before x. Context beyond p decides nothing:
-# a pair can stand in some text if and only if its own text, alone, is encoded as this pair.
+# A BPE tokenizer never emits certain pairs of tokens, because it would merge their text in another
+# way. The mask takes the probability of such tokens away and renormalises the rest:
+#     P'(x | context) = P(x | context) / (sum of P over allowed tokens) if (p, x) is allowed, else 0
+# where p is the token before x. Earlier tokens do not matter: a pair occurs in some text if and
+# only if its own text, encoded alone, gives this pair.
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSettings(Part):
-    """Whether tokens that the tokenizer cannot emit get any probability."""
+    """Whether tokens that the tokenizer cannot emit get probability."""
 
     title = "Token mask"
 
     token_mask: str = scoring_knob(
         "0",
         ("0", "eval", "1"),
-        "Give no probability to tokens that the tokenizer cannot emit after the one before: "
-        "never, in the artifact's score, in training too.",
+        "Give no probability to tokens that the tokenizer cannot emit after the one before: never "
+        "(0), when the artifact is scored (eval), or in training as well (1).",
         absent="0",
     )
 
 
-# Types of pieces in a SentencePiece model; 6 is a byte.
+# Types of pieces in a SentencePiece model, ModelProto.SentencePiece.Type; 6 is a byte.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
 BPE_MODEL = 2  # TrainerSpec.ModelType
-CHECKED_PAIRS = 1 << 22  # at a time
+CHECKED_PAIRS = 1 << 22  # pairs that are checked at a time
 
 
 def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Each field of a serialised protobuf message: its number, and a number or bytes.
+    """Yield each field of a serialised protobuf message: its number, and its value.
 
-    Fixed-size values come as their little-endian bytes. Raises Refusal if it is no message.
+    A value is an int or bytes; numbers of fixed size are given as their little-endian bytes.
+    Raises Refusal if it is no message.
     """
     at = 0
 
     def varint() -> int:
-        """The number at this place, seven bits a byte, the lowest first."""
+        """Read a number at `at`: seven bits in each byte, the lowest bits first."""
         nonlocal at
         value = shift = 0
         while True:
@@ -1701,35 +1716,36 @@ def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
                 return value
 
     while at < len(message):
-        key = varint()
-        kind = key & 7
+        number, kind = divmod(varint(), 8)
         if kind == 0:
-            yield key >> 3, varint()
+            yield number, varint()
             continue
-        sizes = {1: 8, 5: 4}
-        if kind not in sizes and kind != 2:
+        if kind not in (1, 2, 5):
             raise Refusal("the tokenizer is not a SentencePiece model")
-        size = varint() if kind == 2 else sizes[kind]
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
         if at + size > len(message):
             raise Refusal("the tokenizer is not a SentencePiece model")
-        yield key >> 3, message[at : at + size]
+        yield number, message[at : at + size]
         at += size
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a SentencePiece model by id, and how it encodes."""
+    """What a SentencePiece model file says: its pieces by id, and how it encodes."""
 
     texts: list[str]
     scores: list[float]
     kinds: list[int]
     is_bpe: bool
     byte_fallback: bool
-    escapes_spaces: bool  # a space is written U+2581, so that no text holds U+0020
+    escapes_spaces: bool  # whether spaces are written U+2581, so that no text holds U+0020
 
 
 def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
-    """What the model file says; the processor itself does not tell user-defined from others."""
+    """Read a tokenizer's model file: the processor does not tell which pieces are user-defined.
+
+    The numbers are those of fields in sentencepiece_model.proto.
+    """
     texts, scores, kinds = [], [], []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -1755,10 +1771,11 @@ def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
 
 @dataclass(frozen=True)
 class Edge:
-    """A symbol that is at one time the last (or the first) of a token that is being merged.
+    """A symbol that for some time is the last (or the first) of a token's text as it is merged.
 
-    Merges are done best score first. `birth` is the worst score of the merges up to the one that
-    makes the symbol, `death` the worst of those from there to the one that swallows it.
+    Beside any other text, merges are done in the order of their scores, the best first. So the
+    symbol is made at score `birth`, the worst among the merges up to the one that makes it, and
+    gone at score `death`, the worst among those after it, up to the one that swallows it.
     """
 
     symbol: str
@@ -1767,9 +1784,10 @@ class Edge:
 
 
 def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int]]:
-    """The merges of a text in their order: score, and the place of the left symbol at that time.
+    """Merge a text; returns each merge's score and its left symbol's index at that time, in order.
 
-    Best score first, the leftmost of equal ones; any two neighbours merge that form a piece.
+    Of all neighbours that together form a piece, the best score merges first, the leftmost of
+    equal ones.
     """
     symbols = list(text)
     merges: list[tuple[float, int]] = []
@@ -1787,19 +1805,19 @@ def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int
 
 
 def edges_of(text: str, merges: list[tuple[float, int]]) -> tuple[list[Edge], list[Edge]]:
-    """The symbols that are the first and the last of a token, each from birth to death."""
+    """The symbols that are ever the first of a token, and those that are ever its last."""
     symbols = list(text)
     found: tuple[list[Edge], list[Edge]] = ([], [])
-    births = [np.inf, np.inf]
-    since = [np.inf, np.inf]
+    births = [np.inf, np.inf]  # of the present first and last symbol
+    since = [np.inf, np.inf]  # the worst score since each of them was made
     worst = np.inf
     for score, place in merges:
         worst = min(worst, score)
         since = [min(score, lowest) for lowest in since]
-        touched = (place == 0, place + 2 == len(symbols))
+        swallowed = (place == 0, place + 2 == len(symbols))
         ends = (symbols[0], symbols[-1])
         for side in (0, 1):
-            if touched[side]:
+            if swallowed[side]:
                 found[side].append(Edge(ends[side], births[side], since[side]))
                 births[side] = worst
                 since[side] = np.inf
@@ -1811,7 +1829,7 @@ def edges_of(text: str, merges: list[tuple[float, int]]) -> tuple[list[Edge], li
 
 @dataclass(frozen=True)
 class EdgeTable:
-    """All tokens that have a symbol at their end (or start): ids, births and deaths."""
+    """All edges with one symbol, each array (n,): the tokens that have them, births and deaths."""
 
     ids: np.ndarray
     births: np.ndarray
@@ -1819,7 +1837,7 @@ class EdgeTable:
 
 
 def by_symbol(edges: dict[int, list[Edge]]) -> dict[str, EdgeTable]:
-    """The edges of each token, gathered by symbol."""
+    """Gather the edges of all tokens by symbol."""
     gathered = defaultdict(list)
     for token, own in edges.items():
         for edge in own:
@@ -1834,11 +1852,12 @@ def by_symbol(edges: dict[int, list[Edge]]) -> dict[str, EdgeTable]:
 def forbid_merges(
     forbidden: np.ndarray, score_of: dict[str, float], lasts: dict, firsts: dict
 ) -> None:
-    """Forbid each pair of which a merge would join the end of the first and the start of the other.
+    """Forbid each pair in which a merge joins the end of the first and the start of the second.
 
-    Both halves are merged in one common order, best first, those of the left first among equals. A
-    merge over the boundary happens if its symbols live at one time and it is better than what would
-    swallow either; against the left half it loses a tie, against the right half it wins one.
+    Both tokens are merged in one common order, the best score first, the leftmost of equals first.
+    A merge over the boundary happens if both its symbols exist at the same time, and if its score
+    is better than those of the merges that would swallow them. The merge that swallows the left
+    symbol lies further left and so wins a tie; the one that swallows the right symbol loses it.
     """
     for text, score in score_of.items():
         for cut in range(1, len(text)):
@@ -1846,20 +1865,23 @@ def forbid_merges(
             right = firsts.get(text[cut:])
             if left is None or right is None:
                 continue
-            own = score > left.deaths
-            other = score >= right.deaths
-            birth, death = left.births[own, None], left.deaths[own, None]
-            births, deaths = right.births[other], right.deaths[other]
-            meet = births > np.minimum(birth, death)
-            meet &= birth >= np.minimum(births, deaths)
-            forbidden[np.ix_(left.ids[own], right.ids[other])] |= meet
+            beats_left = score > left.deaths
+            beats_right = score >= right.deaths
+            left_births = left.births[beats_left, None]
+            left_deaths = left.deaths[beats_left, None]
+            right_births = right.births[beats_right]
+            right_deaths = right.deaths[beats_right]
+            meet = right_births > np.minimum(left_births, left_deaths)
+            meet &= left_births >= np.minimum(right_births, right_deaths)
+            forbidden[np.ix_(left.ids[beats_left], right.ids[beats_right])] |= meet
 
 
 def forbid_symbols(forbidden: np.ndarray, texts: dict[int, str], defined: dict[str, int]) -> None:
-    """Forbid each pair over whose boundary a user-defined symbol would be read.
+    """Forbid each pair whose boundary lies inside a user-defined symbol.
 
-    Such symbols are found before all merges, from left to right, the longest first, so one begins
-    wherever its text does, except inside another one.
+    texts: by token; defined: the user-defined symbols, with their tokens. They are found before
+    all merges, from left to right, the longest first. So a symbol begins wherever its text does,
+    except inside another symbol.
     """
     owners = set(defined.values())
     for symbol in defined:
@@ -1869,16 +1891,17 @@ def forbid_symbols(forbidden: np.ndarray, texts: dict[int, str], defined: dict[s
             left = [
                 token
                 for token, text in texts.items()
-                if (text == start if token in owners else text.endswith(start))
+                if text == start or (text.endswith(start) and token not in owners)
             ]
             right = [token for token, text in texts.items() if text.startswith(rest)]
             forbidden[np.ix_(left, right)] = True
 
 
 def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes beside each other in a character that is no piece (256, 256); last ones, first ones.
+    """Where bytes stand in the UTF-8 of characters that have no piece and are spelt by byte tokens.
 
-    Byte tokens spell what is no piece, one whole character of UTF-8 after the other.
+    known: the characters with a piece. Returns which byte may follow which inside a character,
+    bool (256, 256), which may end one and which may begin one, bool (256,) each.
     """
     codes = np.arange(0x110000, dtype="<u4")
     spelt = (codes < 0xD800) | (codes > 0xDFFF)  # surrogates are no characters
@@ -1887,7 +1910,7 @@ def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.n
         spelt[ord(" ")] = False
     spelling = np.frombuffer(codes[spelt].tobytes().decode("utf-32-le").encode("utf-8"), np.uint8)
     following = np.append(spelling[1:], np.uint8(0))
-    goes_on = (following & 0xC0) == 0x80
+    goes_on = (following & 0xC0) == 0x80  # a continuation byte of UTF-8 follows
     inside = np.zeros((256, 256), bool)
     inside[spelling[goes_on], following[goes_on]] = True
     last = np.zeros(256, bool)
@@ -1898,12 +1921,13 @@ def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.n
 
 
 def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-    """Which tokens x (columns) no text can have after a token p (rows): bool (V, V).
+    """Which tokens x (columns) cannot follow a token p (rows) in any encoded text: bool (V, V).
 
-    Exact for the text and byte pieces of a BPE model that reads every text; a normaliser makes some
-    texts impossible, which is not used. Beside control and unknown pieces everything is allowed: a
-    document may be cut anywhere. Nothing is forbidden for other kinds of model and for those with
-    unused pieces, which are merged and taken apart again. Raises Refusal if it is no model.
+    Exact for the text and byte pieces of a BPE model, as far as any text may occur: that a
+    normaliser changes some texts is not used. Beside control and unknown pieces everything is
+    allowed, as a document may be cut anywhere. Nothing at all is forbidden for other kinds of
+    model, nor for one with unused pieces, which it merges and then takes apart again. Raises
+    Refusal if the tokenizer's file cannot be read.
     """
     pieces = read_pieces(tokenizer)
     size = len(pieces.texts)
@@ -1911,19 +1935,19 @@ def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarr
         return np.zeros((size, size), bool)
     tokens = range(size)
     defined = {pieces.texts[i]: i for i in tokens if pieces.kinds[i] == USER_DEFINED}
-    # Characters spell symbols before they can be merged into one.
     score_of = {pieces.texts[i]: pieces.scores[i] for i in tokens if pieces.kinds[i] == NORMAL}
-    texts: dict[int, str] = {}  # of the tokens that stand for text and do occur
+    texts: dict[int, str] = {}  # of the tokens that stand for text and are emitted at all
     firsts: dict[int, list[Edge]] = {}
     lasts: dict[int, list[Edge]] = {}
     for token in tokens:
         text = pieces.texts[token]
         if pieces.kinds[token] == USER_DEFINED:
             texts[token] = text
+        # A text that holds a user-defined symbol is encoded as that symbol and its surroundings.
         if pieces.kinds[token] != NORMAL or any(symbol in text for symbol in defined):
             continue
         merges = encode_alone(text, score_of)
-        if len(merges) == len(text) - 1:
+        if len(merges) == len(text) - 1:  # its characters are merged into one token, itself
             texts[token] = text
             firsts[token], lasts[token] = edges_of(text, merges)
 
@@ -1946,7 +1970,7 @@ def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarr
 
 
 def check_stream(tokens: np.ndarray, forbidden: np.ndarray) -> int | None:
-    """The place of the first token that may not follow the one before it; None if there is none."""
+    """The index of the first token that may not follow the one before it; None if all may."""
     for start in range(0, len(tokens) - 1, CHECKED_PAIRS):
         block = np.asarray(tokens[start : start + CHECKED_PAIRS + 1])
         violations = forbidden[block[:-1], block[1:]]
@@ -1956,28 +1980,28 @@ def check_stream(tokens: np.ndarray, forbidden: np.ndarray) -> int | None:
 
 
 def penalties(forbidden: np.ndarray) -> Tensor:
-    """What to add to logits: -inf where forbidden, else 0; bfloat16 (V, V), 2 V^2 bytes.
+    """The token mask as a table to add to logits: -inf where forbidden, else 0; bfloat16 (V, V).
 
-    Adding rows of such a table costs a CPU a tenth of what masked_fill() of a boolean one does.
+    On a CPU, adding rows of it takes a tenth of the time of masked_fill() by a boolean table.
     """
     table = torch.zeros(forbidden.shape, dtype=torch.bfloat16)
     return table.masked_fill_(torch.from_numpy(forbidden), -torch.inf)
 
 
 def mask_tokens(model: GPT, val: Validation, device: torch.device) -> None:
-    """Let a model give no probability to what the split's tokenizer cannot emit."""
+    """Make a model give no probability to tokens that the split's tokenizer cannot emit."""
     assert val.forbidden is not None
     model.penalty = penalties(val.forbidden).to(device)
 
 
 def refuse_forbidden_pairs(tokens: np.ndarray, forbidden: np.ndarray, where: str) -> None:
-    """Raise Refusal, naming the place, if a text holds what its tokenizer cannot emit."""
+    """Raise Refusal if tokens hold a pair that their tokenizer cannot emit."""
     place = check_stream(tokens, forbidden)
     if place is not None:
         raise Refusal(
-            f"{where}: token {int(tokens[place])} after {int(tokens[place - 1])} at place {place} "
-            "is none that the tokenizer emits, so the text was not encoded with it as a whole; "
-            "TOKEN_MASK=0 goes on without the mask"
+            f"{where}: at place {place} token {int(tokens[place])} follows "
+            f"{int(tokens[place - 1])}, which the tokenizer never emits, so the text was not "
+            "encoded with it as a whole; TOKEN_MASK=0 goes on without the mask"
         )
 
 
