@@ -2018,37 +2018,44 @@ class ShapeSettings(Part):
 
     title = "Model: shape"
 
-    vocab_size: int = model_knob(1024, (4, 65536), "Pieces of the tokenizer.")
-    num_layers: int = model_knob(11, (1, 64), "Transformer blocks.")
-    model_dim: int = model_knob(512, (8, 8192), "Width of the residual stream.")
-    num_heads: int = model_knob(8, (1, 128), "Query heads; their number divides MODEL_DIM.")
+    vocab_size: int = model_knob(1024, (4, 65536), "Expect a tokenizer with this many pieces.")
+    num_layers: int = model_knob(11, (1, 64), "Stack this many transformer blocks.")
+    model_dim: int = model_knob(512, (8, 8192), "Make the residual stream this wide.")
+    num_heads: int = model_knob(8, (1, 128), "Use this many query heads, a divisor of MODEL_DIM.")
     num_kv_heads: int = model_knob(
-        4, (1, 128), "Key and value heads; their number divides NUM_HEADS."
+        4, (1, 128), "Use this many key and value heads, a divisor of NUM_HEADS."
     )
     mlp_mult: float = model_knob(
-        3.0, (0.25, 16.0), "Width of the MLP over that of the model.", tries=(2.0,)
+        3.0, (0.25, 16.0), "Make the MLP this many times as wide as the stream.", tries=(2.0,)
     )
     mlp_act: str = model_knob(
-        "leaky2", ("leaky2", "relu2"), "Activation of the MLP: a squared leaky or plain ReLU."
+        "leaky2", ("leaky2", "relu2"), "Activate the MLP by a squared leaky ReLU or squared ReLU."
     )
-    leaky_slope: float = model_knob(0.5, (0.0, 1.0), "Slope below zero of MLP_ACT=leaky2.")
+    leaky_slope: float = model_knob(
+        0.5, (0.0, 1.0), "Give the leaky ReLU of MLP_ACT=leaky2 this slope below zero."
+    )
     tie_embeddings: bool = model_knob(
         True, (), "Use one matrix as token embedding and output head."
     )
     logit_softcap: float = model_knob(
-        30.0, (1.0, 1e4), "The bound c of logits, c tanh(z / c).", tries=(15.0,)
+        30.0, (1.0, 1e4), "Bound logits z by this c, as c tanh(z / c).", tries=(15.0,)
     )
     ln_scale: str = model_knob(
-        "1", ("0", "1", "learned"), "Scale the inputs of layer l by 1/sqrt(l+1), or learn to."
+        "1",
+        ("0", "1", "learned"),
+        "Scale the normed inputs of layer l by 1/sqrt(l+1) (1), or start its learned output gains "
+        "at that value (learned).",
     )
     tied_embed_init_std: float = training_knob(
-        0.005, (0.0, 1.0), "Standard deviation of the initial token embedding."
+        0.005, (0.0, 1.0), "Start the token embedding with this standard deviation."
     )
     emb_svd_init: bool = training_knob(
-        False, (), "Give the initial embedding singular values that fall as k^(-1/2)."
+        False, (), "Give the initial token embedding singular values that fall as k^(-1/2)."
     )
     proj_init: str = training_knob(
-        "zero", ("zero", "ortho_mup"), "Initial output projections: zero, or scaled orthogonal."
+        "zero",
+        ("zero", "ortho_mup"),
+        "Start output projections at zero, or orthogonal times 1/sqrt(2 NUM_LAYERS).",
     )
 
     @property
@@ -2063,7 +2070,7 @@ class ShapeSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Heads divide the width evenly."""
+        """Heads share the width evenly, and query heads share key and value heads evenly."""
         yield cfg.model_dim % cfg.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"
         yield cfg.num_heads % cfg.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"
 
@@ -2076,65 +2083,73 @@ class TokenSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("SMEAR_", "BIGRAM_")
 
     smear_enabled: bool = model_knob(
-        True, (), "Blend the previous token's embedding in, by a learned gate (SmearGate)."
+        True, (), "Blend in the embedding of the token before, by a learned gate (SmearGate)."
     )
     smear_form: str = model_knob(
         "channel",
         ("channel", "input"),
-        "SmearGate's gate: one for each channel, after the first norm; or before that norm, by "
-        "GATE_WINDOW channels of the token.",
+        "Gate SmearGate by a number for each channel, after the first norm (channel), or by the "
+        "token's first GATE_WINDOW channels, before that norm (input).",
         absent="channel",
     )
-    smear_bos_mask: bool = model_knob(True, (), "Let SmearGate not reach across a document start.")
+    smear_bos_mask: bool = model_knob(True, (), "Stop SmearGate at the start of a document.")
     bigram_vocab_size: int = model_knob(
-        3072, (0, 1 << 20), "Buckets of BigramHash, an embedding of token pairs; 0 turns it off."
+        3072, (0, 1 << 20), "Embed token pairs in this many hash buckets (BigramHash); 0: none."
     )
-    bigram_hash: str = model_knob("xor", ("xor", "sum"), "How BigramHash hashes a pair.")
-    bigram_dim: int = model_knob(112, (1, 8192), "Width of a BigramHash bucket.")
-    bigram_bos_mask: bool = model_knob(
-        True, (), "Let BigramHash not reach across a document start."
+    bigram_hash: str = model_knob(
+        "xor", ("xor", "sum"), "Join the two tokens of a pair by XOR or sum; see BigramHash."
     )
+    bigram_dim: int = model_knob(112, (1, 8192), "Make BigramHash's embeddings this wide.")
+    bigram_bos_mask: bool = model_knob(True, (), "Stop BigramHash at the start of a document.")
     bigram_init: str = training_knob(
-        "zero_embed", ("zero_embed", "zero_proj"), "Which factor of BigramHash starts at zero."
+        "zero_embed",
+        ("zero_embed", "zero_proj"),
+        "Start BigramHash without effect, by zeros in its embedding or in its projection.",
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """One bucket is kept for tokens without a predecessor."""
+        """BIGRAM_HASH=xor keeps one bucket for tokens that have no predecessor."""
         yield cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSettings(Part):
-    """Queries, keys and what attention gives."""
+    """Positions, gains, gates and masks of attention."""
 
     title = "Model: attention"
     prefixes: ClassVar[tuple[str, ...]] = ("ROPE_", "XSA_", "ATTN_")
 
-    qk_gain_init: float = model_knob(1.5, (0.0, 100.0), "Initial gain of normalised queries.")
+    qk_gain_init: float = model_knob(
+        1.5, (0.0, 100.0), "Start the learned gain of normalised queries at this value."
+    )
     rope_base: float = model_knob(
-        10000.0, (2.0, 1e9), "Base of the rotary frequencies.", tries=(5e4,)
+        10000.0, (2.0, 1e9), "Use this base for the rotary frequencies.", tries=(5e4,)
     )
     rope_dims: int = model_knob(
-        16, (0, 1024), "Rotated dimensions of each head; 0 rotates all of them."
+        16, (0, 1024), "Rotate this many dimensions of each head; 0 rotates all of them."
     )
     rope_ntk_ref: int = model_knob(
-        1024, (0, 1 << 20), "Row length in tokens from which ROPE_BASE grows; 0 keeps it."
+        1024, (0, 1 << 20), "Raise ROPE_BASE in rows of more tokens than this; 0 never does."
     )
     xsa_last_n: int = model_knob(
-        11, (0, 64), "Number of last layers with exclusive self attention (XSA)."
+        11, (0, 64), "Use exclusive self attention (XSA) in this many of the last layers."
     )
     attn_gate: str = model_knob(
         "none",
         ("none", "sparse", "out"),
-        "Gate of each head's output by the token: sigmoid, or twice that, which starts at 1.",
+        "Multiply each head's output by a sigmoid gate of the token (sparse), or by twice that, "
+        "which starts at 1 (out).",
         absent="none",
     )
     attn_gate_scale: float = model_knob(
-        1.0, (0.01, 100.0), "Factor of what the sigmoid of ATTN_GATE is taken of.", absent=1.0
+        1.0, (0.01, 100.0), "Multiply the argument of ATTN_GATE's sigmoid by this.", absent=1.0
     )
     gate_window: int = model_knob(
-        12, (1, 8192), "Channels that ATTN_GATE and SMEAR_FORM=input look at.", absent=12
+        12,
+        (1, 8192),
+        "Let ATTN_GATE and SMEAR_FORM=input look at this many channels of the token.",
+        absent=12,
     )
     attn_docs: bool = model_knob(
         False, (), "Keep attention inside documents, in training and in scoring.", absent=False
@@ -2166,17 +2181,17 @@ class ValueSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("VE_", "VRL_")
 
     vrl_mode: str = model_knob(
-        "off", ("off", "add", "mix"), "How layer 0's values enter later layers (VRL)."
+        "off", ("off", "add", "mix"), "Add layer 0's values to later layers' (VRL), or mix them in."
     )
-    ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to some layers' values.")
-    ve_dim: int = model_knob(128, (1, 8192), "Width of the value embedding's table.")
+    ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to VE_LAYERS' values.")
+    ve_dim: int = model_knob(128, (1, 8192), "Make the table of value embeddings this wide.")
     ve_layers: str = model_knob(
-        "9,10", (), "Layers with value embeddings, counted from 0, comma-separated."
+        "9,10", (), "Use value embeddings in these layers, counted from 0, comma-separated."
     )
 
     @property
     def value_layers(self) -> tuple[int, ...]:
-        """Layers with value embeddings, in the order of their scales; or Refusal."""
+        """The layers with value embeddings as numbers; raises Refusal if they cannot be read."""
         names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
         if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
@@ -2193,7 +2208,7 @@ class ValueSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSettings(Part):
-    """In which order layers are executed."""
+    """Whether some layers are executed repeatedly."""
 
     title = "Model: depth"
     prefixes: ClassVar[tuple[str, ...]] = ("LOOP_",)
@@ -2201,19 +2216,19 @@ class DepthSettings(Part):
     num_loops: int = model_knob(
         0,
         (0, 16),
-        "How many more times layers LOOP_START to LOOP_END are executed.",
+        "Execute layers LOOP_START to LOOP_END this many more times.",
         absent=0,
         tries=(2,),
     )
-    loop_start: int = model_knob(3, (0, 63), "First layer of the loop.", absent=3)
-    loop_end: int = model_knob(5, (0, 63), "Last layer of the loop.", absent=5)
+    loop_start: int = model_knob(3, (0, 63), "Begin the loop with this layer.", absent=3)
+    loop_end: int = model_knob(5, (0, 63), "End the loop with this layer, inclusive.", absent=5)
     enable_looping_at: float = training_knob(
-        0.35, (0.0, 1.0), "Fraction of the run from which layers loop."
+        0.35, (0.0, 1.0), "Begin to loop after this fraction of the run."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A loop has layers, and a run that reaches it."""
+        """A loop has layers, and begins before the run ends."""
         if cfg.num_loops:
             yield (
                 cfg.loop_start <= cfg.loop_end < cfg.num_layers,
@@ -2236,34 +2251,41 @@ class StreamSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("BACKOUT_",)
 
     skip_per_dim: str = model_knob(
-        "1", ("0", "1", "off"), "U-Net skips with a weight for each channel, for each layer; none."
+        "1",
+        ("0", "1", "off"),
+        "Weigh each U-Net skip by a number for each channel (1), by one number (0), or skip none.",
     )
     skip_gates: bool = model_knob(
-        False, (), "Let a learned gate weigh each skip against the stream.", absent=False
+        False, (), "Blend each skip with the stream by a learned gate.", absent=False
     )
     parallel_start_layer: int = model_knob(
         0,
         (0, 63),
-        "First of the layers whose attention and MLP work on two lanes side by side; 0 has none.",
+        "From this layer on, let attention and MLP work side by side, on two lanes; 0: nowhere.",
         absent=0,
         tries=(2,),
     )
     backout_mode: str = model_knob(
-        "none", ("none", "mid", "cache"), "Which layer's output is subtracted before the head."
+        "none",
+        ("none", "mid", "cache"),
+        "Subtract an earlier output before the head: the middle layer's or that of CACHE_LAYER.",
     )
     cache_layer: int = model_knob(
-        7, (0, 63), "Layer that BACKOUT_MODE=cache keeps; later attention reads it as well."
+        7, (0, 63), "Keep this layer's output for BACKOUT_MODE=cache; later attention reads it too."
     )
     backout_init: float = training_knob(
-        0.2, (-1.0, 1.0), "Initial weight of the backout.", tries=(0.0,)
+        0.2, (-1.0, 1.0), "Start the factor of the subtracted output at this.", tries=(0.0,)
     )
     resid_mix_init: str = training_knob(
-        "identity", ("identity", "phase"), "Initial weight of the embedding in a layer's input."
+        "identity",
+        ("identity", "phase"),
+        "Start each layer's input as the stream, or with a share of the embedding that falls with "
+        "depth (phase).",
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """The last layer's output is the stream itself."""
+        """The output that is subtracted comes from before the last layer."""
         yield (
             cfg.backout_layer < cfg.num_layers - 1,
             "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps",
@@ -2283,11 +2305,12 @@ def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
 
 
 def like(parameter: Tensor, x: Tensor) -> Tensor:
-    """A float32 gain or gate in the type of the activations it meets."""
+    """Cast a float32 parameter to the type of the activations that it meets."""
     return parameter.to(x.dtype)
 
 
-# What a parameter is. Start, optimizer, rounding and storage go by it, never by a name.
+# Each parameter has a Kind. It decides how the parameter starts, learns and is rounded and stored;
+# the parameter's name decides nothing.
 
 Start = Callable[[Tensor, "Config"], object]  # fills a parameter with its initial value
 Shape = tuple[int, ...]
@@ -2299,45 +2322,48 @@ class Kind:
     """What a parameter is; it decides how the parameter starts, learns and is stored."""
 
     name: str  # its row in ROUTES, which says how it learns
-    role: str  # its row in BITS and CLIP_SIGMAS
+    role: str  # its name in BITS and CLIP_SIGMAS, which say how it is quantized
     fits: Callable[[Shape, Config], bool]  # whether a parameter of this kind can have a shape
     expected: str  # the shapes that fit, in words
     start: Start | None = None  # None leaves the value that the parameter was made with
-    may_be_integers: bool = False  # in the artifact; whether it is decided by BITS and its size
+    may_be_integers: bool = False  # in the artifact, if BITS and the parameter's size say so
     may_be_rounded: bool = False  # in training, by QAT
-    inputs_of: str = ""  # the matrix beside it that has the same inputs, and so the same Hessian
+    inputs_of: str = ""  # a sibling matrix with the same inputs and so the same Hessian, by name
 
 
 def is_matrix(shape: Shape, cfg: Config) -> bool:
-    """Whether it leads from one width of the network to another."""
+    """Whether both sides are widths of the network."""
     kv_width = cfg.num_kv_heads * cfg.head_dim
     widths = (cfg.model_dim, kv_width, cfg.mlp_dim, cfg.bigram_dim, cfg.ve_dim)
     return len(shape) == 2 and all(side in widths for side in shape)
 
 
 def is_table(shape: Shape, cfg: Config) -> bool:
-    """Whether it has a row for each token, or for each bucket of token pairs."""
+    """Whether there is a row for each token, or for each bucket of token pairs."""
     return len(shape) == 2 and shape[0] in (cfg.vocab_size, cfg.bigram_vocab_size)
 
 
 def is_vector(shape: Shape, cfg: Config) -> bool:
-    """Whether it is a number or a row of numbers."""
+    """Whether it is a scalar or a vector."""
     return len(shape) < 2
 
 
 def is_rows(shape: Shape, cfg: Config) -> bool:
-    """Whether its rows have a number for each channel, or one for all of them."""
+    """Whether each row has a number for each channel, or a single number."""
     return len(shape) == 2 and shape[1] in (1, cfg.model_dim)
 
 
 def is_gate(shape: Shape, cfg: Config) -> bool:
-    """Whether it has a number, or a row of numbers, for each channel or head."""
+    """Whether it is a scalar, a vector, or has at most one row for each head."""
     return len(shape) < 2 or (len(shape) == 2 and shape[0] <= cfg.num_heads)
 
 
 def is_layer_rows(shape: Shape, cfg: Config) -> bool:
-    """Whether it has a row of numbers for each layer."""
+    """Whether there is a row for each layer."""
     return len(shape) == 2 and shape[0] == cfg.num_layers
+
+
+# The start_...() functions fill a parameter with its initial value.
 
 
 def start_orthogonal(parameter: Tensor, cfg: Config) -> None:
@@ -2346,12 +2372,12 @@ def start_orthogonal(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_scaled(parameter: Tensor, cfg: Config) -> None:
-    """A random matrix whose singular values are all 1 / sqrt(2 L)."""
+    """A random matrix whose singular values are all 1 / sqrt(2 NUM_LAYERS)."""
     nn.init.orthogonal_(parameter, 1.0 / math.sqrt(2 * cfg.num_layers))
 
 
 def start_output(parameter: Tensor, cfg: Config) -> None:
-    """The output of attention or MLP, at 0 by default: a block starts as the identity."""
+    """An output projection of attention or MLP: zeros by default, so that a block adds nothing."""
     if cfg.proj_init == "zero":
         parameter.zero_()
     else:
@@ -2359,7 +2385,7 @@ def start_output(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_auxiliary(parameter: Tensor, cfg: Config) -> None:
-    """A projection of a table."""
+    """The projection of an embedding table into the network."""
     if cfg.optimizer_routing == "banks":
         start_orthogonal(parameter, cfg)
     else:
@@ -2367,14 +2393,14 @@ def start_auxiliary(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_pair_projection(parameter: Tensor, cfg: Config) -> None:
-    """The projection of BigramHash, drawn in any case: BIGRAM_INIT changes no other matrix."""
-    start_auxiliary(parameter, cfg)
+    """The projection of BigramHash."""
+    start_auxiliary(parameter, cfg)  # drawn even if unused, so that later draws stay the same
     if cfg.bigram_init == "zero_proj":
         parameter.zero_()
 
 
 def start_pair_table(parameter: Tensor, cfg: Config) -> None:
-    """The buckets of BigramHash; one of its two factors is 0, so that it starts without effect."""
+    """The buckets of BigramHash: zeros, unless its projection starts at zero."""
     if cfg.bigram_init == "zero_proj":
         start_orthogonal(parameter, cfg)
     else:
@@ -2382,7 +2408,7 @@ def start_pair_table(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_token_table(parameter: Tensor, cfg: Config) -> None:
-    """A normal table; EMB_SVD_INIT makes its k-th singular value the first / sqrt(k)."""
+    """Normal numbers; EMB_SVD_INIT makes the k-th singular value the first / sqrt(k)."""
     nn.init.normal_(parameter, std=cfg.tied_embed_init_std)
     if cfg.emb_svd_init:
         U, S, Vh = torch.linalg.svd(parameter, full_matrices=False)
@@ -2391,7 +2417,7 @@ def start_token_table(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_value_table(parameter: Tensor, cfg: Config) -> None:
-    """A small normal table."""
+    """Small normal numbers."""
     nn.init.normal_(parameter, std=0.01)
 
 
@@ -2422,13 +2448,16 @@ LANE = replace(GATE, fits=is_layer_rows, expected="a row for each layer")
 
 
 def known(kind: Kind, parameter: Made) -> Made:
-    """The parameter, marked as one of this kind."""
+    """Mark a parameter as one of this kind, and return it."""
     parameter.kind = kind  # type: ignore[attr-defined]
     return parameter
 
 
 def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
-    """The kind of each parameter by name; Refusal for one without a kind or of a wrong shape."""
+    """The kind of each parameter, by name.
+
+    Raises Refusal for a parameter without a kind, or whose shape does not fit its kind.
+    """
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = vars(parameter).get("kind")
@@ -2446,16 +2475,16 @@ def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
 
 @functools.lru_cache(8)
 def kinds_within(cfg: Config) -> dict[str, Kind]:
-    """The kinds of the model that these settings describe, which is laid out without memory."""
-    with torch.device("meta"):
-        return GPT(cfg).kinds
+    """The kind of each parameter of the network that these settings describe, by name."""
+    return laid_out(cfg).kinds
 
 
-Delta = tuple[Tensor, Tensor]  # of low rank r, for each row of a batch: (B, r, in), (B, out, r)
+# A change B A of a weight, of low rank r, for each row of a batch: A (B, r, in), B (B, out, r).
+Delta = tuple[Tensor, Tensor]
 
 
 def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
-    """y (B, T, out) + B A x of x (B, T, in), by each row's own A and B; y without a delta."""
+    """y (B, T, out) + B A x of x (B, T, in), each row by its own A and B; y if delta is None."""
     if delta is None:
         return y
     down, up = delta
@@ -2464,13 +2493,13 @@ def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Adapters:
-    """Deltas for the rows of a batch, each for one place where the network takes one.
+    """Low-rank deltas for the rows of a batch (LoRA, arXiv:2106.09685).
 
-    Those of a layer are called q, k and v, which join its projections, and o and mlp, which go
-    straight from the normed input of attention and MLP to its output (LoRA, arXiv:2106.09685).
+    In each layer q, k and v add to these projections; o and mlp lead from the normed input of
+    attention and MLP to their output.
     """
 
-    layers: tuple[dict[str, Delta], ...]  # by place in the plan
+    layers: tuple[dict[str, Delta], ...]  # by place in the plan, then by name: q, k, v, o, mlp
     head: Delta | None
 
 
@@ -2478,19 +2507,19 @@ NO_DELTAS: dict[str, Delta] = {}
 
 
 class Linear(nn.Linear):
-    """Matrix product without bias; the float32 weight is cast to the activations' type."""
+    """A matrix product without bias; its float32 weight is cast to the activations' type."""
 
     def __init__(self, width_in: int, width_out: int, kind: Kind) -> None:
         super().__init__(width_in, width_out, bias=False)
         known(kind, self.weight)
 
     def forward(self, x: Tensor, delta: Delta | None = None) -> Tensor:
-        """(B, T, in) -> (B, T, out); a delta adds to the weight, for each row its own."""
+        """(B, T, in) -> (B, T, out); a delta adds to the weight, for each row a different one."""
         return with_delta(F.linear(x, like(self.weight, x)), x, delta)
 
 
 class Table(nn.Embedding):
-    """A row of numbers for each token or bucket."""
+    """An embedding: a row of numbers for each token or bucket."""
 
     def __init__(self, num_rows: int, width: int, kind: Kind) -> None:
         super().__init__(num_rows, width)
@@ -2498,10 +2527,11 @@ class Table(nn.Embedding):
 
 
 class BigramHash(nn.Module):
-    """Additive embedding of the pair (previous, current token), hashed into n buckets.
+    """An embedding of the pair (previous, current token), added to the token embedding.
 
-    xor: (36313 t_i XOR 27191 t_{i-1}) mod (n - 1); sum: (36313 t_i + 27191 t_{i-1}) mod n. What
-    has no predecessor, a row's first token and with the mask every BOS, has n - 1 or 0.
+    Pairs are hashed into n buckets. xor: (36313 t_i XOR 27191 t_{i-1}) mod (n - 1); sum:
+    (36313 t_i + 27191 t_{i-1}) mod n. A token without a predecessor, which is the first of a row
+    and with BIGRAM_BOS_MASK every BOS, has bucket n - 1 (xor) or 0 (sum).
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -2520,12 +2550,14 @@ class BigramHash(nn.Module):
         current = BIGRAM_CURRENT * input_ids[:, 1:]
         previous = BIGRAM_PREVIOUS * input_ids[:, :-1]
         if self.by_sum:
-            hashed, without = (current + previous) % n, 0
+            hashed = (current + previous) % n
+            no_predecessor = 0
         else:
-            hashed, without = (current ^ previous) % (n - 1), n - 1
-        hashed = F.pad(hashed, (1, 0), value=without)
+            hashed = (current ^ previous) % (n - 1)
+            no_predecessor = n - 1
+        hashed = F.pad(hashed, (1, 0), value=no_predecessor)
         if self.bos_mask:
-            hashed = torch.where(input_ids == BOS, without, hashed)
+            hashed = torch.where(input_ids == BOS, no_predecessor, hashed)
         return hashed
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -2534,7 +2566,10 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_i <- (1 - s) x_i + s x_{i-1}, x_{-1} = 0, s = sigmoid(gate), masked 0 at BOS."""
+    """x_i <- (1 - s) x_i + s x_{i-1}, s = sigmoid(gate), x_{-1} = 0.
+
+    With SMEAR_BOS_MASK s is 0 at BOS.
+    """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2551,10 +2586,10 @@ class SmearGate(nn.Module):
 
 
 class InputSmearGate(nn.Module):
-    """x_i <- x_i + lambda sigmoid(w . x_i) x_{i-1}, x_{-1} = 0, masked x_i at BOS.
+    """x_i <- x_i + lambda sigmoid(w . x_i) x_{i-1}, x_{-1} = 0.
 
-    w weighs the first GATE_WINDOW channels. Both factors start at 0, so that w learns nothing
-    before lambda has moved.
+    w has a weight for each of the first GATE_WINDOW channels. With SMEAR_BOS_MASK x_i stays as it
+    is at BOS. Both w and lambda start at 0, so w has no gradient until lambda has moved.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -2574,7 +2609,7 @@ class InputSmearGate(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """Token identity for the values of late layers: scale * P E[t], shared by those layers."""
+    """scale P E[t], an embedding of token t that some layers share and add to their values."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2589,10 +2624,11 @@ class ValueEmbedding(nn.Module):
 
 
 def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tables of rotate(): cos and signed sin of position times frequency, float32 (T, R) each.
+    """Tables for rotate(): cosines and signed sines of position times frequency, float32 (T, R).
 
-    The frequency of pair i is base^(-2i/R); each table has the R/2 pairs twice, and the sine has
-    its sign turned the second time. The NTK rule raises the base for rows beyond ROPE_NTK_REF.
+    R dimensions rotate, as R/2 pairs; pair i has frequency base^(-2i/R). Each table holds the
+    pairs twice, the sines with the opposite sign the second time. For rows longer than
+    ROPE_NTK_REF the NTK rule raises the base.
     """
     dims, base = cfg.rotary_dims, cfg.rope_base
     if 0 < cfg.rope_ntk_ref < seq_len:
@@ -2604,7 +2640,7 @@ def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions, (B, T, H, K) -> the same: of the first R dimensions, i pairs i + R/2."""
+    """Rotate pairs of dimensions (i, i + R/2) of the first R by position: (B, T, H, K) -> same."""
     cos, sin = (like(table, x)[:, None, :] for table in rotation)
     turned, rest = x.tensor_split([cos.size(-1)], dim=-1)
     turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, -1), sin)
