@@ -2671,9 +2671,10 @@ def attention_inside(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
 
 
 def what_attention_sees(documents: Tensor, boundaries: Tensor | None, in_graph: bool) -> Tensor:
-    """Documents (B, T) as attention_inside() takes them on their device.
+    """Bring documents (B, T) into the form that attention_inside() needs.
 
-    On a CPU a compiled graph takes a mask, whose shape does not depend on the documents.
+    That is `boundaries`, or a mask (B, 1, T, T) for a compiled graph on a CPU, since its shape does
+    not depend on the documents.
     """
     if boundaries is not None and (documents.is_cuda or not in_graph):
         return boundaries
@@ -2682,9 +2683,9 @@ def what_attention_sees(documents: Tensor, boundaries: Tensor | None, in_graph: 
 
 
 def attention_by_length(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """attention_inside() on a CPU: documents of the same length together, and no others.
+    """attention_inside() on a CPU: attends in all documents of one length at once.
 
-    A mask would have the work done across documents, and in both directions, and then undo it.
+    A mask would make the CPU work across documents and into the future, and discard the result.
     """
     lengths = [length for length in boundaries.diff().tolist() if length]
     documents = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
@@ -2697,7 +2698,7 @@ def attention_by_length(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> 
 
 
 def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """attention_inside() on a GPU, where no work is done across documents; untried there."""
+    """attention_inside() on a GPU, which does no work across documents; never run on one yet."""
     rows = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     longest = rows[1]
@@ -2708,15 +2709,15 @@ def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tenso
 
 
 def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """The attention kernel of these settings and its name; or Refusal, see find_attention()."""
+    """The name of the attention kernel for these settings, and the kernel; see find_attention()."""
     return find_attention(cfg.attention, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
 
 
-@functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
+@functools.cache  # a model and its rebuilt copy share a compiled graph only if they share a kernel
 def find_attention(
     wanted: str, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> tuple[str, AttentionKernel]:
-    """FlashAttention-3 where a trial of it works, else torch's kernel; and its name.
+    """Find FlashAttention-3 by a trial of each source, or take torch's kernel: (name, kernel).
 
     Raises Refusal if ATTENTION=fa3 and no source of it works here.
     """
@@ -2730,7 +2731,7 @@ def find_attention(
             if isinstance(attend(query, key, key), tuple):
                 return f"fa3/{source}", functools.partial(first_output, attend)
             return f"fa3/{source}", attend
-        except Exception as error:  # foreign packages raise anything; torch's kernel remains
+        except Exception as error:  # such packages fail in many ways; torch's kernel remains
             why.append(f"{source}: " + str(error).split("\n")[0])
     if wanted == "fa3":
         raise Refusal(f"ATTENTION=fa3: {', '.join(why)}; use ATTENTION=auto")
@@ -2738,12 +2739,12 @@ def find_attention(
 
 
 def first_output(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention's output, of a kernel that returns more beside it."""
+    """The output alone of a kernel that returns a tuple."""
     return attend(q, k, v)[0]
 
 
 def flash_attention(source: str) -> Callable:
-    """Causal FlashAttention-3 of a package; that of "kernels" is downloaded once."""
+    """Causal FlashAttention-3 from a package; "kernels" downloads it once."""
     module = __import__(source)
     if source == "kernels":
         module = module.get_kernel("kernels-community/flash-attn3", version=1)
@@ -2753,7 +2754,7 @@ def flash_attention(source: str) -> Callable:
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Exclusive self attention (XSA, arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||.
 
-    y: (B, T, H, K), v: (B, T, G, K) -> (B, T, H, K), what is left at right angles to v.
+    y: (B, T, H, K), v: (B, T, G, K) -> (B, T, H, K), the part of y that is orthogonal to v.
     """
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
     v = v.unsqueeze(3)  # (B, T, G, 1, K)
@@ -2764,25 +2765,25 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """One step through the network: whose weights it has, and what goes into it beside the stream.
+    """One execution of a block, and what it reads beside the residual stream.
 
-    Layers are counted by their place in the plan; what belongs to weights goes by `block`.
-    Without loops (NUM_LOOPS) the two are the same number.
+    The plan is the list of layers; a layer's place is its index there. A block holds weights. With
+    a loop (NUM_LOOPS) a block has several places in the plan; without, place and block are equal.
     """
 
-    block: int  # whose weights
-    depth_scale: float  # of the normed inputs of attention and MLP
+    block: int  # the number of the block that is executed
+    depth_scale: float  # the factor of the normed inputs of attention and MLP
     two_lanes: bool  # whether attention and MLP work side by side, on a lane each
-    exclusive: bool  # whether a token's own value is taken out of what attention gives (XSA)
-    skip_from: int | None  # the earlier layer whose output is added to the stream first (U-Net)
-    skip_row: int | None  # the row of the skip weights that multiplies that output
-    reads: int | None  # the earlier layer whose output attention reads instead of the stream
-    value_scale: int | None  # which of the value embedding's scales; None without one
-    value_gate: int | None  # which of the gates that add layer 0's values (VRL_MODE=add)
-    mixes_values: bool  # whether layer 0's values are mixed with its own (VRL_MODE=mix)
+    exclusive: bool  # whether attention's output is made orthogonal to the token's value (XSA)
+    skip_from: int | None  # the place whose output is added to the stream first (U-Net)
+    skip_row: int | None  # the row of the skip weights for that output
+    reads: int | None  # the place whose output attention reads instead of the stream
+    value_scale: int | None  # the index of the value embedding's scale; None: no value embedding
+    value_gate: int | None  # the index of the gate that adds layer 0's values (VRL_MODE=add)
+    mixes_values: bool  # whether layer 0's values are mixed with the layer's own (VRL_MODE=mix)
 
     def __str__(self) -> str:
-        """A line for the log: the block, its scale, and the optional parts that the layer has."""
+        """Format a line for the log: block, scale, and the optional parts that the layer has."""
         parts = [f"block:{self.block} depth_scale:{self.depth_scale:.3f}"]
         parts += ["two_lanes"] if self.two_lanes else []
         parts += ["xsa"] if self.exclusive else []
@@ -2794,7 +2795,7 @@ class Layer:
 
 
 def executed_blocks(cfg: Config, looping: bool) -> list[int]:
-    """Whose weights the layers of the plan have, in order; those of a loop come again."""
+    """The blocks in the order in which they are executed; those of a loop come repeatedly."""
     once = list(range(cfg.num_layers))
     if not looping:
         return once
@@ -2803,10 +2804,10 @@ def executed_blocks(cfg: Config, looping: bool) -> list[int]:
 
 
 def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
-    """The layers of the network, in the order in which the stream goes through them.
+    """The plan: the layers of the network in the order in which the stream passes them.
 
-    The second half takes skips from the first, the last output first. A layer of a loop is
-    several layers of the plan, unless it is the plan before looping begins.
+    The second half takes skips from the first half, from its last output to its first. Without
+    `looping`, the plan has each block once, as before ENABLE_LOOPING_AT.
     """
     blocks = executed_blocks(cfg, looping and cfg.num_loops > 0)
     half = len(blocks) // 2
@@ -2840,12 +2841,8 @@ def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
 
 
 def last_place(blocks: list[int], block: int) -> int:
-    """Where the weights of `block` are used for the last time; -1 if nowhere."""
-    last = -1
-    for place, used in enumerate(blocks):
-        if used == block:
-            last = place
-    return last
+    """The last place in the plan at which `block` is executed; -1 if there is none."""
+    return max((place for place, used in enumerate(blocks) if used == block), default=-1)
 
 
 class Attention(nn.Module):
@@ -2861,7 +2858,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, replace(ATTENTION_MATRIX, start=start_output))
         gains = torch.full((cfg.num_heads,), cfg.qk_gain_init)
         self.q_gain = known(ATTENTION_GAIN, nn.Parameter(gains))
-        self.vr_lambda: nn.Parameter | None = None  # shares of layer 0's values and of its own
+        self.vr_lambda: nn.Parameter | None = None  # factors of layer 0's values and of its own
         if layer.mixes_values:
             self.vr_lambda = known(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
         self.gate: nn.Parameter | None = None
@@ -2881,7 +2878,10 @@ class Attention(nn.Module):
         first_v: Tensor | None,
         delta: Delta | None = None,
     ) -> Tensor:
-        """W x + extra, which VRL_MODE=mix (arXiv:2410.17897) mixes with layer 0's: (B, T, G*K)."""
+        """The values W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897).
+
+        x: (B, T, D); extra_v, first_v and result: (B, T, G*K).
+        """
         v = self.c_v(x, delta)
         if extra_v is not None:
             v = v + extra_v
@@ -2891,7 +2891,7 @@ class Attention(nn.Module):
         return v
 
     def gated(self, y: Tensor, x: Tensor) -> Tensor:
-        """What heads give, (B, T, H, K), by a gate that looks at their input (B, T, D)."""
+        """Multiply heads' outputs y (B, T, H, K) by gates of their input x (B, T, D)."""
         if self.gate is None:
             return y
         seen = x[..., : self.gate.size(1)]
@@ -2911,7 +2911,10 @@ class Attention(nn.Module):
         inside: Tensor | None = None,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Tensor:
-        """x: (B, T, D); added to the values and layer 0's: (B, T, G*K) -> (B, T, D)."""
+        """x: (B, T, D) -> (B, T, D).
+
+        extra_v is added to the values, and first_v are layer 0's: both (B, T, G*K), or None.
+        """
         q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
         v = self.values(x, extra_v, first_v, deltas.get("v"))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
@@ -2937,17 +2940,17 @@ class MLP(nn.Module):
         return with_delta(y, x, deltas.get("mlp"))
 
 
-Lanes = tuple[Tensor, Tensor | None]  # the stream (B, T, D), and the second lane where there is one
+Lanes = tuple[Tensor, Tensor | None]  # the residual stream as one or two tensors (B, T, D)
 
 
 def joined(lanes: Lanes) -> Tensor:
-    """The stream, (B, T, D): the mean of its lanes."""
+    """The stream as one tensor (B, T, D), the mean of its lanes."""
     stream, second = lanes
     return stream if second is None else 0.5 * (stream + second)
 
 
 def in_lanes(lanes: Lanes, are_two: bool) -> Lanes:
-    """The stream in as many lanes as a layer has: split in two equal ones, or joined."""
+    """Copy a single lane into two, or join two into one, as the next layer needs."""
     stream, second = lanes
     if not are_two:
         return joined(lanes), None
@@ -2959,17 +2962,20 @@ class Context:
     """What the layers read beside the stream."""
 
     plan: tuple[Layer, ...]
-    x0: Tensor  # normed embedding (B, T, D)
-    rotation: tuple[Tensor, Tensor]
-    extra_v: dict[int, Tensor]  # by layer, added to its values (B, T, G*K)
+    x0: Tensor  # the normed embedding (B, T, D)
+    rotation: tuple[Tensor, Tensor]  # see rotary_tables()
+    extra_v: dict[int, Tensor]  # by place: what is added to the layer's values, (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
     inside: Tensor | None = None  # the documents, for attention_inside()
     adapters: Adapters | None = None
-    outputs: list[Lanes] = field(default_factory=list)  # after each layer so far
+    outputs: list[Lanes] = field(default_factory=list)  # by place: the stream after that layer
 
 
 def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
-    """Shares of stream and embedding in a layer's input: the stream's grows with depth, or is 1."""
+    """Factors of stream and embedding in a block's input, (2, D): the stream's is 1 in all blocks.
+
+    With RESID_MIX_INIT=phase it grows with depth, and the embedding's is the rest.
+    """
     keep = 1.0
     if cfg.resid_mix_init == "phase":
         depth = block / max(cfg.num_layers - 1, 1)  # from 0 to 1
@@ -2978,7 +2984,7 @@ def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
 
 
 class Block(nn.Module):
-    """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
+    """A layer's weights: mix in the embedding, then attention, then MLP, with learned gains."""
 
     def __init__(self, cfg: Config, layer: Layer, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -2992,14 +2998,14 @@ class Block(nn.Module):
         self.mlp_scale = known(GAIN, nn.Parameter(gain.clone()))
 
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
-        """A stream with the embedding mixed in: (B, T, D) and (B, T, D) -> (B, T, D)."""
+        """Mix the embedding x0 into a stream x: both (B, T, D) -> (B, T, D)."""
         keep, inject = like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
 
     def first_values(
         self, x0: Tensor, extra_v: Tensor | None, s: float, delta: Delta | None
     ) -> Tensor:
-        """The values of the first layer, of the embedding (B, T, D): (B, T, G*K)."""
+        """The values that layer 0 computes from the embedding: (B, T, D) -> (B, T, G*K)."""
         return self.attn.values(rms_norm(self.mixed(x0, x0), s), extra_v, None, delta)
 
     def forward(
@@ -3015,9 +3021,9 @@ class Block(nn.Module):
         s: float | Tensor,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Lanes:
-        """The stream (B, T, D) -> (B, T, D), or with `weights` both lanes, see two_lanes().
+        """The stream (B, T, D) -> (B, T, D); two lanes are combined by `weights`, see two_lanes().
 
-        Attention reads an earlier stream where it is given.
+        Attention reads the earlier stream `read` (B, T, D) instead, if there is one.
         """
         x, second = lanes
         a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
@@ -3025,16 +3031,16 @@ class Block(nn.Module):
         seen = u if read is None else self.mixed(read, x0)
         attended = a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v, inside, deltas)
         if second is not None and weights is not None:
-            thought = b * self.mlp(rms_norm(second, s), deltas)
-            return two_lanes(x, second, attended, thought, *weights)
+            mlp_output = b * self.mlp(rms_norm(second, s), deltas)
+            return two_lanes(x, second, attended, mlp_output, *weights)
         x = u + attended
         return x + b * self.mlp(rms_norm(x, s), deltas), None
 
 
 def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """The stream with an earlier layer's output: x + w skip, or g x + (1 - g) w skip.
+    """Add an earlier output to the stream: x + w skip, or with a gate g x + (1 - g) w skip.
 
-    Both are (B, T, D), weight and gate (D,) or (1,); g = sigmoid(gate).
+    x and skip: (B, T, D); weight and gate: (D,) or (1,); g = sigmoid(gate).
     """
     skip = like(weight, x) * skip
     if gate is None:
@@ -3043,21 +3049,22 @@ def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> T
 
 
 def two_lanes(
-    x: Tensor, second: Tensor, attended: Tensor, thought: Tensor, keep: Tensor, write: Tensor
+    x: Tensor, second: Tensor, attended: Tensor, mlp_output: Tensor, keep: Tensor, write: Tensor
 ) -> Lanes:
-    """Two residual streams, each of which keeps a share of itself and takes what both parts give.
+    """Update both lanes: each keeps a part of itself, and adds parts of both outputs.
 
-    Attention reads the first, the MLP the second. Streams and outputs: (B, T, D); keep: (2,), of
-    each lane; write: (4,), attention to either lane, MLP to either lane.
+    Attention has read the first lane and the MLP the second. Lanes and outputs: (B, T, D); keep:
+    (2,), a factor for each lane; write: (4,), factors of attention in the first and second lane,
+    then of the MLP in the first and second.
     """
     keep, write = like(keep, x), like(write, x)
-    first = keep[0] * x + write[0] * attended + write[2] * thought
-    second = keep[1] * second + write[1] * attended + write[3] * thought
+    first = keep[0] * x + write[0] * attended + write[2] * mlp_output
+    second = keep[1] * second + write[1] * attended + write[3] * mlp_output
     return first, second
 
 
 class LaneWeights(nn.Module):
-    """What two_lanes() takes, a row for each layer; those of layers with one lane have no use."""
+    """The factors of two_lanes(), a row for each block; rows of blocks with one lane are unused."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -3065,13 +3072,13 @@ class LaneWeights(nn.Module):
         self.write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
 
     def of(self, block: int) -> tuple[Tensor, Tensor]:
-        """Of a layer: shares that lanes keep (2,), shares that they take (4,)."""
+        """The factors `keep` (2,) and `write` (4,) of a block."""
         return self.keep[block], self.write[block]
 
 
 def add_first_values(model: GPT, c: Context) -> None:
-    """Put layer 0's values (VRL) where the other layers read them."""
-    # Only VRL_MODE=mix takes layer 0's values with its value embedding.
+    """Compute layer 0's values and put them where the other layers read them (VRL)."""
+    # By VRL_MODE=mix they include layer 0's value embedding, by VRL_MODE=add they do not.
     own_extra = c.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
     deltas = NO_DELTAS if c.adapters is None else c.adapters.layers[0]
     block: Any = model.blocks[0]
@@ -3084,7 +3091,7 @@ def add_first_values(model: GPT, c: Context) -> None:
 
 
 class GPT(nn.Module):
-    """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
+    """The network: hidden(ids) -> logits(hidden) -> nats of the targets; forward() is all three."""
 
     def __init__(
         self,
@@ -3095,11 +3102,11 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype, self.kernel = cfg, dtype, kernel
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
-        self.prefixes: Tensor | None = None  # of PREFIX_TARGET (V,), see piece_prefixes()
-        # Where ids stand in their row: first position and the row's length. None: they are it.
+        self.prefixes: Tensor | None = None  # (V,), for PREFIX_TARGET, see piece_prefixes()
+        # (position of the first token, length of the whole row); None: ids are whole rows.
         self.row_place: tuple[int, int] | None = None
         self.compiled_block: Callable[..., Lanes] | None = None  # Block.forward, for training
-        cfg = cfg.for_model()
+        cfg = cfg.for_model()  # from here on, settings that do not travel cannot be read
         self.plan = plan_layers(cfg)
         self.plan_before_looping = plan_layers(cfg, looping=False)
         half = len(self.plan) // 2
@@ -3131,10 +3138,13 @@ class GPT(nn.Module):
             self.backout_lambda = known(backout, nn.Parameter(torch.tensor(0.0)))
         self.kinds = kinds_of(self, cfg)
 
-    head = property(lambda self: self.tok_emb if self.lm_head is None else self.lm_head)
+    @property
+    def head(self) -> Table | Linear:
+        """The module whose weight (V, D) is the output head."""
+        return self.tok_emb if self.lm_head is None else self.lm_head
 
     def embedded(self, input_ids: Tensor) -> Tensor:
-        """The normed embedding of tokens and token pairs, smeared: (B, T) -> (B, T, D)."""
+        """Token and pair embeddings, normed and blended by SmearGate: (B, T) -> (B, T, D)."""
         x = self.tok_emb(input_ids)
         if self.bigram is not None:
             x = x + self.bigram(input_ids, self.dtype)
@@ -3153,7 +3163,7 @@ class GPT(nn.Module):
         looping: bool = True,
         adapters: Adapters | None = None,
     ) -> Context:
-        """What the layers read beside the stream, of ids (B, T) and embedding x0 (B, T, D)."""
+        """Prepare what the layers read beside the stream, from ids (B, T) and x0 (B, T, D)."""
         first, row_length = self.row_place or (0, input_ids.size(1))
         tables = rotary_tables(self.cfg, row_length, x0.device)
         cos, sin = (table[first : first + input_ids.size(1)] for table in tables)
@@ -3178,7 +3188,7 @@ class GPT(nn.Module):
         return c
 
     def layer(self, place: int, lanes: Lanes, c: Context) -> Lanes:
-        """The stream (B, T, D) -> (B, T, D) through a layer of the plan; the same of both lanes."""
+        """Pass the stream through the layer at `place` of the plan: lanes (B, T, D) -> same."""
         layer = c.plan[place]
         block: Any = self.blocks[layer.block]
         x, second = in_lanes(lanes, layer.two_lanes)
@@ -3207,8 +3217,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last layer.
 
-        Attention reaches across whole rows, or inside `documents`, see Batch. Without `looping`
-        each layer is executed once, as before ENABLE_LOOPING_AT.
+        Attention reaches across whole rows, or stays inside `documents`, see Batch. Without
+        `looping` each block is executed once, as before ENABLE_LOOPING_AT.
         """
         x = self.embedded(input_ids)
         c = self.context(input_ids, x, documents, boundaries, looping, adapters)
@@ -3225,9 +3235,9 @@ class GPT(nn.Module):
     def logits(
         self, hidden: Tensor, input_ids: Tensor | None = None, delta: Delta | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c).
+        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c as c tanh(z / c).
 
-        With the token mask, -inf where a token may not follow that of `input_ids` (B, T).
+        With the token mask, a token that may not follow that of `input_ids` (B, T) has -inf.
         """
         z = with_delta(F.linear(hidden, like(self.head.weight, hidden)), hidden, delta).float()
         cap = self.cfg.logit_softcap
@@ -3240,12 +3250,11 @@ class GPT(nn.Module):
     def asked(
         self, batch: Batch, looping: bool = True, adapters: Adapters | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states of a batch where its targets are, and the tokens there: (B, S, D), (B, S).
+        """Hidden states (B, S, D) and input ids (B, S) at the batch's places that have targets.
 
-        S is T where the batch names no places.
+        S is T if the batch names no places.
         """
-        inside = batch.documents, batch.boundaries
-        hidden = self.hidden(batch.input_ids, *inside, looping, adapters)
+        hidden = self.hidden(batch.input_ids, batch.documents, batch.boundaries, looping, adapters)
         if batch.places is None:
             return hidden, batch.input_ids
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
@@ -3258,16 +3267,16 @@ class GPT(nn.Module):
         prefix_weight: Tensor | None = None,
         looping: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Nats of each target and its weight in the loss, float32 like the targets (B, T or S).
+        """The nats of each target and its weight in the loss, float32 (B, S) like the targets.
 
-        A `mile_gamma` of None leaves out MiLe, and then all weights are 1. With `prefix_weight`
-        the nats of the target's prefix are added, so many times.
+        A `mile_gamma` of None leaves MiLe out: all weights are 1. With `prefix_weight` w, w times
+        the nats of the target's prefix are added, see prefix_targets().
         """
         hidden, input_ids = self.asked(batch, looping)
         targets = batch.target_ids
         prefixes = prefix_targets(self, input_ids, targets, prefix_weight)
         cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
-        # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
+        # HeadNats is for the CPU without a graph: a compiled graph fuses this itself.
         plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
         if hidden.requires_grad and not plain:
             mask = (input_ids, self.penalty)
@@ -3284,10 +3293,10 @@ class GPT(nn.Module):
 def prefix_targets(
     model: GPT, input_ids: Tensor, targets: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Tokens that begin the targets (B, T) and their weights in the loss (B, T).
+    """For each target the token that is its longest prefix, and its weight in the loss: (B, T).
 
-    A target that no token begins, or none that may follow the token before it, is its own prefix
-    at a weight of 0. None where `weight` is.
+    The weight is `weight`, but 0 if the target has no prefix, or if the token mask does not let
+    the prefix follow the token before. Returns None if `weight` is None.
     """
     if weight is None:
         return None
@@ -3299,15 +3308,19 @@ def prefix_targets(
 
 
 def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each target in nats: (B, T, V) and (B, T) -> (B, T)."""
+    """The cross entropy of each target in nats: (B, T, V) and (B, T) -> (B, T)."""
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nats.view_as(targets)
 
 
 @torch.no_grad()
 def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
-    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (..., V) -> (...)."""
-    if gamma is None:  # without MiLe; else a tensor, so that its schedule never recompiles a graph
+    """Weights of the MiLe loss, max((1 - e^-entropy)^gamma, clamp_min): (..., V) -> (...).
+
+    gamma is a tensor, so that its schedule recompiles no graph; None gives weights of 1. Source:
+    arXiv:2310.19531.
+    """
+    if gamma is None:
         return torch.ones_like(logits.select(-1, 0))
     p = torch.softmax(logits, dim=-1)
     entropy = -(p * torch.log(p + 1e-8)).sum(-1)
@@ -3318,16 +3331,19 @@ def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tens
 def initialize(model: GPT, cfg: Config) -> None:
     """Give every parameter the initial value of its kind.
 
-    Random ones are drawn from SEED on the CPU, so that every device starts alike; matrices come
-    before tables.
+    The model must be on the CPU: random numbers are drawn there from SEED, so that runs on all
+    devices start alike. Tables are drawn after everything else.
     """
+
+    def is_of_table(named: tuple[str, nn.Parameter]) -> bool:
+        return model.kinds[named[0]].fits is is_table
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        for of_tables in (False, True):
-            for name, parameter in model.named_parameters():
-                kind = model.kinds[name]
-                if kind.start is not None and (kind.fits is is_table) == of_tables:
-                    kind.start(parameter, cfg)
+        for name, parameter in sorted(model.named_parameters(), key=is_of_table):
+            start = model.kinds[name].start
+            if start is not None:
+                start(parameter, cfg)
 
 
 # =================================================================================================
