@@ -3348,50 +3348,52 @@ def initialize(model: GPT, cfg: Config) -> None:
 
 # =================================================================================================
 # Optimizers and schedules
-# Two tables and one rule each: ROUTES says which parameter goes where, Schedule.at() what the
-# rates are at a given time, Muon.step() and AdamW what they do.
+# ROUTES and GROUPS say which optimizer trains each parameter, and with which rate and decay.
+# Schedule.at() gives the rates at a given time. Muon is here; AdamW is torch's.
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateSettings(Part):
-    """Learning rates and what shapes them over the run."""
+    """Learning rates and their course over the run."""
 
     title = "Optimizer: rates"
     prefixes: ClassVar[tuple[str, ...]] = ("WARMDOWN_",)
 
-    lr_mult: float = training_knob(1.0, (0.0, 100.0), "Factor of every learning rate.")
-    matrix_lr: float = training_knob(0.025, (0.0, 10.0), "Learning rate of matrices (Muon).")
+    lr_mult: float = training_knob(1.0, (0.0, 100.0), "Multiply every learning rate by this.")
+    matrix_lr: float = training_knob(0.025, (0.0, 10.0), "Train matrices at this rate (Muon).")
     scalar_lr: float = training_knob(
-        0.025, (0.0, 10.0), "Learning rate of gains, gates and scales (AdamW)."
+        0.025, (0.0, 10.0), "Train gains, gates and scales at this rate (AdamW)."
     )
     tied_embed_lr: float = training_knob(
-        0.035, (0.0, 10.0), "Learning rate of embedding tables (AdamW)."
+        0.035, (0.0, 10.0), "Train embedding tables at this rate (AdamW)."
     )
     embed_lr: float = training_knob(
-        0.6, (0.0, 10.0), "Learning rate of the token embedding if TIE_EMBEDDINGS=0."
+        0.6, (0.0, 10.0), "Train the token embedding at this rate if TIE_EMBEDDINGS=0."
     )
     head_lr: float = training_knob(
-        0.008, (0.0, 10.0), "Learning rate of the output head if TIE_EMBEDDINGS=0."
+        0.008, (0.0, 10.0), "Train the output head at this rate if TIE_EMBEDDINGS=0."
     )
     warmdown_iters: int = training_knob(
-        3500, (0, 10**8), "Last steps of the run, over which the rates decay to 0."
+        3500, (0, 10**8), "Let the rates decay to 0 over this many steps at the end of the run."
     )
     warmdown_frac: float = training_knob(
-        0.0, (0.0, 1.0), "Above 0: the fraction of the run that decays, instead of WARMDOWN_ITERS."
-    )
-    warmdown_type: str = training_knob("linear", ("linear", "cosine"), "Shape of the decay.")
-    min_lr: float = training_knob(
         0.0,
         (0.0, 1.0),
-        "The fraction of each rate below which its decay does not go.",
-        tries=(0.1,),
+        "If above 0, let the rates decay over this last fraction of the run, instead of over "
+        "WARMDOWN_ITERS.",
+    )
+    warmdown_type: str = training_knob(
+        "linear", ("linear", "cosine"), "Let the rates decay along a line or half a cosine."
+    )
+    min_lr: float = training_knob(
+        0.0, (0.0, 1.0), "Let no rate decay below this fraction of its peak.", tries=(0.1,)
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MuonSettings(Part):
-    """The optimizer of matrices, and what it is used for."""
+    """The optimizer of matrices, and which parameters it trains."""
 
     title = "Optimizer: Muon"
     prefixes: ClassVar[tuple[str, ...]] = ("MUON_",)
@@ -3399,67 +3401,69 @@ class MuonSettings(Part):
     optimizer_routing: str = training_knob(
         "standard",
         ("standard", "banks", "by_ndim", "adam"),
-        "Which parameters Muon trains: matrices; those of blocks; all 2-D ones but token "
-        "embedding and head; those outside the blocks.",
+        "Train these by Muon: all matrices (standard), those of blocks (banks), all 2-D parameters "
+        "but token embedding and head (by_ndim), or matrices outside the blocks (adam).",
     )
     muon_momentum: float = training_knob(
-        0.99, (0.0, 0.9999), "Muon's momentum once it has ramped up."
+        0.99, (0.0, 0.9999), "Keep Muon's momentum at this value once it has ramped up."
     )
     muon_momentum_warmup_start: float = training_knob(
-        0.92, (0.0, 0.9999), "Muon's momentum at step 0."
+        0.92, (0.0, 0.9999), "Start Muon's momentum at this value."
     )
     muon_momentum_warmup_steps: int = training_knob(
-        1500, (0, 10**8), "Steps over which Muon's momentum ramps up."
+        1500, (0, 10**8), "Ramp Muon's momentum up over this many steps."
     )
     muon_ns: str = training_knob(
         "quintic",
         ("quintic", "polar"),
-        "Polynomials that orthogonalise an update: Newton-Schulz with one for all steps, or "
-        "Polar Express with one for each.",
+        "Orthogonalise updates by Newton-Schulz, one polynomial for all its steps, or by Polar "
+        "Express, a polynomial for each.",
     )
-    muon_backend_steps: int = training_knob(5, (1, 20), "Steps of MUON_NS.", tries=(3,))
+    muon_backend_steps: int = training_knob(
+        5, (1, 20), "Orthogonalise by this many steps of MUON_NS.", tries=(3,)
+    )
     muon_momentum_cooldown_frac: float = training_knob(
         0.0,
         (0.0, 1.0),
-        "Last fraction of the run, in which Muon's momentum falls to its start.",
+        "Let Muon's momentum fall back to its start over this last fraction of the run.",
         tries=(0.5,),
     )
     muon_slow_share: float = training_knob(
         0.0,
         (0.0, 1.0),
-        "Share of a second, slower momentum beside Muon's own; 0 keeps none.",
+        "Blend this share of a second, slower momentum into Muon's own; 0 keeps none.",
         tries=(0.5,),
     )
     muon_slow_momentum: float = training_knob(
-        0.98, (0.0, 0.9999), "Fraction of the slower momentum that a step keeps."
+        0.98, (0.0, 0.9999), "Keep this fraction of the slower momentum at each step."
     )
     muon_slow_start_frac: float = training_knob(
-        0.4, (0.0, 1.0), "Fraction of the run from which the slower momentum counts."
+        0.4, (0.0, 1.0), "Blend in the slower momentum after this fraction of the run."
     )
     muon_row_norm: bool = training_knob(
-        False, (), "Bring the rows of an update to one norm before it is orthogonalised."
+        False, (), "Divide each row of an update by its norm before it is orthogonalised."
     )
     muon_neuron_norm: float = training_knob(
         0.0,
         (0.0, 0.9999),
-        "Fraction that a step keeps of each neuron's mean squared update, by whose root the "
-        "orthogonalised update is divided (NorMuon: 0.95); 0 turns it off.",
+        "Divide each neuron's orthogonalised update by the root of its running mean square, of "
+        "which a step keeps this fraction (NorMuon: 0.95); 0 turns it off.",
         tries=(0.95,),
     )
     muon_quant_momentum: bool = training_knob(
         False, (), "Keep Muon's momentum as blocks of int8 between steps."
     )
     muon_parallel: bool = training_knob(
-        True, (), "Let ranks share Muon's matrices out, rather than each doing all of them."
+        True, (), "Divide Muon's matrices among the ranks, rather than have each update all."
     )
-    muon_wd: float = training_knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
+    muon_wd: float = training_knob(0.04, (0.0, 10.0), "Use this decoupled weight decay in Muon.")
     muon_wd_form: str = training_knob(
         "plain",
         ("plain", "cautious"),
-        "Whether all weights decay, or only those that the step makes smaller as well.",
+        "Decay all of Muon's weights, or only those that its step makes smaller too (cautious).",
     )
     muon_wd_order: str = training_knob(
-        "before", ("before", "after"), "Whether Muon decays weights before or after its step."
+        "before", ("before", "after"), "Decay Muon's weights before or after its step."
     )
 
     @staticmethod
@@ -3478,40 +3482,40 @@ class AdamSettings(Part):
     title = "Optimizer: AdamW"
     prefixes: ClassVar[tuple[str, ...]] = ("ADAM_",)
 
-    adam_wd: float = training_knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
+    adam_wd: float = training_knob(0.04, (0.0, 10.0), "Use this decoupled weight decay in AdamW.")
     embed_wd: float = training_knob(
         -1.0,
         (-1.0, 10.0),
-        "The decay of embedding tables instead of ADAM_WD; -1 leaves that.",
+        "Decay embedding tables by this instead of ADAM_WD; -1 keeps ADAM_WD.",
         tries=(0.085,),
     )
     beta2: float = training_knob(
-        0.95, (0.5, 0.99999), "Fraction of AdamW's mean squared gradient that a step keeps."
+        0.95, (0.5, 0.99999), "Keep this fraction of AdamW's mean squared gradient at each step."
     )
     grad_clip_norm: float = training_knob(
-        0.3, (0.0, 1e6), "Largest norm of the whole gradient; 0 sets no bound."
+        0.3, (0.0, 1e6), "Bound the norm of the whole gradient by this; 0 sets no bound."
     )
     clip_before_reduce: bool = training_knob(
-        False, (), "Bound each rank's own gradient, before they are summed."
+        False, (), "Bound each rank's own gradient, before the ranks' gradients are summed."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A negative decay would let tables grow."""
+        """A negative decay would make tables grow."""
         yield (
             cfg.embed_wd == -1.0 or cfg.embed_wd >= 0.0,
             "EMBED_WD is no decay: it is at least 0, or -1 for that of ADAM_WD",
         )
 
 
-# What orthogonalize() does to singular values: x <- a x + b x^3 + c x^5, a row (a, b, c) for each
-# step, and the last row for all steps that are left.
+# A step of orthogonalize() maps each singular value by x <- a x + b x^3 + c x^5. Here are (a, b, c)
+# of each step; the last row serves all further steps.
 SINGULAR_VALUE_MAPS = {
-    # Muon's Newton-Schulz iteration: large slope at zero; singular values from 0.003 of the norm
-    # upward end within 0.68 to 1.21 after five steps.
+    # Muon's Newton-Schulz iteration, with a large slope at zero: after five steps, singular values
+    # of at least 0.003 of the norm lie within 0.68 to 1.21.
     "quintic": ((3.4445, -4.7750, 2.0315),),
-    # Polar Express (arXiv:2505.16932), made for five steps: from 0.001 of the norm upward, 0.86
-    # to 1.15. It is used without the paper's division by a margin, as in #1855.
+    # Polar Express (arXiv:2505.16932), made for five steps, after which singular values of at least
+    # 0.001 of the norm lie within 0.86 to 1.15. The paper's division by a margin is left out.
     "polar": (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -3522,9 +3526,9 @@ SINGULAR_VALUE_MAPS = {
 }
 
 MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
-MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
+MILE_ENDS = 0.15  # the scale of the rates at which MiLe has faded to plain cross entropy
 
-# How each group of parameters learns.
+# How each group of parameters learns: the rate and decay are names of settings.
 # fmt: off
 GROUPS = {
     # group               optimizer  learning rate  weight decay
@@ -3557,9 +3561,10 @@ ROUTES = {
 
 
 def route_parameters(cfg: Config, model: GPT) -> list[dict]:
-    """Parameter groups of the optimizers, one for each group of GROUPS in use.
+    """The parameter groups of the optimizers, one for each row of GROUPS in use.
 
-    Each has its name ("route"), optimizer, parameters and their names, rate and weight decay.
+    Each has its name ("route"), its optimizer's name, its parameters and their names, its peak
+    rate and its weight decay.
     """
     routing = ROUTINGS.index(cfg.optimizer_routing)
     groups: dict[str, dict] = {}
@@ -3581,7 +3586,7 @@ def route_parameters(cfg: Config, model: GPT) -> list[dict]:
 
 
 def normalize_rows(matrices: Tensor) -> Tensor:
-    """Divide each row by its norm (MuonEq-R); a row of zeros stays: (..., r, c) -> same."""
+    """Divide each row by its norm (MuonEq-R); rows of zeros stay zero: (..., r, c) -> same."""
     return matrices / matrices.norm(dim=-1, keepdim=True).clamp_min(1e-7)
 
 
@@ -3589,7 +3594,7 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
     """Push the singular values of each matrix towards 1: (..., r, c) -> same.
 
     X <- aX + (bA + cA^2)X with A = XX^T, from X = G / ||G||_F; a zero matrix stays zero.
-    `maps` is a row of SINGULAR_VALUE_MAPS, which has a, b and c.
+    a, b and c of each step come from SINGULAR_VALUE_MAPS[maps].
     """
     rows = SINGULAR_VALUE_MAPS[maps]
     tall = matrices.size(-2) > matrices.size(-1)
@@ -3603,10 +3608,11 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
 
 
 def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
-    """Divide each neuron's update by its root mean square over steps; norms stay: (m, r, c).
+    """Divide each neuron's update by its root mean square over steps: (m, r, c) -> same.
 
-    A neuron is a place along a matrix's longer side. The mean square moves by 1 - `keep` a step
-    and is kept as "neuron_squares". Source: NorMuon, arXiv:2510.05491.
+    Each matrix keeps its norm. A neuron is a row or column, whichever there are more of. Of its
+    running mean square, held in kept["neuron_squares"], a step keeps the fraction `keep`. Source:
+    NorMuon, arXiv:2510.05491.
     """
     exact = updates.float() if updates.dtype == torch.bfloat16 else updates
     across = -1 if updates.size(-2) >= updates.size(-1) else -2
@@ -3619,7 +3625,7 @@ def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
 
 
 def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """Blockwise int8: (n, r, c) -> integers (n, blocks, 256), scales (n, blocks, 1), its type."""
+    """Quantize (n, r, c) blockwise to int8 (n, blocks, 256), with scales (n, blocks, 1)."""
     rows = momentum.flatten(1)
     blocks = F.pad(rows, (0, -rows.size(1) % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
     scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).clamp_min(1e-12)
@@ -3627,27 +3633,28 @@ def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_momentum(packed: tuple[Tensor, Tensor], like_this: Tensor) -> Tensor:
-    """The momentum that pack_momentum packed, in the shape (n, r, c) of `like_this`."""
+    """Undo pack_momentum(), but for rounding; the result has the shape (n, r, c) of `like_this`."""
     q, scale = packed
     rows = (q.to(scale.dtype) * scale).flatten(1)
     return rows[:, : like_this[0].numel()].view_as(like_this)
 
 
 class Muon(torch.optim.Optimizer):
-    """W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M), M <- mu M + g.
+    """M <- mu M + g, W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M).
 
-    Equal shapes are stacked and orthogonalised together, in `dtype`. Source: Keller Jordan's
-    Muon. Each step of the rule has its variants, which MuonSettings names:
+    W, the momentum M and the gradient g are matrices (r, c). Matrices of equal shape are stacked
+    and orthogonalised together, in `dtype`. Source: Keller Jordan's Muon. Settings vary each part
+    of the rule:
 
-        M between steps          MUON_QUANT_MOMENTUM            advance()
+        how M is kept            MUON_QUANT_MOMENTUM            advance()
         a second M               MUON_SLOW_SHARE                nesterov()
-        before it is orthogonal  MUON_ROW_NORM                  normalize_rows()
-        orthogonal               MUON_NS                        orthogonalize()
-        after it is orthogonal   MUON_NEURON_NORM               normalize_neurons()
+        before orthogonalize     MUON_ROW_NORM                  normalize_rows()
+        orthogonalize            MUON_NS                        orthogonalize()
+        after orthogonalize      MUON_NEURON_NORM               normalize_neurons()
         decay of W               MUON_WD_FORM, MUON_WD_ORDER    apply()
 
-    With MUON_PARALLEL the ranks divide each stack among them: a rank has the summed gradients,
-    the momentum and the updates of its own part only, and then all ranks gather the updates.
+    With MUON_PARALLEL the ranks divide each stack: a rank holds the summed gradients, the momentum
+    and the updates of its own part only, and then all ranks gather the updates.
     """
 
     def __init__(
@@ -3661,7 +3668,8 @@ class Muon(torch.optim.Optimizer):
         self.cfg = cfg
         self.dtype = dtype
         self.ranks = ranks or Ranks()
-        self.shares: list[Callable[[], Tensor]] = []  # of launched sums
+        # For each stack whose sum over ranks is under way: waits and gives this rank's part.
+        self.launched: list[Callable[[], Tensor]] = []
         self.stacks = [
             (group, [w for w in group["params"] if w.shape == shape])
             for group in self.param_groups
@@ -3673,22 +3681,22 @@ class Muon(torch.optim.Optimizer):
         for _, weights in self.stacks:
             grad = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
             for weight in weights:
-                weight.grad = None  # its memory is free for the update
-            self.shares.append(self.ranks.scatter_sum(grad))
+                weight.grad = None  # frees its memory for the update
+            self.launched.append(self.ranks.scatter_sum(grad))
 
     def gradients(self, group: dict | None = None) -> list[Tensor]:
-        """This rank's share (m, r, c) of each launched stack, or of those of one group."""
-        if not self.shares:
+        """This rank's part (m, r, c) of each stack's summed gradient, or of one group's stacks."""
+        if not self.launched:
             self.launch()
         return [
             wait()
-            for (of, _), wait in zip(self.stacks, self.shares, strict=True)
-            if group is None or of is group
+            for (owner, _), wait in zip(self.stacks, self.launched, strict=True)
+            if group is None or owner is group
         ]
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without closures
-        """Apply one update from the gradients; one stack's travels while the next is computed."""
+        """Update the weights; one stack's update is gathered while the next is computed."""
         cfg = self.cfg
         updates = []
         for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
@@ -3702,10 +3710,10 @@ class Muon(torch.optim.Optimizer):
             updates.append(self.ranks.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
             self.apply(group, weights, wait()[: len(weights)])
-        self.shares = []
+        self.launched = []
 
     def apply(self, group: dict, weights: list[Tensor], updates: Tensor) -> None:
-        """Decay the weights of a stack and let them take their updates (n, r, c)."""
+        """Decay a stack's weights and subtract lr sqrt(max(1, r/c)) times the updates (n, r, c)."""
         rows, cols = weights[0].shape
         updates = updates.to(weights[0].dtype)
         decay = 1.0 - group["lr"] * group["weight_decay"]
@@ -3724,10 +3732,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
 
     def nesterov(self, grads: Tensor, kept: dict, group: dict) -> Tensor:
-        """g + mu M of a stack (m, r, c); with MUON_SLOW_SHARE, M is blended with a slower one.
+        """Advance M and return g + mu M, for a stack of gradients g (m, r, c).
 
-        The slower one is kept as a mean of gradients and divided by 1 - mu where it is used, so
-        that it has the size of M. Source: modded-nanogpt #339 (bi-Maxwell momentum).
+        With MUON_SLOW_SHARE, M is blended with a slower momentum. That one is a running mean of
+        gradients, and divided by 1 - mu it has the size of M. Source: modded-nanogpt #339
+        (bi-Maxwell momentum).
         """
         mu = group["momentum"]
         if self.cfg.muon_quant_momentum:
@@ -3740,7 +3749,7 @@ class Muon(torch.optim.Optimizer):
         return grads.add(momentum, alpha=mu)
 
     def advance(self, name: str, grads: Tensor, kept: dict, mu: float) -> Tensor:
-        """M <- mu M + g, which is kept under its name, and returned."""
+        """M <- mu M + g, for the momentum kept under `name`; returns it."""
         parts = kept.get(name, (torch.zeros_like(grads),))
         momentum = unpack_momentum(parts, grads) if len(parts) == 2 else parts[0]
         momentum.mul_(mu).add_(grads)
@@ -3749,7 +3758,7 @@ class Muon(torch.optim.Optimizer):
         return momentum
 
     def whole_state(self) -> list[dict[str, list[Tensor]]]:
-        """What each stack keeps, from all ranks, (n, ...); packed momentum as two tensors."""
+        """Gather the state of each stack from all ranks: by name, a list of tensors (n, ...)."""
         return [
             {
                 name: [self.ranks.gather(part)()[: len(weights)] for part in parts]
@@ -3759,7 +3768,7 @@ class Muon(torch.optim.Optimizer):
         ]
 
     def load_whole_state(self, whole: list[dict[str, list[Tensor]]]) -> None:
-        """Take this rank's share of what whole_state() gave, on any number of ranks."""
+        """Take this rank's part of what whole_state() gave, perhaps on another number of ranks."""
         for (_, weights), kept in zip(self.stacks, whole, strict=True):
             for name, parts in kept.items():
                 self.state[weights[0]][name] = tuple(map(self.ranks.part_of, parts))
@@ -3768,7 +3777,7 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(
     cfg: Config, groups: list[dict], dtype: torch.dtype, ranks: Ranks | None = None
 ) -> list:
-    """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
+    """Make AdamW and Muon for the groups of route_parameters(); train_step() sets their rates."""
     adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
     return [
         torch.optim.AdamW(adam, lr=0.0, betas=(0.9, cfg.beta2), eps=1e-8, fused=True),
@@ -3777,7 +3786,7 @@ def build_optimizers(
 
 
 def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
-    """Learning-rate scale with `remaining` of the run left, in the unit of `warmdown`."""
+    """The factor of the learning rates with `remaining` of the run left, in `warmdown`'s unit."""
     if warmdown <= 0:
         return 1.0
     linear = min(1.0, max(0.0, remaining) / warmdown)
@@ -3787,14 +3796,17 @@ def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
 
 
 def decay_left(scale: float, shape: str) -> float:
-    """The fraction of the warmdown that is left when the rates have this scale."""
+    """The fraction of the warmdown that is left when decay_scale() is `scale`."""
     if shape == "linear":
         return scale
     return math.acos(1.0 - 2.0 * scale) / math.pi
 
 
 def prefix_scale(remaining: float, whole: float) -> float:
-    """Scale of PREFIX_TARGET: 1 in the first third of the run, 0 at its second third's end."""
+    """The factor of PREFIX_TARGET: 1 in the first third of the run, then falling to 0 over another.
+
+    remaining, whole: what is left of the run and its length, in one unit.
+    """
     if whole <= 0:
         return 0.0
     return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
@@ -3802,27 +3814,29 @@ def prefix_scale(remaining: float, whole: float) -> float:
 
 @dataclass(frozen=True)
 class Moment:
-    """What the schedules say at one step."""
+    """What the schedules say for one step."""
 
-    lr_scale: float
-    momentum: float  # of Muon
-    qat: bool
-    done: bool  # the run has ended; this step is not made
-    mile_gamma: float = 0.0
-    snapshot: bool = False  # SWA takes one after the step
-    slow_share: float = 0.0  # of Muon's slower momentum
-    prefix_weight: float = 0.0  # of the prefix's nats in the loss
-    looping: bool = True  # layers LOOP_START to LOOP_END are executed again, if there is a loop
+    lr_scale: float  # the factor of all learning rates
+    momentum: float  # Muon's
+    qat: bool  # whether training rounds weights
+    done: bool  # whether the run has ended, so that this step is not made
+    mile_gamma: float = 0.0  # the exponent of the MiLe loss
+    snapshot: bool = False  # whether SWA takes the weights into its mean after the step
+    slow_share: float = 0.0  # the share of Muon's slower momentum
+    prefix_weight: float = 0.0  # the weight of the prefix's nats in the loss
+    looping: bool = (
+        True  # whether layers LOOP_START to LOOP_END are repeated, if NUM_LOOPS is not 0
+    )
 
 
 class Schedule:
     """Rates and switches at a given step; the same on every rank.
 
-    observe() takes in what was measured, at() answers and changes nothing. The run's clock is
-    what has been spent of its budget, in the budget's unit: seconds, operations or steps. What a
-    step costs is known exactly, but for seconds: there the median of recent steps stands for it,
-    once a few are known, since a slow first step must not look like the end of the run. By it
-    WARMDOWN_ITERS are put into the budget's unit. A warmdown never exceeds the run.
+    observe() takes in what was measured; at() answers and changes nothing. Time is what has been
+    spent of the budget, in the budget's unit: seconds, operations or steps. The cost of a step is
+    known exactly but in seconds. There it is the median of recent steps, once a few are known,
+    since a slow first step must not look like the end of the run. WARMDOWN_ITERS times this cost
+    is the warmdown in the budget's unit; it never exceeds the run.
     """
 
     STEPS_NEEDED = 5  # steps whose seconds must be known before their median counts
@@ -3836,41 +3850,43 @@ class Schedule:
         step_operations: int = 0,
         early_operations: int | None = None,
     ) -> None:
-        """`reserve` of the budget is kept for calibration; `step_operations` a step counts.
+        """reserve: what is kept of the budget for calibration, in the budget's unit.
 
-        `early_operations` is what it counts before layers loop; None: as much.
+        queued_steps: how many steps may wait in a GPU's queue.
+        step_operations: counted operations of a step.
+        early_operations: the same before layers loop; None if there is no difference.
         """
         self.cfg = cfg
         self.unit = cfg.budget_unit
         self.budget = max(cfg.whole_budget - reserve, 0)
-        self.queued_steps = queued_steps  # that a GPU may still have to do
+        self.queued_steps = queued_steps
         self.step_operations = step_operations
         self.early_operations = step_operations if early_operations is None else early_operations
         self.step_seconds: deque[float] = deque(maxlen=self.STEPS_KEPT)
         self.last_spent = 0.0
-        self.qat = False  # whether it has begun
-        self.looping = False  # likewise
+        self.qat = False  # whether QAT has begun
+        self.looping = False  # whether looping has begun
 
     def observe(self, step: int, spent: float) -> None:
-        """Take in that step `step` (from 0) is about to begin, `spent` of the budget gone."""
+        """Take in that step `step` (from 0) is about to begin with `spent` of the budget spent."""
         if step > 0:
             self.step_seconds.append(spent - self.last_spent)
         self.last_spent = spent
-        # Late QAT stays on once it is on: the scale is measured and may waver. So do loops.
+        # What has begun never ends, even if the next measurement puts its beginning off again.
         moment = self.at(step, spent)
         self.qat = moment.qat
         self.looping = moment.looping
 
     def at(self, step: int, spent: float) -> Moment:
-        """The schedules at step `step` (from 0), `spent` of the budget gone.
+        """What the schedules say for step `step` (from 0), with `spent` of the budget spent.
 
-        spent: seconds of training or counted operations; a budget of steps goes by `step` alone.
+        spent: seconds of training, or counted operations; unused if the budget is in steps.
         """
         cfg = self.cfg
         remaining, whole = self.remaining_and_whole(step, spent)
         warmdown = self.warmdown(whole)
         slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
-        # Switches go by the scale without its floor, so that each is reached in the end.
+        # Switches go by the scale without the floor MIN_LR, so that each is reached in the end.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
         qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
         return Moment(
@@ -3886,16 +3902,16 @@ class Schedule:
         )
 
     def position(self, step: int, spent: float) -> float:
-        """How much of the budget is gone, in its unit."""
+        """How much of the budget is spent, in its unit."""
         return step if self.unit == "steps" else spent
 
     def loops_begin(self, step: int, spent: float) -> bool:
-        """Whether the fraction of the run is over from which layers loop, if any do."""
-        over = self.position(step, spent) / max(self.budget, 1e-9)
-        return self.cfg.num_loops > 0 and over >= self.cfg.enable_looping_at
+        """Whether the run has a loop and has reached ENABLE_LOOPING_AT."""
+        fraction = self.position(step, spent) / max(self.budget, 1e-9)
+        return self.cfg.num_loops > 0 and fraction >= self.cfg.enable_looping_at
 
     def remaining_and_whole(self, step: int, spent: float) -> tuple[float, float]:
-        """What is left of the run and how long it is in all, both in the budget's unit."""
+        """How much of the run is left, and its whole length, both in the budget's unit."""
         spent = self.position(step, spent)
         step_cost = self.step_cost()
         whole = float(self.budget)
@@ -3904,14 +3920,14 @@ class Schedule:
         return whole - spent, whole
 
     def warmdown(self, whole: float) -> float:
-        """How much of a run that is so long decays, in the same unit."""
+        """The length of the warmdown in a run of length `whole`, both in the budget's unit."""
         cfg = self.cfg
         if cfg.warmdown_frac:
             return cfg.warmdown_frac * whole
         return min(cfg.warmdown_iters * self.step_cost(), whole)
 
     def step_cost(self) -> float:
-        """What the next step costs; of seconds the median of recent steps, 0 until it is known."""
+        """What a step costs in the budget's unit; 0 while too few steps have been timed."""
         if self.unit == "steps":
             return 1
         if self.unit == "operations":
@@ -3921,9 +3937,9 @@ class Schedule:
         return float(np.median(self.step_seconds))
 
     def momentum(self, step: int, remaining: float, whole: float) -> float:
-        """Muon's momentum, which rises linearly to its last value, and may fall back in the end.
+        """Muon's momentum: it rises linearly to MUON_MOMENTUM, and may fall back near the end.
 
-        `remaining` is what is left of the `whole` run, in one unit.
+        remaining, whole: what is left of the run and its length, in the budget's unit.
         """
         cfg = self.cfg
         cooldown = cfg.muon_momentum_cooldown_frac * whole
@@ -3947,15 +3963,16 @@ class Schedule:
         return spent + ahead >= self.budget
 
     def progress(self, step: int, spent: float) -> float:
-        """The fraction of the run that is over, calibration included, from 0 to 1."""
+        """How much of the run is done, calibration included, as a fraction."""
         progress = self.position(step, spent) / self.cfg.whole_budget
         if self.unit == "operations":
             return max(progress, step / self.cfg.iterations)
         return progress
 
     def acting(self, moment: Moment) -> dict[str, bool]:
-        """Each configured technique that the schedule turns on or off: whether it acts now."""
-        cfg, found = self.cfg, {}
+        """For each configured technique that the schedule turns on or off, whether it is on."""
+        cfg = self.cfg
+        found = {}
         if cfg.qat_mode != "off":
             found[f"{cfg.qat_mode}_qat"] = moment.qat
         if cfg.warmdown_iters or cfg.warmdown_frac:
@@ -3973,7 +3990,7 @@ class Schedule:
         return found
 
     def turning_points(self) -> Iterator[tuple[str, float]]:
-        """What changes as the rates decay, and the fraction of the warmdown left at that time."""
+        """Yield what changes as the rates decay, and the fraction of the warmdown left then."""
         cfg = self.cfg
         scales = {f"warmdown ({cfg.warmdown_type})": 1.0}
         if cfg.qat_mode == "late":
@@ -3989,7 +4006,7 @@ class Schedule:
                 yield name, decay_left(scale, cfg.warmdown_type)
 
     def dates(self) -> Iterator[tuple[str, float]]:
-        """What changes at a fixed fraction of the run, and that fraction."""
+        """Yield what changes at a fixed fraction of the run, and that fraction."""
         cfg = self.cfg
         if cfg.muon_momentum_cooldown_frac:
             yield "momentum cool-down", 1.0 - cfg.muon_momentum_cooldown_frac
