@@ -4020,13 +4020,13 @@ class Schedule:
 # =================================================================================================
 # Counted work
 # The floating-point operations of a run, counted from shapes and so equal on every machine. Only
-# products count, with 2 m n k operations for one of (m, k) and (k, n): all else is a small part of
-# a run, and how many operations a norm or an exponential has is no fact of mathematics.
+# matrix products count, 2 m n k operations for one of (m, k) by (k, n). All else is a small part of
+# a run, and how many operations a norm or an exponential takes depends on who counts.
 # =================================================================================================
 
 
 def weights_met(model: GPT, prefix: str) -> int:
-    """Weights of the matrices whose names begin so: a token is multiplied by each of them."""
+    """How many weights a token is multiplied by, in matrices and gates whose names begin so."""
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -4037,15 +4037,15 @@ def weights_met(model: GPT, prefix: str) -> int:
 
 
 def attention_operations(model: GPT, seq_len: int) -> int:
-    """Of a token in one layer of a row this long: scores, and their product with the values.
+    """Operations per token of attention in one layer: scores, and their product with the values.
 
-    Only the causal half of either counts, also where a kernel computes more.
+    Only the causal half counts, even where a kernel computes more.
     """
     return 2 * seq_len * model.cfg.num_heads * model.cfg.head_dim
 
 
 def hidden_operations(model: GPT, seq_len: int, looping: bool = True) -> int:
-    """Of a token up to its last hidden state, in a row this long; before layers loop or after."""
+    """Operations per token up to its last hidden state, in a row of `seq_len` tokens."""
     beside_blocks = weights_met(model, "") - weights_met(model, "blocks.")
     total = 2 * beside_blocks
     if model.cfg.vrl_mode != "off":  # layer 0's values are computed once more
@@ -4057,18 +4057,18 @@ def hidden_operations(model: GPT, seq_len: int, looping: bool = True) -> int:
 
 
 def head_operations(model: GPT) -> int:
-    """Of a token from its hidden state to its logits."""
+    """Operations per token from its last hidden state to its logits."""
     return 2 * model.cfg.vocab_size * model.cfg.model_dim
 
 
 def orthogonalization_operations(rows: int, cols: int, steps: int) -> int:
-    """Of a matrix: A = X X^T, A A and their sum's product with X, in each step."""
+    """Operations to orthogonalize a matrix X: in each step A = X X^T, A A, and a product with X."""
     short, long = min(rows, cols), max(rows, cols)
     return steps * (4 * short * short * long + 2 * short**3)
 
 
 def muon_operations(model: GPT) -> int:
-    """Of one update of all matrices of Muon; once, however many ranks repeat it."""
+    """Operations of one update of all of Muon's matrices, not times the ranks that repeat it."""
     cfg = model.cfg
     total = 0
     for group in route_parameters(cfg, model):
@@ -4080,59 +4080,60 @@ def muon_operations(model: GPT) -> int:
 
 
 def step_operations(model: GPT, looping: bool = True) -> int:
-    """Of a training step of all ranks: forward, twice that backward, and the optimizer."""
+    """Operations of a training step on all ranks: forward, backward as two forwards, and Muon."""
     cfg = model.cfg
     forward = hidden_operations(model, cfg.train_seq_len, looping) + head_operations(model)
     return 3 * forward * cfg.rows_per_step * cfg.train_seq_len + muon_operations(model)
 
 
 def calibration_operations(model: GPT, tokens: int) -> int:
-    """Of Hessians over so many tokens in training rows: the network without its head, and sums."""
+    """Operations to collect Hessians over `tokens`: the network without its head, and the sums."""
     executions = Counter(layer.block for layer in model.plan)
-    a_token = hidden_operations(model, model.cfg.train_seq_len)
+    per_token = hidden_operations(model, model.cfg.train_seq_len)
     for source, width in hessian_widths(model).items():
         block = re.match(r"blocks\.(\d+)\.", source)
         times = executions[int(block[1])] if block else 1
-        a_token += times * 2 * width * width
-    return a_token * tokens
+        per_token += times * 2 * width * width
+    return per_token * tokens
 
 
 def calibration_tokens(cfg: Config) -> int:
-    """Tokens of training rows that calibration takes within the budget."""
+    """How many training tokens calibration processes within the training budget."""
     if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
         return 0
     return cfg.gptq_calib_batches * CALIBRATION_ROWS * cfg.train_seq_len
 
 
 def scoring_operations(model: GPT, spans: np.ndarray, width: int, all_places: bool = True) -> int:
-    """Of scoring windows (start, first scored, end) in strips of `width` targets.
+    """Operations to score windows, whose `spans` are rows (start, first scored, end).
 
-    Each strip takes its whole window up to the hidden states. Logits are made at all its places,
-    or only at those that are scored. Rows that merely fill up a batch are left out.
+    A window is scored in strips of `width` targets, and each strip computes the hidden states of
+    its whole window. Logits are computed at all places of a strip, or only at those that are
+    scored. Rows that merely fill up a batch do not count.
     """
     seq_len = model.cfg.eval_seq_len
     scored = spans[:, 2] - spans[:, 1]
     strips = int((-(-scored // width)).sum())
-    asked = strips * width if all_places else int(scored.sum())
+    num_logits = strips * width if all_places else int(scored.sum())
     hidden = strips * seq_len * hidden_operations(model, seq_len)
-    return hidden + asked * head_operations(model)
+    return hidden + num_logits * head_operations(model)
 
 
 def adaptation_operations(model: GPT, rows: int) -> int:
-    """Of a pass forward and backward over rows of EVAL_SEQ_LEN, whatever learns from it."""
+    """Operations of a forward and backward pass over rows of EVAL_SEQ_LEN tokens."""
     seq_len = model.cfg.eval_seq_len
     forward = hidden_operations(model, seq_len) + head_operations(model)
     return 3 * rows * seq_len * forward
 
 
 def laid_out(cfg: Config) -> GPT:
-    """The network of these settings, without memory for its weights."""
+    """Make the network of these settings without memory for its weights."""
     with torch.device("meta"):
         return GPT(cfg)
 
 
 def refuse_small_budget(cfg: Config) -> None:
-    """Raise Refusal if MAX_TRAIN_TFLOPS does not hold calibration and a step."""
+    """Raise Refusal if MAX_TRAIN_TFLOPS does not suffice for a training step and calibration."""
     if cfg.max_train_tflops == 0:
         return
     model = laid_out(cfg)
@@ -4148,27 +4149,29 @@ def refuse_small_budget(cfg: Config) -> None:
 
 # =================================================================================================
 # Training
-# A step's gradient is that of the mean over the global batch, however many ranks share it. The
-# loss is read back one step late, so that a GPU never waits for it.
+# A step's gradient is that of the mean over the global batch, however many ranks share the batch.
+# The loss is read back one step late, so that the GPU never waits for the CPU.
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Part):
-    """What training minimises beside the mean of the nats."""
+    """What changes the loss from the plain mean of the targets' nats."""
 
     title = "Loss"
     prefixes: ClassVar[tuple[str, ...]] = ("MILE_", "PREFIX_")
 
     mile_gamma: float = training_knob(
-        0.0, (0.0, 10.0), "Exponent of the MiLe weight (1 - e^-entropy)^gamma; 0 turns it off."
+        0.0, (0.0, 10.0), "Weigh tokens by (1 - e^-entropy)^gamma (MiLe) with this gamma; 0: off."
     )
-    mile_clamp_min: float = training_knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
+    mile_clamp_min: float = training_knob(
+        0.1, (0.0, 1.0), "Let no token's MiLe weight fall below this."
+    )
     prefix_target: float = training_knob(
         0.0,
         (0.0, 10.0),
-        "Weight in the loss, train_loss too, of the longest token that begins the target, for a "
-        "third of the run; it falls to 0 over the next third. 0 turns it off.",
+        "Add this weight times the nats of the longest token that begins the target to the loss "
+        "(and train_loss) for a third of the run; the weight falls to 0 over the next third.",
         tries=(0.25,),
     )
 
@@ -4180,24 +4183,31 @@ class AverageSettings(Part):
     title = "Weight averaging"
     prefixes: ClassVar[tuple[str, ...]] = ("EMA_", "SWA_")
 
-    avg_mode: str = training_knob("ema", ("ema", "swa", "swa_of_ema", "none"), "Weights to export.")
+    avg_mode: str = training_knob(
+        "ema",
+        ("ema", "swa", "swa_of_ema", "none"),
+        "Export a moving average (EMA) of the weights, a mean of snapshots (SWA), a mean of the "
+        "EMA's snapshots, or the last weights.",
+    )
     ema_decay: float = training_knob(
-        0.997, (0.0, 0.999999), "Fraction of the moving average (EMA) that a step keeps."
+        0.997, (0.0, 0.999999), "Keep this fraction of the moving average (EMA) at each step."
     )
     swa_start_frac: float = training_knob(
-        0.4, (0.0, 1.0), "Rate scale below which SWA takes snapshots."
+        0.4, (0.0, 1.0), "Take SWA's snapshots once the rates' scale is below this."
     )
-    swa_every: int = training_knob(50, (1, 10**6), "Steps between SWA's snapshots.", tries=(2,))
+    swa_every: int = training_knob(
+        50, (1, 10**6), "Take one of SWA's snapshots every so many steps.", tries=(2,)
+    )
     avg_last_share: float = training_knob(
-        0.0,
-        (0.0, 1.0),
-        "Share of the last weights in what is exported, beside the average's.",
-        tries=(0.4,),
+        0.0, (0.0, 1.0), "Blend this share of the last weights into the average.", tries=(0.4,)
     )
 
 
-REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
-REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # saved by compiled blocks, at least; taken, at most
+REPLICA_CHECK_STEPS = 100  # steps between checks that all ranks hold the same weights
+# On a CPU, blocks are compiled if they should save this share of the run's seconds, and that is
+# more than compiling may take.
+COMPILE_GAIN = 0.12
+COMPILE_SECONDS = 30.0
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
 
@@ -4209,7 +4219,7 @@ def training_nats(
     prefix_weight: Tensor | None = None,
     looping: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What GPT.forward gives for a batch, QAT rounding weights to `grids`, if there are any."""
+    """GPT.forward() for a batch, with weights rounded to the `grids` of qat_grids(), if given."""
     inputs = (batch, mile_gamma, prefix_weight, looping)
     if not grids:
         return model(*inputs)
@@ -4218,35 +4228,36 @@ def training_nats(
 
 
 def make_forward(run: Run) -> Forward:
-    """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
+    """Make the forward of training and evaluation, compiled if the run is: a graph per shape."""
+    if not run.compiled:
+        return training_nats
     torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may leave ten
-    return (
-        torch.compile(training_nats, fullgraph=True, dynamic=False)
-        if run.compiled
-        else training_nats
-    )
+    return torch.compile(training_nats, fullgraph=True, dynamic=False)
 
 
 def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
-    """This rank's rows of a step's global batch, as (first row, number of rows)."""
-    first, last = (
-        n * cfg.rows_per_step // run.ranks.world_size for n in (run.ranks.rank, run.ranks.rank + 1)
-    )
+    """Divide this rank's rows of a step's global batch: a list of (first row, number of rows)."""
+    rank, world_size = run.ranks.rank, run.ranks.world_size
+    first = rank * cfg.rows_per_step // world_size
+    end = (rank + 1) * cfg.rows_per_step // world_size
     size = run.micro_batch_rows
-    return [(start, min(size, last - start)) for start in range(first, last, size)]
+    return [(start, min(size, end - start)) for start in range(first, end, size)]
 
 
 def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: Run) -> None:
-    """Add up gradients and other tensors over ranks; a rank without rows adds nothing."""
+    """Sum gradients and other tensors over ranks, in place; a rank without rows adds zeros."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     run.ranks.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
 
 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
-    """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
+    """Add a micro-batch's gradient to the parameters'.
+
+    Returns its sum(w nats) and sum(w), both divided by the number of tokens in the global batch.
+    """
     cfg = run.cfg
-    # What changes from step to step is a tensor, or each value would compile a graph of its own.
+    # What changes from step to step is a tensor: each new number would compile another graph.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
     prefix = torch.full((), moment.prefix_weight, device=run.device) if cfg.prefix_target else None
     grids = qat_grids(model) if moment.qat else None
@@ -4257,21 +4268,16 @@ def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Ru
 
 
 def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[list[Tensor]]:
-    """Each group's gradients, summed over ranks as `others` are; Muon's as this rank's shares."""
+    """Sum each group's gradients over ranks; returns Muon's as this rank's parts of stacks.
+
+    The tensors of `others` are summed too, in place.
+    """
     muons = [opt for opt in optimizers if isinstance(opt, Muon)]
     for muon in muons:
-        muon.launch()  # travels while the small gradients are packed and summed
-    reduce_gradients(
-        [
-            p
-            for opt in optimizers
-            if opt not in muons
-            for group in opt.param_groups
-            for p in group["params"]
-        ],
-        others,
-        run,
-    )
+        muon.launch()  # these sums are under way while the small gradients are packed and summed
+    plain = [opt for opt in optimizers if opt not in muons]
+    parameters = [p for opt in plain for group in opt.param_groups for p in group["params"]]
+    reduce_gradients(parameters, others, run)
     return [
         opt.gradients(group) if opt in muons else [p.grad for p in group["params"]]
         for opt in optimizers
@@ -4280,16 +4286,13 @@ def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[l
 
 
 def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) -> Tensor:
-    """Norm of each group's gradient, whoever holds its parts."""
-    shared = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
-    squares = torch.stack(
-        [  # what every rank holds whole is counted on one
-            torch.nn.utils.get_total_norm(group).square()
-            * (part or run.ranks.is_main or run.ranks.num_parts == 1)
-            for group, part in zip(gradients, shared, strict=True)
-        ]
-    )
+    """The norm of each group's gradient, over all ranks that hold parts of it."""
+    in_parts = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
+    squares = torch.stack([nn.utils.get_total_norm(group).square() for group in gradients])
     if run.ranks.num_parts > 1:
+        for index, part in enumerate(in_parts):
+            if not (part or run.ranks.is_main):
+                squares[index] = 0.0  # every rank holds this group whole, and rank 0 counts it
         run.ranks.add_up([squares])
     return squares.sqrt()
 
@@ -4303,16 +4306,17 @@ def train_step(
     moment: Moment,
     run: Run,
 ) -> Tensor:
-    """One optimizer step; returns [mean loss, then the gradient norm of each group].
+    """Make one optimizer step; returns the mean loss, then the gradient norm of each group.
 
-    The loss is sum(w nats) / sum(w) over the global batch, w = 1 but for MiLe, divided last.
+    The loss is sum(w nats) / sum(w) over the global batch, where all w are 1 unless MiLe is on.
+    Gradients and loss are divided by sum(w) at the end, when all ranks know it.
     """
     cfg = run.cfg
     loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
     for first, count in micro_batches(cfg, run):
         batch = rows.batch(step * cfg.rows_per_step + first, count)
         torch._foreach_add_([loss, weight], backward(forward, model, batch, moment, run))
-    if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
+    if cfg.grad_clip_norm and cfg.clip_before_reduce:  # bounds the mean over this rank's own rows
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm, norm / weight[0])
     gradients = summed_gradients(optimizers, [loss, weight], run)
@@ -4333,7 +4337,7 @@ def train_step(
 
 
 def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
-    """Raise FloatingPointError naming step and tensors if a loss or gradient is not finite."""
+    """Raise FloatingPointError if a loss or gradient is not finite: numbers of train_step()."""
     if not all(map(math.isfinite, stats)):
         bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
         raise FloatingPointError(
@@ -4344,21 +4348,23 @@ def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None
 def fit_micro_batch(
     forward: Forward, model: GPT, rows: TrainingRows, moment: Moment, run: Run
 ) -> None:
-    """Halve the rows of a forward until every rank's memory holds them and what training keeps.
+    """Halve the rows of a forward until every rank has memory for them and for what training keeps.
 
     Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
     """
-    cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.ranks.world_size)
+    rows_of_a_rank = -(-run.cfg.rows_per_step // run.ranks.world_size)
     while True:
         failed = 1.0
         with contextlib.suppress(torch.OutOfMemoryError):
+            # These four stand for the weight averages and the optimizer's state.
             _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
-            backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
+            count = min(run.micro_batch_rows, rows_of_a_rank)
+            backward(forward, model, rows.batch(0, count), moment, run)
             failed = 0.0
         model.zero_grad(set_to_none=True)
         if not run.ranks.largest(failed):
             return
-        if cfg.micro_batch_seqs or run.micro_batch_rows == 1:
+        if run.cfg.micro_batch_seqs or run.micro_batch_rows == 1:
             raise torch.OutOfMemoryError(
                 f"{run.micro_batch_rows} rows a forward are too many: "
                 "lower MICRO_BATCH_SEQS, or take a smaller model"
@@ -4370,36 +4376,41 @@ def fit_micro_batch(
 def compile_blocks(
     forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment], run: Run
 ) -> None:
-    """On a CPU, compile one block for the training of all layers, if the run should earn it back.
+    """On a CPU, compile the block for training, and keep that if trial passes become faster.
 
-    Only for runs by the clock, as what times decide does not repeat. Kept if trial passes of all
-    that steps may do take less time with it; a machine without a C++ compiler goes on without.
+    One graph serves all layers. This is only for runs that the clock ends, which do not repeat
+    exactly anyway. A machine without a C++ compiler goes on without.
     """
-    cfg, saving = run.cfg, run.cfg.max_wallclock_seconds * REGION_GAIN
+    cfg = run.cfg
+    saving = cfg.max_wallclock_seconds * COMPILE_GAIN
     if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
         return
-    if saving < REGION_SECONDS:
+    if saving < COMPILE_SECONDS:
         run.folder.log(
-            f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s"
+            f"blocks compiled:no, to save {saving:.0f} s it might take {COMPILE_SECONDS:.0f} s"
         )
         return
-    kinds = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
+    passes = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
 
     def trial() -> float:
-        """Seconds of a forward and backward pass of every kind."""
+        """Seconds of one forward and backward pass of each different kind."""
         start = time.perf_counter()
-        for count, moment in kinds:
+        for count, moment in passes:
             backward(forward, model, rows.batch(0, count), moment, run)
         model.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
-    plain, compiling, why = min(trial(), trial(), trial()), 0.0, ""
+    plain = compiled = min(trial(), trial(), trial())
+    compiling = 0.0
+    why = ""
     model.compiled_block = torch.compile(Block.forward, dynamic=False)
     try:
-        compiling, compiled = trial(), min(trial(), trial(), trial())
+        compiling = trial()
+        compiled = min(trial(), trial(), trial())
     except Exception as error:  # a compiler fails in many ways
-        compiled, why = plain, ": " + str(error).strip().split("\n")[0]
-    if run.ranks.largest(compiled / plain if kinds else 0.0) >= 1.0:  # some ranks have no rows
+        why = ": " + str(error).strip().split("\n")[0]
+    ratio = compiled / plain if passes else 0.0  # a rank without rows has no say
+    if run.ranks.largest(ratio) >= 1.0:
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
     run.folder.log(
@@ -4414,20 +4425,20 @@ def compile_blocks(
 
 
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
-    """Compile and warm up every path of the run, untimed, and put everything back.
+    """Compile and warm up every path of the run before its clock starts, then undo all changes.
 
-    Trains a few steps with throw-away optimizers, with and without QAT and loops. Returns the
+    Makes a few steps with optimizers of its own, with and without QAT and loops. Returns the
     measured seconds of one calibration batch and of one evaluation batch.
     """
-    cfg, run.phase = run.cfg, "priming"
+    run.phase = "priming"
+    cfg = run.cfg
     before = copy.deepcopy(model.state_dict())
-    qat_kinds = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
-    loop_kinds = [False, True] if cfg.num_loops else [False]
-    momentum, gamma = cfg.muon_momentum, cfg.mile_gamma
+    qat_states = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
+    loop_states = [False, True] if cfg.num_loops else [False]
     moments = [
-        Moment(1.0, momentum, qat, False, gamma, looping=looping)
-        for looping in loop_kinds
-        for qat in qat_kinds
+        Moment(1.0, cfg.muon_momentum, qat, False, cfg.mile_gamma, looping=looping)
+        for looping in loop_states
+        for qat in qat_states
     ]
     fit_micro_batch(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(moments)) if run.compiled else len(moments)
@@ -4436,16 +4447,21 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.folder.log(f"warmup_step:{step + 1}/{steps}")
     model.load_state_dict(before)
-    scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS).input_ids
+    scoring_seconds = prime_scoring(forward, model, run)
     compile_blocks(forward, model, rows, moments, run)
-    return timed(lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run), scored
+    ids = rows.batch(0, CALIBRATION_ROWS).input_ids
+    calibration_seconds = timed(
+        lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run
+    )
+    return calibration_seconds, scoring_seconds
 
 
 def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
-    """Compile and warm up what scoring runs; the measured seconds of an evaluation batch."""
+    """Compile and warm up the forward of scoring; returns the seconds of an evaluation batch."""
     cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
 
-    def blank(rows: int, *widths: int) -> Batch:  # not one tensor twice: it compiles anew
+    def blank(rows: int, *widths: int) -> Batch:
+        """A batch of BOS; each column is a tensor of its own, as shared ones compile anew."""
         batch = Batch(*(torch.full((rows, width), BOS) for width in widths))
         batch = batch.by_document(T) if cfg.attn_docs else batch
         return batch.moved(run.put)
@@ -4453,16 +4469,17 @@ def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
     if cfg.ttt_mode in ("score_first", "train_then_score"):
         forward(model, blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
-    whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
-    scored = timed(lambda: forward(model, whole)[0].sum().item(), run)
+    whole = blank(run.scored_rows, T, T)
+    seconds = timed(lambda: forward(model, whole)[0].sum().item(), run)
     if 0 < strip < T:
-        scored = timed(lambda: forward(model, sliding)[0].sum().item(), run)
-    return scored * cfg.eval_batch_seqs / run.scored_rows
+        sliding = blank(run.scored_rows, T, strip, strip)
+        seconds = timed(lambda: forward(model, sliding)[0].sum().item(), run)
+    return seconds * cfg.eval_batch_seqs / run.scored_rows
 
 
 @torch.no_grad()
 def timed(work: Callable[[], object], run: Run) -> float:
-    """Seconds of the second of two calls: by then all is compiled."""
+    """The seconds of the second of two calls, when all is compiled; rank 0's on every rank."""
     work()
     start = time.perf_counter()
     work()
@@ -4470,18 +4487,18 @@ def timed(work: Callable[[], object], run: Run) -> float:
 
 
 class Averages:
-    """The weight averages of AVG_MODE: EMA, mean of snapshots (SWA), or SWA of the EMA."""
+    """The weight averages that AVG_MODE keeps: "ema", "swa" (a mean of snapshots), or both."""
 
     def __init__(self, model: GPT, cfg: Config) -> None:
         self.model = model
         self.decay = cfg.ema_decay
-        self.snapshots = 0  # that SWA has taken
-        # "swa_of_ema" has both names in it.
-        self.kept = {name: copy.deepcopy(model) for name in ("ema", "swa") if name in cfg.avg_mode}
+        self.snapshots = 0  # how many SWA has taken
+        names = {"ema": ["ema"], "swa": ["swa"], "swa_of_ema": ["ema", "swa"], "none": []}
+        self.kept = {name: copy.deepcopy(model) for name in names[cfg.avg_mode]}
 
     @torch.no_grad()
     def update(self, snapshot: bool) -> None:
-        """Take in the weights of a step, without waiting for a GPU."""
+        """Take the weights of a step into the averages, without waiting for a GPU."""
         if "ema" in self.kept:
             self.move("ema", self.model, 1.0 - self.decay)
         if not snapshot:
@@ -4497,14 +4514,14 @@ class Averages:
         torch._foreach_lerp_(average, list(source.parameters()), share)
 
     def acting(self, snapshot: bool) -> dict[str, bool]:
-        """Each average that is kept: whether the step changed it."""
+        """For each average that is kept, whether the step changed it."""
         changed = {"ema": True, "swa": snapshot}
         return {name: changed[name] for name in self.kept}
 
     def result(self, run: Run) -> GPT:
-        """The model to export. Ask once: AVG_LAST_SHARE moves the average that is kept.
+        """The model to export; call it once, since AVG_LAST_SHARE changes the kept average.
 
-        SWA without any snapshot gives what it would have averaged, the EMA or the last weights.
+        If SWA has no snapshot, it is what SWA would have averaged: the EMA or the last weights.
         """
         if "swa" in self.kept and self.snapshots:
             run.folder.log(
@@ -4524,23 +4541,26 @@ class Averages:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step that a GPU may still be at work on, and that is not in the log yet."""
+    """A step that a GPU may not have finished, and that is not in the log yet."""
 
-    stats: Callable[[], list[float]]  # waits for train_step()'s numbers
+    stats: Callable[[], list[float]]  # waits for the result of train_step() and gives it
     moment: Moment
-    show: bool  # in the log, even if it is not its turn
+    show: bool  # whether to log the step even if TRAIN_LOG_EVERY does not ask for it
 
 
 class Training:
-    """All that training changes, saved and restored whole, whatever the number of ranks."""
+    """Everything that training changes; a checkpoint holds all of it, for any number of ranks."""
 
     def __init__(self, model: GPT, reserve: float, data: list, run: Run) -> None:
-        """`reserve` of the budget, in its unit, is kept for calibration."""
+        """reserve: what is kept of the budget for calibration, in the budget's unit.
+
+        data: what identifies the data; a checkpoint with another value is not continued.
+        """
         cfg = run.cfg
         self.model = model
         self.run = run
-        self.data = data  # what a checkpoint's data must be equal to
-        self.step = 0  # steps done
+        self.data = data
+        self.step = 0  # how many steps are done
         self.saved_at = 0.0  # seconds of training at the last checkpoint
         groups = route_parameters(cfg, model)
         self.optimizers = build_optimizers(cfg, groups, run.dtype, run.ranks)
@@ -4554,7 +4574,7 @@ class Training:
         )
         self.rounded_matrices = len(qat_grids(model))
         self.pending: Pending | None = None
-        self.last_logged_share = -1  # of the run, in fiftieths
+        self.last_logged_share = -1  # how much of the run was done at the last log line, in 1/50
 
     @property
     def groups(self) -> list[dict]:
@@ -4562,13 +4582,13 @@ class Training:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def spent(self, seconds: float) -> float:
-        """What training has cost, in the budget's unit, `seconds` into it."""
+        """What training has cost after `seconds`, in the budget's unit."""
         if self.schedule.unit == "operations":
             return self.run.ledger.training_operations
         return seconds
 
     def begin_step(self, seconds: float) -> Moment:
-        """What the schedules say of the step that is to be made, `seconds` into training."""
+        """Ask the schedules about the next step, `seconds` after training began."""
         run, schedule = self.run, self.schedule
         spent = self.spent(seconds)
         progress_before = schedule.progress(self.step - 1, schedule.last_spent)
@@ -4582,7 +4602,7 @@ class Training:
         return moment
 
     def end_step(self, stats: Tensor, moment: Moment, seconds: float, show: bool) -> None:
-        """Take in a step that was begun at `seconds`; its own numbers are read one step later."""
+        """Take in a step that began at `seconds`; log the step before, whose numbers are there."""
         run = self.run
         self.averages.update(moment.snapshot)
         self.note_activity(moment)
@@ -4595,7 +4615,7 @@ class Training:
         self.pending = Pending(run.fetch(stats), moment, show)
 
     def note_activity(self, moment: Moment) -> None:
-        """Count, for each technique that acts at some time only, whether it acts in this step."""
+        """Count in the ledger whether each scheduled technique acts in this step."""
         acting = self.schedule.acting(moment) | self.averages.acting(moment.snapshot)
         for name, acts in acting.items():
             if name.endswith("_qat") and not self.rounded_matrices:
@@ -4603,7 +4623,7 @@ class Training:
             self.run.ledger.note(name, acts)
 
     def log_pending(self, seconds: float, show: bool = False) -> None:
-        """Check and log the last finished step; `seconds` have passed since training began."""
+        """Check and log the step that is pending; `seconds` have passed since training began."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -4632,7 +4652,7 @@ class Training:
         )
 
     def is_due(self, progress: float) -> bool:
-        """Whether it is the last step's turn to be shown in the log."""
+        """Whether the log shows the step that has just been done."""
         every = self.run.cfg.train_log_every
         if self.step <= 10:
             return True
@@ -4641,7 +4661,7 @@ class Training:
         return int(50 * progress) > self.last_logged_share
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint, after `seconds` of training; all ranks take part."""
+        """Write a checkpoint after `seconds` of training; all ranks must call it."""
         run, schedule = self.run, self.schedule
         self.saved_at = seconds
         muon = self.muon.whole_state()
@@ -4669,7 +4689,7 @@ class Training:
         )
 
     def restore(self, saved: dict) -> None:
-        """Go on from a checkpoint; raises RuntimeError if it is of other data."""
+        """Continue from a checkpoint; raises RuntimeError if it was made on other data."""
         run, schedule = self.run, self.schedule
         if saved["data"] != self.data:
             raise RuntimeError(
@@ -4701,14 +4721,14 @@ class Training:
         run.ledger.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
 
     def save_if_asked(self, seconds: float) -> None:
-        """Write a checkpoint if one is due or a signal asks the run to end; then end it."""
+        """Write a checkpoint if one is due, or if a signal asks the run to end, and then end it."""
         if self.run.continued:
             self.run.continued = False
             self.run.ledger.mark_ineligible(
                 f"stopped and continued before step {self.step + 1}: its clock went on meanwhile"
             )
         every = self.run.cfg.checkpoint_seconds
-        # Not written back to run.signal, which a signal may set while ranks agree.
+        # All ranks use the agreed number: run.signal may change on any of them at any time.
         asked = int(self.run.ranks.largest(self.run.signal))
         due = every > 0 and seconds - self.saved_at >= every
         if asked or due:
@@ -4717,7 +4737,7 @@ class Training:
             self.stop(asked)
 
     def stop(self, asked: int) -> None:
-        """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
+        """End the process if a signal has asked for it; `asked` is its number, or 0."""
         if asked:
             name = self.run.folder.path.name if self.run.folder.path is not None else ""
             situation = f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there"
@@ -4725,8 +4745,8 @@ class Training:
 
 
 def log_starts(state: Training, moment: Moment, qat_begins: bool, loops_begin: bool) -> None:
-    """Log what begins with this step."""
-    run, mode = state.run, state.run.cfg.qat_mode
+    """Log that looping, SWA or QAT begins with this step, if it does."""
+    run = state.run
     if loops_begin:
         run.folder.log(
             "depth_loop:enabled step:{step} layers:{layers}",
@@ -4736,20 +4756,19 @@ def log_starts(state: Training, moment: Moment, qat_begins: bool, loops_begin: b
         )
     if "swa" in state.averages.kept and moment.snapshot and not run.ledger.activity["swa"]:
         run.folder.log(f"swa:start step:{state.step + 1}")
-    if not qat_begins:
-        return
-    run.folder.log(
-        "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
-        f"{mode}_qat",
-        mode=mode,
-        step=state.step,
-        scale=moment.lr_scale,
-        matrices=state.rounded_matrices,
-    )
+    if qat_begins:
+        run.folder.log(
+            "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+            f"{run.cfg.qat_mode}_qat",
+            mode=run.cfg.qat_mode,
+            step=state.step,
+            scale=moment.lr_scale,
+            matrices=state.rounded_matrices,
+        )
 
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
-    """Train until the budget less the reserve ends; returns the averaged model."""
+    """Train until the budget, less calibration's reserve, is spent; returns the averaged model."""
     run.phase = "training"
     cfg, model, schedule = run.cfg, state.model, state.schedule
     clock = run.ledger.training_clock
@@ -4774,17 +4793,16 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             state.end_step(stats, moment, seconds, show=qat_begins or loops_begin)
             bar.update(schedule.position(state.step, state.spent(seconds)) - bar.n)
         state.log_pending(clock.elapsed(), show=True)
-    state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
-    run.phase = "calibration"  # a signal ends the run at once from here on
-    state.stop(int(run.ranks.largest(run.signal)))  # a signal that came after the last step
+    state.save(run.ranks.agree(clock.elapsed()))  # the clock has stopped: this costs no budget
+    run.phase = "calibration"  # from here on, a signal ends the run at once
+    state.stop(int(run.ranks.largest(run.signal)))  # one may have come after the last step
     run.ledger.trained_seconds = clock.elapsed()
-    reasons = {
-        "seconds": "stopping_early: wallclock_cap",
-        "operations": "stopping: MAX_TRAIN_TFLOPS holds no further step",
-    }
     reason = "stopping: last step"
     if state.step < cfg.iterations:
-        reason = reasons[schedule.unit]
+        reason = {
+            "seconds": "stopping_early: wallclock_cap",
+            "operations": "stopping: MAX_TRAIN_TFLOPS holds no further step",
+        }[schedule.unit]
     run.folder.log(
         "{reason} train_time:{ms:.0f}ms step:{step}/{iterations}",
         "trained",
@@ -4797,9 +4815,9 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
 
 
 def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
-    """Model and run without loops, if training ended before ENABLE_LOOPING_AT; else as they are.
+    """Remove loops from model and run if training ended before ENABLE_LOOPING_AT.
 
-    The weights never met the looped plan. What they are worth is what they were trained for.
+    Otherwise the exported network would repeat layers, for which its weights were never trained.
     """
     if not run.cfg.num_loops or state.schedule.looping:
         return model, run
@@ -4809,12 +4827,13 @@ def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
     plain.penalty = model.penalty
     for name, parameter in plain.named_parameters():
         trained = model.get_parameter(name).detach()
+        # A loop has more skips, and so more rows of their weights.
         parameter.data.copy_(trained[: len(parameter)] if parameter.ndim else trained)
     return plain, run.with_settings(cfg)
 
 
 def training_bar(schedule: Schedule, run: Run) -> tqdm:
-    """The progress bar of training, in the unit that ends the run."""
+    """Make the progress bar of training, in the budget's unit."""
     units = {"steps": "step", "seconds": "s", "operations": "FLOP"}
     return run.folder.progress("training", total=schedule.budget, unit=units[schedule.unit])
 
