@@ -1054,12 +1054,8 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
     None for a single process. Raises Refusal if the variables contradict each other, or the other
     processes do not come.
     """
-    given = {
-        "RANK": os.environ.get("RANK", "0"),
-        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
-        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
-        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1"),
-    }
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    given = {name: os.environ.get(name, value) for name, value in alone.items()}
     if not all(map(str.isdecimal, given.values())):
         raise Refusal(
             f"{', '.join(given)} are {[*given.values()]}: expected "
@@ -2432,7 +2428,15 @@ def start_backout(parameter: Tensor, cfg: Config) -> None:
 
 
 WIDTHS = "a width of the network on both sides"
-ATTENTION_MATRIX = Kind("attention matrix", "attn", is_matrix, WIDTHS, start_orthogonal, True, True)
+ATTENTION_MATRIX = Kind(
+    "attention matrix",
+    "attn",
+    is_matrix,
+    WIDTHS,
+    start_orthogonal,
+    may_be_integers=True,
+    may_be_rounded=True,
+)
 MLP_MATRIX = replace(ATTENTION_MATRIX, name="mlp matrix", role="mlp")
 AUXILIARY_MATRIX = replace(
     ATTENTION_MATRIX, name="auxiliary matrix", role="aux", start=start_auxiliary
@@ -2447,7 +2451,7 @@ GATE = Kind("gate", "aux", is_gate, "at most a row for each head")
 LANE = replace(GATE, fits=is_layer_rows, expected="a row for each layer")
 
 
-def known(kind: Kind, parameter: Made) -> Made:
+def of_kind(kind: Kind, parameter: Made) -> Made:
     """Mark a parameter as one of this kind, and return it."""
     parameter.kind = kind  # type: ignore[attr-defined]
     return parameter
@@ -2462,7 +2466,7 @@ def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
     for name, parameter in model.named_parameters():
         kind = vars(parameter).get("kind")
         if kind is None:
-            raise Refusal(f"parameter {name} has no kind: make it with known(KIND, ...)")
+            raise Refusal(f"parameter {name} has no kind: make it with of_kind(KIND, ...)")
         if not kind.fits(tuple(parameter.shape), cfg):
             shape = " x ".join(map(str, parameter.shape))
             raise Refusal(
@@ -2511,7 +2515,7 @@ class Linear(nn.Linear):
 
     def __init__(self, width_in: int, width_out: int, kind: Kind) -> None:
         super().__init__(width_in, width_out, bias=False)
-        known(kind, self.weight)
+        of_kind(kind, self.weight)
 
     def forward(self, x: Tensor, delta: Delta | None = None) -> Tensor:
         """(B, T, in) -> (B, T, out); a delta adds to the weight, for each row a different one."""
@@ -2523,7 +2527,7 @@ class Table(nn.Embedding):
 
     def __init__(self, num_rows: int, width: int, kind: Kind) -> None:
         super().__init__(num_rows, width)
-        known(kind, self.weight)
+        of_kind(kind, self.weight)
 
 
 class BigramHash(nn.Module):
@@ -2542,7 +2546,7 @@ class BigramHash(nn.Module):
         projection = replace(AUXILIARY_MATRIX, start=start_pair_projection)
         self.embed = Table(cfg.bigram_vocab_size, cfg.bigram_dim, table)
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim, projection)
-        self.scale = known(GAIN, nn.Parameter(torch.tensor(0.05)))
+        self.scale = of_kind(GAIN, nn.Parameter(torch.tensor(0.05)))
 
     def buckets(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T) bucket numbers."""
@@ -2574,7 +2578,7 @@ class SmearGate(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.bos_mask = cfg.smear_bos_mask
-        self.gate = known(GATE, nn.Parameter(torch.zeros(cfg.model_dim)))
+        self.gate = of_kind(GATE, nn.Parameter(torch.zeros(cfg.model_dim)))
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
@@ -2595,13 +2599,13 @@ class InputSmearGate(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.bos_mask = cfg.smear_bos_mask
-        self.weight = known(GATE, nn.Parameter(torch.zeros(cfg.gate_window)))
-        self.scale = known(GATE, nn.Parameter(torch.tensor(0.0)))
+        self.weight = of_kind(GATE, nn.Parameter(torch.zeros(cfg.gate_window)))
+        self.scale = of_kind(GATE, nn.Parameter(torch.tensor(0.0)))
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
-        seen = x[..., : len(self.weight)]
-        gate = like(self.scale, x) * torch.sigmoid(seen @ like(self.weight, x))
+        window = x[..., : len(self.weight)]
+        gate = like(self.scale, x) * torch.sigmoid(window @ like(self.weight, x))
         if self.bos_mask:
             gate = gate * (input_ids != BOS)
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -2615,7 +2619,7 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         self.embed = Table(cfg.vocab_size, cfg.ve_dim, replace(TABLE, start=start_value_table))
         self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim, AUXILIARY_MATRIX)
-        self.scale = known(GAIN, nn.Parameter(torch.tensor(0.1)))
+        self.scale = of_kind(GAIN, nn.Parameter(torch.tensor(0.1)))
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) -> (B, T, G*K)."""
@@ -2857,15 +2861,15 @@ class Attention(nn.Module):
         self.c_v = Linear(width, kv_width, beside_queries)
         self.proj = Linear(width, width, replace(ATTENTION_MATRIX, start=start_output))
         gains = torch.full((cfg.num_heads,), cfg.qk_gain_init)
-        self.q_gain = known(ATTENTION_GAIN, nn.Parameter(gains))
+        self.q_gain = of_kind(ATTENTION_GAIN, nn.Parameter(gains))
         self.vr_lambda: nn.Parameter | None = None  # factors of layer 0's values and of its own
         if layer.mixes_values:
-            self.vr_lambda = known(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
+            self.vr_lambda = of_kind(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
         self.gate: nn.Parameter | None = None
         if cfg.attn_gate != "none":
             window = torch.zeros(cfg.num_heads, cfg.gate_window)
-            self.gate = known(GATE, nn.Parameter(window))
-        self.most_of_gate = 2.0 if cfg.attn_gate == "out" else 1.0
+            self.gate = of_kind(GATE, nn.Parameter(window))
+        self.gate_factor = 2.0 if cfg.attn_gate == "out" else 1.0
         self.gate_scale = cfg.attn_gate_scale
         self.kernel = kernel
         self.head_dim = cfg.head_dim
@@ -2894,9 +2898,9 @@ class Attention(nn.Module):
         """Multiply heads' outputs y (B, T, H, K) by gates of their input x (B, T, D)."""
         if self.gate is None:
             return y
-        seen = x[..., : self.gate.size(1)]
-        gate = torch.sigmoid(self.gate_scale * F.linear(seen, like(self.gate, x)))
-        return y * (self.most_of_gate * gate).unsqueeze(-1)
+        window = x[..., : self.gate.size(1)]
+        gate = torch.sigmoid(self.gate_scale * F.linear(window, like(self.gate, x)))
+        return y * (self.gate_factor * gate).unsqueeze(-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inside: Tensor | None) -> Tensor:
         """Causal attention, in whole rows or inside documents: see attention_inside()."""
@@ -2991,22 +2995,16 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
         mix = torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim)
         start_mix = functools.partial(start_mix_by_depth, block=layer.block)
-        self.resid_mix = known(replace(GAIN_ROWS, start=start_mix), nn.Parameter(mix))
+        self.resid_mix = of_kind(replace(GAIN_ROWS, start=start_mix), nn.Parameter(mix))
         start = 1.0 / math.sqrt(layer.block + 1) if cfg.ln_scale == "learned" else 1.0
         gain = torch.full((cfg.model_dim,), start)
-        self.attn_scale = known(GAIN, nn.Parameter(gain))
-        self.mlp_scale = known(GAIN, nn.Parameter(gain.clone()))
+        self.attn_scale = of_kind(GAIN, nn.Parameter(gain))
+        self.mlp_scale = of_kind(GAIN, nn.Parameter(gain.clone()))
 
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
         """Mix the embedding x0 into a stream x: both (B, T, D) -> (B, T, D)."""
         keep, inject = like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
-
-    def first_values(
-        self, x0: Tensor, extra_v: Tensor | None, s: float, delta: Delta | None
-    ) -> Tensor:
-        """The values that layer 0 computes from the embedding: (B, T, D) -> (B, T, G*K)."""
-        return self.attn.values(rms_norm(self.mixed(x0, x0), s), extra_v, None, delta)
 
     def forward(
         self,
@@ -3018,23 +3016,24 @@ class Block(nn.Module):
         first_v: Tensor | None,
         inside: Tensor | None,
         weights: tuple[Tensor, Tensor] | None,
-        s: float | Tensor,
+        scale: float | Tensor,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Lanes:
-        """The stream (B, T, D) -> (B, T, D); two lanes are combined by `weights`, see two_lanes().
+        """The stream (B, T, D) -> (B, T, D), in one lane or two.
 
-        Attention reads the earlier stream `read` (B, T, D) instead, if there is one.
+        read: an earlier output (B, T, D) that attention reads instead of the stream, if any.
+        weights: how two lanes are combined, see two_lanes(). scale: factor of normed inputs.
         """
         x, second = lanes
         a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
-        u = self.mixed(x, x0)
-        seen = u if read is None else self.mixed(read, x0)
-        attended = a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v, inside, deltas)
+        mixed = self.mixed(x, x0)
+        u = rms_norm(mixed if read is None else self.mixed(read, x0), scale)
+        attended = a * self.attn(u, rotation, extra_v, first_v, inside, deltas)
         if second is not None and weights is not None:
-            mlp_output = b * self.mlp(rms_norm(second, s), deltas)
+            mlp_output = b * self.mlp(rms_norm(second, scale), deltas)
             return two_lanes(x, second, attended, mlp_output, *weights)
-        x = u + attended
-        return x + b * self.mlp(rms_norm(x, s), deltas), None
+        x = mixed + attended
+        return x + b * self.mlp(rms_norm(x, scale), deltas), None
 
 
 def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -3068,8 +3067,8 @@ class LaneWeights(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.keep = known(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
-        self.write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
+        self.keep = of_kind(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
+        self.write = of_kind(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
 
     def of(self, block: int) -> tuple[Tensor, Tensor]:
         """The factors `keep` (2,) and `write` (4,) of a block."""
@@ -3082,7 +3081,8 @@ def add_first_values(model: GPT, c: Context) -> None:
     own_extra = c.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
     deltas = NO_DELTAS if c.adapters is None else c.adapters.layers[0]
     block: Any = model.blocks[0]
-    first_v = block.first_values(c.x0, own_extra, c.plan[0].depth_scale, deltas.get("v"))
+    x = rms_norm(block.mixed(c.x0, c.x0), c.plan[0].depth_scale)
+    first_v = block.attn.values(x, own_extra, None, deltas.get("v"))
     c.first_v = first_v
     for place, layer in enumerate(c.plan):
         if layer.value_gate is not None:
@@ -3115,27 +3115,27 @@ class GPT(nn.Module):
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         smear = InputSmearGate if cfg.smear_form == "input" else SmearGate
         self.smear = smear(cfg) if cfg.smear_enabled else None
-        first_use = {layer.block: layer for layer in reversed(self.plan)}
+        first_use = {layer.block: layer for layer in reversed(self.plan)}  # the first comes last
         self.blocks = nn.ModuleList(Block(cfg, first_use[n], kernel) for n in sorted(first_use))
-        skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
-        self.skip_weights = known(GAIN_ROWS, nn.Parameter(torch.ones(skips)))
+        shape = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
+        self.skip_weights = of_kind(GAIN_ROWS, nn.Parameter(torch.ones(shape)))
         self.skip_gates: nn.Parameter | None = None
         if cfg.skip_gates:
-            self.skip_gates = known(GAIN_ROWS, nn.Parameter(torch.zeros(skips)))
+            self.skip_gates = of_kind(GAIN_ROWS, nn.Parameter(torch.zeros(shape)))
         has_lanes = any(layer.two_lanes for layer in self.plan)
         self.lanes = LaneWeights(cfg) if has_lanes else None
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(
-            known(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
+            of_kind(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
         )
-        mixing = range(1, cfg.num_layers) if cfg.vrl_mode == "add" else ()
+        taking = range(1, cfg.num_layers) if cfg.vrl_mode == "add" else ()
         self.vrl_alphas = nn.ParameterList(
-            known(GATE, nn.Parameter(torch.tensor(0.0))) for _ in mixing
+            of_kind(GATE, nn.Parameter(torch.tensor(0.0))) for _ in taking
         )
         self.backout_lambda: nn.Parameter | None = None
         if cfg.backout_layer >= 0:
             backout = replace(GAIN, start=start_backout)
-            self.backout_lambda = known(backout, nn.Parameter(torch.tensor(0.0)))
+            self.backout_lambda = of_kind(backout, nn.Parameter(torch.tensor(0.0)))
         self.kinds = kinds_of(self, cfg)
 
     @property
@@ -3199,13 +3199,13 @@ class GPT(nn.Module):
         read = None if layer.reads is None else joined(c.outputs[layer.reads])
         weights = None if self.lanes is None else self.lanes.of(layer.block)
         extra_v = c.extra_v.get(place)
-        given = (x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights
+        inputs = ((x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights)
         if c.adapters is not None:
-            return block(*given, layer.depth_scale, c.adapters.layers[place])
+            return block(*inputs, layer.depth_scale, c.adapters.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
-            return block(*given, layer.depth_scale)
-        # A tensor, or each depth would need a compiled block of its own.
-        return self.compiled_block(block, *given, torch.tensor(layer.depth_scale))
+            return block(*inputs, layer.depth_scale)
+        # The scale is a tensor here: each new number would compile another block.
+        return self.compiled_block(block, *inputs, torch.tensor(layer.depth_scale))
 
     def hidden(
         self,
@@ -3751,10 +3751,11 @@ class Muon(torch.optim.Optimizer):
     def advance(self, name: str, grads: Tensor, kept: dict, mu: float) -> Tensor:
         """M <- mu M + g, for the momentum kept under `name`; returns it."""
         parts = kept.get(name, (torch.zeros_like(grads),))
-        momentum = unpack_momentum(parts, grads) if len(parts) == 2 else parts[0]
+        is_packed = len(parts) == 2  # integers and scales
+        momentum = unpack_momentum(parts, grads) if is_packed else parts[0]
         momentum.mul_(mu).add_(grads)
-        packed = self.cfg.muon_quant_momentum
-        kept[name] = pack_momentum(momentum) if packed else (momentum,)
+        pack = self.cfg.muon_quant_momentum
+        kept[name] = pack_momentum(momentum) if pack else (momentum,)
         return momentum
 
     def whole_state(self) -> list[dict[str, list[Tensor]]]:
@@ -4708,7 +4709,7 @@ class Training:
         schedule.qat, schedule.last_spent, step_seconds = saved["schedule"]
         schedule.step_seconds.extend(step_seconds)
         run.ledger.training_operations = saved["operations"]
-        schedule.looping = saved.get("looping", True)
+        schedule.looping = saved["looping"]
         run.ledger.occasions = Counter(saved["occasions"])
         run.ledger.activity = Counter(saved["activity"])
         self.last_logged_share = saved["last_logged_share"]
