@@ -680,7 +680,7 @@ class RunFolder:
         source = folder / "train_gpt.py"
         self.refuse_other_settings(settings)
         if source.is_file() and source.read_bytes() != self.source:
-            raise Refusal(f"RESUME=1: {source} began this run, and another one is running now")
+            raise Refusal(f"RESUME=1: {source} began this run, and this one differs: resume there")
         no_locks = self.lock_folder(folder)
         self.path = folder
         for partial in folder.glob(".*.partial"):  # left by a process that died while it wrote
@@ -766,9 +766,9 @@ class RunFolder:
                 file.write(text)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Write template.format(**facts) to console and log.txt, and an event to metrics.jsonl.
+        """Write template.format(**facts) to console and log.txt, and the facts to metrics.jsonl.
 
-        Either is left out if its name is empty.
+        An empty template writes no line, an empty event nothing to metrics.jsonl.
         """
         if not self.ranks.is_main:
             return
@@ -895,7 +895,7 @@ class Run:
         return min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len))
 
     def with_settings(self, cfg: Config) -> Run:
-        """The same process, ranks, folder and ledger under other settings."""
+        """Copy the run with other settings; the copy shares ranks, folder and ledger."""
         other = copy.copy(self)
         other.cfg = cfg
         return other
@@ -1043,7 +1043,7 @@ def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, on_host: int) 
         if os.environ.get(name, "0") not in ("", "0"):
             raise Refusal(
                 f"{name}={os.environ[name]}, but no WORLD_SIZE: each process would train alone; "
-                "start one torchrun a host, or a single process"
+                "start one torchrun on each host, or a single process"
             )
 
 
@@ -1116,7 +1116,7 @@ def processor() -> str:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file such that it appears complete or not at all, even if the machine fails."""
+    """Write a file such that it appears under its name complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as f:
         f.write(content)
@@ -2478,7 +2478,7 @@ def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
 
 
 @functools.lru_cache(8)
-def kinds_within(cfg: Config) -> dict[str, Kind]:
+def kinds_for(cfg: Config) -> dict[str, Kind]:
     """The kind of each parameter of the network that these settings describe, by name."""
     return laid_out(cfg).kinds
 
@@ -2789,12 +2789,15 @@ class Layer:
     def __str__(self) -> str:
         """Format a line for the log: block, scale, and the optional parts that the layer has."""
         parts = [f"block:{self.block} depth_scale:{self.depth_scale:.3f}"]
-        parts += ["two_lanes"] if self.two_lanes else []
-        parts += ["xsa"] if self.exclusive else []
-        parts += ["mixes_first_values"] if self.mixes_values else []
+        switches = {
+            "two_lanes": self.two_lanes,
+            "xsa": self.exclusive,
+            "mixes_first_values": self.mixes_values,
+        }
+        parts += [name for name, is_on in switches.items() if is_on]
         for name in ("skip_from", "skip_row", "reads", "value_scale", "value_gate"):
-            number = getattr(self, name)
-            parts += [] if number is None else [f"{name}:{number}"]
+            if getattr(self, name) is not None:
+                parts.append(f"{name}:{getattr(self, name)}")
         return " ".join(parts)
 
 
@@ -2976,9 +2979,9 @@ class Context:
 
 
 def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
-    """Factors of stream and embedding in a block's input, (2, D): the stream's is 1 in all blocks.
+    """Factors (2, D) of stream and embedding in a block's input, which are 1 and 0 by default.
 
-    With RESID_MIX_INIT=phase it grows with depth, and the embedding's is the rest.
+    With RESID_MIX_INIT=phase the first is a sigmoid of the block's depth, the second is the rest.
     """
     keep = 1.0
     if cfg.resid_mix_init == "phase":
@@ -3025,15 +3028,15 @@ class Block(nn.Module):
         weights: how two lanes are combined, see two_lanes(). scale: factor of normed inputs.
         """
         x, second = lanes
-        a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
+        attn_gain, mlp_gain = like(self.attn_scale, x), like(self.mlp_scale, x)
         mixed = self.mixed(x, x0)
         u = rms_norm(mixed if read is None else self.mixed(read, x0), scale)
-        attended = a * self.attn(u, rotation, extra_v, first_v, inside, deltas)
+        attended = attn_gain * self.attn(u, rotation, extra_v, first_v, inside, deltas)
         if second is not None and weights is not None:
-            mlp_output = b * self.mlp(rms_norm(second, scale), deltas)
+            mlp_output = mlp_gain * self.mlp(rms_norm(second, scale), deltas)
             return two_lanes(x, second, attended, mlp_output, *weights)
         x = mixed + attended
-        return x + b * self.mlp(rms_norm(x, scale), deltas), None
+        return x + mlp_gain * self.mlp(rms_norm(x, scale), deltas), None
 
 
 def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -3075,19 +3078,27 @@ class LaneWeights(nn.Module):
         return self.keep[block], self.write[block]
 
 
-def add_first_values(model: GPT, c: Context) -> None:
+def add_value_embeddings(model: GPT, context: Context, shared: Tensor) -> None:
+    """Scale the shared value embedding (B, T, G*K) for each layer that adds it to its values."""
+    for place, layer in enumerate(context.plan):
+        if layer.value_scale is not None:
+            scale = model.ve_layer_scales[layer.value_scale]
+            context.extra_v[place] = like(scale, shared) * shared
+
+
+def add_first_values(model: GPT, context: Context) -> None:
     """Compute layer 0's values and put them where the other layers read them (VRL)."""
     # By VRL_MODE=mix they include layer 0's value embedding, by VRL_MODE=add they do not.
-    own_extra = c.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
-    deltas = NO_DELTAS if c.adapters is None else c.adapters.layers[0]
+    own_extra = context.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
+    deltas = NO_DELTAS if context.adapters is None else context.adapters.layers[0]
     block: Any = model.blocks[0]
-    x = rms_norm(block.mixed(c.x0, c.x0), c.plan[0].depth_scale)
+    x = rms_norm(block.mixed(context.x0, context.x0), context.plan[0].depth_scale)
     first_v = block.attn.values(x, own_extra, None, deltas.get("v"))
-    c.first_v = first_v
-    for place, layer in enumerate(c.plan):
+    context.first_v = first_v
+    for place, layer in enumerate(context.plan):
         if layer.value_gate is not None:
             gate = torch.sigmoid(model.vrl_alphas[layer.value_gate])
-            c.extra_v[place] = c.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
+            context.extra_v[place] = context.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
 
 
 class GPT(nn.Module):
@@ -3115,7 +3126,8 @@ class GPT(nn.Module):
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         smear = InputSmearGate if cfg.smear_form == "input" else SmearGate
         self.smear = smear(cfg) if cfg.smear_enabled else None
-        first_use = {layer.block: layer for layer in reversed(self.plan)}  # the first comes last
+        # In reverse order, a block's first layer replaces its later ones.
+        first_use = {layer.block: layer for layer in reversed(self.plan)}
         self.blocks = nn.ModuleList(Block(cfg, first_use[n], kernel) for n in sorted(first_use))
         shape = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
         self.skip_weights = of_kind(GAIN_ROWS, nn.Parameter(torch.ones(shape)))
@@ -3167,7 +3179,7 @@ class GPT(nn.Module):
         first, row_length = self.row_place or (0, input_ids.size(1))
         tables = rotary_tables(self.cfg, row_length, x0.device)
         cos, sin = (table[first : first + input_ids.size(1)] for table in tables)
-        c = Context(
+        context = Context(
             plan=self.plan if looping else self.plan_before_looping,
             x0=x0,
             rotation=(cos, sin),
@@ -3176,32 +3188,37 @@ class GPT(nn.Module):
         )
         if documents is not None:
             in_graph = torch.compiler.is_compiling() or self.compiled_block is not None
-            c.inside = what_attention_sees(documents, boundaries, in_graph)
+            context.inside = what_attention_sees(documents, boundaries, in_graph)
         if self.ve_shared is not None:
-            shared = self.ve_shared(input_ids, self.dtype)
-            for place, layer in enumerate(c.plan):
-                if layer.value_scale is not None:
-                    scale = self.ve_layer_scales[layer.value_scale]
-                    c.extra_v[place] = like(scale, shared) * shared
+            add_value_embeddings(self, context, self.ve_shared(input_ids, self.dtype))
         if self.cfg.vrl_mode != "off":
-            add_first_values(self, c)
-        return c
+            add_first_values(self, context)
+        return context
 
-    def layer(self, place: int, lanes: Lanes, c: Context) -> Lanes:
+    def layer(self, place: int, lanes: Lanes, context: Context) -> Lanes:
         """Pass the stream through the layer at `place` of the plan: lanes (B, T, D) -> same."""
-        layer = c.plan[place]
+        layer = context.plan[place]
         block: Any = self.blocks[layer.block]
         x, second = in_lanes(lanes, layer.two_lanes)
         if layer.skip_from is not None and layer.skip_row is not None:
             gate = None if self.skip_gates is None else self.skip_gates[layer.skip_row]
             weight = self.skip_weights[layer.skip_row]
-            x = with_skip(x, joined(c.outputs[layer.skip_from]), weight, gate)
-        read = None if layer.reads is None else joined(c.outputs[layer.reads])
+            x = with_skip(x, joined(context.outputs[layer.skip_from]), weight, gate)
+        read = None if layer.reads is None else joined(context.outputs[layer.reads])
         weights = None if self.lanes is None else self.lanes.of(layer.block)
-        extra_v = c.extra_v.get(place)
-        inputs = ((x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights)
-        if c.adapters is not None:
-            return block(*inputs, layer.depth_scale, c.adapters.layers[place])
+        extra_v = context.extra_v.get(place)
+        inputs = (
+            (x, second),
+            context.x0,
+            read,
+            context.rotation,
+            extra_v,
+            context.first_v,
+            context.inside,
+            weights,
+        )
+        if context.adapters is not None:
+            return block(*inputs, layer.depth_scale, context.adapters.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
             return block(*inputs, layer.depth_scale)
         # The scale is a tensor here: each new number would compile another block.
@@ -3221,15 +3238,15 @@ class GPT(nn.Module):
         `looping` each block is executed once, as before ENABLE_LOOPING_AT.
         """
         x = self.embedded(input_ids)
-        c = self.context(input_ids, x, documents, boundaries, looping, adapters)
+        context = self.context(input_ids, x, documents, boundaries, looping, adapters)
         lanes: Lanes = x, None
-        for place in range(len(c.plan)):
-            lanes = self.layer(place, lanes, c)
-            c.outputs.append(lanes)
+        for place in range(len(context.plan)):
+            lanes = self.layer(place, lanes, context)
+            context.outputs.append(lanes)
         x = joined(lanes)
         if self.backout_lambda is not None:
-            kept = last_place([layer.block for layer in c.plan], self.cfg.backout_layer)
-            x = x - like(self.backout_lambda, x) * joined(c.outputs[kept])
+            kept = last_place([layer.block for layer in context.plan], self.cfg.backout_layer)
+            x = x - like(self.backout_lambda, x) * joined(context.outputs[kept])
         return rms_norm(x)
 
     def logits(
@@ -3247,13 +3264,10 @@ class GPT(nn.Module):
         assert input_ids is not None, "the token mask needs the tokens before"
         return logits + F.embedding(input_ids, self.penalty)
 
-    def asked(
+    def hidden_at_targets(
         self, batch: Batch, looping: bool = True, adapters: Adapters | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, S, D) and input ids (B, S) at the batch's places that have targets.
-
-        S is T if the batch names no places.
-        """
+        """Hidden states (B, S, D) and input ids (B, S) where the batch has targets."""
         hidden = self.hidden(batch.input_ids, batch.documents, batch.boundaries, looping, adapters)
         if batch.places is None:
             return hidden, batch.input_ids
@@ -3272,17 +3286,16 @@ class GPT(nn.Module):
         A `mile_gamma` of None leaves MiLe out: all weights are 1. With `prefix_weight` w, w times
         the nats of the target's prefix are added, see prefix_targets().
         """
-        hidden, input_ids = self.asked(batch, looping)
+        hidden, input_ids = self.hidden_at_targets(batch, looping)
         targets = batch.target_ids
         prefixes = prefix_targets(self, input_ids, targets, prefix_weight)
-        cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
-        # HeadNats is for the CPU without a graph: a compiled graph fuses this itself.
-        plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
-        if hidden.requires_grad and not plain:
+        clamp_min = self.cfg.mile_clamp_min
+        # HeadNats is the same with its derivative by hand; a compiled graph does not need that.
+        by_hand = hidden.dtype == torch.float32 and not torch.compiler.is_compiling()
+        if by_hand and hidden.requires_grad:
+            loss = (self.cfg.logit_softcap, mile_gamma, clamp_min)
             mask = (input_ids, self.penalty)
-            head = self.head.weight
-            loss = (mile_gamma, clamp_min)
-            return HeadNats.apply(hidden, head, targets, cap, *loss, *mask, prefixes)
+            return HeadNats.apply(hidden, self.head.weight, targets, *loss, *mask, prefixes)
         logits = self.logits(hidden, input_ids)
         nats = target_nats(logits, targets)
         if prefixes is not None:
@@ -4958,7 +4971,7 @@ class GridSettings(Part):
             )
             for tensor in set(given) - set(ROLES):
                 yield (
-                    f"{tensor}.weight" in kinds_within(cfg),
+                    f"{tensor}.weight" in kinds_for(cfg),
                     f"{name} names {tensor!r}, which is no tensor of the model",
                 )
 
@@ -7896,7 +7909,7 @@ def nats_and_scores(
     model: GPT, batch: Batch, beta: float, adapters: Adapters | None = None
 ) -> tuple[Tensor, Tensor]:
     """Nats of the targets, to learn from, and what is scored: tilted by beta to the hints."""
-    hidden, input_ids = model.asked(batch, adapters=adapters)
+    hidden, input_ids = model.hidden_at_targets(batch, adapters=adapters)
     head = None if adapters is None else adapters.head
     logits = model.logits(hidden, input_ids, head).flatten(0, 1)
     targets = batch.target_ids.flatten()
@@ -8257,7 +8270,7 @@ def log_probabilities(
     for few in in_batches(strips, run.scored_rows):
         batch = window_batch(val, few, run.scored_rows, width, run.cfg).moved(run.put)
         assert batch.scored is not None
-        hidden, input_ids = model.asked(batch)
+        hidden, input_ids = model.hidden_at_targets(batch)
         scored = batch.scored.bool()
         logits = model.logits(hidden[scored], input_ids[scored])
         rows.append(torch.log_softmax(logits, dim=-1).cpu())
