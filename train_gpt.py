@@ -3632,9 +3632,10 @@ def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
     squares = exact.square().mean(across, keepdim=True)
     (mean_squares,) = kept.setdefault("neuron_squares", (torch.zeros_like(squares),))
     mean_squares.lerp_(squares, 1.0 - keep)
-    evened = exact / mean_squares.clamp_min(1e-10).sqrt()
-    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (exact, evened)]
-    return (evened * (norms[0] / norms[1].clamp_min(1e-10))).to(updates.dtype)
+    divided = exact / mean_squares.clamp_min(1e-10).sqrt()
+    norm_before = exact.norm(dim=(-2, -1), keepdim=True)
+    norm_after = divided.norm(dim=(-2, -1), keepdim=True)
+    return (divided * (norm_before / norm_after.clamp_min(1e-10))).to(updates.dtype)
 
 
 def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
@@ -3667,7 +3668,8 @@ class Muon(torch.optim.Optimizer):
         decay of W               MUON_WD_FORM, MUON_WD_ORDER    apply()
 
     With MUON_PARALLEL the ranks divide each stack: a rank holds the summed gradients, the momentum
-    and the updates of its own part only, and then all ranks gather the updates.
+    and the updates of its own part only, and then all ranks gather the updates. What a stack keeps
+    between steps is in the state of its first weight: by name, a tuple of tensors.
     """
 
     def __init__(
@@ -3731,6 +3733,7 @@ class Muon(torch.optim.Optimizer):
         updates = updates.to(weights[0].dtype)
         decay = 1.0 - group["lr"] * group["weight_decay"]
         rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
+        # Decay after the step: (W - rate U) decay = decay W - rate decay U.
         decay_after = self.cfg.muon_wd_order == "after"
         if self.cfg.muon_wd_form == "cautious":
             shrinks = torch.stack(weights).mul_(updates) >= 0
@@ -3817,7 +3820,7 @@ def decay_left(scale: float, shape: str) -> float:
 
 
 def prefix_scale(remaining: float, whole: float) -> float:
-    """The factor of PREFIX_TARGET: 1 in the first third of the run, then falling to 0 over another.
+    """The factor of PREFIX_TARGET: 1 in the first third of the run, falling to 0 over the second.
 
     remaining, whole: what is left of the run and its length, in one unit.
     """
@@ -3838,9 +3841,7 @@ class Moment:
     snapshot: bool = False  # whether SWA takes the weights into its mean after the step
     slow_share: float = 0.0  # the share of Muon's slower momentum
     prefix_weight: float = 0.0  # the weight of the prefix's nats in the loss
-    looping: bool = (
-        True  # whether layers LOOP_START to LOOP_END are repeated, if NUM_LOOPS is not 0
-    )
+    looping: bool = True  # whether the layers of a loop are repeated
 
 
 class Schedule:
@@ -4046,7 +4047,7 @@ def weights_met(model: GPT, prefix: str) -> int:
         for name, parameter in model.named_parameters()
         if name.startswith(prefix)
         and parameter.ndim == 2
-        and model.kinds[name].fits in (is_matrix, is_gate)
+        and model.kinds[name].fits in (is_matrix, is_gate)  # rows of tables are only looked up
     )
 
 
