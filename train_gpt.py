@@ -3111,7 +3111,9 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.cfg, self.dtype, self.kernel = cfg, dtype, kernel
+        self.cfg = cfg
+        self.dtype = dtype
+        self.kernel = kernel
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
         self.prefixes: Tensor | None = None  # (V,), for PREFIX_TARGET, see piece_prefixes()
         # (position of the first token, length of the whole row); None: ids are whole rows.
@@ -3206,17 +3208,9 @@ class GPT(nn.Module):
             x = with_skip(x, joined(context.outputs[layer.skip_from]), weight, gate)
         read = None if layer.reads is None else joined(context.outputs[layer.reads])
         weights = None if self.lanes is None else self.lanes.of(layer.block)
-        extra_v = context.extra_v.get(place)
-        inputs = (
-            (x, second),
-            context.x0,
-            read,
-            context.rotation,
-            extra_v,
-            context.first_v,
-            context.inside,
-            weights,
-        )
+        extra_v, first_v = context.extra_v.get(place), context.first_v
+        rotation, inside = context.rotation, context.inside
+        inputs = ((x, second), context.x0, read, rotation, extra_v, first_v, inside, weights)
         if context.adapters is not None:
             return block(*inputs, layer.depth_scale, context.adapters.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
@@ -4641,7 +4635,8 @@ class Training:
         """Check and log the step that is pending; `seconds` have passed since training began."""
         if self.pending is None:
             return
-        pending, self.pending = self.pending, None
+        pending = self.pending
+        self.pending = None
         loss, *norms = pending.stats()
         refuse_non_finite([loss, *norms], self.step, self.groups)
         iterations = self.run.cfg.iterations
@@ -4789,7 +4784,8 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
     clock = run.ledger.training_clock
     with clock.running(), training_bar(schedule, run) as bar:
         while True:
-            step, seconds = state.step, run.ranks.agree(clock.elapsed())
+            step = state.step
+            seconds = run.ranks.agree(clock.elapsed())
             state.save_if_asked(seconds)
             qat_before = schedule.qat
             looping_before = schedule.looping
