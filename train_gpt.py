@@ -6060,8 +6060,9 @@ def rebuild_model(
 
 # =================================================================================================
 # Range coder
-# Integers of matrices to bytes and back. The coder is interleaved rANS; the model is that an
-# integer's expected magnitude is the product of a matrix's, a row's and a column's.
+# Integers of matrices to bytes and back. The coder is interleaved rANS (asymmetric numeral
+# systems). Its probabilities come from adaptive tables, of which an integer's expected magnitude
+# chooses one: the product of a factor for its matrix, one for its row and one for its column.
 # =================================================================================================
 
 TOTAL_FREQUENCY = 1 << 16  # of each table
@@ -6071,24 +6072,31 @@ LANE_SHARE = 16  # there are sqrt(integers) / LANE_SHARE lanes: each costs 4 byt
 MAX_INTEGERS, MAX_LINES, MAX_MATRICES = 1 << 27, 1 << 22, 1 << 12
 MAX_CHUNK = 1 << 20  # integers coded at once
 
-# A level is LEVELS_AN_OCTAVE times log2 of an expected magnitude, from 2^LOWEST_OCTAVE on.
+# The level of an expected magnitude m is LEVELS_AN_OCTAVE (log2(m) - LOWEST_OCTAVE), rounded. Every
+# LEVELS_A_TABLE levels share a table.
 LEVELS_AN_OCTAVE, LOWEST_OCTAVE, HIGHEST_OCTAVE = 16, -8, 7
 LEVELS_A_TABLE = 2
 TABLES = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * LEVELS_AN_OCTAVE // LEVELS_A_TABLE
-PRIOR_SAMPLES, COUNT_UNIT = 512, 256  # integers that a fresh table counts; one integer's count
-FIRST_CHUNK, CHUNK_SHARE = 512, 8  # tables learn after each chunk, of this share of all so far
+PRIOR_SAMPLES = 512  # integers that a fresh table counts as if it had seen them
+COUNT_UNIT = 256  # what an integer adds to a count, so that counts of the prior can be fractions
+# Tables learn after each chunk of integers, which is 1 / CHUNK_SHARE of all they coded before.
+FIRST_CHUNK, CHUNK_SHARE = 512, 8
 
-PROFILE_TOP, PROFILE_PASSES, MAX_SHIFT, LEAST_MEAN = 63, 6, 6, 1e-4
+PROFILE_TOP = 63  # the largest step of a row or column in a profile
+PROFILE_PASSES = 6  # of fitting rows to columns and columns to rows
+LEAST_MEAN = 1e-4  # of magnitudes: a row may be all zeros
+MAX_SHIFT = 6  # a profile's step is at most 2^MAX_SHIFT levels
 STEP_IN_ERRORS = 3.5  # a profile's step in standard errors: finer ones cost more than they save
-TWIN_COSINE, TWIN_CANDIDATES = 0.9, 256
+TWIN_COSINE = 0.9  # from which a row is coded by its difference from another
+TWIN_CANDIDATES = 256  # rows that are tried as that other one
 
 
 class RangeEncoder:
     """Interleaved rANS (arXiv:1311.2540, section 2.3): one state a lane, words of 16 bits.
 
-    A symbol of frequency f, above others of frequencies F in all, takes the state x of its lane
-    to (x // f) 2^16 + x % f + F. Decoding runs backwards, so the stream is written from its end.
-    Facts are bytes that a decoder is told outright.
+    A symbol of frequency f, whose smaller symbols have frequencies F in all, takes the state x of
+    its lane to (x // f) 2^16 + x % f + F. A decoder undoes the last step first, so the stream is
+    written from its end. Facts are bytes that a decoder reads as they are.
     """
 
     def __init__(self) -> None:
@@ -6096,7 +6104,7 @@ class RangeEncoder:
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Note symbols, each of its own table; returns them.
+        """Note symbols to be coded, each by its own table; returns them.
 
         ends: int64 (tables, symbols + 1), running sums of frequencies from 0 to TOTAL_FREQUENCY.
         """
@@ -6143,7 +6151,7 @@ class RangeDecoder:
         return part
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """The next symbols, each of its own table; of those given only the number counts."""
+        """The next symbols, each by its own table; those given only say how many there are."""
         bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
         widths = np.diff(ends).ravel().astype(np.uint64)
         found = np.empty(len(tables), np.int64)
@@ -6197,7 +6205,7 @@ def prior_counts(top: int) -> np.ndarray:
 
 
 class AdaptiveTables:
-    """Tables of the integers within +-top, one for each two levels, that learn what is coded."""
+    """Frequencies of the integers within +-top, a table for every two levels; they adapt."""
 
     def __init__(self, top: int) -> None:
         self.top = top
@@ -6214,9 +6222,10 @@ class AdaptiveTables:
         return np.pad(frequencies.cumsum(axis=1), ((0, 0), (1, 0)))
 
     def code(self, coder: Coder, matrix: np.ndarray, level: int, rows, columns) -> None:
-        """Code a matrix (r, c) in place, levels being level + rows[i] + columns[j].
+        """Code a matrix (r, c) in place, the element (i, j) at level + rows[i] + columns[j].
 
-        Chunks go by share of what these tables coded so far, so that the decoder learns alike.
+        The size of a chunk depends on what was coded before alone, so that a decoder's tables learn
+        at the same places.
         """
         values = matrix.reshape(-1)  # a view
         start = 0
@@ -6239,16 +6248,16 @@ class AdaptiveTables:
 
 
 def level_of(magnitude: float) -> int:
-    """The level of an expected magnitude, within a byte."""
+    """The level of an expected magnitude, at most 255."""
     octaves = math.log2(max(magnitude, 2.0**LOWEST_OCTAVE)) - LOWEST_OCTAVE
     return min(round(octaves * LEVELS_AN_OCTAVE), 255)
 
 
 @dataclass
 class Profile:
-    """What the model says of a matrix (r, c): its level, and levels above it by row and column.
+    """The expected magnitudes of a matrix (r, c): its level, plus steps for each row and column.
 
-    The latter are whole steps of 2^n levels.
+    A step is 2^row_shift or 2^column_shift levels.
     """
 
     level: int
@@ -6258,17 +6267,17 @@ class Profile:
     column_shift: int
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Levels of rows and of columns, to be added to the matrix's."""
+        """Levels of the rows (r,) and of the columns (c,), to be added to the matrix's."""
         return self.rows << self.row_shift, self.columns << self.column_shift
 
 
 def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
-    """Logarithms of mean magnitudes, less their average, in steps of 2^n levels: int64, and n.
+    """Logarithms of mean magnitudes, less their average, in steps of 2^k levels: int64, and k.
 
-    A mean m of n samples has a logarithm of variance chance = (0.57 + (1/m - 1)^+) / n, as for
-    normal integers if large and rare ones if small. Each logarithm is drawn to the average as far
-    as the share of chance in the variance of all says (James and Stein). A step is the power of
-    two near STEP_IN_ERRORS of the standard error that is left.
+    The logarithm of a mean m of n samples has about the variance chance = (0.57 + (1/m - 1)^+) / n:
+    that of normal integers if m is large, of rare ones if it is small. Each logarithm is shrunk
+    towards the average by the part of chance in the variance of all (James and Stein). A step is
+    the power of two near STEP_IN_ERRORS standard errors.
     """
     means = np.maximum(means, 0.5 / samples)
     chance = (0.57 + np.maximum(1 / means - 1, 0)) / samples
@@ -6283,8 +6292,10 @@ def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
 
 
 def fit_profile(matrix: np.ndarray) -> Profile:
-    """The profile by which an integer matrix (r, c) codes well: alternating means fit |q_ij| by
-    m a_i b_j, a and b of mean 1."""
+    """The profile with which an integer matrix (r, c) takes few bytes.
+
+    |q_ij| is fitted by m a_i b_j, where a and b have mean 1, by alternating between the two.
+    """
     magnitudes = np.abs(matrix).astype(np.float64)
     mean = max(float(magnitudes.mean()), LEAST_MEAN)
     columns = np.ones(matrix.shape[1])
@@ -6305,7 +6316,7 @@ def fit_profile(matrix: np.ndarray) -> Profile:
 
 
 def grid_top(largest: int) -> int:
-    """The end 2^n - 1 of a symmetric grid that holds `largest`; 128 for int8's own end."""
+    """The least 2^n - 1 that is no less than `largest`, or 128 for int8's lower end."""
     return top_of_bits(min(largest, 128).bit_length())
 
 
@@ -6317,16 +6328,16 @@ def top_of_bits(bits: int) -> int:
 
 
 def wrap_integers(integers: np.ndarray, top: int) -> np.ndarray:
-    """Integers modulo 2 top + 1, within +-top."""
+    """The integers within +-top that are equal to these modulo 2 top + 1."""
     return (integers + top) % (2 * top + 1) - top
 
 
 def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
-    """Rows of (r, c) that are best told as differences from one of them, and that one: bool (r,).
+    """Rows of (r, c) that are best coded as differences from another row: bool (r,), and that row.
 
-    Unused tokens have them: nothing but weight decay and the head's common pull acts on their
-    rows. They are those of cosine above TWIN_COSINE with the one of up to TWIN_CANDIDATES rows,
-    evenly taken, that has most such.
+    Tokens that the text never uses have such rows: only weight decay and the head's common pull act
+    on them. Of up to TWIN_CANDIDATES rows, evenly spaced, the one with most rows of a cosine above
+    TWIN_COSINE is taken.
     """
     exact = matrix.astype(np.float64)
     candidates = exact[:: len(exact) // TWIN_CANDIDATES + 1]
@@ -6336,7 +6347,7 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
     twins = near[near.sum(axis=1).argmax()]
     first = int(twins.argmax())
     twins[first] = False
-    # A magnitude m takes some log2(m + 1/2) bits, and telling twins takes one for each row.
+    # A magnitude m takes about log2(m + 1/2) bits, and naming the twins takes a bit for each row.
     own = np.log2(np.abs(exact[twins]) + 0.5).sum()
     as_differences = np.log2(np.abs(exact[twins] - exact[first]) + 0.5).sum()
     if own - as_differences < len(exact):
@@ -6346,7 +6357,7 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
 
 @dataclass
 class IntegerModel:
-    """All tables of an artifact: those of profiles, and those of integers by their top."""
+    """All tables of an artifact: those of profiles, and those of integers by the grid's end."""
 
     profiles: AdaptiveTables = field(default_factory=lambda: AdaptiveTables(PROFILE_TOP))
     integers: dict[int, AdaptiveTables] = field(default_factory=dict)
@@ -6415,14 +6426,14 @@ def decode_matrix(
 
 
 def lanes_for(integers: int) -> int:
-    """How many lanes code so many integers."""
+    """The number of lanes that code this many integers."""
     return max(1, math.isqrt(integers) // LANE_SHARE)
 
 
 def encode_integers(matrices: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
-    """Pack integer matrices within +-128: facts, which a general codec shortens, and a stream.
+    """Pack integer matrices within +-128 into facts, which LZMA can shorten, and a stream.
 
-    The same matrices always give the same bytes. Raises ValueError where a decoder would refuse.
+    The same matrices always give the same bytes. Raises ValueError for what no decoder would read.
     """
     check_shapes([matrix.shape for matrix in matrices])
     encoder, model, integers = RangeEncoder(), IntegerModel(), 0
@@ -6467,15 +6478,15 @@ def check_shapes(shapes: Sequence[Shape]) -> None:
 # LZMA packs everything else of a body: its header, its floats, its packed text, and the facts
 # that go with the integers.
 FACTS_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "pb": 0}]
-RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text; of all that LZMA packs
+RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text, and of what LZMA made
 MAX_FACTS = 1 << 20  # bytes of facts and flags, which the body itself does not hold
 
 
 def float_planes(floats: Sequence[np.ndarray]) -> bytes:
     """fp16 tensors as bytes: a flag for each, then all high bytes, then all low bytes.
 
-    The flag says that the bit patterns ascend, as sorted scales do, and that their differences
-    are told in their place.
+    The flag is 1 if the tensor's bit patterns ascend, as sorted scales do; then their differences
+    are written instead.
     """
     flags = bytearray()
     words: list[np.ndarray] = [np.empty(0, np.uint16)]
@@ -6536,7 +6547,7 @@ def unpack_by_range(packed: bytes, size: int) -> bytes:
 def read_range(packed: bytes, size: int) -> bytes:
     """As unpack_by_range(), but raises one of MALFORMED.
 
-    Before integers are read, what the header promises has been found to be `size` bytes in all.
+    What the header promises is checked to be `size` bytes in all before any integer is decoded.
     """
     header_size, facts_size, text_size, packed_size = RANGE_LENGTHS.unpack_from(packed)
     end = RANGE_LENGTHS.size + packed_size
@@ -6558,7 +6569,7 @@ def read_range(packed: bytes, size: int) -> bytes:
 
 
 def unpack_lzma(packed: bytes, most: int) -> bytes:
-    """What LZMA packed, at most `most` bytes; raises ValueError otherwise."""
+    """What LZMA packed, if it is at most `most` bytes; raises ValueError if not."""
     reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FACTS_FILTERS)
     try:
         plain = reader.decompress(packed, max_length=most)
@@ -6854,7 +6865,7 @@ MAX_ORDER = 16  # tokens of the longest n-gram
 
 @dataclass(frozen=True, kw_only=True)
 class CountSettings(Part):
-    """Which texts are counted, and how their distributions join the network's."""
+    """Which texts are counted, and how the counts are mixed with the network."""
 
     title = "Counts"
     prefixes: ClassVar[tuple[str, ...]] = ("COUNT_",)
@@ -6862,53 +6873,53 @@ class CountSettings(Part):
     counts: str = scoring_knob(
         "off",
         ("off", "scored", "artifact", "both"),
-        "Texts whose n-grams are mixed with the network: those that are scored already, training "
-        "text in the artifact, both.",
+        "N-grams are counted in the text that is already scored, in training text that the "
+        "artifact carries, or in both, and mixed with the network.",
         absent="off",
     )
     count_bytes: int = training_knob(
-        4_000_000, (1, 1 << 40), "Bytes of the artifact for the training text that is counted."
+        4_000_000, (1, 1 << 40), "The artifact carries training text of up to this many bytes."
     )
     count_orders: str = scoring_knob(
         "2,8",
         (),
-        "Orders of the n-grams of training and scored text.",
+        "N-grams of these orders are counted in training and scored text together.",
         absent="2,8",
         tries=("2,3",),
     )
     count_scored_orders: str = scoring_knob(
         "2,6",
         (),
-        "Orders of the n-grams of the scored text alone; may be none.",
+        "N-grams of these orders, which may be none, are counted in the scored text alone.",
         absent="2,6",
         tries=("2",),
     )
     count_recent_tokens: int = scoring_knob(
         128,
         (0, 1 << 20),
-        "Last tokens that are expected to come again; 0: none.",
+        "This many of the last tokens are expected to come again; 0 is off.",
         absent=128,
         tries=(8,),
     )
     count_longest_match: int = scoring_knob(
         32,
         (0, 256),
-        "Tokens of context that are compared to find repeats; 0: no repeats.",
+        "Repeats are found by up to this many tokens of context; 0 is off.",
         absent=32,
         tries=(4,),
     )
     count_chunk_tokens: int = scoring_knob(
         64,
         (1, 4096),
-        "Targets that are scored before the counts learn from them.",
+        "The counts and the mixture learn whenever this many targets are scored.",
         absent=64,
         tries=(7,),
     )
     count_gate_rate: float = scoring_knob(
-        0.02, (0.0, 10.0), "Learning rate of the mixture's weights; 0 keeps them.", absent=0.02
+        0.02, (0.0, 10.0), "The mixture's weights learn at this rate; 0 keeps them.", absent=0.02
     )
     count_match_rate: float = scoring_knob(
-        0.4, (0.0, 10.0), "Learning rate of the biases for repeats; 0 keeps them.", absent=0.4
+        0.4, (0.0, 10.0), "The biases for repeats learn at this rate; 0 keeps them.", absent=0.4
     )
 
     @property
@@ -6935,7 +6946,7 @@ class CountSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Orders are small numbers, and counting goes along sliding windows."""
+        """Orders are small numbers, and counting needs a text that is scored in order."""
         orders = (*cfg.orders_of_texts, *cfg.orders_of_scored)
         yield (
             all(2 <= order <= MAX_ORDER for order in orders),
@@ -7034,7 +7045,10 @@ class TextIndex:
         keys: np.ndarray,
         num_contexts: int,
     ) -> None:
-        """Keep the numbers of the next order: of the grams ending at `places`; a key for each."""
+        """Keep the numbers `grams` of the next order's grams, which end at `places`.
+
+        keys: of each gram by number, its context's number * MAX_VOCABULARY + its last token.
+        """
         gram_at = np.full(len(self.tokens), -1, np.int32)
         gram_at[places] = grams
         first_anywhere = np.ones(len(self.tokens), bool)  # a gram without a number occurs once
@@ -7064,7 +7078,7 @@ class TextIndex:
 
 
 class MatchModel:
-    """What followed the longest repeat of the tokens before each target, the latest such place."""
+    """For each target, the latest place that follows the longest repeat of the tokens before it."""
 
     def __init__(self, targets: int) -> None:
         self.length = np.zeros(targets, np.int16)  # tokens that agree; 0: none does
@@ -7259,7 +7273,7 @@ class Continuations:
         seen.continuations[is_known] = kinds[is_known]
 
 
-# Weights before any lesson, rounded from what they came to on a hold-out of the training text. The
+# Weights before anything is learned, rounded from what was learned on held-out training text. The
 # shortest order's is negative: what is likely in any context counts less as evidence.
 START_NETWORK = 0.6
 START_LONGEST_ORDER = 0.4
@@ -7340,7 +7354,7 @@ class Mixture:
             self.matches.append((index.match.length, predictions))
 
     def start_weight(self, source: str, order: int) -> float:
-        """The plain constant that a distribution's weight begins with."""
+        """The constant with which the weight of a distribution begins."""
         if source == "network":
             return START_NETWORK
         if source == "recent":
@@ -7382,7 +7396,8 @@ class Mixture:
     def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
         """Log-probabilities (n, V) of the next targets, which must lie in one chunk."""
         n = len(network)
-        # What the mask forbids has no probability in the mixture; its experts stay finite.
+        # What the mask forbids has no probability in the mixture. The network's own row is finite
+        # until then, as -inf times a weight of 0 is nan.
         forbidden = network == -math.inf
         network = network.masked_fill(forbidden, -1e4)
         rows = [network]
@@ -7532,9 +7547,9 @@ class AdagradTable:
         self.values -= self.rate * total / self.squares.sqrt()
 
 
-# Training tokens in the artifact:
-# A little-endian uint32, the number of tokens, and then the tokens as uint16 in a raw LZMA2 stream.
-# Coding them with the counts would save a tenth, but decode one token after the other.
+# Training text is stored in the artifact as a little-endian uint32, the number of tokens, and then
+# the tokens as uint16 in a raw LZMA2 stream. Coding them with the counts themselves would save a
+# tenth, but decoding would take one token after the other.
 
 PACKED_COUNT = struct.Struct("<I")
 MAX_PACKED_TOKENS = 100_000_000  # an unpacked text takes two bytes a token
@@ -7585,7 +7600,7 @@ def text_of_artifact(stored: dict[str, Stored], cfg: Config) -> np.ndarray:
 def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
     """On rank 0, training text of at most COUNT_BYTES for the artifact; empty without COUNTS.
 
-    It counts as training. Only the first tokens are looked at, several times what can fit.
+    The time counts as training. Only the first tokens are considered, several times what can fit.
     """
     cfg = run.cfg
     if not cfg.counts_training_text or not run.ranks.is_main:
@@ -7605,11 +7620,11 @@ def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
 
 
 def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
-    """The documents of a text, those first that predict most tokens of a hold-out per own token.
+    """The documents of a text, most useful first: by the held-out tokens predicted per own token.
 
-    A document is credited with each token of the hold-out that the longest repeat before it,
-    when that repeat lies in the document, predicts rightly. The hold-out's own documents are
-    taken to be of average worth.
+    Every HOLDOUT_EVERY-th document is held out. Each of its tokens that is predicted rightly by the
+    longest repeat of what precedes it counts for the document which holds that repeat. Held-out
+    documents are taken to be of average worth.
     """
     documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
     held_out = documents[::HOLDOUT_EVERY]
@@ -7631,7 +7646,7 @@ def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
-    """As much of the training text as `limit` bytes hold, the worthiest documents, packed.
+    """The most useful documents of a training text, packed, as many as `limit` bytes hold.
 
     Raises Refusal if not even the first document fits.
     """
@@ -7645,7 +7660,7 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
         kept = int(np.searchsorted(ends, limit / bytes_per_token, side="right"))
         if not kept:
             raise Refusal(f"COUNT_BYTES={limit} holds none of the training documents: allow more")
-        # The worthiest come last, so that the latest of equal repeats lies in them.
+        # The most useful come last: of equal repeats the latest is the one that predicts.
         packed = pack_tokens(np.concatenate(documents[:kept][::-1]))
         if len(packed) <= limit:
             return packed
@@ -7654,14 +7669,15 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
 
 # =================================================================================================
 # N-gram tilt
-# Long passages of a validation text occur twice. What followed the same tokens before has its
-# logit raised: a distribution that is fixed before the target is seen. (parameter-golf #2135)
+# Long passages of a validation text occur twice. The token that followed the same context before
+# has its logit raised, which fixes the distribution before the target is seen (parameter-golf
+# #2135).
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class TiltSettings(Part):
-    """Where repeats of the scored text raise a token's probability, and how much."""
+    """When a repeat in the scored text raises a token's probability, and by how much."""
 
     title = "N-gram tilt"
     prefixes: ClassVar[tuple[str, ...]] = ("NGRAM_",)
@@ -7669,20 +7685,20 @@ class TiltSettings(Part):
     ngram_tilt: float = scoring_knob(
         0.0,
         (0.0, 20.0),
-        "What is added to the logit of the token that followed the same context; 0 is off.",
+        "This is added to the logit of the token that followed the same context before; 0 is off.",
         absent=0.0,
         tries=(2.625,),
     )
     ngram_order: int = scoring_knob(
-        16, (2, 16), "Tokens of the context and its follower.", absent=16
+        16, (2, 16), "A context and the token after it are this many tokens.", absent=16
     )
     ngram_threshold: float = scoring_knob(
-        0.8, (0.0, 1.0), "Share of the follower in a context, at least.", absent=0.8
+        0.8, (0.0, 1.0), "The token must have followed this part of the contexts.", absent=0.8
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """The counts have repeats of their own."""
+        """The tilt and the counts would both raise what repeats."""
         yield (
             cfg.ngram_tilt == 0 or cfg.counts == "off",
             "NGRAM_TILT and COUNTS both expect repeats: one of them must be off",
@@ -7699,22 +7715,22 @@ PAIR_FACTOR = 1000003
 
 @dataclass(frozen=True)
 class Hints:
-    """For each target, what followed its context most often before it: (N,) each."""
+    """For each target, the token that followed its context most often before it: (N,) each."""
 
     tokens: np.ndarray  # int64; 0 where the context is new
-    shares: np.ndarray  # float32, of the times the context was followed by it; 0 where it is new
+    shares: np.ndarray  # float32, how often it was this token, from 0 to 1; 0 where it is new
 
     def gates(self, threshold: float) -> np.ndarray:
-        """Where a hint is sure enough: bool (N,)."""
+        """The targets whose hint is sure enough: bool (N,)."""
         return (self.shares > 0) & (self.shares >= np.float32(threshold))
 
 
 def context_keys(targets: np.ndarray, order: int) -> np.ndarray:
     """Hashes of the order - 1 tokens before each target that has so many: uint64.
 
-    The first target counts as its own predecessor, so the first that has them is order - 2. The
-    hash is the published one, of about 37 bits: on streams of many millions contexts do collide,
-    which makes a hint worse but never non-causal.
+    As published, the first target stands in for the BOS before it, so that target order - 2 is the
+    first to have enough. The hash has about 37 bits: on streams of many million tokens contexts do
+    collide, which makes a hint worse but never non-causal.
     """
     length = order - 1
     stream = np.concatenate([targets[:1], targets]).astype(np.uint64)
@@ -7745,10 +7761,10 @@ def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
-    """The hints of all targets: (N,) token ids, the stream without its first BOS.
+    """The hints of all targets (N,), which are the stream's token ids without its first BOS.
 
-    Equal to the sequential pass that looks a context up first and then counts the target: the best
-    token of a context is the last whose count exceeded all counts there before.
+    They are those of a sequential pass that looks a context up and then counts its target. A
+    context's hint is the token that was the last to exceed all counts there.
     """
     hints = np.zeros(len(targets), np.int64)
     shares = np.zeros(len(targets), np.float32)
@@ -7763,14 +7779,15 @@ def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
     by_context, new = grouped(keys)
     counts = counts[by_context]
     places = np.arange(len(keys))
-    # A group's offset is above all counts of the groups before it.
+    # Each group of equal contexts gets an offset above all counts of the groups before it, so that
+    # one running maximum serves all groups.
     offsets = np.cumsum(new) * (len(keys) + 1)
     best = np.maximum.accumulate(counts + offsets)
     leads = np.ones(len(keys), bool)
     leads[1:] = best[1:] > best[:-1]
     leaders = np.maximum.accumulate(np.where(leads, places, 0))
     starts = np.maximum.accumulate(np.where(new, places, 0))
-    # What a target finds is what the one before it in its group left.
+    # A target's hint is the state of its group after the target before it.
     found = np.flatnonzero(~new)
     before = found - 1
     at = by_context[found] + first
@@ -7783,9 +7800,9 @@ def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
 def tilted_nats(
     nats: Tensor, hint_nats: Tensor, is_hint: Tensor, gates: Tensor, beta: float
 ) -> Tensor:
-    """Nats of targets under the tilted distribution, from those of target and hint: (...).
+    """Nats of targets under the tilted distribution, given those of target and hint, any shape.
 
-    Only the score is tilted; a loss that is trained on takes the plain nats.
+    p'(w) = p(w) exp(beta [w is the hint]) / (1 + p(hint) (exp(beta) - 1)) where the gate is open.
     """
     growth = torch.expm1(torch.tensor(beta, dtype=torch.float64)).to(nats.dtype)
     normaliser = torch.log1p(torch.exp(-hint_nats) * growth)
@@ -7793,10 +7810,10 @@ def tilted_nats(
 
 
 def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.ndarray | None:
-    """The hint of each target, -1 where its gate is closed: int64 (N,); None without NGRAM_TILT.
+    """The hint of each target, int64 (N,), -1 where its gate is closed; None without NGRAM_TILT.
 
-    order: the targets (N,) in the order in which they are scored, as no hint may come from what is
-    scored later; None for that of the text.
+    order: the targets (N,) in the order in which they are scored; None for that of the text. No
+    hint comes from what is scored later.
     """
     cfg = run.cfg
     if cfg.ngram_tilt == 0:
@@ -7816,7 +7833,7 @@ def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.nd
 def nats_and_scores(
     model: GPT, batch: Batch, beta: float, adapters: Adapters | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nats of the targets, to learn from, and what is scored: tilted by beta to the hints."""
+    """Nats of the targets (B, T) to learn from, and those to score: tilted by beta to the hints."""
     hidden, input_ids = model.asked(batch, adapters=adapters)
     head = None if adapters is None else adapters.head
     logits = model.logits(hidden, input_ids, head).flatten(0, 1)
@@ -7883,20 +7900,20 @@ class AdaptationSettings(Part):
     ttt_mode: str = scoring_knob(
         "off",
         ("off", "score_first", "lora", "train_then_score"),
-        "Adapt to text that was scored, as a whole or document by document (lora); "
-        "train_then_score trains first and is no legal score.",
+        "The model adapts to text that is scored, as a whole or each document for itself (lora); "
+        "train_then_score trains first and gives no legal score.",
     )
-    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Learning rate of the adaptation (SGD).")
-    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Momentum of the adaptation.")
-    ttt_epochs: int = scoring_knob(3, (1, 1000), "Passes over the text that is adapted to.")
+    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "SGD adapts at this peak learning rate.")
+    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "SGD adapts with this momentum.")
+    ttt_epochs: int = scoring_knob(3, (1, 1000), "Adaptation passes this often over the text.")
     ttt_chunk_tokens: int = scoring_knob(
-        32768, (1, 1 << 30), "Targets that are scored before each adaptation."
+        32768, (1, 1 << 30), "The model adapts whenever this many targets are scored."
     )
-    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Rows of an adaptation step.")
+    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "An adaptation step takes this many rows.")
     ttt_grad_clip: float = scoring_knob(
-        1.0, (0.0, 1e6), "Largest norm of the adaptation's gradient; 0 sets no bound."
+        1.0, (0.0, 1e6), "Adaptation clips its gradient to this norm; 0 sets no bound."
     )
-    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "Number of first blocks that do not adapt.")
+    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "The first blocks, this many, do not adapt.")
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -7916,60 +7933,59 @@ class AdaptationSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(Part):
-    """TTT_MODE=lora: each document has deltas of low rank that learn from what is scored of it."""
+    """TTT_MODE=lora: each document has low-rank deltas that learn from what is scored of it."""
 
     title = "Adaptation by document"
     prefixes: ClassVar[tuple[str, ...]] = ("LORA_",)
 
-    lora_rank: int = scoring_knob(80, (1, 1024), "Rank r of a delta.", absent=80)
+    lora_rank: int = scoring_knob(80, (1, 1024), "A delta B A has this rank.", absent=80)
     lora_alpha: float = scoring_knob(
-        144.0, (0.0, 1e6), "A delta counts LORA_ALPHA / LORA_RANK times.", absent=144.0
+        144.0, (0.0, 1e6), "A delta is added LORA_ALPHA / LORA_RANK times.", absent=144.0
     )
     lora_places: str = scoring_knob(
         "q,k,v,o,mlp,head",
         (),
-        "Where a layer takes deltas (q, k, v, o, mlp), and the head, comma-separated.",
+        "These places have deltas: in each layer some of q, k, v, o and mlp, and the head.",
         absent="q,k,v,o,mlp,head",
         tries=("q,head",),
     )
-    lora_lr: float = scoring_knob(1e-4, (0.0, 1.0), "Learning rate of AdamW.", absent=1e-4)
-    lora_beta2: float = scoring_knob(
-        0.99, (0.0, 0.99999), "Decay of AdamW's mean of squares; beta 1 is 0.", absent=0.99
+    lora_lr: float = scoring_knob(
+        1e-4, (0.0, 1.0), "AdamW trains deltas at this rate.", absent=1e-4
     )
-    lora_decay: float = scoring_knob(0.5, (0.0, 100.0), "Weight decay of AdamW.", absent=0.5)
+    lora_beta2: float = scoring_knob(
+        0.99, (0.0, 0.99999), "AdamW's mean of squares decays by this; beta 1 is 0.", absent=0.99
+    )
+    lora_decay: float = scoring_knob(0.5, (0.0, 100.0), "AdamW has this weight decay.", absent=0.5)
     lora_chunk_tokens: int = scoring_knob(
-        48, (1, 1 << 20), "Targets of a document that are scored before each step.", absent=48
+        48, (1, 1 << 20), "Deltas learn whenever this many targets are scored.", absent=48
     )
     lora_short_chunks: str = scoring_knob(
         "",
         (),
-        "Chunks of batches without longer documents, such as 256:8,2000:24 (#2014).",
+        "256:8,2000:24 takes chunks of 8 in batches of documents up to 256, and so on (#2014).",
         absent="",
         tries=("256:8,2000:24",),
     )
     lora_batch_docs: int = scoring_knob(
-        64, (1, 4096), "Documents of like length in step.", absent=64
+        64, (1, 4096), "This many documents of like length are scored in step.", absent=64
     )
     lora_lanes: int = scoring_knob(
-        8, (1, 256), "Queues of batches, each with deltas of its own; no more ranks work.", absent=8
+        8, (1, 256), "Batches go to this many lanes, and each lane to one rank.", absent=8
     )
     lora_phases: int = scoring_knob(
-        0,
-        (0, 100),
-        "How often all weights learn from the shortest documents that are scored.",
-        absent=0,
+        0, (0, 100), "All weights learn this often from documents that are scored.", absent=0
     )
     lora_phase_docs: int = scoring_knob(
-        2500, (1, 1 << 30), "Documents scored before the last of LORA_PHASES.", absent=2500
+        2500, (1, 1 << 30), "LORA_PHASES end once this many documents are scored.", absent=2500
     )
     lora_phase_lr: float = scoring_knob(
-        1e-3, (0.0, 1.0), "Learning rate of LORA_PHASES; TTT_MOMENTUM goes with it.", absent=1e-3
+        1e-3, (0.0, 1.0), "LORA_PHASES learn at this peak rate, with TTT_MOMENTUM.", absent=1e-3
     )
     lora_phase_chunk_tokens: int = scoring_knob(
-        32768, (2, 1 << 30), "Targets of a step of LORA_PHASES.", absent=32768
+        32768, (2, 1 << 30), "A step of LORA_PHASES takes this many targets.", absent=32768
     )
     lora_phase_row_tokens: int = scoring_knob(
-        0, (0, 1 << 20), "Tokens of a row there; 0 takes EVAL_SEQ_LEN.", absent=0
+        0, (0, 1 << 20), "Its rows have this many tokens; 0 takes EVAL_SEQ_LEN.", absent=0
     )
 
     @property
@@ -9004,13 +9020,13 @@ def write_text(text: str) -> None:
 
 # =================================================================================================
 # Faster on a CPU
-# Functions with a derivative of their own, in fewer passes over memory than torch takes on a CPU.
-# Each says which plain expression it stands for; a GPU's compiler fuses that itself.
+# Functions with hand-written derivatives that take fewer passes over memory than torch's on a CPU.
+# Each says which plain expression it stands for; on a GPU the compiler fuses that by itself.
 # =================================================================================================
 
 
 class RmsNorm(torch.autograd.Function):
-    """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
+    """rms_norm in half the passes over memory that torch's separate operations take on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float | Tensor) -> Tensor:
@@ -9030,7 +9046,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 class SquaredLeaky(torch.autograd.Function):
-    """leaky_relu(u)^2 in fewer passes on a CPU, and with one tensor kept for the backward."""
+    """leaky_relu(u)^2 in fewer passes on a CPU; it keeps one tensor for the backward."""
 
     @staticmethod
     def forward(ctx, u: Tensor, slope: float) -> Tensor:
@@ -9048,11 +9064,11 @@ class SquaredLeaky(torch.autograd.Function):
 
 
 class HeadNats(torch.autograd.Function):
-    """Nats of the targets at capped logits, and their weights; it keeps one matrix (B*T, V).
+    """Nats of the targets under capped logits, and their weights in the loss.
 
-    That is the derivative of each target's nats by its row of logits before the cap, found while
-    the row is in the processor's cache. What multiplies it in the loss is known only in the
-    backward, and multiplies rows of width D there instead of V.
+    For the backward it keeps one matrix (B*T, V): the derivative of each target's nats by its row
+    of logits before the cap, computed while the row is in the processor's cache. The gradient of
+    the nats, known only in the backward, then multiplies rows of width D instead of V.
     """
 
     ROWS = 128  # of logits, at a time
@@ -9070,7 +9086,7 @@ class HeadNats(torch.autograd.Function):
         penalty: Tensor | None,
         prefixes: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of hidden (B, T, D), head (V, D), targets and inputs (B, T): what GPT.forward gives.
+        """What GPT.forward returns for hidden (B, T, D), head (V, D), targets and inputs (B, T).
 
         penalty: the token mask (V, V), or None without it.
         prefixes: what GPT.prefix_targets() gives, second targets (B, T) and their weights (B, T).
@@ -9108,7 +9124,7 @@ class HeadNats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Of hidden and head, the only inputs that have one."""
+        """Gradients of hidden and head; the other inputs have none."""
         hidden, head, pull = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(-1, 1)
@@ -9121,7 +9137,7 @@ LOG2_E = math.log2(math.e)
 
 
 def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which are lost."""
+    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which it overwrites."""
     if masked:
         log_shares = torch.log_softmax(logits, -1)
         nats = -log_shares.gather(1, targets)
