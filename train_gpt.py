@@ -5239,7 +5239,8 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> 
     integers -> Q: (n, r, c). Columns after the current block of GPTQ_BLOCK_SIZE are updated once
     a block, by one matrix product.
     """
-    top, diagonal = tops.tolist(), U.diagonal().tolist()
+    top = tops.tolist()
+    diagonal = U.diagonal().tolist()
     rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes is contiguous
     steps = step.permute(2, 0, 1).reshape(step.size(2), -1).expand_as(rest)
     Q = torch.empty_like(rest)
@@ -5265,14 +5266,16 @@ def protected_group(
     columns of the root mean square of the column's activations times its mean |w|. Columns left
     over at a matrix's end are no group. The name is "" if no matrix has a whole group.
     """
-    best, best_score = ("", slice(0, 0)), -math.inf
+    best = ("", slice(0, 0))
+    best_score = -math.inf
     for name, W in matrices.items():
         salience = activation_rms[name] * W.abs().mean(dim=0)
         whole = len(salience) // width * width
         scores = salience[:whole].view(-1, width).sum(dim=1)
         if whole and float(scores.max()) > best_score:
+            best_score = float(scores.max())
             start = width * int(scores.argmax())
-            best, best_score = (name, slice(start, start + width)), float(scores.max())
+            best = (name, slice(start, start + width))
     return best
 
 
@@ -5461,16 +5464,15 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
         first = steps * cfg.rows_per_step + n * CALIBRATION_ROWS
         return rows.batch(first, CALIBRATION_ROWS).input_ids
 
-    num_batches, deadline = cfg.gptq_calib_batches, math.inf
-    if cfg.gptq_calib == "train":
-        if not cfg.step_driven:
-            deadline = cfg.max_wallclock_seconds
-        with run.ledger.training_clock.running():
-            hessians = collect_hessians(model, batch_of, num_batches, deadline, run)
-        used_tokens = run.ledger.calibration_tokens
-        run.ledger.training_operations += calibration_operations(model, used_tokens)
-    else:
-        hessians = collect_hessians(model, batch_of, num_batches, deadline, run)
+    counts_as_training = cfg.gptq_calib == "train"
+    deadline = math.inf
+    if counts_as_training and not cfg.step_driven:
+        deadline = cfg.max_wallclock_seconds
+    with run.ledger.training_clock.running(counts_as_training):
+        hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
+    if counts_as_training:
+        tokens = run.ledger.calibration_tokens
+        run.ledger.training_operations += calibration_operations(model, tokens)
     used = run.ranks.agree(run.ledger.training_clock.elapsed())
     run.folder.log(
         "gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms",
@@ -7693,7 +7695,7 @@ class TiltSettings(Part):
         16, (2, 16), "A context and the token after it are this many tokens.", absent=16
     )
     ngram_threshold: float = scoring_knob(
-        0.8, (0.0, 1.0), "The token must have followed this part of the contexts.", absent=0.8
+        0.8, (0.0, 1.0), "The token must have followed this fraction of its contexts.", absent=0.8
     )
 
     @staticmethod
@@ -7905,7 +7907,7 @@ class AdaptationSettings(Part):
     )
     ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "SGD adapts at this peak learning rate.")
     ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "SGD adapts with this momentum.")
-    ttt_epochs: int = scoring_knob(3, (1, 1000), "Adaptation passes this often over the text.")
+    ttt_epochs: int = scoring_knob(3, (1, 1000), "Adaptation passes over each chunk this often.")
     ttt_chunk_tokens: int = scoring_knob(
         32768, (1, 1 << 30), "The model adapts whenever this many targets are scored."
     )
@@ -7913,7 +7915,7 @@ class AdaptationSettings(Part):
     ttt_grad_clip: float = scoring_knob(
         1.0, (0.0, 1e6), "Adaptation clips its gradient to this norm; 0 sets no bound."
     )
-    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "The first blocks, this many, do not adapt.")
+    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "This many of the first blocks do not adapt.")
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -7955,7 +7957,9 @@ class LoraSettings(Part):
     lora_beta2: float = scoring_knob(
         0.99, (0.0, 0.99999), "AdamW's mean of squares decays by this; beta 1 is 0.", absent=0.99
     )
-    lora_decay: float = scoring_knob(0.5, (0.0, 100.0), "AdamW has this weight decay.", absent=0.5)
+    lora_decay: float = scoring_knob(
+        0.5, (0.0, 100.0), "AdamW gives deltas this weight decay.", absent=0.5
+    )
     lora_chunk_tokens: int = scoring_knob(
         48, (1, 1 << 20), "Deltas learn whenever this many targets are scored.", absent=48
     )
@@ -7985,7 +7989,7 @@ class LoraSettings(Part):
         32768, (2, 1 << 30), "A step of LORA_PHASES takes this many targets.", absent=32768
     )
     lora_phase_row_tokens: int = scoring_knob(
-        0, (0, 1 << 20), "Its rows have this many tokens; 0 takes EVAL_SEQ_LEN.", absent=0
+        0, (0, 1 << 20), "LORA_PHASES take rows of this many tokens; 0: EVAL_SEQ_LEN.", absent=0
     )
 
     @property
