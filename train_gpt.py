@@ -8373,7 +8373,7 @@ class Adapter:
 
 
 def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
-    """The parameters that do not adapt."""
+    """The parameters that stay as they are while the others adapt."""
     frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
     if cfg.ttt_mode == "train_then_score":
         for module in (model.tok_emb, model.bigram, model.smear):
@@ -8386,7 +8386,7 @@ def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
 
 
 def documents_of(val: Validation, cfg: Config) -> np.ndarray:
-    """Documents by their targets, as rows (first, end): from one BOS to the next, included."""
+    """Documents as rows (first target, end of targets); a document's last is the next one's BOS."""
     num_targets = val.num_targets(cfg)
     begins = np.flatnonzero(val.tokens[:num_targets] == BOS)
     firsts = np.union1d(begins, [0]).astype(np.int64)
@@ -8394,7 +8394,7 @@ def documents_of(val: Validation, cfg: Config) -> np.ndarray:
 
 
 def document_queue(val: Validation, cfg: Config) -> list[np.ndarray]:
-    """Batches of documents of like length, the longest first; in each, the shortest first."""
+    """Batches of documents of like length, the longest batch first; in one, the shortest first."""
     documents = documents_of(val, cfg)
     lengths = documents[:, 1] - documents[:, 0]
     by_length = documents[np.argsort(lengths, kind="stable")]
@@ -8409,10 +8409,10 @@ def chunk_batch(
     cfg: Config,
     hints: np.ndarray | None,
 ) -> Batch:
-    """Of each document the targets at to at + width - 1, in a window that ends with them.
+    """A batch with the targets `at` to at + width - 1 of each document, which end its window.
 
-    A window has up to EVAL_SEQ_LEN tokens of the document, from its row's start. Rows are padded;
-    padding scores nothing, and causality keeps it harmless.
+    A window has up to EVAL_SEQ_LEN tokens of the document and begins its row. The rest of a row is
+    padding, which scores nothing and which attention, being causal, never shows to a scored place.
     """
     first, end = np.split(documents, 2, axis=1)
     asked = first + at
@@ -8498,9 +8498,9 @@ class DocumentDeltas:
 class DocumentScorer:
     """Scores documents, each with deltas of its own that learn from what is scored of it.
 
-    Documents of like length go in step. One forward scores a chunk of each and gives the gradient
-    of an AdamW step, unless the chunk is its document's last. When the rest of the budget just
-    holds the scoring of what is left, that goes on in wide chunks, without learning.
+    Documents of like length advance together. One forward scores a chunk of each and gives the
+    gradient of an AdamW step, unless the chunk is its document's last. When the rest of the budget
+    is just enough to score what is left, scoring goes on in wide chunks, without learning.
     (parameter-golf #1855)
     """
 
@@ -8523,7 +8523,7 @@ class DocumentScorer:
         run.ledger.occasions["ttt"] = 0
 
     def measure(self, documents: np.ndarray) -> None:
-        """Find what scoring in wide chunks takes, on the last of these documents."""
+        """Measure the time of scoring in wide chunks, on the last of these documents."""
         cfg, run = self.run.cfg, self.run
         few = documents[-run.scored_rows :]
         batch = chunk_batch(self.val, few, 0, cfg.eval_seq_len, cfg, None).moved(run.put)
@@ -8531,7 +8531,7 @@ class DocumentScorer:
         self.seconds_a_place = seconds / batch.input_ids.numel()
 
     def deltas_for(self, lane: int, rows: int) -> DocumentDeltas:
-        """The lane's deltas for a new batch: its last ones, if the batch has as many rows."""
+        """The lane's deltas for a new batch: those of its last batch, if that had as many rows."""
         if lane not in self.generators:
             seed = self.phase * self.run.cfg.lora_lanes + lane
             self.generators[lane] = torch.Generator().manual_seed(seed)
@@ -8579,9 +8579,9 @@ class DocumentScorer:
         rows: tuple[int, int],
         learns: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Nats, targets and bytes (3,) of a chunk of each document, and its nats, to learn from.
+        """Nats, targets and bytes (3,) of a chunk of each document; and the nats to learn from.
 
-        rows: where the documents stand in the batch to which the deltas belong, from and to.
+        rows: the first and the end of these documents in the batch to which the deltas belong.
         """
         cfg, run = self.run.cfg, self.run
         batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
@@ -8597,9 +8597,9 @@ class DocumentScorer:
     def score_and_learn(
         self, documents: np.ndarray, first: int, at: int, chunk: int, deltas: DocumentDeltas
     ) -> Tensor:
-        """Score a chunk of the documents from the first on, then learn of those that go on: (3,).
+        """Score a chunk of the documents from `first` on: nats, targets and bytes (3,).
 
-        A chunk's score is final before its nats are learned from.
+        Then the deltas of documents that go on learn from it; its score is final by then.
         """
         run = self.run
         documents = documents[first:]
@@ -8626,7 +8626,7 @@ class DocumentScorer:
         return self.run.ledger.scoring_clock.elapsed() + to_come
 
     def learn_together(self, documents: np.ndarray) -> None:
-        """SGD of all weights on documents that are scored, as training sees text; a new phase.
+        """Train all weights by SGD on documents that have been scored; a new phase begins.
 
         Their tokens are laid end to end and cut into chunks, of which the last is left out; each
         chunk is a step, at a rate that falls as a cosine. (phased global SGD, parameter-golf #1855)
@@ -8676,7 +8676,7 @@ class DocumentScorer:
 
 @contextlib.contextmanager
 def at_rest(model: GPT, row_length: int) -> Iterator[None]:
-    """Weights that have no gradient, and positions of rows of this length, which may be cut."""
+    """Inside, weights have no gradient, and positions are those of rows of this length."""
     model.requires_grad_(False)
     model.row_place = (0, row_length)
     try:
@@ -8691,9 +8691,9 @@ def evaluate_documents(
 ) -> EvalResult:
     """Score the validation split document by document, each of which adapts to itself.
 
-    Batches go to LORA_LANES lanes in the order of the queue, and a lane to the rank that its number
-    says, so that what a document finds depends on the text alone. No hint comes from a document
-    that is scored later.
+    Batches go to LORA_LANES lanes in the order of the queue, and each lane to one rank, so that the
+    deltas with which a document begins depend on the text alone. No hint comes from a document that
+    is scored later.
     """
     cfg, ranks = run.cfg, run.ranks
     started = time.perf_counter()
