@@ -4721,20 +4721,20 @@ class QatSettings(Part):
     qat_mode: str = training_knob(
         "late",
         ("late", "always", "off"),
-        "Training rounds weights to the integer grid from LATE_QAT_THRESHOLD on, always or never.",
+        "Round weights to the integer grid in training: from LATE_QAT_THRESHOLD on, always, never.",
     )
     late_qat_threshold: float = training_knob(
-        0.15, (0.0, 1.0), "QAT_MODE=late starts once the rate falls below this part of its peak."
+        0.15, (0.0, 1.0), "Start QAT_MODE=late once the rate falls below this fraction of its peak."
     )
     qat_clip: str = training_knob(
         "absmax",
         ("absmax", "quantile"),
-        "QAT ends a row's grid at the row's largest magnitude, or at a quantile of them.",
+        "End a row's grid in QAT at its largest magnitude, or at a quantile of them.",
     )
     qat_targets: str = training_knob(
         "stored",
         ("stored", "linears", "aux"),
-        "QAT rounds the linears that are stored as integers, all linears, or those outside blocks.",
+        "Round the linears that are stored as integers, all linears, or those outside the blocks.",
     )
 
 
@@ -4747,37 +4747,37 @@ class GridSettings(Part):
     bits: str = model_knob(
         "mlp:6,attn:6,emb:8,aux:8",
         (),
-        "Matrices of a role, or a tensor by its name (tok_emb:7), take 2 to 8 bits or fp16.",
+        "Store matrices of each role, or a tensor by its name (tok_emb:7), in 2 to 8 bits or fp16.",
     )
     int8_keep_float_max_numel: int = model_knob(
-        65536, (0, 1 << 30), "Tensors of up to this many elements are stored as fp16."
+        65536, (0, 1 << 30), "Store tensors of up to this many elements as fp16."
     )
     quant_clip: str = training_knob(
         "percentile",
         ("percentile", "std", "std_published"),
-        "A row's grid ends where CLIP_SEARCH says; or at CLIP_SIGMAS, and then std extends it to "
-        "the row's maximum and takes only steps that are cheap to code.",
+        "End a row's grid where CLIP_SEARCH says, or at CLIP_SIGMAS; std extends that to the "
+        "row's maximum and takes only steps that are cheap to code.",
     )
     clip_sigmas: str = training_knob(
         "mlp:12.85,attn:12.85,emb:10,aux:30",
         (),
-        "With QUANT_CLIP=std or std_published, a row's grid ends at this many standard deviations, "
-        "by role or tensor.",
+        "End a row's grid at this many standard deviations under QUANT_CLIP=std and "
+        "std_published, by role or tensor.",
         tries=("mlp:8,attn:8,emb:8,aux:20",),
     )
     gate_storage: str = training_knob(
-        "fp16", ("fp16", "int8"), "Attention gates are stored as fp16, or as int8 with row scales."
+        "fp16", ("fp16", "int8"), "Store attention gates as fp16, or as int8 with row scales."
     )
     clip_search: str = training_knob(
         "matrix",
         ("absmax", "matrix", "row"),
-        "With QUANT_CLIP=percentile, a row's grid ends at its maximum, or at the best of a few "
+        "End a row's grid under QUANT_CLIP=percentile at its maximum, or at the best of a few "
         "quantiles for its matrix or for itself.",
     )
     q_scale_floor: str = training_knob(
         "inv_clip",
         ("inv_clip", "tiny"),
-        "A grid's step is at least 1 / its largest integer (inv_clip), or 2^-14 (tiny).",
+        "Keep a grid's step at least 1 / its largest integer (inv_clip), or 2^-14 (tiny).",
     )
 
     @property
@@ -4827,33 +4827,33 @@ class GptqSettings(Part):
     gptq_variant: str = training_knob(
         "full",
         ("full", "simple", "off"),
-        "Matrices are rounded by GPTQ, by the GPTQ of #1361 (simple), or to nearest (off).",
+        "Round matrices by GPTQ, by the GPTQ of #1361 (simple), or to nearest (off).",
     )
     gptq_actorder: bool = training_knob(
-        True, (), "GPTQ rounds the columns with the largest activations first."
+        True, (), "Round the columns with the largest activations first."
     )
     gptq_select: str = training_knob(
         "mse",
         ("mse", "hessian"),
-        "GPTQ chooses the clip of least squared error, or of least error weighted by the Hessian.",
+        "Choose the clip of least squared error, or of least error weighted by the Hessian.",
     )
     gptq_calib: str = training_knob(
         "train",
         ("train", "selfgen", "train_after_cap"),
-        "GPTQ sees training text within the budget, text that the model samples (slow), or "
-        "training text after the budget (not eligible).",
+        "Calibrate GPTQ on training text within the budget, on text that the model samples "
+        "(slow), or on training text after the budget (not eligible).",
     )
     gptq_calib_batches: int = training_knob(
-        256, (1, 10**6), "GPTQ collects its Hessians over this many batches of 8 rows."
+        256, (1, 10**6), "Calibrate GPTQ on this many batches of 8 rows."
     )
     gptq_block_size: int = training_knob(
-        128, (1, 1 << 16), "GPTQ rounds this many columns between updates of all later ones."
+        128, (1, 1 << 16), "Round this many columns between updates of all later ones."
     )
     prune_frac: float = training_knob(
-        0.0, (0.0, 0.99), "This fraction of each large matrix is zeroed before rounding."
+        0.0, (0.0, 0.99), "Zero this fraction of each large matrix before rounding."
     )
     prune_pct: float = training_knob(
-        0.0, (0.0, 0.99), "This fraction of the integers below 8 bits is zeroed after rounding."
+        0.0, (0.0, 0.99), "Zero this fraction of the integers below 8 bits after rounding."
     )
 
 
@@ -4868,14 +4868,16 @@ class CorrectionSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("LQER_", "AWQ_")
 
     lqer_top_k: int = training_knob(
-        0, (0, 64), "This many matrices of largest rounding error get a low-rank correction."
+        0, (0, 64), "Correct this many matrices of largest rounding error; 0 is off."
     )
-    lqer_rank: int = training_knob(4, (1, MAX_RANK), "A low-rank correction has this rank.")
+    lqer_rank: int = training_knob(
+        4, (1, MAX_RANK), "Give corrections, which are low-rank matrices, this rank."
+    )
     lqer_group: int = training_knob(
-        64, (1, 1 << 16), "This many numbers of a correction's right factor share a scale."
+        64, (1, 1 << 16), "Let this many numbers of a correction's right factor share a scale."
     )
     awq_columns: int = training_knob(
-        0, (0, 1 << 16), "GPTQ gives this many columns, where they matter most, 8 bits; 0 is off."
+        0, (0, 1 << 16), "Give this many columns 8 bits, where they matter most; 0 is off."
     )
 
     @staticmethod
@@ -5659,13 +5661,13 @@ class ArtifactSettings(Part):
     artifact_target_bytes: int = training_knob(
         0,
         (0, 1 << 40),
-        "With QUANT_CLIP=std or std_published, code and artifact end just below this many bytes; "
-        "0 aims below the limit, if they would be over it.",
+        "End code and artifact just below this many bytes, if QUANT_CLIP is std or std_published; "
+        "0 aims below the limit, and only if they would be over it.",
     )
     codec: str = training_knob(
         "zstd",
         ("zstd", "lzma", "brotli", "range", "best"),
-        "This codec compresses the artifact; best is the smallest of zstd, lzma and range.",
+        "Compress the artifact by this codec; best takes the smallest of zstd, lzma and range.",
     )
 
     @property
@@ -6875,53 +6877,37 @@ class CountSettings(Part):
     counts: str = scoring_knob(
         "off",
         ("off", "scored", "artifact", "both"),
-        "N-grams are counted in the text that is already scored, in training text that the "
-        "artifact carries, or in both, and mixed with the network.",
+        "Mix the network with n-gram counts of the text that is scored already, of training text "
+        "that the artifact carries, or of both.",
         absent="off",
     )
     count_bytes: int = training_knob(
-        4_000_000, (1, 1 << 40), "The artifact carries training text of up to this many bytes."
+        4_000_000, (1, 1 << 40), "Put training text of up to this many bytes into the artifact."
     )
     count_orders: str = scoring_knob(
-        "2,8",
-        (),
-        "N-grams of these orders are counted in training and scored text together.",
-        absent="2,8",
-        tries=("2,3",),
+        "2,8", (), "Count n-grams of these orders in all the text.", absent="2,8", tries=("2,3",)
     )
     count_scored_orders: str = scoring_knob(
-        "2,6",
-        (),
-        "N-grams of these orders, which may be none, are counted in the scored text alone.",
-        absent="2,6",
-        tries=("2",),
+        "2,6", (), "Count n-grams of these orders in scored text alone.", absent="2,6", tries=("2",)
     )
     count_recent_tokens: int = scoring_knob(
         128,
         (0, 1 << 20),
-        "This many of the last tokens are expected to come again; 0 is off.",
+        "Expect the last tokens again, this many; 0 is off.",
         absent=128,
         tries=(8,),
     )
     count_longest_match: int = scoring_knob(
-        32,
-        (0, 256),
-        "Repeats are found by up to this many tokens of context; 0 is off.",
-        absent=32,
-        tries=(4,),
+        32, (0, 256), "Find repeats of up to this many tokens; 0 is off.", absent=32, tries=(4,)
     )
     count_chunk_tokens: int = scoring_knob(
-        64,
-        (1, 4096),
-        "The counts and the mixture learn whenever this many targets are scored.",
-        absent=64,
-        tries=(7,),
+        64, (1, 4096), "Learn whenever this many targets are scored.", absent=64, tries=(7,)
     )
     count_gate_rate: float = scoring_knob(
-        0.02, (0.0, 10.0), "The mixture's weights learn at this rate; 0 keeps them.", absent=0.02
+        0.02, (0.0, 10.0), "Train the mixture's weights at this rate; 0 keeps them.", absent=0.02
     )
     count_match_rate: float = scoring_knob(
-        0.4, (0.0, 10.0), "The biases for repeats learn at this rate; 0 keeps them.", absent=0.4
+        0.4, (0.0, 10.0), "Train the biases for repeats at this rate; 0 keeps them.", absent=0.4
     )
 
     @property
@@ -7687,15 +7673,15 @@ class TiltSettings(Part):
     ngram_tilt: float = scoring_knob(
         0.0,
         (0.0, 20.0),
-        "This is added to the logit of the token that followed the same context before; 0 is off.",
+        "Add this to the logit of the token that followed the same context before; 0 is off.",
         absent=0.0,
         tries=(2.625,),
     )
     ngram_order: int = scoring_knob(
-        16, (2, 16), "A context and the token after it are this many tokens.", absent=16
+        16, (2, 16), "Let a context and the token after it be this many tokens.", absent=16
     )
     ngram_threshold: float = scoring_knob(
-        0.8, (0.0, 1.0), "The token must have followed this fraction of its contexts.", absent=0.8
+        0.8, (0.0, 1.0), "Require that it followed this fraction of the contexts.", absent=0.8
     )
 
     @staticmethod
@@ -7866,20 +7852,18 @@ class EvaluationSettings(Part):
 
     title = "Evaluation"
 
-    eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "A window has this many tokens.")
+    eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "Score windows of this many tokens.")
     eval_stride: int = scoring_knob(
-        64, (0, 1 << 20), "Windows start this many targets apart; 0 lays them side by side."
+        64, (0, 1 << 20), "Start a window every so many targets; 0 lays windows side by side."
     )
     sliding: str = scoring_knob(
         "cover",
         ("cover", "published_s1", "published_s3"),
-        "cover scores every target once; the others add a score in a published system's windows.",
+        "Score every target once (cover), or add a score in a published system's windows.",
     )
-    eval_batch_seqs: int = scoring_knob(
-        32, (1, 1 << 16), "This many windows are scored in a batch."
-    )
+    eval_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Score this many windows in a batch.")
     eval_truncate: bool = scoring_knob(
-        False, (), "The targets after the last full window are left out."
+        False, (), "Leave out the targets after the last full window."
     )
 
     @staticmethod
@@ -7902,20 +7886,22 @@ class AdaptationSettings(Part):
     ttt_mode: str = scoring_knob(
         "off",
         ("off", "score_first", "lora", "train_then_score"),
-        "The model adapts to text that is scored, as a whole or each document for itself (lora); "
+        "Adapt to text that is scored, as a whole or each document for itself (lora); "
         "train_then_score trains first and gives no legal score.",
     )
-    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "SGD adapts at this peak learning rate.")
-    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "SGD adapts with this momentum.")
-    ttt_epochs: int = scoring_knob(3, (1, 1000), "Adaptation passes over each chunk this often.")
+    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Adapt by SGD at this peak learning rate.")
+    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Adapt by SGD with this momentum.")
+    ttt_epochs: int = scoring_knob(3, (1, 1000), "Pass over each scored chunk this many times.")
     ttt_chunk_tokens: int = scoring_knob(
-        32768, (1, 1 << 30), "The model adapts whenever this many targets are scored."
+        32768, (1, 1 << 30), "Adapt whenever this many targets are scored."
     )
-    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "An adaptation step takes this many rows.")
+    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Adapt on this many rows a step.")
     ttt_grad_clip: float = scoring_knob(
-        1.0, (0.0, 1e6), "Adaptation clips its gradient to this norm; 0 sets no bound."
+        1.0, (0.0, 1e6), "Clip the adaptation's gradient to this norm; 0 sets no bound."
     )
-    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "This many of the first blocks do not adapt.")
+    ttt_freeze_blocks: int = scoring_knob(
+        2, (0, 64), "Keep this many of the first blocks from adapting."
+    )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -7940,56 +7926,56 @@ class LoraSettings(Part):
     title = "Adaptation by document"
     prefixes: ClassVar[tuple[str, ...]] = ("LORA_",)
 
-    lora_rank: int = scoring_knob(80, (1, 1024), "A delta B A has this rank.", absent=80)
+    lora_rank: int = scoring_knob(80, (1, 1024), "Give a delta B A this rank.", absent=80)
     lora_alpha: float = scoring_knob(
-        144.0, (0.0, 1e6), "A delta is added LORA_ALPHA / LORA_RANK times.", absent=144.0
+        144.0, (0.0, 1e6), "Add a delta LORA_ALPHA / LORA_RANK times.", absent=144.0
     )
     lora_places: str = scoring_knob(
         "q,k,v,o,mlp,head",
         (),
-        "These places have deltas: in each layer some of q, k, v, o and mlp, and the head.",
+        "Add deltas at these places: in each layer q, k, v, o and mlp, and at the head.",
         absent="q,k,v,o,mlp,head",
         tries=("q,head",),
     )
     lora_lr: float = scoring_knob(
-        1e-4, (0.0, 1.0), "AdamW trains deltas at this rate.", absent=1e-4
+        1e-4, (0.0, 1.0), "Train deltas by AdamW at this rate.", absent=1e-4
     )
     lora_beta2: float = scoring_knob(
-        0.99, (0.0, 0.99999), "AdamW's mean of squares decays by this; beta 1 is 0.", absent=0.99
+        0.99, (0.0, 0.99999), "Let AdamW's mean of squares decay by this; beta 1 is 0.", absent=0.99
     )
     lora_decay: float = scoring_knob(
-        0.5, (0.0, 100.0), "AdamW gives deltas this weight decay.", absent=0.5
+        0.5, (0.0, 100.0), "Train deltas with this weight decay.", absent=0.5
     )
     lora_chunk_tokens: int = scoring_knob(
-        48, (1, 1 << 20), "Deltas learn whenever this many targets are scored.", absent=48
+        48, (1, 1 << 20), "Train deltas whenever this many targets are scored.", absent=48
     )
     lora_short_chunks: str = scoring_knob(
         "",
         (),
-        "256:8,2000:24 takes chunks of 8 in batches of documents up to 256, and so on (#2014).",
+        "Take other chunks by a batch's longest document: 256:8 means 8 up to 256 (#2014).",
         absent="",
         tries=("256:8,2000:24",),
     )
     lora_batch_docs: int = scoring_knob(
-        64, (1, 4096), "This many documents of like length are scored in step.", absent=64
+        64, (1, 4096), "Score this many documents of like length in step.", absent=64
     )
     lora_lanes: int = scoring_knob(
-        8, (1, 256), "Batches go to this many lanes, and each lane to one rank.", absent=8
+        8, (1, 256), "Deal batches to this many lanes, and each lane to one rank.", absent=8
     )
     lora_phases: int = scoring_knob(
-        0, (0, 100), "All weights learn this often from documents that are scored.", absent=0
+        0, (0, 100), "Train all weights this many times on documents that are scored.", absent=0
     )
     lora_phase_docs: int = scoring_knob(
-        2500, (1, 1 << 30), "LORA_PHASES end once this many documents are scored.", absent=2500
+        2500, (1, 1 << 30), "End LORA_PHASES once this many documents are scored.", absent=2500
     )
     lora_phase_lr: float = scoring_knob(
-        1e-3, (0.0, 1.0), "LORA_PHASES learn at this peak rate, with TTT_MOMENTUM.", absent=1e-3
+        1e-3, (0.0, 1.0), "Train all weights at this peak rate, with TTT_MOMENTUM.", absent=1e-3
     )
     lora_phase_chunk_tokens: int = scoring_knob(
-        32768, (2, 1 << 30), "A step of LORA_PHASES takes this many targets.", absent=32768
+        32768, (2, 1 << 30), "Train all weights on this many targets a step.", absent=32768
     )
     lora_phase_row_tokens: int = scoring_knob(
-        0, (0, 1 << 20), "LORA_PHASES take rows of this many tokens; 0: EVAL_SEQ_LEN.", absent=0
+        0, (0, 1 << 20), "Train all weights on rows of this many tokens; 0: EVAL_SEQ_LEN.", absent=0
     )
 
     @property
@@ -8906,12 +8892,12 @@ class SampleSettings(Part):
     title = "Sampling"
     prefixes: ClassVar[tuple[str, ...]] = ("SAMPLE_",)
 
-    sample_tokens: int = run_knob(256, (1, 1 << 20), "--sample draws up to this many tokens.")
+    sample_tokens: int = run_knob(256, (1, 1 << 20), "Draw up to this many tokens.")
     sample_temperature: float = run_knob(
-        0.8, (0.0, 100.0), "Logits are divided by this; 0 always takes the likeliest token."
+        0.8, (0.0, 100.0), "Divide logits by this; 0 always takes the likeliest token."
     )
     sample_top_p: float = run_knob(
-        0.95, (0.0, 1.0), "--sample draws from the likeliest tokens of this total probability."
+        0.95, (0.0, 1.0), "Draw from the likeliest tokens of this total probability."
     )
 
 
