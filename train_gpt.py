@@ -6891,11 +6891,7 @@ class CountSettings(Part):
         "2,6", (), "Count n-grams of these orders in scored text alone.", absent="2,6", tries=("2",)
     )
     count_recent_tokens: int = scoring_knob(
-        128,
-        (0, 1 << 20),
-        "Expect the last tokens again, this many; 0 is off.",
-        absent=128,
-        tries=(8,),
+        128, (0, 1 << 20), "Expect this many last tokens again; 0 is off.", absent=128, tries=(8,)
     )
     count_longest_match: int = scoring_knob(
         32, (0, 256), "Find repeats of up to this many tokens; 0 is off.", absent=32, tries=(4,)
