@@ -5080,8 +5080,9 @@ def qat_grids(model: GPT) -> dict[str, int]:
 def row_quantile(x: Tensor, q: float) -> Tensor:
     """torch.quantile of each row, (r, c) -> (r, 1), fast for q near 1 and compilable."""
     place = q * (x.size(1) - 1)
-    top = x.topk(x.size(1) - int(place), dim=1).values
-    return torch.lerp(top[:, -1:], top[:, -2:][:, :1], place - int(place))
+    largest = x.topk(x.size(1) - int(place), dim=1).values  # in descending order
+    above = largest[:, -2:][:, :1]  # of the last and the one before it, if there is one
+    return torch.lerp(largest[:, -1:], above, place - int(place))
 
 
 def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
@@ -8269,7 +8270,7 @@ def evaluate(
     with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
             of_chunk = spans[chunk_of == chunk]
-            # No window begins in a chunk that lies inside a longer one.
+            # A window may score several chunks, and then only the first of them has a window.
             if len(of_chunk) > 0:
                 if mixture is not None:
                     sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
