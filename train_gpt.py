@@ -3738,7 +3738,7 @@ class Muon(torch.optim.Optimizer):
         else:
             torch._foreach_mul_(weights, decay)
             if decay_after:
-                rate = decayed_rate(rate, decay)
+                rate = rate * decay
         torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
 
     def nesterov(self, grads: Tensor, kept: dict, group: dict) -> Tensor:
@@ -4856,21 +4856,24 @@ def training_bar(schedule: Schedule, run: Run) -> tqdm:
 # =================================================================================================
 
 
-ROLES = ("mlp", "attn", "emb", "aux")  # of parameters, in BITS and CLIP_SIGMAS
+ROLES = ("mlp", "attn", "emb", "aux")  # each parameter has one; BITS and CLIP_SIGMAS go by them
 
 
-@functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
-def values_by_role(name: str, text: str, kind: type, pattern: str, expected: str) -> dict:
-    """The values of a text like mlp:6,attn:6,emb:8,aux:8 of roles and matrices, fp16 as 0."""
+@functools.lru_cache(8)  # asked for every matrix in every step with fake quantization
+def values_by_role(name: str, text: str, number: type, pattern: str, expected: str) -> dict:
+    """The values in a text like mlp:6,attn:6,emb:8,aux:8, by role or tensor name; fp16 is 0.
+
+    Raises Refusal if a part is malformed, or if a role is missing or given twice.
+    """
     found: dict = {}
     for part in text.split(","):
-        role, _, value = part.strip().partition(":")
-        if role in found or not re.fullmatch(r"[\w.]+", role) or not re.fullmatch(pattern, value):
+        owner, _, value = part.strip().partition(":")
+        if owner in found or not re.fullmatch(r"[\w.]+", owner) or not re.fullmatch(pattern, value):
             raise Refusal(
                 f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
                 f"and a colon and {expected}"
             )
-        found[role] = 0 if value == "fp16" else kind(value)
+        found[owner] = 0 if value == "fp16" else number(value)
     if not set(ROLES) <= set(found):
         raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
     return found
@@ -4878,62 +4881,71 @@ def values_by_role(name: str, text: str, kind: type, pattern: str, expected: str
 
 @dataclass(frozen=True, kw_only=True)
 class QatSettings(Part):
-    """Training through the integer grid (quantisation-aware training, QAT)."""
+    """Quantization-aware training (QAT): the forward reads weights rounded to the integer grid."""
 
-    title = "Quantisation-aware training"
+    title = "Quantization-aware training"
     prefixes: ClassVar[tuple[str, ...]] = ("QAT_",)
 
     qat_mode: str = training_knob(
-        "late", ("late", "always", "off"), "When training rounds weights to the integer grid."
+        "late",
+        ("late", "always", "off"),
+        "Round weights to the integer grid in training: from LATE_QAT_THRESHOLD on, always, never.",
     )
     late_qat_threshold: float = training_knob(
-        0.15, (0.0, 1.0), "Rate scale below which QAT_MODE=late starts."
+        0.15, (0.0, 1.0), "Start QAT_MODE=late once the rate falls below this fraction of its peak."
     )
     qat_clip: str = training_knob(
-        "absmax", ("absmax", "quantile"), "End of a row's grid: its maximum, or a quantile."
+        "absmax",
+        ("absmax", "quantile"),
+        "End a row's grid in QAT at its largest magnitude, or at a quantile of them.",
     )
     qat_targets: str = training_knob(
         "stored",
         ("stored", "linears", "aux"),
-        "Which linears QAT rounds: those stored as integers, all, those outside the blocks.",
+        "Round the linears that are stored as integers, all linears, or those outside the blocks.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridSettings(Part):
-    """Which tensors become integers, of how many bits and in which steps."""
+    """Which tensors become integers, with how many bits and in which steps."""
 
-    title = "Quantisation: grids"
+    title = "Quantization: grids"
 
     bits: str = model_knob(
-        "mlp:6,attn:6,emb:8,aux:8", (), "Bits by role or tensor (tok_emb): 2 to 8, or fp16."
+        "mlp:6,attn:6,emb:8,aux:8",
+        (),
+        "Store matrices of each role, or a tensor by its name (tok_emb:7), in 2 to 8 bits or fp16.",
     )
     int8_keep_float_max_numel: int = model_knob(
-        65536, (0, 1 << 30), "Tensors of up to this many elements are stored as fp16."
+        65536, (0, 1 << 30), "Store tensors of up to this many elements as fp16."
     )
     quant_clip: str = training_knob(
         "percentile",
         ("percentile", "std", "std_published"),
-        "What ends a row's grid: CLIP_SEARCH, or CLIP_SIGMAS; std takes the row's maximum if that "
-        "is farther, and steps that are cheap to code, std_published any fp16.",
+        "End a row's grid where CLIP_SEARCH says, or at CLIP_SIGMAS; std extends that to the "
+        "row's maximum and takes only steps that are cheap to code.",
     )
     clip_sigmas: str = training_knob(
         "mlp:12.85,attn:12.85,emb:10,aux:30",
         (),
-        "Standard deviations of a row at which QUANT_CLIP=std and std_published clip, by role or "
-        "tensor.",
+        "End a row's grid at this many standard deviations under QUANT_CLIP=std and "
+        "std_published, by role or tensor.",
         tries=("mlp:8,attn:8,emb:8,aux:20",),
     )
     gate_storage: str = training_knob(
-        "fp16", ("fp16", "int8"), "How gates of attention are stored; int8 has a scale for a row."
+        "fp16", ("fp16", "int8"), "Store attention gates as fp16, or as int8 with row scales."
     )
     clip_search: str = training_knob(
         "matrix",
         ("absmax", "matrix", "row"),
-        "Clips of QUANT_CLIP=percentile: the maximum, the best quantile of a matrix or a row.",
+        "End a row's grid under QUANT_CLIP=percentile at its maximum, or at the best of a few "
+        "quantiles for its matrix or for itself.",
     )
     q_scale_floor: str = training_knob(
-        "inv_clip", ("inv_clip", "tiny"), "Least step of a grid: 1 / largest integer, or 2^-14."
+        "inv_clip",
+        ("inv_clip", "tiny"),
+        "Keep a grid's step at least 1 / its largest integer (inv_clip), or 2^-14 (tiny).",
     )
 
     @property
@@ -4943,12 +4955,12 @@ class GridSettings(Part):
 
     @property
     def bits_by_role(self) -> dict[str, int]:
-        """Bits of each role's integers, or of a tensor's by its name; 0 for fp16."""
+        """BITS, by role or tensor name; 0 for fp16."""
         return values_by_role("BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16")
 
     @property
     def sigmas_by_role(self) -> dict[str, float]:
-        """Standard deviations of a row at which its grid ends, by role or tensor."""
+        """CLIP_SIGMAS, by role or tensor name."""
         return values_by_role(
             "CLIP_SIGMAS",
             self.clip_sigmas,
@@ -4959,7 +4971,7 @@ class GridSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Tensors named in BITS and CLIP_SIGMAS are of the model."""
+        """BITS and CLIP_SIGMAS name only tensors that the model has."""
         for name, given in (("BITS", cfg.bits_by_role), ("CLIP_SIGMAS", cfg.sigmas_by_role)):
             layers = [int(number) for role in given for number in re.findall(r"\d+", role)]
             yield (
@@ -4975,33 +4987,41 @@ class GridSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class GptqSettings(Part):
-    """Rounding that takes the inputs of a matrix into account, and what is pruned."""
+    """Rounding that takes the inputs of a matrix into account, and pruning."""
 
-    title = "Quantisation: GPTQ and pruning"
+    title = "Quantization: GPTQ and pruning"
     prefixes: ClassVar[tuple[str, ...]] = ("GPTQ_", "PRUNE_")
 
     gptq_variant: str = training_knob(
-        "full", ("full", "simple", "off"), "Form of GPTQ; off rounds to nearest."
+        "full",
+        ("full", "simple", "off"),
+        "Round matrices by GPTQ, by the GPTQ of #1361 (simple), or to nearest (off).",
     )
-    gptq_actorder: bool = training_knob(True, (), "Round columns of large activations first.")
+    gptq_actorder: bool = training_knob(
+        True, (), "Round the columns with the largest activations first."
+    )
     gptq_select: str = training_knob(
-        "mse", ("mse", "hessian"), "Error by which GPTQ chooses a clip."
+        "mse",
+        ("mse", "hessian"),
+        "Choose the clip of least squared error, or of least error weighted by the Hessian.",
     )
     gptq_calib: str = training_knob(
         "train",
         ("train", "selfgen", "train_after_cap"),
-        "Text for calibration: training data within the budget, text the model draws (slow), "
-        "training data after the budget (not eligible).",
+        "Calibrate GPTQ on training text within the budget, on text that the model samples "
+        "(slow), or on training text after the budget (not eligible).",
     )
-    gptq_calib_batches: int = training_knob(256, (1, 10**6), "Calibration batches, of 8 rows each.")
+    gptq_calib_batches: int = training_knob(
+        256, (1, 10**6), "Calibrate GPTQ on this many batches of 8 rows."
+    )
     gptq_block_size: int = training_knob(
-        128, (1, 1 << 16), "Columns that GPTQ rounds between updates of all later ones."
+        128, (1, 1 << 16), "Round this many columns between updates of all later ones."
     )
     prune_frac: float = training_knob(
-        0.0, (0.0, 0.99), "Fraction of each large matrix that is zeroed before export."
+        0.0, (0.0, 0.99), "Zero this fraction of each large matrix before rounding."
     )
     prune_pct: float = training_knob(
-        0.0, (0.0, 0.99), "Fraction of the integers below 8 bits that is zeroed at export."
+        0.0, (0.0, 0.99), "Zero this fraction of the integers below 8 bits after rounding."
     )
 
 
@@ -5010,45 +5030,57 @@ MAX_RANK = 64  # of a correction, by settings and in an artifact
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionSettings(Part):
-    """What is stored beside a matrix's integers where they cost most."""
+    """What is stored beside the integers of the matrices that lose most by rounding."""
 
-    title = "Quantisation: corrections"
+    title = "Quantization: corrections"
     prefixes: ClassVar[tuple[str, ...]] = ("LQER_", "AWQ_")
 
     lqer_top_k: int = training_knob(
-        0, (0, 64), "Matrices of largest rounding error that get a low-rank correction; 0 is off."
+        0, (0, 64), "Correct this many matrices of largest rounding error; 0 is off."
     )
-    lqer_rank: int = training_knob(4, (1, MAX_RANK), "Rank of such a correction.")
+    lqer_rank: int = training_knob(
+        4, (1, MAX_RANK), "Give corrections, which are low-rank matrices, this rank."
+    )
     lqer_group: int = training_knob(
-        64, (1, 1 << 16), "Numbers of its right factor that share a scale."
+        64, (1, 1 << 16), "Let this many numbers of a correction's right factor share a scale."
     )
     awq_columns: int = training_knob(
-        0, (0, 1 << 16), "Columns of the one group of inputs that GPTQ gives 8 bits; 0 is off."
+        0, (0, 1 << 16), "Give this many columns 8 bits, where they matter most; 0 is off."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A group with bits of its own is a matter of GPTQ with one candidate a row."""
+        """Only GPTQ with one clip candidate per row can give some columns bits of their own."""
         yield (
             cfg.awq_columns == 0 or (cfg.clips_by_deviation and cfg.gptq_variant == "full"),
             "AWQ_COLUMNS needs QUANT_CLIP=std or std_published and GPTQ_VARIANT=full",
         )
 
 
-CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
-CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
-TINY_STEP = 2.0**-14  # smallest normal fp16
-SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
-DAMPING, DAMPING_TRIES = 0.01, 5
+# Quantiles of a row's magnitudes at which its grid may end.
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)  # candidates of CLIP_SEARCH, beside the maximum
+QAT_QUANTILE = 0.9995  # QAT_CLIP=quantile
+INT8_QUANTILE = 0.9999984  # grids of 8 bits without GPTQ
+
+TINY_STEP = 2.0**-14  # the smallest normal fp16
 LEAST_HALF = 2.0**-24  # the smallest positive fp16
-INT8_TOP = 127  # of a grid of 8 bits
-LEFT_RANGE, RIGHT_RANGE = (-2, 1), (-8, 7)  # of the integers of a correction's factors
-LEFT_DIVISOR, RIGHT_DIVISOR = 1.5, 7.5  # the largest magnitude lands half a step past the end
+INT8_TOP = 127  # the largest integer of 8 bits
+SCALES_AN_OCTAVE = 8  # QUANT_CLIP=std takes only scales 2^(n / 8)
+
+CALIBRATION_ROWS = 8  # of a batch
+TEMPERATURE = 0.8  # of calibration rows that the model samples
+DAMPING = 0.01  # of the Hessian's mean diagonal; each further try takes ten times as much
+DAMPING_TRIES = 5
+
+# Ranges of the integers of a correction's factors. The divisors set the scales so that the largest
+# magnitude lies half a step past the end of its range.
+LEFT_RANGE, RIGHT_RANGE = (-2, 1), (-8, 7)
+LEFT_DIVISOR, RIGHT_DIVISOR = 1.5, 7.5
 
 
 @dataclass(frozen=True)
 class Protected:
-    """Columns of a matrix (r, c) with steps of their own, finer than those of its other columns."""
+    """Columns of a matrix (r, c) that have 8 bits and row scales of their own."""
 
     start: int
     width: int
@@ -5056,23 +5088,23 @@ class Protected:
 
     @property
     def columns(self) -> slice:
-        """The columns."""
+        """The place of the columns."""
         return slice(self.start, self.start + self.width)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A correction A B of a quantised matrix (r, c), of rank k, in integers.
+    """A correction A B of rank k, in integers, that is added to a quantized matrix (r, c).
 
-    Low-rank quantisation error reconstruction (LQER): arXiv:2402.02446; the grids are those of
+    Low-rank quantization error reconstruction (LQER): arXiv:2402.02446; the grids are those of
     pull request 1855.
     """
 
     left: Tensor  # int8 (r, k), within LEFT_RANGE
     right: Tensor  # int8 (k, c), within RIGHT_RANGE
     left_scale: Tensor  # fp16 ()
-    right_scales: Tensor  # fp16, one for each group of the right factor by rows
-    group: int
+    right_scales: Tensor  # fp16, one for each group of the right factor in row-major order
+    group: int  # numbers of the right factor that share a scale
 
     def product(self) -> Tensor:
         """The correction, float32 (r, c)."""
@@ -5092,7 +5124,7 @@ class Stored:
 
     @property
     def kind(self) -> str:
-        """Its storage kind, of STORAGE_KINDS."""
+        """How it is stored: one of STORAGE_KINDS."""
         if self.values.dtype == torch.uint8:
             return "packed"
         if self.scale is None:
@@ -5102,7 +5134,7 @@ class Stored:
         return f"grid{protected}{low_rank}"
 
     def numbers(self) -> list[int]:
-        """The numbers of its row in the header, from which the shapes of its arrays follow."""
+        """What the header says of it beside name and kind; the shapes of its arrays follow."""
         numbers = [*self.values.shape]
         if self.protected is not None:
             numbers += [self.protected.start, self.protected.width]
@@ -5111,7 +5143,7 @@ class Stored:
         return numbers
 
     def arrays(self) -> list[Tensor]:
-        """Its streams in the artifact, integers before floats."""
+        """Its arrays in the order in which the artifact holds them, integers before floats."""
         integers, floats = [self.values], []
         if self.scale is not None:
             floats.append(self.scale)
@@ -5124,7 +5156,7 @@ class Stored:
 
     @classmethod
     def of(cls, kind: str, numbers: list[int], arrays: list[Tensor]) -> Stored:
-        """The tensor that has this kind, these numbers and these arrays."""
+        """The tensor of this kind, these numbers() and these arrays()."""
         parts = iter(arrays)
         values = next(parts)
         is_corrected = "low_rank" in kind
@@ -5137,6 +5169,10 @@ class Stored:
             left, right = factors
             low_rank = LowRank(left, right, next(parts), next(parts), numbers[-1])
         return cls(values, scale, protected, low_rank)
+
+    def cpu(self) -> Stored:
+        """The same tensor in host memory."""
+        return Stored.of(self.kind, self.numbers(), [array.cpu() for array in self.arrays()])
 
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
@@ -5154,12 +5190,12 @@ class Stored:
 
 
 def setting_of(model: GPT, name: str, by_role: dict):
-    """What BITS or CLIP_SIGMAS says of a parameter, by its own name or by its role."""
+    """What BITS or CLIP_SIGMAS gives a parameter: its own value, or that of its role."""
     return by_role.get(name.removesuffix(".weight"), by_role[model.kinds[name].role])
 
 
 def bits_of(model: GPT, name: str) -> int:
-    """Bits of a parameter's integers; 0 for fp16, as all but large matrices are stored."""
+    """Bits of a parameter's integers, or 0 for floats: only large matrices become integers."""
     parameter = model.get_parameter(name)
     small = parameter.ndim != 2 or parameter.numel() <= model.cfg.int8_keep_float_max_numel
     if small or not model.kinds[name].may_be_integers:
@@ -5168,17 +5204,18 @@ def bits_of(model: GPT, name: str) -> int:
 
 
 def largest_integer(bits: int) -> int:
-    """The top of a symmetric grid: 31 at 6 bits, 127 at 8."""
+    """The end of a symmetric grid: 31 at 6 bits, 127 at 8."""
     return 2 ** (bits - 1) - 1
 
 
-def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
-    """The step of each row's grid whose top is at `clip`, but no less than Q_SCALE_FLOOR says.
+def row_scales(clip: Tensor, top: int, floor: str) -> Tensor:
+    """Steps with which rows' grids of integers up to `top` end at `clip`, any shape.
 
-    inv_clip keeps rows of small numbers coarse, and so cheap to code.
+    No step is smaller than Q_SCALE_FLOOR says: inv_clip keeps rows of small numbers coarse, and so
+    cheap to code.
     """
-    least = 1.0 / levels if floor == "inv_clip" else TINY_STEP
-    return (clip / levels).clamp_min(least)
+    least = 1.0 / top if floor == "inv_clip" else TINY_STEP
+    return (clip / top).clamp_min(least)
 
 
 def fp16_scale(scale: Tensor) -> Tensor:
@@ -5186,17 +5223,17 @@ def fp16_scale(scale: Tensor) -> Tensor:
     return scale.half().clamp_min(LEAST_HALF)
 
 
-def deviation_scales(W: Tensor, levels: int, sigmas: float) -> Tensor:
-    """Row scales that put `sigmas` deviations at the grid's top: (r, c), c >= 2 -> fp16 (r,).
+def deviation_scales(W: Tensor, top: int, sigmas: float) -> Tensor:
+    """Row scales with which grids end at `sigmas` deviations: (r, c), c >= 2 -> fp16 (r,).
 
-    s = fp16(k std(row) / top), std with n - 1, as the pull request 1855 has it. The step is
-    k / top deviations, so that k sets the integers' entropy.
+    s = fp16(k std(row) / top), std with n - 1, as in pull request 1855. A step is k / top
+    deviations, so that k sets the integers' entropy.
     """
-    return fp16_scale(sigmas * W.std(dim=1) / levels)
+    return fp16_scale(sigmas * W.std(dim=1) / top)
 
 
 def qat_grids(model: GPT) -> dict[str, int]:
-    """Name and bits (6 for what is stored as fp16) of each linear weight that QAT reaches."""
+    """The linear weights that QAT rounds, and their bits: 6 for those stored as floats."""
     grids = {}
     for name, kind in model.kinds.items():
         if not kind.may_be_rounded:
@@ -5209,55 +5246,61 @@ def qat_grids(model: GPT) -> dict[str, int]:
 
 
 def row_quantile(x: Tensor, q: float) -> Tensor:
-    """torch.quantile of rows, (r, c) -> (r, 1), by the few largest: quick, and it compiles."""
+    """torch.quantile of each row, (r, c) -> (r, 1), fast for q near 1 and compilable."""
     place = q * (x.size(1) - 1)
-    top = x.topk(x.size(1) - int(place), dim=1).values
-    return torch.lerp(top[:, -1:], top[:, -2:][:, :1], place - int(place))
+    largest = x.topk(x.size(1) - int(place), dim=1).values  # in descending order
+    above = largest[:, -2:][:, :1]  # of the last and the one before it, if there is one
+    return torch.lerp(largest[:, -1:], above, place - int(place))
 
 
 def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
-    """The weights of `grids` on their grids, clamp(round(W / s)) s, where s is by QAT_CLIP.
+    """The weights named in `grids` (name: bits), rounded to clamp(round(W / s)) s.
 
-    Gradients pass as if nothing had been rounded.
+    The scales s follow QAT_CLIP. Gradients pass as if nothing had been rounded.
     """
-    seen = {}
+    rounded = {}
     for name, bits in grids.items():
         weight = model.get_parameter(name)
-        levels = largest_integer(bits)
+        top = largest_integer(bits)
         magnitude = weight.detach().abs()
         if model.cfg.qat_clip == "quantile":
             clip = row_quantile(magnitude, QAT_QUANTILE)
         else:
             clip = magnitude.amax(dim=1, keepdim=True)
-        scale = row_scales(clip, levels, model.cfg.q_scale_floor)
-        grid = torch.round(weight.detach() / scale).clamp(-levels, levels) * scale
-        seen[name] = weight + (grid - weight.detach())
-    return seen
+        scale = row_scales(clip, top, model.cfg.q_scale_floor)
+        on_grid = torch.round(weight.detach() / scale).clamp(-top, top) * scale
+        rounded[name] = weight + (on_grid - weight.detach())
+    return rounded
 
 
 def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Tensor:
-    """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r).
+    """Row scales to choose from, coarsest last: (r, c) -> float32 (candidates, r).
 
-    QUANT_CLIP=std has only one: the row's grid ends at `sigmas` standard deviations, or at its
-    maximum where that is farther. The scale is rounded to a logarithmic grid, which costs nothing
-    in error and leaves few different scales to be coded. std_published has deviation_scales(), but
-    for a single column, which has no deviation: there a grid ends at the maximum.
+    percentile has a candidate for each of CLIP_QUANTILES and one for the row's maximum. std has
+    only one: a row's grid ends at `sigmas` standard deviations, or at its maximum where that is
+    farther, and its scale is rounded to a logarithmic grid, which costs nothing in error and leaves
+    few different scales to code. std_published has deviation_scales() alone; in a matrix of one
+    column, which has no deviation, the grid ends at the maximum.
     """
+    top = largest_integer(bits)
     if cfg.quant_clip == "std_published" and W.size(1) > 1:
-        return deviation_scales(W, largest_integer(bits), sigmas).float()[None]
+        return deviation_scales(W, top, sigmas).float()[None]
     clips = W.abs().amax(dim=1)[None]
     if cfg.quant_clip == "std":
         clips = torch.maximum(clips, sigmas * W.std(dim=1, correction=0))
-        octaves = torch.round(SCALES_AN_OCTAVE * (clips / largest_integer(bits)).log2())
+        octaves = torch.round(SCALES_AN_OCTAVE * (clips / top).log2())
         return torch.exp2(octaves / SCALES_AN_OCTAVE).clamp_min(TINY_STEP)
     if cfg.clip_search != "absmax":
         quantiles = torch.tensor(CLIP_QUANTILES, device=W.device)
         clips = torch.cat([torch.quantile(W.abs(), quantiles, dim=1), clips])
-    return row_scales(clips, largest_integer(bits), cfg.q_scale_floor)
+    return row_scales(clips, top, cfg.q_scale_floor)
 
 
-def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
-    """The candidate of least error: (n, r), (n, r, c), (n, r) -> by matrix, or by row."""
+def pick_clip(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
+    """The integers and scales of least error, chosen for the whole matrix or for each row.
+
+    Of n candidates: errors (n, r), integers Q (n, r, c), scales (n, r).
+    """
     rows = torch.arange(errors.size(1), device=errors.device)
     best = errors.argmin(0)
     if cfg.clip_search != "row":
@@ -5268,7 +5311,10 @@ def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
 def grids_of(
     scales: Tensor, bits: int, num_columns: int, protected: Protected | None
 ) -> tuple[Tensor, Tensor]:
-    """Steps, (n, r, 1) or where they differ by column (n, r, c), and largest integers, (c,)."""
+    """Steps (n, r, 1), or (n, r, c) with protected columns, and largest integers (c,).
+
+    scales: those of n candidates, (n, r).
+    """
     steps = scales.float().unsqueeze(-1)
     tops = torch.full((num_columns,), float(largest_integer(bits)), device=scales.device)
     if protected is not None:
@@ -5279,7 +5325,7 @@ def grids_of(
 
 
 def protect(W: Tensor, group: slice | None, cfg: Config, sigmas: float) -> Protected | None:
-    """A group of columns on a grid of 8 bits that ends where their rows' own do."""
+    """A group of columns with grids of 8 bits that end where their rows' other grids do."""
     if group is None:
         return None
     scale = clip_candidates(W, 8, cfg, sigmas)[-1].half()
@@ -5289,32 +5335,36 @@ def protect(W: Tensor, group: slice | None, cfg: Config, sigmas: float) -> Prote
 def round_to_nearest(
     W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, group: slice | None = None
 ) -> Stored:
-    """Nearest integers at the clip of least squared error; `group` are columns of 8 bits."""
+    """The nearest integers, at the clip of least squared error; `group` gets 8 bits."""
     scales = clip_candidates(W, bits, cfg, sigmas).half()
     protected = protect(W, group, cfg, sigmas)
     step, tops = grids_of(scales, bits, W.size(1), protected)
     Q = torch.round(W / step).clamp(-tops, tops)
-    made = pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
+    made = pick_clip((W - Q * step).square().mean(dim=2), Q, scales, cfg)
     return replace(made, protected=protected)
 
 
 def int8_rows(W: Tensor) -> Stored:
-    """Embedding tables: nearest of +-127 steps of a row's INT8_QUANTILE / 127."""
+    """Nearest integers of 8 bits, in rows whose grids end at their INT8_QUANTILE: (r, c)."""
     clip = torch.quantile(W.abs(), INT8_QUANTILE, dim=1)
-    scale = row_scales(clip, 127, "inv_clip")
-    q = torch.round(W.clamp(-clip[:, None], clip[:, None]) / scale[:, None]).clamp(-127, 127)
+    scale = row_scales(clip, INT8_TOP, "inv_clip")
+    clamped = W.clamp(-clip[:, None], clip[:, None])
+    q = torch.round(clamped / scale[:, None]).clamp(-INT8_TOP, INT8_TOP)
     return Stored(q.to(torch.int8), scale.half())
 
 
 def gate_rows(W: Tensor) -> Stored:
-    """Gates by GATE_STORAGE=int8: nearest of +-127 steps of fp16(max |row| / 127)."""
+    """GATE_STORAGE=int8: nearest integers of 8 bits, in steps of fp16(max |row| / 127)."""
     scale = fp16_scale(W.abs().amax(dim=1) / INT8_TOP)
     q = torch.round(W / scale.float()[:, None]).clamp(-INT8_TOP, INT8_TOP)
     return Stored(q.to(torch.int8), scale)
 
 
 def inverse_factor(H: Tensor) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1, (c, c); damping grows in tries, then LinAlgError."""
+    """The upper triangular U with U^T U = (H + damping)^-1: (c, c).
+
+    The damping grows until H is positive definite; raises LinAlgError after DAMPING_TRIES.
+    """
     identity = torch.eye(H.size(0), device=H.device)
     damping = DAMPING * H.diagonal().mean().clamp_min(1e-12)
     for _ in range(DAMPING_TRIES):
@@ -5330,9 +5380,9 @@ def gptq(
 ) -> Stored:
     """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
 
-    W: (r, c), H: (c, c), float32. arXiv:2210.17323: the rounding error of a column is made up for
-    in the columns that are not rounded yet. All clip candidates are tried, and the one of the
-    least error is taken, squared or by the Hessian (GPTQ_SELECT). `group` are columns of 8 bits.
+    W: (r, c), H: (c, c), float32. arXiv:2210.17323: the columns that are not rounded yet make up
+    for the rounding error of each column. All clip candidates are tried, and the one of least
+    error is taken, squared or weighted by the Hessian (GPTQ_SELECT). `group` gets 8 bits.
     """
     scales = clip_candidates(W, bits, cfg, sigmas).half()
     protected = protect(W, group, cfg, sigmas)
@@ -5348,8 +5398,8 @@ def gptq(
         step = step[..., order]
     Q = feed_back(W, step, inverse_factor(H), tops[order], cfg)
     error = W - Q * step
-    weighed = error @ H if cfg.gptq_select == "hessian" else error
-    made = pick((weighed * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+    weighted = error @ H if cfg.gptq_select == "hessian" else error
+    made = pick_clip((weighted * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
     return replace(made, protected=protected)
 
 
@@ -5357,18 +5407,21 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> 
     """GPTQ's loop over columns i: e = (w_i - q_i s) / U_ii, then w_j <- w_j - e U_ij for j > i.
 
     W: (r, c), step: (n, r, 1) or (n, r, c) of n candidates, U: (c, c), tops: (c,), the largest
-    integers -> Q: (n, r, c).
+    integers -> Q: (n, r, c). Columns after the current block of GPTQ_BLOCK_SIZE are updated once
+    a block, by one matrix product.
     """
-    levels, diagonal = tops.tolist(), U.diagonal().tolist()
-    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes lies together
+    top = tops.tolist()
+    diagonal = U.diagonal().tolist()
+    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes is contiguous
     steps = step.permute(2, 0, 1).reshape(step.size(2), -1).expand_as(rest)
     Q = torch.empty_like(rest)
     for start in range(0, len(rest), cfg.gptq_block_size):
-        stop, errors = min(start + cfg.gptq_block_size, len(rest)), []
+        stop = min(start + cfg.gptq_block_size, len(rest))
+        errors: list[Tensor] = []
         for col in range(start, stop):
             column = rest[col]
             q = torch.div(column, steps[col], out=Q[col]).round_()
-            q.clamp_(-levels[col], levels[col])
+            q.clamp_(-top[col], top[col])
             errors.append((column - q * steps[col]).div_(diagonal[col]))
             rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
         rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
@@ -5378,28 +5431,30 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> 
 def protected_group(
     matrices: dict[str, Tensor], activation_rms: dict[str, Tensor], width: int
 ) -> tuple[str, slice]:
-    """Of all aligned groups of input columns the one worth most bits: matrix and columns.
+    """The group of `width` aligned input columns that matters most, as matrix name and columns.
 
-    AWQ-lite of pull request 1945, after arXiv:2306.00978: the score is the sum over the group of
-    the root mean square of a column's activations times its mean |w|. A remainder of columns is
-    no group. The name is "" where no matrix has a whole group.
+    AWQ-lite of pull request 1945, after arXiv:2306.00978: a group's score is the sum over its
+    columns of the root mean square of the column's activations times its mean |w|. Columns left
+    over at a matrix's end are no group. The name is "" if no matrix has a whole group.
     """
-    best, best_score = ("", slice(0, 0)), -math.inf
+    best = ("", slice(0, 0))
+    best_score = -math.inf
     for name, W in matrices.items():
         salience = activation_rms[name] * W.abs().mean(dim=0)
         whole = len(salience) // width * width
         scores = salience[:whole].view(-1, width).sum(dim=1)
         if whole and float(scores.max()) > best_score:
+            best_score = float(scores.max())
             start = width * int(scores.argmax())
-            best, best_score = (name, slice(start, start + width)), float(scores.max())
+            best = (name, slice(start, start + width))
     return best
 
 
 def quantize_factors(A: Tensor, B: Tensor, group: int) -> LowRank:
-    """Factors (r, k) and (k, c) on a correction's grids.
+    """Factors (r, k) and (k, c) rounded to a correction's grids.
 
-    A has one scale, max |A| / 1.5; B has one for each `group` values in row-major order, max / 7.5.
-    The last group may be shorter.
+    A has one scale; B has one for each `group` values in row-major order, of which the last may be
+    shorter.
     """
     left_scale = fp16_scale(A.abs().max() / LEFT_DIVISOR)
     left = torch.round(A / left_scale.float()).clamp(*LEFT_RANGE)
@@ -5412,7 +5467,7 @@ def quantize_factors(A: Tensor, B: Tensor, group: int) -> LowRank:
 
 
 def low_rank_correction(error: Tensor, rank: int, group: int) -> LowRank:
-    """The correction of rank `rank` that takes most of an error (r, c): A = U S, B = V^T."""
+    """The correction of this rank that leaves least of an error (r, c): A = U S, B = V^T."""
     U, S, Vh = torch.linalg.svd(error, full_matrices=False)
     return quantize_factors(U[:, :rank] * S[:rank], Vh[:rank], group)
 
@@ -5425,10 +5480,10 @@ def largest_errors(errors: dict[str, Tensor], count: int) -> list[str]:
 
 @torch.no_grad()
 def order_hidden_units(model: GPT) -> None:
-    """Put each MLP's hidden units in the order of their rows' deviation, which changes no output.
+    """Sort each MLP's hidden units by their rows' standard deviation; no output changes.
 
-    Rows of fc and columns of proj are permuted alike. The range coder tells scales that ascend by
-    their differences, so that the log2(u!) bits of an order are saved and nothing is stored.
+    Rows of fc and columns of proj are permuted alike. The range coder codes ascending scales by
+    their differences, which saves the log2(u!) bits of the order of u units.
     """
     for module in model.modules():
         if isinstance(module, MLP):
@@ -5444,20 +5499,21 @@ def weighted_error(W: Tensor, stored: Stored, H: Tensor) -> float:
 
 
 def hessian_source(model: GPT, name: str) -> str:
-    """The module by whose inputs a matrix is rounded: its own, or one with the same inputs."""
-    module, beside = name.removesuffix(".weight"), model.kinds[name].inputs_of
-    if not beside:
+    """The module whose inputs give a matrix its Hessian: its own, or one with the same inputs."""
+    module = name.removesuffix(".weight")
+    sibling = model.kinds[name].inputs_of
+    if not sibling:
         return module
-    return f"{module.rpartition('.')[0]}.{beside}"
+    return f"{module.rpartition('.')[0]}.{sibling}"
 
 
 def head_name(model: GPT) -> str:
-    """The module whose weights make logits."""
+    """The module whose weights make logits: with tied embeddings, that of the tokens."""
     return "tok_emb" if model.lm_head is None else "lm_head"
 
 
 def hessian_widths(model: GPT) -> dict[str, int]:
-    """The modules whose inputs make a Hessian, and how many channels these have.
+    """The modules whose inputs are collected into a Hessian, and how many channels they have.
 
     The matrix that makes logits is among them only where CLIP_SIGMAS sets the steps.
     """
@@ -5472,10 +5528,10 @@ def hessian_widths(model: GPT) -> dict[str, int]:
 
 @torch.no_grad()
 def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
-    """A batch the model draws itself after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
+    """A batch that the model samples after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((CALIBRATION_ROWS, seq_len), BOS)
-    for at in range(1, seq_len):  # whole rows: their length sets the rotary base
+    for at in range(1, seq_len):  # the model sees whole rows: their length sets the rotary base
         on_device = ids.to(device)
         last = model.hidden(on_device)[:, at - 1 : at]
         logits = model.logits(last, on_device[:, at - 1 : at])[:, 0]
@@ -5488,10 +5544,10 @@ def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Te
 def collect_hessians(
     model: GPT, batch_of: Callable[[int], Tensor], num_batches: int, deadline: float, run: Run
 ) -> dict[str, Tensor]:
-    """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
+    """Mean x x^T over the inputs of the modules of hessian_widths(): {name: float32 (c, c)}.
 
-    batch_of(n) gives the ids (B, T) of batch n. Ranks take a batch each until for any of them
-    another could end after `deadline` seconds of its clock.
+    batch_of(n) gives the ids (B, T) of batch n. Each rank takes one batch a round. No round begins
+    that might end after `deadline` seconds of any rank's training clock.
     """
     head = head_name(model)
     sums = {
@@ -5510,10 +5566,10 @@ def collect_hessians(
         )
         for name in sums.keys() - {head}
     ]
-    rounds = range(
-        run.ranks.rank, num_batches + run.ranks.rank, run.ranks.world_size
-    )  # as many on every rank
-    for batch in run.folder.progress("calibrating", iterable=rounds, unit="batch"):
+    # All ranks count equally many rounds, since they must agree in each; in the last one a rank
+    # may find no batch left.
+    own = range(run.ranks.rank, num_batches + run.ranks.rank, run.ranks.world_size)
+    for batch in run.folder.progress("calibrating", iterable=own, unit="batch"):
         start = run.ledger.training_clock.elapsed()
         if batch < num_batches:
             input_ids = batch_of(batch)
@@ -5533,19 +5589,19 @@ def collect_hessians(
 
 
 def budget_reserve(model: GPT, batch_seconds: float, run: Run) -> float:
-    """What of the training budget to keep for collecting Hessians, in the budget's unit."""
+    """The part of the training budget to keep for collecting Hessians, in the budget's unit."""
     if run.cfg.budget_unit == "operations":
         return calibration_operations(model, calibration_tokens(run.cfg))
     return calibration_reserve(batch_seconds, run)
 
 
 def calibration_reserve(batch_seconds: float, run: Run) -> float:
-    """Seconds of the training budget to keep for collecting Hessians, from the measured cost."""
+    """Seconds to keep for collecting Hessians, given what a batch took when it was measured."""
     cfg = run.cfg
     if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
         return 0.0
-    share = math.ceil(cfg.gptq_calib_batches / run.ranks.world_size)
-    reserve = min(1.2 * share * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
+    rounds = math.ceil(cfg.gptq_calib_batches / run.ranks.world_size)
+    reserve = min(1.2 * rounds * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
     run.folder.log(
         "calibration reserve:{seconds:.1f}s batches:{batches}",
         "reserve",
@@ -5556,33 +5612,38 @@ def calibration_reserve(batch_seconds: float, run: Run) -> float:
 
 
 def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str, Tensor]:
-    """Hessians: inside the training budget on the next training rows, outside it on drawn ones.
+    """The Hessians that GPTQ needs, of the training rows after the last step or of sampled rows.
 
-    Hidden units are put in order first where the codec makes use of it.
+    GPTQ_CALIB=train counts as training, in time and in operations. Hidden units are sorted first if
+    the codec profits from it, so that Hessians are those of the sorted units.
     """
-    cfg, run.phase, inside = run.cfg, "calibration", run.cfg.gptq_calib == "train"
+    cfg = run.cfg
+    run.phase = "calibration"
     if cfg.orders_hidden_units:
         order_hidden_units(model)
     if cfg.gptq_variant == "off":
         return {}
-
-    def batch_of(n: int, /) -> Tensor:
-        return rows.batch(
-            steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS
-        ).input_ids
-
+    sampled: dict[int, Tensor] = {}
     if cfg.gptq_calib == "selfgen":
-        mine = range(run.ranks.rank, cfg.gptq_calib_batches, run.ranks.world_size)
-        batch_of = {
-            n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
-            for n in run.folder.progress("drawing rows", iterable=mine, unit="batch")
-        }.__getitem__
-    with run.ledger.training_clock.running() if inside else contextlib.nullcontext():
-        deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
+        own = range(run.ranks.rank, cfg.gptq_calib_batches, run.ranks.world_size)
+        for n in run.folder.progress("sampling rows", iterable=own, unit="batch"):
+            sampled[n] = sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
+
+    def batch_of(n: int) -> Tensor:
+        if sampled:
+            return sampled[n]
+        first = steps * cfg.rows_per_step + n * CALIBRATION_ROWS
+        return rows.batch(first, CALIBRATION_ROWS).input_ids
+
+    counts_as_training = cfg.gptq_calib == "train"
+    deadline = math.inf
+    if counts_as_training and not cfg.step_driven:
+        deadline = cfg.max_wallclock_seconds
+    with run.ledger.training_clock.running(counts_as_training):
         hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
-    if inside:
-        used_tokens = run.ledger.calibration_tokens
-        run.ledger.training_operations += calibration_operations(model, used_tokens)
+    if counts_as_training:
+        tokens = run.ledger.calibration_tokens
+        run.ledger.training_operations += calibration_operations(model, tokens)
     used = run.ranks.agree(run.ledger.training_clock.elapsed())
     run.folder.log(
         "gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms",
@@ -5595,35 +5656,40 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
 
 
 def prune_stored(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Zero what PRUNE_PCT asks for."""
-    low = {name: s for name, s in stored.items() if 0 < bits_of(model, name) < 8}
-    share = model.cfg.prune_pct
-    if share and low:
+    """Zero the fraction PRUNE_PCT of the integers with fewer than 8 bits, in place."""
+    low = {name: tensor for name, tensor in stored.items() if 0 < bits_of(model, name) < 8}
+    if model.cfg.prune_pct and low:
         run.folder.log(
             "prune:zeroed {zeroed} of {of} integers below 8 bits",
             "pruned",
-            zeroed=prune_integers(low, share),
-            of=sum(s.values.numel() for s in low.values()),
+            zeroed=prune_integers(low, model.cfg.prune_pct),
+            of=sum(tensor.values.numel() for tensor in low.values()),
         )
 
 
-def prune_integers(stored: dict[str, Stored], share: float) -> int:
-    """Zero `share` of all integers, of those not zero yet the smallest |q s|; returns how many."""
-    sizes = [s.values.numel() for s in stored.values()]
-    cost = torch.cat([s.restore().abs().flatten() for s in stored.values()])
-    count = min(int(share * len(cost)), int(cost.count_nonzero()))
-    cost[cost == 0] = math.inf
-    doomed = torch.zeros(len(cost), dtype=torch.bool)
-    doomed[cost.topk(count, largest=False).indices] = True
-    for s, mask in zip(stored.values(), doomed.split(sizes), strict=True):
-        s.values[mask.view_as(s.values)] = 0
+def prune_integers(stored: dict[str, Stored], fraction: float) -> int:
+    """Zero this fraction of all integers, those of smallest |q s| that are not 0; returns how many.
+
+    If fewer are left that are not 0, all of them become 0.
+    """
+    sizes = [tensor.values.numel() for tensor in stored.values()]
+    magnitude = torch.cat([tensor.restore().abs().flatten() for tensor in stored.values()])
+    count = min(int(fraction * len(magnitude)), int(magnitude.count_nonzero()))
+    magnitude[magnitude == 0] = math.inf
+    is_pruned = torch.zeros(len(magnitude), dtype=torch.bool)
+    is_pruned[magnitude.topk(count, largest=False).indices] = True
+    for tensor, mask in zip(stored.values(), is_pruned.split(sizes), strict=True):
+        tensor.values[mask.view_as(tensor.values)] = 0
     return count
 
 
 def to_integers(
     W: Tensor, H: Tensor | None, bits: int, cfg: Config, sigmas: float, group: slice | None
 ) -> tuple[Stored, bool]:
-    """A matrix on its grid, by GPTQ where there is a Hessian; and whether GPTQ had to give up."""
+    """A matrix on its grid, by GPTQ if it has a Hessian; and whether GPTQ had to give up.
+
+    Embedding tables have none: where CLIP_SIGMAS does not say, they end at a quantile of their own.
+    """
     if H is None and bits == 8 and not cfg.clips_by_deviation:
         return int8_rows(W), False
     if H is None:
@@ -5639,7 +5705,7 @@ def to_integers(
 def pick_protected(
     model: GPT, hessians: dict[str, Tensor], run: Run
 ) -> tuple[str, slice] | tuple[None, None]:
-    """The matrix and the columns that AWQ_COLUMNS gives 8 bits, of all that have a Hessian."""
+    """The matrix and the columns that AWQ_COLUMNS gives 8 bits; only one with a Hessian can be."""
     width = model.cfg.awq_columns
     matrices, activation_rms = {}, {}
     for name in model.kinds:
@@ -5663,7 +5729,7 @@ def pick_protected(
 
 
 def correct_largest_errors(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Give the LQER_TOP_K matrices of largest error a low-rank correction of it, in place."""
+    """Give the LQER_TOP_K matrices of largest rounding error a low-rank correction, in place."""
     cfg = model.cfg
     if not cfg.lqer_top_k:
         return
@@ -5688,7 +5754,7 @@ def correct_largest_errors(model: GPT, stored: dict[str, Stored], run: Run) -> N
 
 
 def store_floats(model: GPT, name: str, W: Tensor) -> Stored:
-    """A parameter that BITS does not make integers: fp16, or a gate's rows of int8."""
+    """A parameter that BITS leaves as floats: fp16, but for gates under GATE_STORAGE=int8."""
     is_gate_matrix = model.kinds[name] == GATE and W.ndim == 2
     if is_gate_matrix and model.cfg.gate_storage == "int8":
         return gate_rows(W.cpu())
@@ -5701,19 +5767,19 @@ def quantize(
 ) -> dict[str, Stored]:
     """Every parameter as the artifact will hold it: integers where BITS says so, else fp16.
 
-    What PRUNE_FRAC and PRUNE_PCT ask for is zeroed. `factor` multiplies CLIP_SIGMAS. Raises
+    PRUNE_FRAC and PRUNE_PCT zero some of them. `factor` multiplies CLIP_SIGMAS. Raises
     FloatingPointError, naming the parameter, if one is not finite or too large for fp16.
     """
     run.phase = "quantization"
     cfg = model.cfg
     stored: dict[str, Stored] = {}
-    fallbacks, objective = 0, 0.0
-    # Factorisations and float64 sums are not to be had on every other device.
+    fallbacks = 0
+    objective = 0.0
+    # Devices other than these may lack Cholesky factors or float64.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
     protected_name, group = pick_protected(model, hessians, run)
-    for name, p in run.folder.progress(
-        "quantizing", iterable=[*model.named_parameters()], unit="tensor"
-    ):
+    parameters = list(model.named_parameters())
+    for name, p in run.folder.progress("quantizing", iterable=parameters, unit="tensor"):
         W = p.detach().float().to(device)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
@@ -5731,9 +5797,8 @@ def quantize(
         made, fell_back = to_integers(W, H, bits, cfg, sigmas, own_group)
         if H is not None:
             objective += weighted_error(W, made, H)
-        fallbacks += fell_back
-        arrays = [array.cpu() for array in made.arrays()]
-        stored[name] = Stored.of(made.kind, made.numbers(), arrays)
+        fallbacks += int(fell_back)
+        stored[name] = made.cpu()
     prune_stored(model, stored, run)
     correct_largest_errors(model, stored, run)
     run.folder.log(
@@ -5751,7 +5816,7 @@ def quantize(
 # =================================================================================================
 # Artifact
 # One file: an uncompressed prelude (magic, version, codec, body length, sha256 of the rest), then
-# one compressed body of JSON header, then all integers, then all floats. A reader trusts none of
+# one compressed body: a JSON header, all integers, all floats, packed text. A reader trusts none of
 # it. records/ARTIFACT.md describes the format for other programs.
 # =================================================================================================
 
@@ -5765,23 +5830,23 @@ class ArtifactSettings(Part):
     artifact_target_bytes: int = training_knob(
         0,
         (0, 1 << 40),
-        "With QUANT_CLIP=std or std_published, bytes of code and artifact to end just below; 0 "
-        "aims only when they are over the limit.",
+        "End code and artifact just below this many bytes, if QUANT_CLIP is std or std_published; "
+        "0 aims below the limit, and only if they would be over it.",
     )
     codec: str = training_knob(
         "zstd",
         ("zstd", "lzma", "brotli", "range", "best"),
-        "Compression of the artifact; best is the smallest of zstd, lzma and range.",
+        "Compress the artifact by this codec; best takes the smallest of zstd, lzma and range.",
     )
 
     @property
     def orders_hidden_units(self) -> bool:
-        """Whether the codec makes use of an order of hidden units; best leaves weights alone."""
+        """Whether hidden units are sorted for the codec; best does not know its codec so early."""
         return self.codec == "range"
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A target above the limit could not be met."""
+        """The target lies within the limit."""
         yield (
             cfg.artifact_target_bytes <= cfg.artifact_limit_bytes,
             "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES",
@@ -5796,7 +5861,7 @@ BEST_OF = ("zstd", "lzma", "range")  # what CODEC=best tries
 
 ZSTD_LEVEL = 22
 ZSTD_SHORTEST_MATCHES = (6, 4, 3)  # bytes; all are tried, since no rule says which packs best
-LONG_BODY = 1 << 22  # bytes from which only the first of them is tried, for time
+LONG_BODY = 1 << 22  # bytes; a longer body is packed with the first of them only, to save time
 LZMA_PRESET = 6
 LZMA_MEMORY = 1 << 26  # bytes that the decompressor may take; LZMA_PRESET needs 9 MiB
 
@@ -5805,7 +5870,8 @@ MAX_ARTIFACT_BYTES = 1 << 28
 MAX_BODY_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 20
 
-# Settings that the first artifacts named. What came later says what its absence means.
+# The settings that every artifact names, the first ones included. A setting that was added later
+# declares what an artifact without it means; see Knob.absent.
 VERSION_1_SETTINGS = frozenset(
     """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult mlp_act leaky_slope
     tie_embeddings logit_softcap qk_gain_init rope_base rope_dims rope_ntk_ref xsa_last_n vrl_mode
@@ -5819,15 +5885,15 @@ VERSION_1_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class Stream:
-    """One array of equal numbers that a stored tensor consists of."""
+    """One array of a stored tensor, as the body holds it."""
 
     dtype: str  # as numpy names it, little-endian
-    shape: Callable[[list[int]], Shape]  # from the numbers of the tensor's row in the header
+    shape: Callable[[list[int]], Shape]  # from the tensor's numbers in the header
 
 
 @dataclass(frozen=True)
 class StorageKind:
-    """A way to store a tensor: how many numbers its row may have, and its streams."""
+    """A way to store a tensor: how many numbers the header may give it, and its streams."""
 
     numbers: tuple[int, ...]
     streams: tuple[Stream, ...]
@@ -5835,30 +5901,32 @@ class StorageKind:
 
 # The body holds all streams of the first type, tensor by tensor, then all of the second, ...
 STREAM_TYPES = ("<i1", "<f2", "|u1")
-ROW_SCALES = Stream("<f2", lambda row: (row[0],))
-GRID_STREAMS = (Stream("<i1", lambda row: (row[0], row[1])), ROW_SCALES)
-# A correction's row ends with its rank and its group.
-LEFT_FACTOR = Stream("<i1", lambda row: (row[0], row[-2]))
-RIGHT_FACTOR = Stream("<i1", lambda row: (row[-2], row[1]))
-CORRECTED_STREAMS = (GRID_STREAMS[0], LEFT_FACTOR, RIGHT_FACTOR, ROW_SCALES)
-FACTOR_SCALES = (
-    Stream("<f2", lambda row: ()),
-    Stream("<f2", lambda row: (-(-row[-2] * row[1] // row[-1]),)),
-)
-# After a tensor's own (rows, columns) comes where protected columns start and how many they are.
+
+# The numbers of a grid are its rows and columns; then, if it has protected columns, the first of
+# them and how many they are; then, if it has a correction, its rank and its group.
+INTEGERS = Stream("<i1", lambda numbers: (numbers[0], numbers[1]))
+ROW_SCALES = Stream("<f2", lambda numbers: (numbers[0],))
+LEFT_FACTOR = Stream("<i1", lambda numbers: (numbers[0], numbers[-2]))
+RIGHT_FACTOR = Stream("<i1", lambda numbers: (numbers[-2], numbers[1]))
+LEFT_SCALE = Stream("<f2", lambda numbers: ())
+RIGHT_SCALES = Stream("<f2", lambda numbers: (-(-numbers[-2] * numbers[1] // numbers[-1]),))
+
+GRID = (INTEGERS, ROW_SCALES)
+CORRECTED_GRID = (INTEGERS, LEFT_FACTOR, RIGHT_FACTOR, ROW_SCALES)
+FACTOR_SCALES = (LEFT_SCALE, RIGHT_SCALES)
 STORAGE_KINDS = {
     "float": StorageKind((0, 1, 2), (Stream("<f2", tuple),)),
-    "grid": StorageKind((2,), GRID_STREAMS),
-    "grid_protected": StorageKind((4,), (*GRID_STREAMS, ROW_SCALES)),
-    "grid_low_rank": StorageKind((4,), (*CORRECTED_STREAMS, *FACTOR_SCALES)),
-    "grid_protected_low_rank": StorageKind((6,), (*CORRECTED_STREAMS, ROW_SCALES, *FACTOR_SCALES)),
+    "grid": StorageKind((2,), GRID),
+    "grid_protected": StorageKind((4,), (*GRID, ROW_SCALES)),
+    "grid_low_rank": StorageKind((4,), (*CORRECTED_GRID, *FACTOR_SCALES)),
+    "grid_protected_low_rank": StorageKind((6,), (*CORRECTED_GRID, ROW_SCALES, *FACTOR_SCALES)),
     "packed": StorageKind((1,), (Stream("|u1", tuple),)),
 }
 TRAINING_TEXT = "training_text"  # the name of the packed tokens that COUNTS reads
 
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
-    """What rebuilding the model and repeating its evaluation takes."""
+    """What is needed to rebuild the model and to repeat its evaluation."""
     return {
         "settings": environment_of(cfg, "model", "scoring"),
         "tokenizer": val.tokenizer_sha256,
@@ -5867,7 +5935,7 @@ def artifact_header(cfg: Config, val: Validation) -> dict:
 
 
 def environment_of(cfg: Config, *reaches: str) -> dict[str, str]:
-    """The settings of these reaches as the environment would give them."""
+    """The settings of these reaches by name, as text that the environment could hold."""
     values = {name.upper(): getattr(cfg, name) for name in settings_of_reach(*reaches)}
     return {
         name: value if isinstance(value, str) else show_setting(value)
@@ -5899,7 +5967,7 @@ def compress(body: bytes, codec: str) -> bytes:
 
 
 def compress_with_zstd(body: bytes) -> bytes:
-    """The shortest of a few zstd frames, which differ in the shortest match they look for."""
+    """The smallest of a few zstd frames, each with another bound on the shortest match."""
     tries = 1 if len(body) > LONG_BODY else len(ZSTD_SHORTEST_MATCHES)
     frames = []
     for shortest in ZSTD_SHORTEST_MATCHES[:tries]:
@@ -5912,7 +5980,10 @@ def compress_with_zstd(body: bytes) -> bytes:
 
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
-    """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
+    """The `size` bytes that compress() was given; raises Refusal if there are fewer or more.
+
+    However many bytes the packed ones would expand to, no more than size + 1 are ever held.
+    """
     try:
         body = decompress_within(packed, codec, size)
     except (zstandard.ZstdError, lzma.LZMAError) as error:
@@ -5923,7 +5994,7 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
 
 
 def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
-    """The body, if it ends where the packed bytes end and `size` bounds it; else None or more."""
+    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does."""
     if codec == "zstd":
         if zstandard.frame_content_size(packed) != size:
             return None
@@ -5945,7 +6016,7 @@ def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
 
 
 def by_place_in_layer(name: str) -> tuple[str, list[int]]:
-    """A sort key that puts the same matrix of all layers side by side, which compresses best."""
+    """A sort key that puts the same matrix of all blocks side by side, which compresses best."""
     return re.sub(r"\d+", "", name), [int(number) for number in re.findall(r"\d+", name)]
 
 
@@ -5962,7 +6033,7 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
 
 
 def pack_body(body: bytes, codec: str) -> bytes:
-    """The artifact of a body: the prelude, then the body under the codec, or the best one."""
+    """The artifact of a body: the prelude, then the body as the codec packs it."""
     codecs = BEST_OF if codec == "best" else (codec,)
     packed_by = {name: compress(body, name) for name in codecs}
     codec = min(packed_by, key=lambda name: len(packed_by[name]))
@@ -5973,7 +6044,7 @@ def pack_body(body: bytes, codec: str) -> bytes:
 
 
 def unpack_body(blob: bytes) -> tuple[int, bytes]:
-    """Format version and body of an artifact; raises Refusal before trusting any length in it."""
+    """Format version and body of an artifact; raises Refusal if they cannot be trusted."""
     if len(blob) < PRELUDE.size or blob[:8] != ARTIFACT_MAGIC:
         raise Refusal("not an artifact of train_gpt.py (its first bytes are wrong)")
     _, version, number, size, digest = PRELUDE.unpack_from(blob)
@@ -5993,7 +6064,7 @@ def unpack_body(blob: bytes) -> tuple[int, bytes]:
 
 
 def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
-    """Header and tensors of an artifact; raises Refusal before trusting any length in it."""
+    """Header and tensors of an artifact; raises Refusal if it is damaged or malformed."""
     version, body = unpack_body(blob)
     try:
         header, rows, end = header_of(body, version)
@@ -6004,11 +6075,11 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         ) from None
 
 
-TensorRow = tuple[str, str, list[int]]  # name, storage kind, its numbers: the shape comes first
+TensorRow = tuple[str, str, list[int]]  # in the header: name, storage kind, numbers (shape first)
 
 
 def header_of(body: bytes, version: int) -> tuple[dict, list[TensorRow], int]:
-    """A body's header, the rows of its tensors, and where it ends; raises one of MALFORMED."""
+    """A body's header, its rows of tensors, and where it ends; or one of MALFORMED is raised."""
     (header_bytes,) = struct.unpack_from("<I", body)
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
@@ -6024,9 +6095,9 @@ def header_of(body: bytes, version: int) -> tuple[dict, list[TensorRow], int]:
 
 
 def tensor_row(row: list, version: int) -> TensorRow:
-    """A tensor of the header, [name, kind, *numbers], checked; raises ValueError or TypeError.
+    """Check a row of the header, [name, kind, *numbers]; raises ValueError or TypeError.
 
-    Version 1 has 0 for floats and 1 for a grid in the place of the kind's name.
+    Version 1 writes 0 for floats and 1 for a grid in place of the kind's name.
     """
     name, kind, *numbers = row
     if version == 1:
@@ -6043,7 +6114,7 @@ def tensor_row(row: list, version: int) -> TensorRow:
 
 
 def check_grid_numbers(kind: str, numbers: list[int]) -> None:
-    """Raise ValueError where protected columns or a correction's rank cannot be."""
+    """Raise ValueError for protected columns or a correction that a matrix cannot have."""
     if "protected" in kind:
         columns, start, width = numbers[1:4]
         if width < 1 or start + width > columns:
@@ -6055,7 +6126,7 @@ def check_grid_numbers(kind: str, numbers: list[int]) -> None:
 
 
 def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
-    """Name, type and shape of every stream, in the order in which the body holds them."""
+    """Tensor name, type and shape of every stream, in the order in which the body holds them."""
     for dtype in STREAM_TYPES:
         for name, kind, numbers in rows:
             for stream in STORAGE_KINDS[kind].streams:
@@ -6066,7 +6137,10 @@ def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
 def arrays_in_body(
     body: bytes, start: int, rows: list[TensorRow]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Name, type and numbers of all streams, which fill the body from `start`, or ValueError."""
+    """Tensor name, type and content of each stream; ValueError unless they fill the body exactly.
+
+    start: where the header ends.
+    """
     place = start
     for name, dtype, shape in streams_in_body(rows):
         flat = np.frombuffer(body, dtype, math.prod(shape), place)
@@ -6077,10 +6151,10 @@ def arrays_in_body(
 
 
 def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Stored]:
-    """The tensors whose streams fill the body from `start` to its end, or ValueError."""
+    """The tensors of a body, whose header ends at `start`; ValueError if they do not fill it."""
     arrays: dict[str, list[Tensor]] = {name: [] for name, _, _ in rows}
-    for name, dtype, numbers in arrays_in_body(body, start, rows):
-        native = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
+    for name, dtype, content in arrays_in_body(body, start, rows):
+        native = torch.from_numpy(content.astype(content.dtype.newbyteorder("=")))
         if dtype == "<f2" and not native.isfinite().all():
             raise ValueError(f"tensor {name!r} is not finite")
         arrays[name].append(native)
@@ -6088,10 +6162,10 @@ def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Sto
 
 
 def settings_in_header(header: dict) -> dict[str, str]:
-    """Every model and scoring setting of an artifact by name, as text; raises Refusal.
+    """Every model and scoring setting of an artifact by name, as text.
 
-    An artifact from before a setting was added does not name it: the setting says itself what
-    that means. A name that is not known here is refused.
+    An artifact that is older than a setting does not name it, and means Knob.absent by that. Raises
+    Refusal for a name that is not known here, or if a name is missing.
     """
     named = dict(header["settings"])
     ours = {name.upper(): SETTINGS[name] for name in settings_of_reach("model", "scoring")}
@@ -6111,13 +6185,16 @@ def settings_in_header(header: dict) -> dict[str, str]:
 
 
 def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
-    """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
-    travelled = settings_in_header(header)
+    """An artifact's settings, overridden by those in `env`, and notes for the log.
+
+    Raises Refusal for a setting in `env` that decides what the model is: only the artifact may.
+    """
+    in_artifact = settings_in_header(header)
     given, notes = translate_names(env, {name.upper(): f for name, f in SETTINGS.items()})
     of_model = {name.upper() for name in settings_of_reach("model")}
     if repeated := sorted(of_model & set(given)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
-    return Config.from_env({**travelled, **given})[0], notes
+    return Config.from_env({**in_artifact, **given})[0], notes
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -6135,13 +6212,14 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
 def rebuild_model(
     cfg: Config, stored: dict[str, Stored], run: Run, kernel: AttentionKernel | None = None
 ) -> GPT:
-    """The model an artifact holds, on the run's device; raises Refusal if it holds another.
+    """The model of an artifact's tensors, on the run's device.
 
-    kernel: its attention kernel; None takes that of the settings.
+    kernel: its attention kernel; None takes that of the settings. Raises Refusal if the tensors are
+    not those of the model that `cfg` describes.
     """
     if kernel is None:
         kernel = pick_attention(cfg, run.device)[1]
-    # The empty model is laid out without memory, so that a lying header allocates nothing.
+    # The meta device lays the model out without memory: a header that lies allocates nothing.
     with torch.device("meta"):
         model = GPT(cfg, kernel, run.dtype)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -6155,8 +6233,9 @@ def rebuild_model(
 
 # =================================================================================================
 # Range coder
-# Integers of matrices to bytes and back. The coder is interleaved rANS; the model is that an
-# integer's expected magnitude is the product of a matrix's, a row's and a column's.
+# Integers of matrices to bytes and back. The coder is interleaved rANS (asymmetric numeral
+# systems). Its probabilities come from adaptive tables, of which an integer's expected magnitude
+# chooses one: the product of a factor for its matrix, one for its row and one for its column.
 # =================================================================================================
 
 TOTAL_FREQUENCY = 1 << 16  # of each table
@@ -6166,24 +6245,31 @@ LANE_SHARE = 16  # there are sqrt(integers) / LANE_SHARE lanes: each costs 4 byt
 MAX_INTEGERS, MAX_LINES, MAX_MATRICES = 1 << 27, 1 << 22, 1 << 12
 MAX_CHUNK = 1 << 20  # integers coded at once
 
-# A level is LEVELS_AN_OCTAVE times log2 of an expected magnitude, from 2^LOWEST_OCTAVE on.
+# The level of an expected magnitude m is LEVELS_AN_OCTAVE (log2(m) - LOWEST_OCTAVE), rounded. Every
+# LEVELS_A_TABLE levels share a table.
 LEVELS_AN_OCTAVE, LOWEST_OCTAVE, HIGHEST_OCTAVE = 16, -8, 7
 LEVELS_A_TABLE = 2
 TABLES = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * LEVELS_AN_OCTAVE // LEVELS_A_TABLE
-PRIOR_SAMPLES, COUNT_UNIT = 512, 256  # integers that a fresh table counts; one integer's count
-FIRST_CHUNK, CHUNK_SHARE = 512, 8  # tables learn after each chunk, of this share of all so far
+PRIOR_SAMPLES = 512  # integers that a fresh table counts as if it had seen them
+COUNT_UNIT = 256  # what an integer adds to a count, so that counts of the prior can be fractions
+# Tables learn after each chunk of integers, which is 1 / CHUNK_SHARE of all they coded before.
+FIRST_CHUNK, CHUNK_SHARE = 512, 8
 
-PROFILE_TOP, PROFILE_PASSES, MAX_SHIFT, LEAST_MEAN = 63, 6, 6, 1e-4
+PROFILE_TOP = 63  # the largest step of a row or column in a profile
+PROFILE_PASSES = 6  # of fitting rows to columns and columns to rows
+LEAST_MEAN = 1e-4  # of magnitudes: a row may be all zeros
+MAX_SHIFT = 6  # a profile's step is at most 2^MAX_SHIFT levels
 STEP_IN_ERRORS = 3.5  # a profile's step in standard errors: finer ones cost more than they save
-TWIN_COSINE, TWIN_CANDIDATES = 0.9, 256
+TWIN_COSINE = 0.9  # from which a row is coded by its difference from another
+TWIN_CANDIDATES = 256  # rows that are tried as that other one
 
 
 class RangeEncoder:
     """Interleaved rANS (arXiv:1311.2540, section 2.3): one state a lane, words of 16 bits.
 
-    A symbol of frequency f, above others of frequencies F in all, takes the state x of its lane
-    to (x // f) 2^16 + x % f + F. Decoding runs backwards, so the stream is written from its end.
-    Facts are bytes that a decoder is told outright.
+    A symbol of frequency f, whose smaller symbols have frequencies F in all, takes the state x of
+    its lane to (x // f) 2^16 + x % f + F. A decoder undoes the last step first, so the stream is
+    written from its end. Facts are bytes that a decoder reads as they are.
     """
 
     def __init__(self) -> None:
@@ -6191,7 +6277,7 @@ class RangeEncoder:
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Note symbols, each of its own table; returns them.
+        """Note symbols to be coded, each by its own table; returns them.
 
         ends: int64 (tables, symbols + 1), running sums of frequencies from 0 to TOTAL_FREQUENCY.
         """
@@ -6238,7 +6324,7 @@ class RangeDecoder:
         return part
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """The next symbols, each of its own table; of those given only the number counts."""
+        """The next symbols, each by its own table; those given only say how many there are."""
         bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
         widths = np.diff(ends).ravel().astype(np.uint64)
         found = np.empty(len(tables), np.int64)
@@ -6292,7 +6378,7 @@ def prior_counts(top: int) -> np.ndarray:
 
 
 class AdaptiveTables:
-    """Tables of the integers within +-top, one for each two levels, that learn what is coded."""
+    """Frequencies of the integers within +-top, a table for every two levels; they adapt."""
 
     def __init__(self, top: int) -> None:
         self.top = top
@@ -6309,9 +6395,10 @@ class AdaptiveTables:
         return np.pad(frequencies.cumsum(axis=1), ((0, 0), (1, 0)))
 
     def code(self, coder: Coder, matrix: np.ndarray, level: int, rows, columns) -> None:
-        """Code a matrix (r, c) in place, levels being level + rows[i] + columns[j].
+        """Code a matrix (r, c) in place, the element (i, j) at level + rows[i] + columns[j].
 
-        Chunks go by share of what these tables coded so far, so that the decoder learns alike.
+        The size of a chunk depends on what was coded before alone, so that a decoder's tables learn
+        at the same places.
         """
         values = matrix.reshape(-1)  # a view
         start = 0
@@ -6334,16 +6421,16 @@ class AdaptiveTables:
 
 
 def level_of(magnitude: float) -> int:
-    """The level of an expected magnitude, within a byte."""
+    """The level of an expected magnitude, at most 255."""
     octaves = math.log2(max(magnitude, 2.0**LOWEST_OCTAVE)) - LOWEST_OCTAVE
     return min(round(octaves * LEVELS_AN_OCTAVE), 255)
 
 
 @dataclass
 class Profile:
-    """What the model says of a matrix (r, c): its level, and levels above it by row and column.
+    """The expected magnitudes of a matrix (r, c): its level, plus steps for each row and column.
 
-    The latter are whole steps of 2^n levels.
+    A step is 2^row_shift or 2^column_shift levels.
     """
 
     level: int
@@ -6353,17 +6440,17 @@ class Profile:
     column_shift: int
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Levels of rows and of columns, to be added to the matrix's."""
+        """Levels of the rows (r,) and of the columns (c,), to be added to the matrix's."""
         return self.rows << self.row_shift, self.columns << self.column_shift
 
 
 def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
-    """Logarithms of mean magnitudes, less their average, in steps of 2^n levels: int64, and n.
+    """Logarithms of mean magnitudes, less their average, in steps of 2^k levels: int64, and k.
 
-    A mean m of n samples has a logarithm of variance chance = (0.57 + (1/m - 1)^+) / n, as for
-    normal integers if large and rare ones if small. Each logarithm is drawn to the average as far
-    as the share of chance in the variance of all says (James and Stein). A step is the power of
-    two near STEP_IN_ERRORS of the standard error that is left.
+    The logarithm of a mean m of n samples has about the variance chance = (0.57 + (1/m - 1)^+) / n:
+    that of normal integers if m is large, of rare ones if it is small. Each logarithm is shrunk
+    towards the average by the part of chance in the variance of all (James and Stein). A step is
+    the power of two near STEP_IN_ERRORS standard errors.
     """
     means = np.maximum(means, 0.5 / samples)
     chance = (0.57 + np.maximum(1 / means - 1, 0)) / samples
@@ -6378,8 +6465,10 @@ def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
 
 
 def fit_profile(matrix: np.ndarray) -> Profile:
-    """The profile by which an integer matrix (r, c) codes well: alternating means fit |q_ij| by
-    m a_i b_j, a and b of mean 1."""
+    """The profile with which an integer matrix (r, c) takes few bytes.
+
+    |q_ij| is fitted by m a_i b_j, where a and b have mean 1, by alternating between the two.
+    """
     magnitudes = np.abs(matrix).astype(np.float64)
     mean = max(float(magnitudes.mean()), LEAST_MEAN)
     columns = np.ones(matrix.shape[1])
@@ -6400,7 +6489,7 @@ def fit_profile(matrix: np.ndarray) -> Profile:
 
 
 def grid_top(largest: int) -> int:
-    """The end 2^n - 1 of a symmetric grid that holds `largest`; 128 for int8's own end."""
+    """The least 2^n - 1 that is no less than `largest`, or 128 for int8's lower end."""
     return top_of_bits(min(largest, 128).bit_length())
 
 
@@ -6412,16 +6501,16 @@ def top_of_bits(bits: int) -> int:
 
 
 def wrap_integers(integers: np.ndarray, top: int) -> np.ndarray:
-    """Integers modulo 2 top + 1, within +-top."""
+    """The integers within +-top that are equal to these modulo 2 top + 1."""
     return (integers + top) % (2 * top + 1) - top
 
 
 def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
-    """Rows of (r, c) that are best told as differences from one of them, and that one: bool (r,).
+    """Rows of (r, c) that are best coded as differences from another row: bool (r,), and that row.
 
-    Unused tokens have them: nothing but weight decay and the head's common pull acts on their
-    rows. They are those of cosine above TWIN_COSINE with the one of up to TWIN_CANDIDATES rows,
-    evenly taken, that has most such.
+    Tokens that the text never uses have such rows: only weight decay and the head's common pull act
+    on them. Of up to TWIN_CANDIDATES rows, evenly spaced, the one with most rows of a cosine above
+    TWIN_COSINE is taken.
     """
     exact = matrix.astype(np.float64)
     candidates = exact[:: len(exact) // TWIN_CANDIDATES + 1]
@@ -6431,7 +6520,7 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
     twins = near[near.sum(axis=1).argmax()]
     first = int(twins.argmax())
     twins[first] = False
-    # A magnitude m takes some log2(m + 1/2) bits, and telling twins takes one for each row.
+    # A magnitude m takes about log2(m + 1/2) bits, and naming the twins takes a bit for each row.
     own = np.log2(np.abs(exact[twins]) + 0.5).sum()
     as_differences = np.log2(np.abs(exact[twins] - exact[first]) + 0.5).sum()
     if own - as_differences < len(exact):
@@ -6441,7 +6530,7 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
 
 @dataclass
 class IntegerModel:
-    """All tables of an artifact: those of profiles, and those of integers by their top."""
+    """All tables of an artifact: those of profiles, and those of integers by the grid's end."""
 
     profiles: AdaptiveTables = field(default_factory=lambda: AdaptiveTables(PROFILE_TOP))
     integers: dict[int, AdaptiveTables] = field(default_factory=dict)
@@ -6510,14 +6599,14 @@ def decode_matrix(
 
 
 def lanes_for(integers: int) -> int:
-    """How many lanes code so many integers."""
+    """The number of lanes that code this many integers."""
     return max(1, math.isqrt(integers) // LANE_SHARE)
 
 
 def encode_integers(matrices: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
-    """Pack integer matrices within +-128: facts, which a general codec shortens, and a stream.
+    """Pack integer matrices within +-128 into facts, which LZMA can shorten, and a stream.
 
-    The same matrices always give the same bytes. Raises ValueError where a decoder would refuse.
+    The same matrices always give the same bytes. Raises ValueError for what no decoder would read.
     """
     check_shapes([matrix.shape for matrix in matrices])
     encoder, model, integers = RangeEncoder(), IntegerModel(), 0
@@ -6562,15 +6651,15 @@ def check_shapes(shapes: Sequence[Shape]) -> None:
 # LZMA packs everything else of a body: its header, its floats, its packed text, and the facts
 # that go with the integers.
 FACTS_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "pb": 0}]
-RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text; of all that LZMA packs
+RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text, and of what LZMA made
 MAX_FACTS = 1 << 20  # bytes of facts and flags, which the body itself does not hold
 
 
 def float_planes(floats: Sequence[np.ndarray]) -> bytes:
     """fp16 tensors as bytes: a flag for each, then all high bytes, then all low bytes.
 
-    The flag says that the bit patterns ascend, as sorted scales do, and that their differences
-    are told in their place.
+    The flag is 1 if the tensor's bit patterns ascend, as sorted scales do; then their differences
+    are written instead.
     """
     flags = bytearray()
     words: list[np.ndarray] = [np.empty(0, np.uint16)]
@@ -6631,7 +6720,7 @@ def unpack_by_range(packed: bytes, size: int) -> bytes:
 def read_range(packed: bytes, size: int) -> bytes:
     """As unpack_by_range(), but raises one of MALFORMED.
 
-    Before integers are read, what the header promises has been found to be `size` bytes in all.
+    What the header promises is checked to be `size` bytes in all before any integer is decoded.
     """
     header_size, facts_size, text_size, packed_size = RANGE_LENGTHS.unpack_from(packed)
     end = RANGE_LENGTHS.size + packed_size
@@ -6653,7 +6742,7 @@ def read_range(packed: bytes, size: int) -> bytes:
 
 
 def unpack_lzma(packed: bytes, most: int) -> bytes:
-    """What LZMA packed, at most `most` bytes; raises ValueError otherwise."""
+    """What LZMA packed, if it is at most `most` bytes; raises ValueError if not."""
     reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FACTS_FILTERS)
     try:
         plain = reader.decompress(packed, max_length=most)
@@ -6666,23 +6755,24 @@ def unpack_lzma(packed: bytes, most: int) -> bytes:
 
 # =================================================================================================
 # Size
-# The artifact has a budget of bytes as training has one of seconds. Steps by CLIP_SIGMAS have one
-# knob, a factor of all of them: coarser steps take fewer bytes. It is solved for.
+# The artifact has a budget of bytes as training has one of seconds. Where CLIP_SIGMAS sets the
+# steps of grids, one factor makes all of them coarser, and so the artifact smaller; the smallest
+# factor that meets the budget is searched for.
 # =================================================================================================
 
-SIZE_FORESEEN_AT = 0.1  # of the run: when the log says what the artifact will take
-FACTOR_BYTES = 0.2  # a number of LQER's factors
-LEAST_CODED = 0.96  # of the integers' entropy: what a codec takes at least
+SIZE_FORESEEN_AT = 0.1  # of the run, when the log predicts the artifact's size
+FACTOR_BYTES = 0.2  # for each number of a correction's factors, about
+LEAST_CODED = 0.96  # of the integers' entropy is what a codec takes at least
 
-SOLVER_PASSES = 8
+SOLVER_PASSES = 8  # of quantizing and packing the whole model
 SOLVER_OCTAVES = (-4.0, 4.0)  # binary logarithms of the finest and the coarsest factor
-SOLVER_HALVINGS = 12
-SOLVER_AIM = 0.997  # of the target: what a pass aims at
-SOLVER_LEAST = 0.99  # of ARTIFACT_TARGET_BYTES: what a pass must reach
+SOLVER_HALVINGS = 12  # of that range, by estimates
+SOLVER_AIM = 0.997  # of the target is what a pass aims at
+SOLVER_LEAST = 0.99  # of ARTIFACT_TARGET_BYTES is what a pass must reach
 
 
 def entropy_bytes(integers: Tensor) -> float:
-    """Order-0 entropy of int8 values of any shape, in bytes."""
+    """Bytes that int8 values of any shape take by the entropy of their histogram."""
     frequencies = torch.bincount(integers.flatten().int() + 128).double() / integers.numel()
     nats = float(torch.special.entr(frequencies).sum()) * integers.numel()
     return nats / math.log(256)
@@ -6690,22 +6780,25 @@ def entropy_bytes(integers: Tensor) -> float:
 
 @torch.no_grad()
 def estimated_bytes(model: GPT, factor: float) -> float:
-    """Entropy of all matrices' nearest integers at the largest clips, CLIP_SIGMAS by `factor`."""
+    """Entropy in bytes of all matrices, rounded to nearest at their coarsest clip candidates.
+
+    factor: what CLIP_SIGMAS is multiplied by.
+    """
     total = 0.0
     for name, parameter in model.named_parameters():
         bits = bits_of(model, name)
         if bits == 0:
             continue
         weight = parameter.detach().float()
-        levels = largest_integer(bits)
+        top = largest_integer(bits)
         sigmas = factor * setting_of(model, name, model.cfg.sigmas_by_role)
         step = clip_candidates(weight, bits, model.cfg, sigmas)[-1]
-        total += entropy_bytes(torch.round(weight / step[:, None]).clamp_(-levels, levels))
+        total += entropy_bytes(torch.round(weight / step[:, None]).clamp_(-top, top))
     return total
 
 
 def solve_factor(model: GPT, goal: float) -> float:
-    """The least factor of CLIP_SIGMAS, the finest steps, whose estimate is at most `goal` bytes."""
+    """The smallest factor of CLIP_SIGMAS, so the finest steps, estimated to take `goal` bytes."""
     finest, coarsest = SOLVER_OCTAVES
     for _ in range(SOLVER_HALVINGS):
         middle = 0.5 * (finest + coarsest)
@@ -6717,7 +6810,7 @@ def solve_factor(model: GPT, goal: float) -> float:
 
 
 def correction_bytes(model: GPT) -> float:
-    """About what LQER's factors and their scales take: those of the largest matrices."""
+    """About what low-rank corrections take, if it is the largest matrices that get them."""
     cfg = model.cfg
     matrices = [model.get_parameter(name) for name in model.kinds if bits_of(model, name)]
     largest = sorted(matrices, key=Tensor.numel, reverse=True)[: cfg.lqer_top_k]
@@ -6730,11 +6823,11 @@ def correction_bytes(model: GPT) -> float:
 
 
 def foresee_size(model: GPT, step: int, run: Run) -> None:
-    """Log what code and artifact of the present weights would take, and warn of a vain target.
+    """Log what code and artifact of the present weights would take; warn if they will not fit.
 
-    The estimate knows neither Hessians nor codec and is rather too low: integers near their
-    entropy, floats at a byte. It holds early in a run because CLIP_SIGMAS go by the shape of rows,
-    which they keep as they grow.
+    The estimate knows neither Hessians nor codec and is rather too low: it takes integers near
+    their entropy, and a byte for each float. It holds early in a run because CLIP_SIGMAS are
+    relative to the rows' deviations, so that rows may grow without taking more bytes.
     """
     cfg = run.cfg
     coarsest_octaves = 0.0  # percentile clips cannot be made coarser
@@ -6767,20 +6860,20 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
 class SizeSolver:
     """Finds the factor of CLIP_SIGMAS at which code and artifact end just below a target.
 
-    A pass that misses tells how far the estimate is off, two passes how much of its change is
-    real; the next pass takes the factor that is solved with both. Two factors on either side of
-    the target bound the next one, since a codec's size is not a smooth function.
+    It is the secant method on estimated_bytes(): one pass tells how far the estimate is off, two
+    passes how many bytes follow a byte of estimate. Once passes lie on both sides of the target,
+    the next factor lies between theirs, since a codec's size is not a smooth function.
     """
 
     def __init__(self, model: GPT, target: int) -> None:
         self.model = model
         self.target = target
-        self.largest_over = 0.0  # factors whose artifact is over the target, and those that fit
-        self.smallest_fitting = math.inf
+        self.largest_over = 0.0  # of the factors whose artifact is over the target
+        self.smallest_fitting = math.inf  # of the factors whose artifact fits
         self.totals: dict[float, int] = {}  # bytes by their estimate
 
     def next_factor(self, factor: float, total: int) -> float:
-        """The factor to try after one that gave `total` bytes; the same at the scale's end."""
+        """The factor to try after one that gave `total` bytes; the same at the range's end."""
         if total > self.target:
             self.largest_over = max(self.largest_over, factor)
         else:
@@ -6796,7 +6889,7 @@ class SizeSolver:
         return solved
 
     def slope(self, estimate: float, total: int) -> float:
-        """Real bytes a byte of estimate, from the last other pass; within 0.5 and 2."""
+        """Real bytes for each byte of estimate, by this and the last other pass; 0.5 to 2."""
         slopes = [
             (total - other_total) / (estimate - other)
             for other, other_total in self.totals.items()
@@ -6808,10 +6901,11 @@ class SizeSolver:
 def fit_artifact(
     model: GPT, hessians: dict[str, Tensor], packed_text: bytes, header: dict, run: Run
 ) -> tuple[dict[str, Stored], bytes]:
-    """Quantised tensors and their artifact, the largest below the target that few passes find.
+    """Quantize and pack until the artifact fits; returns the tensors and the artifact's bytes.
 
-    Where CLIP_SIGMAS sets the steps, the target is ARTIFACT_TARGET_BYTES, which a pass must come
-    close to, or without one the limit. Other clips have no knob: there is one pass.
+    Where CLIP_SIGMAS sets the steps, a pass must end just below ARTIFACT_TARGET_BYTES if that is
+    set, and anywhere below the limit if not. Of up to SOLVER_PASSES passes the largest artifact
+    that fits is kept, or else the smallest. Other clips have no factor: there is one pass.
     """
     cfg = run.cfg
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
@@ -6834,9 +6928,10 @@ def fit_artifact(
         )
         if not cfg.clips_by_deviation or least <= total <= target:
             break
-        last, factor = factor, solver.next_factor(factor, total)
-        if factor == last:
+        following = solver.next_factor(factor, total)
+        if following == factor:
             break
+        factor = following
     fitting = [one for one in tries if one[0] <= target]
     if fitting:
         return max(fitting, key=lambda one: one[0])[1:]
@@ -6846,7 +6941,7 @@ def fit_artifact(
 def export(
     model: GPT, hessians: dict[str, Tensor], packed_text: bytes, val: Validation, run: Run
 ) -> bytes:
-    """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
+    """Quantize on rank 0 and write artifact.bin; returns its bytes as read back, on all ranks."""
     if run.folder.path is None:  # only rank 0 has one
         return run.ranks.broadcast(b"")
     cfg = run.cfg
@@ -6882,7 +6977,7 @@ def export(
 
 
 def stored_text(packed_text: bytes) -> dict[str, Stored]:
-    """Training text as the artifact holds it, if there is any."""
+    """Packed training text as a tensor of the artifact; nothing if there is none."""
     if not packed_text:
         return {}
     content = np.frombuffer(packed_text, np.uint8).copy()
@@ -6890,9 +6985,9 @@ def stored_text(packed_text: bytes) -> dict[str, Stored]:
 
 
 def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Log what each role takes: elements, and the order-0 entropy of its integers in bytes.
+    """Log what each role takes: its integers, their entropy in bytes, and its floats.
 
-    A role's corrections are among its integers, by a histogram of their own, and its floats.
+    The factors of corrections are integers with a histogram of their own.
     """
     for role in ROLES:
         tensors = [tensor for name, tensor in stored.items() if model.kinds[name].role == role]
@@ -6922,7 +7017,7 @@ def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
 
 
 def grid_label(model: GPT, stored: dict[str, Stored]) -> str:
-    """How log lines call the artifact's block matrices."""
+    """What log lines call the artifact's grid, by its MLP matrices: int6 or the like."""
     mlps = [stored[name] for name, kind in model.kinds.items() if kind.role == "mlp"]
     if any(tensor.scale is not None for tensor in mlps):
         return f"int{model.cfg.bits_by_role['mlp']}"
@@ -6943,7 +7038,7 @@ MAX_ORDER = 16  # tokens of the longest n-gram
 
 @dataclass(frozen=True, kw_only=True)
 class CountSettings(Part):
-    """Which texts are counted, and how their distributions join the network's."""
+    """Which texts are counted, and how the counts are mixed with the network."""
 
     title = "Counts"
     prefixes: ClassVar[tuple[str, ...]] = ("COUNT_",)
@@ -6951,53 +7046,33 @@ class CountSettings(Part):
     counts: str = scoring_knob(
         "off",
         ("off", "scored", "artifact", "both"),
-        "Texts whose n-grams are mixed with the network: those that are scored already, training "
-        "text in the artifact, both.",
+        "Mix the network with n-gram counts of the text that is scored already, of training text "
+        "that the artifact carries, or of both.",
         absent="off",
     )
     count_bytes: int = training_knob(
-        4_000_000, (1, 1 << 40), "Bytes of the artifact for the training text that is counted."
+        4_000_000, (1, 1 << 40), "Put training text of up to this many bytes into the artifact."
     )
     count_orders: str = scoring_knob(
-        "2,8",
-        (),
-        "Orders of the n-grams of training and scored text.",
-        absent="2,8",
-        tries=("2,3",),
+        "2,8", (), "Count n-grams of these orders in all the text.", absent="2,8", tries=("2,3",)
     )
     count_scored_orders: str = scoring_knob(
-        "2,6",
-        (),
-        "Orders of the n-grams of the scored text alone; may be none.",
-        absent="2,6",
-        tries=("2",),
+        "2,6", (), "Count n-grams of these orders in scored text alone.", absent="2,6", tries=("2",)
     )
     count_recent_tokens: int = scoring_knob(
-        128,
-        (0, 1 << 20),
-        "Last tokens that are expected to come again; 0: none.",
-        absent=128,
-        tries=(8,),
+        128, (0, 1 << 20), "Expect this many last tokens again; 0 is off.", absent=128, tries=(8,)
     )
     count_longest_match: int = scoring_knob(
-        32,
-        (0, 256),
-        "Tokens of context that are compared to find repeats; 0: no repeats.",
-        absent=32,
-        tries=(4,),
+        32, (0, 256), "Find repeats of up to this many tokens; 0 is off.", absent=32, tries=(4,)
     )
     count_chunk_tokens: int = scoring_knob(
-        64,
-        (1, 4096),
-        "Targets that are scored before the counts learn from them.",
-        absent=64,
-        tries=(7,),
+        64, (1, 4096), "Learn whenever this many targets are scored.", absent=64, tries=(7,)
     )
     count_gate_rate: float = scoring_knob(
-        0.02, (0.0, 10.0), "Learning rate of the mixture's weights; 0 keeps them.", absent=0.02
+        0.02, (0.0, 10.0), "Train the mixture's weights at this rate; 0 keeps them.", absent=0.02
     )
     count_match_rate: float = scoring_knob(
-        0.4, (0.0, 10.0), "Learning rate of the biases for repeats; 0 keeps them.", absent=0.4
+        0.4, (0.0, 10.0), "Train the biases for repeats at this rate; 0 keeps them.", absent=0.4
     )
 
     @property
@@ -7024,7 +7099,7 @@ class CountSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Orders are small numbers, and counting goes along sliding windows."""
+        """Orders are small numbers, and counting needs a text that is scored in order."""
         orders = (*cfg.orders_of_texts, *cfg.orders_of_scored)
         yield (
             all(2 <= order <= MAX_ORDER for order in orders),
@@ -7123,7 +7198,10 @@ class TextIndex:
         keys: np.ndarray,
         num_contexts: int,
     ) -> None:
-        """Keep the numbers of the next order: of the grams ending at `places`; a key for each."""
+        """Keep the numbers `grams` of the next order's grams, which end at `places`.
+
+        keys: of each gram by number, its context's number * MAX_VOCABULARY + its last token.
+        """
         gram_at = np.full(len(self.tokens), -1, np.int32)
         gram_at[places] = grams
         first_anywhere = np.ones(len(self.tokens), bool)  # a gram without a number occurs once
@@ -7153,7 +7231,7 @@ class TextIndex:
 
 
 class MatchModel:
-    """What followed the longest repeat of the tokens before each target, the latest such place."""
+    """For each target, the latest place that follows the longest repeat of the tokens before it."""
 
     def __init__(self, targets: int) -> None:
         self.length = np.zeros(targets, np.int16)  # tokens that agree; 0: none does
@@ -7348,7 +7426,7 @@ class Continuations:
         seen.continuations[is_known] = kinds[is_known]
 
 
-# Weights before any lesson, rounded from what they came to on a hold-out of the training text. The
+# Weights before anything is learned, rounded from what was learned on held-out training text. The
 # shortest order's is negative: what is likely in any context counts less as evidence.
 START_NETWORK = 0.6
 START_LONGEST_ORDER = 0.4
@@ -7429,7 +7507,7 @@ class Mixture:
             self.matches.append((index.match.length, predictions))
 
     def start_weight(self, source: str, order: int) -> float:
-        """The plain constant that a distribution's weight begins with."""
+        """The constant with which the weight of a distribution begins."""
         if source == "network":
             return START_NETWORK
         if source == "recent":
@@ -7471,7 +7549,8 @@ class Mixture:
     def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
         """Log-probabilities (n, V) of the next targets, which must lie in one chunk."""
         n = len(network)
-        # What the mask forbids has no probability in the mixture; its experts stay finite.
+        # What the mask forbids has no probability in the mixture. The network's own row is finite
+        # until then, as -inf times a weight of 0 is nan.
         forbidden = network == -math.inf
         network = network.masked_fill(forbidden, -1e4)
         rows = [network]
@@ -7621,9 +7700,9 @@ class AdagradTable:
         self.values -= self.rate * total / self.squares.sqrt()
 
 
-# Training tokens in the artifact:
-# A little-endian uint32, the number of tokens, and then the tokens as uint16 in a raw LZMA2 stream.
-# Coding them with the counts would save a tenth, but decode one token after the other.
+# Training text is stored in the artifact as a little-endian uint32, the number of tokens, and then
+# the tokens as uint16 in a raw LZMA2 stream. Coding them with the counts themselves would save a
+# tenth, but decoding would take one token after the other.
 
 PACKED_COUNT = struct.Struct("<I")
 MAX_PACKED_TOKENS = 100_000_000  # an unpacked text takes two bytes a token
@@ -7674,7 +7753,7 @@ def text_of_artifact(stored: dict[str, Stored], cfg: Config) -> np.ndarray:
 def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
     """On rank 0, training text of at most COUNT_BYTES for the artifact; empty without COUNTS.
 
-    It counts as training. Only the first tokens are looked at, several times what can fit.
+    The time counts as training. Only the first tokens are considered, several times what can fit.
     """
     cfg = run.cfg
     if not cfg.counts_training_text or not run.ranks.is_main:
@@ -7694,11 +7773,11 @@ def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
 
 
 def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
-    """The documents of a text, those first that predict most tokens of a hold-out per own token.
+    """The documents of a text, most useful first: by the held-out tokens predicted per own token.
 
-    A document is credited with each token of the hold-out that the longest repeat before it,
-    when that repeat lies in the document, predicts rightly. The hold-out's own documents are
-    taken to be of average worth.
+    Every HOLDOUT_EVERY-th document is held out. Each of its tokens that is predicted rightly by the
+    longest repeat of what precedes it counts for the document which holds that repeat. Held-out
+    documents are taken to be of average worth.
     """
     documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
     held_out = documents[::HOLDOUT_EVERY]
@@ -7720,7 +7799,7 @@ def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
-    """As much of the training text as `limit` bytes hold, the worthiest documents, packed.
+    """The most useful documents of a training text, packed, as many as `limit` bytes hold.
 
     Raises Refusal if not even the first document fits.
     """
@@ -7734,7 +7813,7 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
         kept = int(np.searchsorted(ends, limit / bytes_per_token, side="right"))
         if not kept:
             raise Refusal(f"COUNT_BYTES={limit} holds none of the training documents: allow more")
-        # The worthiest come last, so that the latest of equal repeats lies in them.
+        # The most useful come last: of equal repeats the latest is the one that predicts.
         packed = pack_tokens(np.concatenate(documents[:kept][::-1]))
         if len(packed) <= limit:
             return packed
@@ -7743,14 +7822,15 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
 
 # =================================================================================================
 # N-gram tilt
-# Long passages of a validation text occur twice. What followed the same tokens before has its
-# logit raised: a distribution that is fixed before the target is seen. (parameter-golf #2135)
+# Long passages of a validation text occur twice. The token that followed the same context before
+# has its logit raised, which fixes the distribution before the target is seen (parameter-golf
+# #2135).
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class TiltSettings(Part):
-    """Where repeats of the scored text raise a token's probability, and how much."""
+    """When a repeat in the scored text raises a token's probability, and by how much."""
 
     title = "N-gram tilt"
     prefixes: ClassVar[tuple[str, ...]] = ("NGRAM_",)
@@ -7758,20 +7838,20 @@ class TiltSettings(Part):
     ngram_tilt: float = scoring_knob(
         0.0,
         (0.0, 20.0),
-        "What is added to the logit of the token that followed the same context; 0 is off.",
+        "Add this to the logit of the token that followed the same context before; 0 is off.",
         absent=0.0,
         tries=(2.625,),
     )
     ngram_order: int = scoring_knob(
-        16, (2, 16), "Tokens of the context and its follower.", absent=16
+        16, (2, 16), "Let a context and the token after it be this many tokens.", absent=16
     )
     ngram_threshold: float = scoring_knob(
-        0.8, (0.0, 1.0), "Share of the follower in a context, at least.", absent=0.8
+        0.8, (0.0, 1.0), "Require that it followed this fraction of the contexts.", absent=0.8
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """The counts have repeats of their own."""
+        """The tilt and the counts would both raise what repeats."""
         yield (
             cfg.ngram_tilt == 0 or cfg.counts == "off",
             "NGRAM_TILT and COUNTS both expect repeats: one of them must be off",
@@ -7788,22 +7868,22 @@ PAIR_FACTOR = 1000003
 
 @dataclass(frozen=True)
 class Hints:
-    """For each target, what followed its context most often before it: (N,) each."""
+    """For each target, the token that followed its context most often before it: (N,) each."""
 
     tokens: np.ndarray  # int64; 0 where the context is new
-    shares: np.ndarray  # float32, of the times the context was followed by it; 0 where it is new
+    shares: np.ndarray  # float32, how often it was this token, from 0 to 1; 0 where it is new
 
     def gates(self, threshold: float) -> np.ndarray:
-        """Where a hint is sure enough: bool (N,)."""
+        """The targets whose hint is sure enough: bool (N,)."""
         return (self.shares > 0) & (self.shares >= np.float32(threshold))
 
 
 def context_keys(targets: np.ndarray, order: int) -> np.ndarray:
     """Hashes of the order - 1 tokens before each target that has so many: uint64.
 
-    The first target counts as its own predecessor, so the first that has them is order - 2. The
-    hash is the published one, of about 37 bits: on streams of many millions contexts do collide,
-    which makes a hint worse but never non-causal.
+    As published, the first target stands in for the BOS before it, so that target order - 2 is the
+    first to have enough. The hash has about 37 bits: on streams of many million tokens contexts do
+    collide, which makes a hint worse but never non-causal.
     """
     length = order - 1
     stream = np.concatenate([targets[:1], targets]).astype(np.uint64)
@@ -7834,10 +7914,10 @@ def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
-    """The hints of all targets: (N,) token ids, the stream without its first BOS.
+    """The hints of all targets (N,), which are the stream's token ids without its first BOS.
 
-    Equal to the sequential pass that looks a context up first and then counts the target: the best
-    token of a context is the last whose count exceeded all counts there before.
+    They are those of a sequential pass that looks a context up and then counts its target. A
+    context's hint is the token that was the last to exceed all counts there.
     """
     hints = np.zeros(len(targets), np.int64)
     shares = np.zeros(len(targets), np.float32)
@@ -7852,14 +7932,15 @@ def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
     by_context, new = grouped(keys)
     counts = counts[by_context]
     places = np.arange(len(keys))
-    # A group's offset is above all counts of the groups before it.
+    # Each group of equal contexts gets an offset above all counts of the groups before it, so that
+    # one running maximum serves all groups.
     offsets = np.cumsum(new) * (len(keys) + 1)
     best = np.maximum.accumulate(counts + offsets)
     leads = np.ones(len(keys), bool)
     leads[1:] = best[1:] > best[:-1]
     leaders = np.maximum.accumulate(np.where(leads, places, 0))
     starts = np.maximum.accumulate(np.where(new, places, 0))
-    # What a target finds is what the one before it in its group left.
+    # A target's hint is the state of its group after the target before it.
     found = np.flatnonzero(~new)
     before = found - 1
     at = by_context[found] + first
@@ -7872,9 +7953,9 @@ def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
 def tilted_nats(
     nats: Tensor, hint_nats: Tensor, is_hint: Tensor, gates: Tensor, beta: float
 ) -> Tensor:
-    """Nats of targets under the tilted distribution, from those of target and hint: (...).
+    """Nats of targets under the tilted distribution, given those of target and hint, any shape.
 
-    Only the score is tilted; a loss that is trained on takes the plain nats.
+    p'(w) = p(w) exp(beta [w is the hint]) / (1 + p(hint) (exp(beta) - 1)) where the gate is open.
     """
     growth = torch.expm1(torch.tensor(beta, dtype=torch.float64)).to(nats.dtype)
     normaliser = torch.log1p(torch.exp(-hint_nats) * growth)
@@ -7882,10 +7963,10 @@ def tilted_nats(
 
 
 def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.ndarray | None:
-    """The hint of each target, -1 where its gate is closed: int64 (N,); None without NGRAM_TILT.
+    """The hint of each target, int64 (N,), -1 where its gate is closed; None without NGRAM_TILT.
 
-    order: the targets (N,) in the order in which they are scored, as no hint may come from what is
-    scored later; None for that of the text.
+    order: the targets (N,) in the order in which they are scored; None for that of the text. No
+    hint comes from what is scored later.
     """
     cfg = run.cfg
     if cfg.ngram_tilt == 0:
@@ -7905,7 +7986,7 @@ def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.nd
 def nats_and_scores(
     model: GPT, batch: Batch, beta: float, adapters: Adapters | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nats of the targets, to learn from, and what is scored: tilted by beta to the hints."""
+    """Nats of the targets (B, T) to learn from, and those to score: tilted by beta to the hints."""
     hidden, input_ids = model.hidden_at_targets(batch, adapters=adapters)
     head = None if adapters is None else adapters.head
     logits = model.logits(hidden, input_ids, head).flatten(0, 1)
@@ -7921,8 +8002,9 @@ def nats_and_scores(
 
 # =================================================================================================
 # Evaluation
-# Windows are data: (start, first scored, end of scored), in targets. One loop scores any of
-# them. Batches are formed before they are dealt to ranks, so no world size changes the score.
+# A target is a token to predict: target n is token n + 1 of the text. A window is a row of three
+# targets: its start, the first that it scores, and the end of those. One loop scores any windows.
+# Batches are formed before they are dealt to ranks, so the number of ranks never changes a score.
 # =================================================================================================
 
 
@@ -7935,23 +8017,23 @@ class EvaluationSettings(Part):
 
     title = "Evaluation"
 
-    eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "Tokens of a validation window.")
+    eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "Score windows of this many tokens.")
     eval_stride: int = scoring_knob(
-        64, (0, 1 << 20), "Targets from one window to the next; 0 scores chunks only."
+        64, (0, 1 << 20), "Start a window every so many targets; 0 lays windows side by side."
     )
     sliding: str = scoring_knob(
         "cover",
         ("cover", "published_s1", "published_s3"),
-        "Windows: cover scores every target once; the others print a second, labelled line.",
+        "Score every target once (cover), or add a score in a published system's windows.",
     )
-    eval_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Windows a forward.")
+    eval_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Score this many windows in a batch.")
     eval_truncate: bool = scoring_knob(
         False, (), "Leave out the targets after the last full window."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Windows overlap or touch; a forward's size is bounded, as a header may ask for any."""
+        """Windows leave no gap, and no header of an artifact can ask for too large a forward."""
         yield cfg.eval_stride <= cfg.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
         yield (
             cfg.eval_seq_len * cfg.eval_batch_seqs <= MAX_BATCH_TOKENS,
@@ -7969,20 +8051,22 @@ class AdaptationSettings(Part):
     ttt_mode: str = scoring_knob(
         "off",
         ("off", "score_first", "lora", "train_then_score"),
-        "Adapt to text that was scored, as a whole or document by document (lora); "
-        "train_then_score trains first and is no legal score.",
+        "Adapt to text that is scored, as a whole or each document for itself (lora); "
+        "train_then_score trains first and gives no legal score.",
     )
-    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Learning rate of the adaptation (SGD).")
-    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Momentum of the adaptation.")
-    ttt_epochs: int = scoring_knob(3, (1, 1000), "Passes over the text that is adapted to.")
+    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Adapt by SGD at this peak learning rate.")
+    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Adapt by SGD with this momentum.")
+    ttt_epochs: int = scoring_knob(3, (1, 1000), "Pass over each scored chunk this many times.")
     ttt_chunk_tokens: int = scoring_knob(
-        32768, (1, 1 << 30), "Targets that are scored before each adaptation."
+        32768, (1, 1 << 30), "Adapt whenever this many targets are scored."
     )
-    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Rows of an adaptation step.")
+    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Adapt on this many rows a step.")
     ttt_grad_clip: float = scoring_knob(
-        1.0, (0.0, 1e6), "Largest norm of the adaptation's gradient; 0 sets no bound."
+        1.0, (0.0, 1e6), "Clip the adaptation's gradient to this norm; 0 sets no bound."
     )
-    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "Number of first blocks that do not adapt.")
+    ttt_freeze_blocks: int = scoring_knob(
+        2, (0, 64), "Keep this many of the first blocks from adapting."
+    )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -8002,60 +8086,61 @@ class AdaptationSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(Part):
-    """TTT_MODE=lora: each document has deltas of low rank that learn from what is scored of it."""
+    """TTT_MODE=lora: each document has low-rank deltas that learn from what is scored of it."""
 
     title = "Adaptation by document"
     prefixes: ClassVar[tuple[str, ...]] = ("LORA_",)
 
-    lora_rank: int = scoring_knob(80, (1, 1024), "Rank r of a delta.", absent=80)
+    lora_rank: int = scoring_knob(80, (1, 1024), "Give a delta B A this rank.", absent=80)
     lora_alpha: float = scoring_knob(
-        144.0, (0.0, 1e6), "A delta counts LORA_ALPHA / LORA_RANK times.", absent=144.0
+        144.0, (0.0, 1e6), "Add a delta LORA_ALPHA / LORA_RANK times.", absent=144.0
     )
     lora_places: str = scoring_knob(
         "q,k,v,o,mlp,head",
         (),
-        "Where a layer takes deltas (q, k, v, o, mlp), and the head, comma-separated.",
+        "Add deltas at these places: in each layer q, k, v, o and mlp, and at the head.",
         absent="q,k,v,o,mlp,head",
         tries=("q,head",),
     )
-    lora_lr: float = scoring_knob(1e-4, (0.0, 1.0), "Learning rate of AdamW.", absent=1e-4)
-    lora_beta2: float = scoring_knob(
-        0.99, (0.0, 0.99999), "Decay of AdamW's mean of squares; beta 1 is 0.", absent=0.99
+    lora_lr: float = scoring_knob(
+        1e-4, (0.0, 1.0), "Train deltas by AdamW at this rate.", absent=1e-4
     )
-    lora_decay: float = scoring_knob(0.5, (0.0, 100.0), "Weight decay of AdamW.", absent=0.5)
+    lora_beta2: float = scoring_knob(
+        0.99, (0.0, 0.99999), "Let AdamW's mean of squares decay by this; beta 1 is 0.", absent=0.99
+    )
+    lora_decay: float = scoring_knob(
+        0.5, (0.0, 100.0), "Train deltas with this weight decay.", absent=0.5
+    )
     lora_chunk_tokens: int = scoring_knob(
-        48, (1, 1 << 20), "Targets of a document that are scored before each step.", absent=48
+        48, (1, 1 << 20), "Train deltas whenever this many targets are scored.", absent=48
     )
     lora_short_chunks: str = scoring_knob(
         "",
         (),
-        "Chunks of batches without longer documents, such as 256:8,2000:24 (#2014).",
+        "Take other chunks by a batch's longest document: 256:8 means 8 up to 256 (#2014).",
         absent="",
         tries=("256:8,2000:24",),
     )
     lora_batch_docs: int = scoring_knob(
-        64, (1, 4096), "Documents of like length in step.", absent=64
+        64, (1, 4096), "Score this many documents of like length in step.", absent=64
     )
     lora_lanes: int = scoring_knob(
-        8, (1, 256), "Queues of batches, each with deltas of its own; no more ranks work.", absent=8
+        8, (1, 256), "Deal batches to this many lanes, and each lane to one rank.", absent=8
     )
     lora_phases: int = scoring_knob(
-        0,
-        (0, 100),
-        "How often all weights learn from the shortest documents that are scored.",
-        absent=0,
+        0, (0, 100), "Train all weights this many times on documents that are scored.", absent=0
     )
     lora_phase_docs: int = scoring_knob(
-        2500, (1, 1 << 30), "Documents scored before the last of LORA_PHASES.", absent=2500
+        2500, (1, 1 << 30), "End LORA_PHASES once this many documents are scored.", absent=2500
     )
     lora_phase_lr: float = scoring_knob(
-        1e-3, (0.0, 1.0), "Learning rate of LORA_PHASES; TTT_MOMENTUM goes with it.", absent=1e-3
+        1e-3, (0.0, 1.0), "Train all weights at this peak rate, with TTT_MOMENTUM.", absent=1e-3
     )
     lora_phase_chunk_tokens: int = scoring_knob(
-        32768, (2, 1 << 30), "Targets of a step of LORA_PHASES.", absent=32768
+        32768, (2, 1 << 30), "Train all weights on this many targets a step.", absent=32768
     )
     lora_phase_row_tokens: int = scoring_knob(
-        0, (0, 1 << 20), "Tokens of a row there; 0 takes EVAL_SEQ_LEN.", absent=0
+        0, (0, 1 << 20), "Train all weights on rows of this many tokens; 0: EVAL_SEQ_LEN.", absent=0
     )
 
     @property
@@ -8135,9 +8220,9 @@ class EvalResult:
 def windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows over `num_targets` targets as rows (start, first scored, end): int64 (windows, 3).
 
-    They start at 0, stride, 2 stride, ... and the last is anchored at the end. The first scores
-    all its targets, each later one those that are not scored yet. Stride 0 gives chunks side by
-    side instead, of which the last may be short.
+    They start at 0, stride, 2 stride, ..., but none so late that it would pass the end. The first
+    scores all its targets, each later one those that are not scored yet. Stride 0 lays windows
+    side by side instead, and the last may be short.
     """
     starts: np.ndarray = np.arange(0, num_targets, stride or seq_len)
     if stride > 0:
@@ -8155,10 +8240,11 @@ def window_batch(
     cfg: Config,
     hints: np.ndarray | None = None,
 ) -> Batch:
-    """The windows `spans`, padded to `size` rows; of each the strip that holds what it scores.
+    """The windows `spans`, padded to `size` rows, each with a strip of `width` places to predict.
 
-    Places, targets, bytes and what is scored are (size, width). There are no places where the
-    strip is the whole window. Padding scores nothing, and causality keeps it harmless.
+    The strip holds all that the window scores. Places, targets, bytes and what is scored are
+    (size, width); places are None where the strip is the whole window. Padding scores nothing, and
+    since attention is causal, no scored place sees any.
     """
     T = cfg.eval_seq_len
     last = val.num_targets(cfg) - 1
@@ -8168,10 +8254,6 @@ def window_batch(
     scored = (start + places >= first) & (start + places < end)
     inputs = np.minimum(start + np.arange(T), last)
     targets = np.minimum(start + places, last)
-
-    def ints(column: np.ndarray) -> Tensor:
-        return torch.from_numpy(column.astype(np.int64))
-
     batch = Batch(
         input_ids=ints(val.tokens[inputs]),
         target_ids=ints(val.tokens[targets + 1]),
@@ -8181,6 +8263,18 @@ def window_batch(
         hint_ids=None if hints is None else ints(hints[targets]),
     )
     return batch.by_document(T) if cfg.attn_docs else batch
+
+
+def ints(numbers: np.ndarray) -> Tensor:
+    """An array as a tensor of int64."""
+    return torch.from_numpy(numbers.astype(np.int64))
+
+
+def scored_sums(nats: Tensor, batch: Batch) -> Tensor:
+    """Nats, targets and bytes of what a batch scores, float64 (3,), given all its nats (B, T)."""
+    assert batch.scored is not None and batch.target_bytes is not None
+    counted = (nats.cpu().double(), batch.scored, batch.target_bytes)
+    return torch.stack([(numbers * batch.scored).sum().double() for numbers in counted])
 
 
 def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -8210,14 +8304,10 @@ def score_windows(
         for rows in in_batches(batches[index], run.scored_rows):
             batch = window_batch(val, rows, run.scored_rows, width, cfg, hints)
             if hints is None:
-                nats = forward(model, batch.moved(run.put))[0].cpu().double()
+                nats, _ = forward(model, batch.moved(run.put))
             else:
-                scores = nats_and_scores(model, batch.moved(run.put), cfg.ngram_tilt)[1]
-                nats = scores.cpu().double()
-            scored, num_bytes = batch.scored, batch.target_bytes
-            assert scored is not None and num_bytes is not None
-            counted = [(x * scored).sum().double() for x in (nats, scored, num_bytes)]
-            sums[index] += torch.stack(counted)
+                _, nats = nats_and_scores(model, batch.moved(run.put), cfg.ngram_tilt)
+            sums[index] += scored_sums(nats, batch)
         bar.update(run.ranks.world_size)
     run.ranks.add_up([sums])
     return sums.sum(0)
@@ -8233,10 +8323,10 @@ def score_mixed(
     run: Run,
     bar: tqdm,
 ) -> Tensor:
-    """As score_windows(), by the mixture of the model's distributions and the counts'.
+    """As score_windows(), but by the mixture of the model's distributions and the counts'.
 
-    Ranks share out the batches; the mixture sees all of them, in the order of the text, on every
-    rank, since it learns from what was scored before.
+    Each rank asks the model for every world_size-th batch. The mixture learns from what it has
+    scored, so each rank shows it all batches, in the order of the text.
     """
     cfg, ranks = run.cfg, run.ranks
     batches = in_batches(strips_of(spans, width), cfg.eval_batch_seqs)
@@ -8255,14 +8345,14 @@ def score_mixed(
                 nats = mixture.score(log_probs).sum()
             sums += torch.stack([nats, torch.tensor(targets), torch.tensor(num_bytes)]).double()
             bar.update()
-    # Where processors differ, rank 0's sums are those of all ranks.
+    # The ranks' sums are equal unless their processors round differently; then rank 0's hold.
     return torch.tensor([ranks.agree(x) for x in sums.tolist()], dtype=torch.float64)
 
 
 def log_probabilities(
     model: GPT, val: Validation, strips: np.ndarray, width: int, run: Run
 ) -> Tensor:
-    """The model's log-probabilities of what the strips score, in their order: float32 (n, V)."""
+    """The model's distributions for all targets that the strips score, in order: float32 (n, V)."""
     rows = []
     for few in in_batches(strips, run.scored_rows):
         batch = window_batch(val, few, run.scored_rows, width, run.cfg).moved(run.put)
@@ -8275,9 +8365,10 @@ def log_probabilities(
 
 
 def strips_of(spans: np.ndarray, width: int) -> np.ndarray:
-    """Windows as strips of at most `width` targets: rows (start, first scored, end).
+    """Windows, each repeated until no row scores more than `width` targets: (rows, 3).
 
-    Only a strip of a window meets the head; a window that scores more is shown again.
+    The head makes logits for a strip of `width` places only, so that a window which scores more,
+    as the first does, is shown to the model once a strip.
     """
     return np.array(
         [
@@ -8289,7 +8380,7 @@ def strips_of(spans: np.ndarray, width: int) -> np.ndarray:
 
 
 class Learner(Protocol):
-    """What learns from validation text; evaluate() shows it only text that has been scored."""
+    """Learns from validation text; evaluate() shows it only text that has been scored."""
 
     chunk_targets: int  # how many targets are scored before it learns from them
     operations: int  # counted, of its learning so far
@@ -8300,7 +8391,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """A stretch of targets that has just been scored, and how the scoring stands."""
+    """A run of neighbouring targets that has just been scored, and how far the scoring is."""
 
     number: int  # of this chunk, from 0
     num_chunks: int
@@ -8326,11 +8417,11 @@ def evaluate(
     learner: Learner | None = None,
     hints: np.ndarray | None = None,
 ) -> EvalResult:
-    """Score the validation split in windows of EVAL_SEQ_LEN, chunks side by side at stride 0.
+    """Score the validation split in windows of EVAL_SEQ_LEN, `stride` targets apart; see windows().
 
-    The loop is the rule of a legal score: a chunk of targets is scored, by the model's
-    distributions, their tilt to `hints` or their mixture with the counts', and only then may a
-    learner learn from it. `spans` replaces the windows by others.
+    The loop is the rule of a legal score: a chunk of targets is scored, and only then may a learner
+    learn from it. Scores are by the model's distributions, by their tilt to `hints`, or by their
+    mixture with the counts'. `spans` replaces the windows by others.
     """
     cfg = run.cfg
     started = time.perf_counter()
@@ -8347,12 +8438,12 @@ def evaluate(
     with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
             of_chunk = spans[chunk_of == chunk]
-            if len(of_chunk) == 0:  # a window may be longer than a chunk
-                pass
-            elif mixture is not None:
-                sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
-            else:
-                sums += score_windows(forward, model, val, of_chunk, width, run, bar, hints)
+            # A window may score several chunks, and then only the first of them has a window.
+            if len(of_chunk) > 0:
+                if mixture is not None:
+                    sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
+                else:
+                    sums += score_windows(forward, model, val, of_chunk, width, run, bar, hints)
             if learner is not None and chunk < num_chunks - 1:
                 seconds = time.perf_counter() - started
                 first, end = chunk * size, (chunk + 1) * size
@@ -8433,7 +8524,7 @@ class Adapter:
 
 
 def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
-    """The parameters that do not adapt."""
+    """The parameters that stay as they are while the others adapt."""
     frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
     if cfg.ttt_mode == "train_then_score":
         for module in (model.tok_emb, model.bigram, model.smear):
@@ -8446,7 +8537,7 @@ def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
 
 
 def documents_of(val: Validation, cfg: Config) -> np.ndarray:
-    """Documents by their targets, as rows (first, end): from one BOS to the next, included."""
+    """Documents as rows (first target, end of targets); a document's last is the next one's BOS."""
     num_targets = val.num_targets(cfg)
     begins = np.flatnonzero(val.tokens[:num_targets] == BOS)
     firsts = np.union1d(begins, [0]).astype(np.int64)
@@ -8454,7 +8545,7 @@ def documents_of(val: Validation, cfg: Config) -> np.ndarray:
 
 
 def document_queue(val: Validation, cfg: Config) -> list[np.ndarray]:
-    """Batches of documents of like length, the longest first; in each, the shortest first."""
+    """Batches of documents of like length, the longest batch first; in one, the shortest first."""
     documents = documents_of(val, cfg)
     lengths = documents[:, 1] - documents[:, 0]
     by_length = documents[np.argsort(lengths, kind="stable")]
@@ -8469,10 +8560,10 @@ def chunk_batch(
     cfg: Config,
     hints: np.ndarray | None,
 ) -> Batch:
-    """Of each document the targets at to at + width - 1, in a window that ends with them.
+    """A batch with the targets `at` to at + width - 1 of each document, which end its window.
 
-    A window has up to EVAL_SEQ_LEN tokens of the document, from its row's start. Rows are padded;
-    padding scores nothing, and causality keeps it harmless.
+    A window has up to EVAL_SEQ_LEN tokens of the document and begins its row. The rest of a row is
+    padding, which scores nothing and which attention, being causal, never shows to a scored place.
     """
     first, end = np.split(documents, 2, axis=1)
     asked = first + at
@@ -8482,10 +8573,6 @@ def chunk_batch(
     targets = asked + np.arange(width)
     scored = targets < stop
     targets = np.minimum(targets, stop - 1)
-
-    def ints(column: np.ndarray) -> Tensor:
-        return torch.from_numpy(column.astype(np.int64))
-
     return Batch(
         input_ids=ints(np.where(inputs < stop, val.tokens[np.minimum(inputs, stop - 1)], 0)),
         target_ids=ints(val.tokens[targets + 1]),
@@ -8562,9 +8649,9 @@ class DocumentDeltas:
 class DocumentScorer:
     """Scores documents, each with deltas of its own that learn from what is scored of it.
 
-    Documents of like length go in step. One forward scores a chunk of each and gives the gradient
-    of an AdamW step, unless the chunk is its document's last. When the rest of the budget just
-    holds the scoring of what is left, that goes on in wide chunks, without learning.
+    Documents of like length advance together. One forward scores a chunk of each and gives the
+    gradient of an AdamW step, unless the chunk is its document's last. When the rest of the budget
+    is just enough to score what is left, scoring goes on in wide chunks, without learning.
     (parameter-golf #1855)
     """
 
@@ -8587,7 +8674,7 @@ class DocumentScorer:
         run.ledger.occasions["ttt"] = 0
 
     def measure(self, documents: np.ndarray) -> None:
-        """Find what scoring in wide chunks takes, on the last of these documents."""
+        """Measure the time of scoring in wide chunks, on the last of these documents."""
         cfg, run = self.run.cfg, self.run
         few = documents[-run.scored_rows :]
         batch = chunk_batch(self.val, few, 0, cfg.eval_seq_len, cfg, None).moved(run.put)
@@ -8595,7 +8682,7 @@ class DocumentScorer:
         self.seconds_a_place = seconds / batch.input_ids.numel()
 
     def deltas_for(self, lane: int, rows: int) -> DocumentDeltas:
-        """The lane's deltas for a new batch: its last ones, if the batch has as many rows."""
+        """The lane's deltas for a new batch: those of its last batch, if that had as many rows."""
         if lane not in self.generators:
             seed = self.phase * self.run.cfg.lora_lanes + lane
             self.generators[lane] = torch.Generator().manual_seed(seed)
@@ -8643,9 +8730,9 @@ class DocumentScorer:
         rows: tuple[int, int],
         learns: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Nats, targets and bytes (3,) of a chunk of each document, and its nats, to learn from.
+        """Nats, targets and bytes (3,) of a chunk of each document; and the nats to learn from.
 
-        rows: where the documents stand in the batch to which the deltas belong, from and to.
+        rows: the first and the end of these documents in the batch to which the deltas belong.
         """
         cfg, run = self.run.cfg, self.run
         batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
@@ -8654,18 +8741,16 @@ class DocumentScorer:
             nats, scores = nats_and_scores(
                 self.model, batch.moved(run.put), cfg.ngram_tilt, adapters
             )
-        scored, num_bytes = batch.scored, batch.target_bytes
-        assert scored is not None and num_bytes is not None
-        counted = [(x * scored).sum().double() for x in (scores.cpu().double(), scored, num_bytes)]
-        self.targets_left -= int(scored.sum())
-        return torch.stack(counted), nats
+        sums = scored_sums(scores, batch)
+        self.targets_left -= int(sums[1])
+        return sums, nats
 
     def score_and_learn(
         self, documents: np.ndarray, first: int, at: int, chunk: int, deltas: DocumentDeltas
     ) -> Tensor:
-        """Score a chunk of the documents from the first on, then learn of those that go on: (3,).
+        """Score a chunk of the documents from `first` on: nats, targets and bytes (3,).
 
-        A chunk's score is final before its nats are learned from.
+        Then the deltas of documents that go on learn from it; its score is final by then.
         """
         run = self.run
         documents = documents[first:]
@@ -8692,7 +8777,7 @@ class DocumentScorer:
         return self.run.ledger.scoring_clock.elapsed() + to_come
 
     def learn_together(self, documents: np.ndarray) -> None:
-        """SGD of all weights on documents that are scored, as training sees text; a new phase.
+        """Train all weights by SGD on documents that have been scored; a new phase begins.
 
         Their tokens are laid end to end and cut into chunks, of which the last is left out; each
         chunk is a step, at a rate that falls as a cosine. (phased global SGD, parameter-golf #1855)
@@ -8742,7 +8827,7 @@ class DocumentScorer:
 
 @contextlib.contextmanager
 def at_rest(model: GPT, row_length: int) -> Iterator[None]:
-    """Weights that have no gradient, and positions of rows of this length, which may be cut."""
+    """Inside, weights have no gradient, and positions are those of rows of this length."""
     model.requires_grad_(False)
     model.row_place = (0, row_length)
     try:
@@ -8757,9 +8842,9 @@ def evaluate_documents(
 ) -> EvalResult:
     """Score the validation split document by document, each of which adapts to itself.
 
-    Batches go to LORA_LANES lanes in the order of the queue, and a lane to the rank that its number
-    says, so that what a document finds depends on the text alone. No hint comes from a document
-    that is scored later.
+    Batches go to LORA_LANES lanes in the order of the queue, and each lane to one rank, so that the
+    deltas with which a document begins depend on the text alone. No hint comes from a document that
+    is scored later.
     """
     cfg, ranks = run.cfg, run.ranks
     started = time.perf_counter()
@@ -8799,7 +8884,7 @@ def evaluate_documents(
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
-    """Log a score under what was scored; raises FloatingPointError if it is not finite."""
+    """Log a score under the name of what was scored; FloatingPointError if it is not finite."""
     if not math.isfinite(result.nats):
         raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
     run.folder.log(
@@ -8834,35 +8919,35 @@ class ArtifactScores:
         if run.cfg.token_mask != "0":
             mask_tokens(self.model, val, run.device)
         self.run = run.with_settings(run.cfg.for_scoring())
-        self.label = grid_label(self.model, stored)
+        self.grid = grid_label(self.model, stored)
         self.results: list[EvalResult] = []
 
-    def keep(self, result: EvalResult, tag: str, legal: bool = True) -> EvalResult:
-        """A score, logged and kept."""
-        report(tag, result, self.run, legal=legal)
+    def keep(self, result: EvalResult, label: str, legal: bool = True) -> EvalResult:
+        """Log a score under this label and add it to the results; returns it."""
+        report(label, result, self.run, legal=legal)
         self.results.append(result)
         return result
 
-    def score(self, name: str, tag: str, *, legal: bool = True, **how: Any) -> EvalResult:
-        """One evaluation in windows, logged and kept."""
+    def score(self, name: str, label: str, *, legal: bool = True, **how: Any) -> EvalResult:
+        """Evaluate in windows, log the score and keep it; `how` are arguments of evaluate()."""
         result = evaluate(name, self.forward, self.model, self.val, self.run, **how)
-        return self.keep(result, tag, legal)
+        return self.keep(result, label, legal)
 
     def in_chunks(self, **how: Any) -> EvalResult:
-        """The score in chunks side by side."""
-        return self.score("artifact_chunked", f"final_{self.label}_roundtrip_exact", **how)
+        """The score in windows side by side."""
+        return self.score("artifact_chunked", f"final_{self.grid}_roundtrip_exact", **how)
 
     def diagnostics(self) -> None:
         """Scores beside the headline: in chunks, in published windows, without each addition."""
-        cfg, label, stride = self.run.cfg, self.label, self.run.cfg.eval_stride
+        cfg, grid, stride = self.run.cfg, self.grid, self.run.cfg.eval_stride
         if stride == 0:
             return
         self.in_chunks()
         if cfg.sliding != "cover":
             num_targets = self.val.num_targets(cfg)
             spans = published_windows(num_targets, cfg.eval_seq_len, stride, cfg.sliding)
-            name = f"{label}_{cfg.sliding}"
-            self.score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
+            name = cfg.sliding
+            self.score(f"artifact_{name}", f"final_{grid}_{name}", stride=stride, spans=spans)
         without = {
             "no_ttt": cfg.ttt_mode in ("score_first", "lora"),
             "no_counts": cfg.counts != "off",
@@ -8870,7 +8955,7 @@ class ArtifactScores:
         }
         for name, differs in without.items():
             if differs:
-                self.score(f"artifact_sliding_{name}", f"final_{label}_{name}", stride=stride)
+                self.score(f"artifact_sliding_{name}", f"final_{grid}_{name}", stride=stride)
 
     def headline(self) -> EvalResult:
         """The score by which runs are compared, with all that the settings add."""
@@ -8884,13 +8969,13 @@ class ArtifactScores:
             return self.in_chunks(hints=hints)
         mixture = make_mixture(self.stored, val, run)
         learner = None
-        tag = f"final_{self.label}_sliding_window_exact"
+        label = f"final_{self.grid}_sliding_window_exact"
         if cfg.ttt_mode == "score_first":
             learner = Adapter(self.forward, self.model, val, run)
-            tag = "legal_ttt_exact"
+            label = "legal_ttt_exact"
         return self.score(
             "artifact_sliding",
-            tag,
+            label,
             stride=cfg.eval_stride,
             mixture=mixture,
             learner=learner,
@@ -8898,7 +8983,7 @@ class ArtifactScores:
         )
 
     def after_training_on_it(self, scoring_seconds: float) -> None:
-        """The score that is not legal: the model learns from the text before it is asked."""
+        """The score that is not legal: the model has trained on the text that it predicts."""
         train_then_score(Adapter(self.forward, self.model, self.val, self.run), scoring_seconds)
         name = "artifact_sliding_train_then_score"
         self.score(name, "illegal_ttt", stride=self.run.cfg.eval_stride, legal=False)
@@ -8907,7 +8992,7 @@ class ArtifactScores:
 def score_artifact(
     stored: dict[str, Stored], val: Validation, forward: Forward, run: Run, diagnostics: bool
 ) -> list[EvalResult]:
-    """Score the model of an artifact; the last score is the headline, which is timed."""
+    """Score an artifact's model; the last result is the headline, whose seconds are bounded."""
     scores = ArtifactScores(stored, val, forward, run)
     cfg, ledger = scores.run.cfg, run.ledger
     if diagnostics:
@@ -8920,12 +9005,11 @@ def score_artifact(
     seconds, budget = ledger.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
     if seconds > budget:
         ledger.mark_ineligible(f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}")
-    scores.results.remove(headline)
-    return [*scores.results, headline]
+    return [*(result for result in scores.results if result is not headline), headline]
 
 
 def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixture | None:
-    """The counts of an artifact, ready to score the split; None if COUNTS is off."""
+    """The mixture that scores the split with an artifact's counts; None if COUNTS is off."""
     cfg = run.cfg
     if cfg.counts == "off":
         return None
@@ -8947,7 +9031,7 @@ def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixtur
 
 
 def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
-    """Warn before scoring starts if the measured speed says that it will pass its budget."""
+    """Log how long scoring should take at the measured speed; warn if that is over its budget."""
     cfg, budget = run.cfg, run.cfg.eval_wallclock_seconds
     num_windows = len(windows(val.num_targets(cfg), cfg.eval_seq_len, cfg.eval_stride))
     seconds = batch_seconds * math.ceil(num_windows / (cfg.eval_batch_seqs * run.ranks.world_size))
@@ -8961,8 +9045,8 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
 
 # =================================================================================================
 # Sampling
-# Text that the model of an artifact draws itself, token by token, through the same forward that
-# is trained and scored. Keys and values of earlier positions are kept by the attention kernel.
+# Text that an artifact's model draws token by token, through the same forward that is trained and
+# scored. The attention kernel keeps the keys and values of earlier positions.
 # =================================================================================================
 
 
@@ -8973,54 +9057,55 @@ class SampleSettings(Part):
     title = "Sampling"
     prefixes: ClassVar[tuple[str, ...]] = ("SAMPLE_",)
 
-    sample_tokens: int = run_knob(256, (1, 1 << 20), "Tokens that --sample draws at most.")
+    sample_tokens: int = run_knob(256, (1, 1 << 20), "Draw up to this many tokens.")
     sample_temperature: float = run_knob(
-        0.8, (0.0, 100.0), "Temperature of the draw; 0 always takes the likeliest token."
+        0.8, (0.0, 100.0), "Divide logits by this; 0 always takes the likeliest token."
     )
     sample_top_p: float = run_knob(
-        0.95, (0.0, 1.0), "Draw from the likeliest tokens that have this probability together."
+        0.95, (0.0, 1.0), "Draw from the likeliest tokens of this total probability."
     )
 
 
-# Tokens before a new one that its input depends on: SmearGate takes in the one before, whose
-# BigramHash takes in one more.
+# How many earlier tokens the input at a position depends on: SmearGate mixes in the embedding of
+# the one before, and that one's BigramHash reads one more.
 LOOKS_BACK = 2
 
 
 class CachedAttention:
     """A causal attention kernel that keeps keys and values of a row's earlier positions.
 
-    It is asked by one execution of a layer after the other, in the same order in every forward.
-    Of each forward only the last `new` positions are new, and only their outputs mean something.
+    All layers call it, in the same order in every forward, so that the number of a call tells which
+    layer's keys and values to take. Of a forward's positions only the last `new` are new; at the
+    others its output is 0, which nothing reads.
     """
 
     def __init__(self) -> None:
-        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (1, t, G, K), by execution
-        self.execution = 0
+        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (1, t, G, K), by call
+        self.calls = 0  # in this forward
         self.new = 0
 
     def begin(self, new: int, forget: bool = False) -> None:
-        """Before a forward with `new` new positions; the first of a row forgets what was kept."""
-        self.execution = 0
+        """Start a forward with `new` new positions; the first of a row forgets what was kept."""
+        self.calls = 0
         self.new = new
         if forget:
             self.kept = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, T, H, K), k and v (1, T, G, K) -> (1, T, H, K)."""
-        if self.execution == len(self.kept):  # the first forward of a row
+        call = self.calls
+        self.calls += 1
+        if call == len(self.kept):  # the first forward of a row
             self.kept.append((k, v))
-            self.execution += 1
             return sdpa_attention(q, k, v)
-        earlier_k, earlier_v = self.kept[self.execution]
+        earlier_k, earlier_v = self.kept[call]
         keys = torch.cat([earlier_k, k[:, -self.new :]], dim=1)
         values = torch.cat([earlier_v, v[:, -self.new :]], dim=1)
-        self.kept[self.execution] = keys, values
-        self.execution += 1
+        self.kept[call] = keys, values
         groups = q.size(2) // k.size(2)
         query = q[:, -self.new :].transpose(1, 2)
         keys, values = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (keys, values))
-        # One new position may see all that is kept: no mask.
+        # A single new position may see all that is kept, so it needs no mask.
         y = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
         return torch.cat([torch.zeros_like(q[:, : -self.new]), y], dim=1)
 
@@ -9029,14 +9114,15 @@ class CachedAttention:
 def draw_tokens(
     model: GPT, cache: CachedAttention, ids: list[int], cfg: Config, device: torch.device
 ) -> Iterator[int]:
-    """Tokens that the model draws after `ids`, up to and without the next BOS or SAMPLE_TOKENS.
+    """Up to SAMPLE_TOKENS tokens that the model draws after `ids`; BOS ends the text before them.
 
-    A row is EVAL_SEQ_LEN tokens at most; a full one goes on with its second half.
+    The model sees less than EVAL_SEQ_LEN tokens; once a row is full, it goes on with its second
+    half.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     T = cfg.eval_seq_len
     row = ids[-(T - 1) :]
-    begins = True
+    begins = True  # whether nothing of the row is cached
     for _ in range(cfg.sample_tokens):
         shown = row if begins else row[-1 - LOOKS_BACK :]
         cache.begin(new=len(row) if begins else 1, forget=begins)
@@ -9053,14 +9139,14 @@ def draw_tokens(
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token from logits (V,), of the likeliest ones that have `top_p` together."""
+    """One token from logits (V,), among the likeliest ones of total probability `top_p`."""
     if temperature == 0:
         return int(logits.argmax())
-    shares, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    is_beyond = shares.cumsum(0) - shares >= top_p
+    probs, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    is_beyond = probs.cumsum(0) - probs >= top_p
     is_beyond[0] = False
-    shares = shares.masked_fill(is_beyond, 0.0)
-    return int(tokens[torch.multinomial(shares, 1, generator=generator)])
+    probs = probs.masked_fill(is_beyond, 0.0)
+    return int(tokens[torch.multinomial(probs, 1, generator=generator)])
 
 
 def stream_text(
@@ -9073,7 +9159,7 @@ def stream_text(
     for token in drawn:
         ids.append(token)
         longer = decode_text(tokenizer, ids)
-        if longer.endswith("\ufffd"):  # the first bytes of a character
+        if longer.endswith("\ufffd"):  # a character whose last bytes are still to come
             continue
         write_text(longer[len(text) :])
         text = longer
@@ -9089,13 +9175,13 @@ def write_text(text: str) -> None:
 
 # =================================================================================================
 # Faster on a CPU
-# Functions with a derivative of their own, in fewer passes over memory than torch takes on a CPU.
-# Each says which plain expression it stands for; a GPU's compiler fuses that itself.
+# Functions with hand-written derivatives that take fewer passes over memory than torch's on a CPU.
+# Each says which plain expression it stands for; on a GPU the compiler fuses that by itself.
 # =================================================================================================
 
 
 class RmsNorm(torch.autograd.Function):
-    """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
+    """rms_norm in half the passes over memory that torch's separate operations take on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float | Tensor) -> Tensor:
@@ -9115,7 +9201,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 class SquaredLeaky(torch.autograd.Function):
-    """leaky_relu(u)^2 in fewer passes on a CPU, and with one tensor kept for the backward."""
+    """leaky_relu(u)^2 in fewer passes on a CPU; it keeps one tensor for the backward."""
 
     @staticmethod
     def forward(ctx, u: Tensor, slope: float) -> Tensor:
@@ -9133,11 +9219,11 @@ class SquaredLeaky(torch.autograd.Function):
 
 
 class HeadNats(torch.autograd.Function):
-    """Nats of the targets at capped logits, and their weights; it keeps one matrix (B*T, V).
+    """Nats of the targets under capped logits, and their weights in the loss.
 
-    That is the derivative of each target's nats by its row of logits before the cap, found while
-    the row is in the processor's cache. What multiplies it in the loss is known only in the
-    backward, and multiplies rows of width D there instead of V.
+    For the backward it keeps one matrix (B*T, V): the derivative of each target's nats by its row
+    of logits before the cap, computed while the row is in the processor's cache. The gradient of
+    the nats, known only in the backward, then multiplies rows of width D instead of V.
     """
 
     ROWS = 128  # of logits, at a time
@@ -9155,7 +9241,7 @@ class HeadNats(torch.autograd.Function):
         penalty: Tensor | None,
         prefixes: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of hidden (B, T, D), head (V, D), targets and inputs (B, T): what GPT.forward gives.
+        """What GPT.forward returns for hidden (B, T, D), head (V, D), targets and inputs (B, T).
 
         penalty: the token mask (V, V), or None without it.
         prefixes: what GPT.prefix_targets() gives, second targets (B, T) and their weights (B, T).
@@ -9193,7 +9279,7 @@ class HeadNats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Of hidden and head, the only inputs that have one."""
+        """Gradients of hidden and head; the other inputs have none."""
         hidden, head, pull = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(-1, 1)
@@ -9206,7 +9292,7 @@ LOG2_E = math.log2(math.e)
 
 
 def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which are lost."""
+    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which it overwrites."""
     if masked:
         log_shares = torch.log_softmax(logits, -1)
         nats = -log_shares.gather(1, targets)
@@ -9227,29 +9313,26 @@ def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tens
 def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
     """The GPTQ of #1361: it never updates the inverse of H, and so corrects too much.
 
-    It rounds by scales that are not yet fp16, and chooses the clip by nearest rounding.
+    Its scales are not yet fp16 when it rounds, and it chooses the clip by the error of rounding to
+    nearest.
     """
-    levels = largest_integer(bits)
+    top = largest_integer(bits)
     U = inverse_factor(H)
     inverse = U.mT @ U
     scales = clip_candidates(W, bits, cfg, sigmas)
     step = scales.unsqueeze(-1)
-    tops = torch.full((W.size(1),), float(levels))
+    tops = torch.full((W.size(1),), float(top))
     Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], tops, cfg)
-    error = W - torch.round(W / step).clamp(-levels, levels) * step
-    return pick(error.square().mean(dim=2), Q, scales.half(), cfg)
-
-
-def decayed_rate(rate: float, decay: float) -> float:
-    """Muon's rate under MUON_WD_ORDER=after: decay that follows the step decays the step too."""
-    return rate * decay
+    error = W - torch.round(W / step).clamp(-top, top) * step
+    return pick_clip(error.square().mean(dim=2), Q, scales.half(), cfg)
 
 
 def published_windows(num_targets: int, seq_len: int, stride: int, form: str) -> np.ndarray:
-    """Windows of published systems, like those of windows(): int64 (windows, 3).
+    """Windows of published systems, as rows like those of windows(): int64 (windows, 3).
 
-    published_s1 has a window for every stride, of which the last are short, published_s3 full
-    windows only. Each scores its last `stride` targets, the first all of its.
+    published_s1 begins a window every `stride` targets to the end, so the last ones are short;
+    published_s3 has full windows only. The first scores all its targets, the others their last
+    `stride`, which may have been scored before.
     """
     starts: np.ndarray = np.arange(0, num_targets, stride)
     if form == "published_s3":
@@ -9260,9 +9343,9 @@ def published_windows(num_targets: int, seq_len: int, stride: int, form: str) ->
 
 
 def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
-    """Train on the whole split, of which `scoring_seconds` of the budget are then scored again.
+    """Train on the whole validation split; the score that follows is not legal.
 
-    This is no legal evaluation: the model has seen what it is asked.
+    scoring_seconds: of the budget, are left for that score.
     """
     cfg, run = adapter.run.cfg, adapter.run
     end = adapter.val.num_targets(cfg)
@@ -9276,8 +9359,8 @@ def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
     )
 
 
-# Published names of settings we call otherwise: (our name, {published value: ours}), where no
-# table of values means that the value carries over as it is.
+# Published names of settings that have another name here: (our name, {published value: ours}).
+# Without a table of values, values are the same; the value None leaves our setting as it is.
 ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
     "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
@@ -9304,58 +9387,45 @@ ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     },
 }
 
-# Published names of techniques that are not here: the values at which they are off. None marks
-# a name that has no effect on anything here, whatever its value.
+# Published names that are no settings here: the values that change nothing, since a technique is
+# off by them or a constant is the same. None accepts any value, since nothing here would read it.
 RETIRED: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys(
-        (
-            "DTG_ENABLED",
-            "GATED_ATTENTION",
-            "LATE_K_FP16",
-            "LAWA_ENABLED",
-            "MTP_NUM_HEADS",
-            "TARGET_MB",
-        ),
-        ("0",),
-    ),
-    **dict.fromkeys(
-        (
-            "GPTQ_CALIB_SAMPLES",
-            "GPTQ_RESERVE_MS",
-            "LAWA_FREQ",
-            "LAWA_K",
-            "MTP_LOSS_WEIGHT",
-            "MUON_BETA2",
-            "VAL_BATCH_SIZE",
-        )
-    ),
-    **dict.fromkeys(
-        (
-            "CONTROL_TENSOR_NAME_PATTERNS",
-            "FP16_KEEP_NAME_PATTERNS",
-            "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
-        ),
-        ("",),
-    ),
+    "DTG_ENABLED": ("0",),
+    "GATED_ATTENTION": ("0",),
+    "LATE_K_FP16": ("0",),
+    "LAWA_ENABLED": ("0",),
+    "LAWA_FREQ": None,
+    "LAWA_K": None,
+    "MTP_NUM_HEADS": ("0",),
+    "MTP_LOSS_WEIGHT": None,
+    "TARGET_MB": ("0",),
+    "TARGET_BYTES": ("0",),
+    "GPTQ_CALIB_SAMPLES": None,
+    "GPTQ_RESERVE_MS": None,
+    "MUON_BETA2": None,
+    "VAL_BATCH_SIZE": None,
+    "CONTROL_TENSOR_NAME_PATTERNS": ("",),
+    "FP16_KEEP_NAME_PATTERNS": ("",),
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("",),
     "ADAM_EPS": ("1e-8", "1e-08"),
     "BETA1": ("0.9",),
-    "TARGET_BYTES": ("0",),
     "MUON_QUANT_BLOCK_SIZE": ("256",),
     "QAT_CLIP_PCT": ("0.9995",),
     "Q_SYMMETRIC": ("1",),
     "AUX_PROJ_MUP": ("1",),
+    # BITS stands for all of these.
     "MLP_BITS": ("6",),
     "ATTN_BITS": ("6",),
     "EMB_BITS": ("8",),
-    "AUX_EMB_BITS": ("8",),  # BITS has them all
+    "AUX_EMB_BITS": ("8",),
 }
 
 
 def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -> Iterator[str]:
     """Add to `given` what published names in `env` mean, with a note for each; or Refusal.
 
-    A published switch that is off gives way to another one that is on for the same setting:
-    EMA_ENABLED=0 SWA_ENABLED=1 means AVG_MODE=swa. So those that are on come first.
+    Of two published switches for one setting, the one that is on wins: EMA_ENABLED=0 SWA_ENABLED=1
+    means AVG_MODE=swa. So those that are on are read first.
     """
     translated = set()
     for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
@@ -9379,7 +9449,7 @@ def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -
 
 
 def retired_names(env: dict[str, str]) -> Iterator[str]:
-    """A note for each name in `env` of a technique that is not here and off; or Refusal."""
+    """A note for each of RETIRED in `env`; raises Refusal if its value asks for something."""
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
         if off is not None and env[name] not in off:
@@ -9389,9 +9459,9 @@ def retired_names(env: dict[str, str]) -> Iterator[str]:
 
 # =================================================================================================
 # Configuration
-# All parts of the settings put together, the presets, and how the environment is read. Every name,
-# value and contradiction that can be known to be wrong is refused here, in one line, before any
-# work. Environment names are the upper-case names of the fields.
+# All parts of the settings put together, the presets, and how the environment is read. Every wrong
+# name or value and every contradiction that can be known before a run is refused here, in one line.
+# Environment names are the upper-case names of the fields.
 # =================================================================================================
 
 
@@ -9436,7 +9506,7 @@ class Config(
 
     @property
     def has_input_gates(self) -> bool:
-        """Whether some gate looks at GATE_WINDOW channels."""
+        """Whether some gate reads the first GATE_WINDOW channels of its input."""
         smears = self.smear_enabled and self.smear_form == "input"
         return smears or self.attn_gate != "none"
 
@@ -9462,7 +9532,7 @@ class Config(
         return self.adam_wd if self.embed_wd < 0 else self.embed_wd
 
     def __post_init__(self) -> None:
-        """Raise Refusal for settings that contradict each other, with the values of those named."""
+        """Raise Refusal for settings that contradict each other, naming them and their values."""
         refuse_bad_declarations()
         for part in PARTS:
             for holds, complaint in part.checks(self):
@@ -9480,16 +9550,19 @@ class Config(
         return re.sub(r"\b[A-Z][A-Z_0-9]+\b(?!=)", with_value, complaint)
 
     def for_model(self) -> Config:
-        """The settings that the network may read; reading another one is refused."""
+        """A view of the settings that the network may read; reading another one is refused."""
         return cast(Config, LimitedSettings(self, ("model",), "the model"))
 
     def for_scoring(self) -> Config:
-        """The settings that scoring an artifact may read; reading another one is refused."""
+        """A view of the settings that scoring may read; reading another one is refused."""
         return cast(Config, LimitedSettings(self, ("run", "model", "scoring"), "scoring"))
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> tuple[Config, list[str]]:
-        """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
+        """Settings by the defaults, overridden by PRESET, then by `env`; and notes for the log.
+
+        Raises Refusal for a name, value or combination that is wrong.
+        """
         known = {name.upper(): setting for name, setting in SETTINGS.items()}
         given, notes = translate_names(env, known)
         values: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
@@ -9499,8 +9572,8 @@ class Config(
         for name, text in given.items():
             values[name.lower()] = parse_setting(name, text, known[name])
         if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
-            values["warmdown_frac"] = 0.0  # a preset's fraction gives way to what was asked for
-        # A budget that was asked for takes the place of one that was not.
+            values["warmdown_frac"] = 0.0  # a preset's fraction would win over what was asked for
+        # A run has one budget: the one asked for replaces that of the defaults or a preset.
         if values["max_train_tflops"] and "MAX_WALLCLOCK_SECONDS" not in given:
             values["max_wallclock_seconds"] = 0.0
         elif "MAX_WALLCLOCK_SECONDS" in given and "MAX_TRAIN_TFLOPS" not in given:
@@ -9508,7 +9581,7 @@ class Config(
         return cls(**values), notes
 
     def listing(self) -> Iterator[str]:
-        """Lines of --help and of the log's head: settings, * where they differ from defaults."""
+        """The settings as --help and the log show them, marked * if they differ from defaults."""
         for part in PARTS:
             yield f"{part.title}:"
             for name in settings_of(part):
@@ -9541,7 +9614,7 @@ def settings_of(part: type[Part]) -> list[str]:
 
 
 def settings_of_reach(*reaches: str) -> list[str]:
-    """Names of the settings of these reaches, in order: "model", "scoring" or both."""
+    """Names of the settings of these reaches, in the order of their declaration."""
     return [
         name
         for part in PARTS
@@ -9556,8 +9629,8 @@ def refuse_bad_declarations() -> None:
     for name, setting in SETTINGS.items():
         if not isinstance(setting.metadata.get("knob"), Knob):
             raise Refusal(f"{name.upper()} is declared without a knob: use training_knob or so")
-        silent = knob_of(setting).absent is UNSAID and name not in VERSION_1_SETTINGS
-        if knob_of(setting).travels and silent:
+        is_silent = knob_of(setting).absent is UNSAID and name not in VERSION_1_SETTINGS
+        if knob_of(setting).travels and is_silent:
             raise Refusal(
                 f"{name.upper()} travels in artifacts and does not say what its absence in an "
                 "older one means: add absent=..., the value at which nothing changes"
@@ -9565,7 +9638,7 @@ def refuse_bad_declarations() -> None:
 
 
 def preset_names(text: str) -> list[str]:
-    """The names in PRESET; raises Refusal for an unknown one, or if a scale is not the last."""
+    """The names in PRESET; raises Refusal for an unknown one, or if mini is not the last."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PRESETS:
@@ -9576,14 +9649,14 @@ def preset_names(text: str) -> list[str]:
 
 
 def scaled(before: Any, value: Any) -> Any:
-    """A preset's value; a fraction is of what the setting would be without the preset."""
+    """A preset's value; a Fraction is of the value before, at least 1 unless that was 0."""
     if not isinstance(value, Fraction):
         return value
     return before and max(1, round(before * value))
 
 
-# What all five published systems share: no masks at document starts, text in stream order, the
-# last short validation row dropped.
+# What the first five published systems share: no masks at document starts, text in stream order,
+# the last short validation row dropped.
 PUBLISHED = {
     "loader": "sequential",
     "smear_bos_mask": False,
@@ -9591,7 +9664,8 @@ PUBLISHED = {
     "eval_truncate": True,
 }
 
-# #1855 as it ran; #2135 differs in few settings. CaseOps is a matter of the data and its tokenizer.
+# #1855 as it ran; #2135 differs in few settings. Their CaseOps is not a setting: it is how the text
+# was tokenized.
 FRONTIER = {
     "loader": "sequential",
     "vocab_size": 8192,
@@ -9626,7 +9700,7 @@ FRONTIER = {
     "clip_sigmas": "mlp:11.5,attn:13,emb:14,aux:13",
     "lqer_top_k": 3,
     "gate_storage": "int8",
-    "codec": "range",  # in place of ZPAQ by kinds of matrices
+    "codec": "range",  # in place of ZPAQ
     "bits": "mlp:6,attn:6,emb:7,aux:8",
     "gptq_calib_batches": 16,
     "eval_truncate": True,
@@ -9660,8 +9734,9 @@ PRESETS: dict[str, dict] = {
         "qat_targets": "linears",
         "qat_clip": "quantile",
         "bits": "mlp:6,attn:6,emb:8,aux:6",
+        # Asked for, but there the threshold came out as 0, so that nothing was pruned.
         "prune_pct": 0.02,
-    },  # at a threshold of 0, so that nothing was pruned
+    },
     "pr703": PUBLISHED
     | {
         "bigram_vocab_size": 1536,
@@ -9680,8 +9755,8 @@ PRESETS: dict[str, dict] = {
         "mile_gamma": 1.1,
         "codec": "lzma",
         "sliding": "published_s1",
-        "qat_targets": "aux",
-    },  # its late QAT reached no other linear
+        "qat_targets": "aux",  # its late QAT reached no other linears
+    },
     "pr334": PUBLISHED
     | {
         "mlp_act": "relu2",
@@ -9764,8 +9839,8 @@ PRESETS: dict[str, dict] = {
         "lora_phases": 1,
         "ngram_tilt": 2.625,
     },
-    # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
-    # are of the system's own value.
+    # Scales any system down to two CPU cores, the built-in corpus and five minutes. It goes last;
+    # fractions are of the value that the presets before it give.
     "mini": {
         "data_path": "./data/datasets/docs_sp1024",
         "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
@@ -9797,7 +9872,7 @@ PRESETS: dict[str, dict] = {
 
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
-    """The settings named in `env` under our names, and a note for each translation, or Refusal."""
+    """The settings in `env` under our names, and notes on names that are not; or Refusal."""
     given = {name: env[name] for name in known if name in env}
     notes = [
         *translate_aliases(env, given, known),
@@ -9808,9 +9883,9 @@ def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], l
 
 
 def misspelled_names(env: dict[str, str], known: dict) -> Iterator[str]:
-    """Refuse a name that is almost one of ours, if its value fits a setting that it resembles.
+    """Raise Refusal for a name like that of a setting, if its value could be the setting's.
 
-    A value that does not fit is taken for another program's variable: it gets a note.
+    If it could not, the name is taken for another program's variable and gets a note.
     """
     excused = {name.strip() for name in env.get("NOT_OURS", "").split(",")}
     for name in sorted(env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys() - excused):
@@ -9826,17 +9901,17 @@ def misspelled_names(env: dict[str, str], known: dict) -> Iterator[str]:
 
 def resembled_names(name: str, known: dict) -> list[str]:
     """Settings and aliases that a name could be meant for, the likeliest first."""
-    # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+    # Short names must be closer: other programs have many a short name (SPEED is not SEED).
     cutoff = 0.88 if len(name) > 8 else 0.92
     if near := difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff):
         return near
-    ours = [prefix for part in PARTS for prefix in part.prefixes if name.startswith(prefix)]
-    family = [setting for setting in known if setting.startswith(tuple(ours))] if ours else []
+    ours = tuple(prefix for part in PARTS for prefix in part.prefixes if name.startswith(prefix))
+    family = [setting for setting in known if setting.startswith(ours)]
     return difflib.get_close_matches(name, family, n=len(family) or 1, cutoff=0.0)
 
 
 def value_fits(name: str, text: str, known: dict) -> bool:
-    """Whether a text can be the value of a setting or alias; a path only if it is there."""
+    """Whether a text could be the value of a setting or alias; a path only if it exists."""
     name, values = ALIASES.get(name, (name, None))
     if values is not None:
         return text in values
@@ -9851,14 +9926,45 @@ def value_fits(name: str, text: str, known: dict) -> bool:
 
 # =================================================================================================
 # Main
-# The story of a run, and the verbs that do less.
+# verb_train() is the story of a run. What follows are its steps that have no other section, the
+# verbs that do less than train, and main().
 # =================================================================================================
 
 
-def look(
+def verb_train(cfg: Config, notes: list[str]) -> int:
+    """Train, export, and score the exported model; returns the exit code."""
+    with Run.start(cfg) as run:
+        with run.ranks.together():
+            rows, val, kernel_name, kernel = load_inputs(cfg, run.device)
+        run.folder.open()
+        run.log_header(notes)
+        model = make_model(kernel, val, run)
+        log_work(model, rows, val, kernel_name, run)
+        forward = make_forward(run)
+        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
+        reserve = budget_reserve(model, calibration_seconds, run)
+        state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
+        if saved := run.folder.last_checkpoint():
+            state.restore(saved)
+        packed_text = pack_training_text(rows, run)
+        averaged = train(forward, state, rows, val, run)
+        model, run = as_trained(averaged, state, run)
+        hessians = calibrate(model, rows, state.step, run)
+        float_result = score_float_model(forward, model, val, run)
+        blob = export(model, hessians, packed_text, val, run)
+        announce_scoring(eval_seconds, val, run)
+        scores = score_export(blob, forward, val, run)
+        run.ledger.log_activity()
+        return log_summary(model, state.step, len(blob), [float_result, *scores], run)
+
+
+def load_inputs(
     cfg: Config, device: torch.device
 ) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
-    """What a run takes from outside itself: data, kernel and its name; or Refusal."""
+    """Training rows, validation split, attention kernel's name and kernel.
+
+    Raises Refusal for all that can be known to go wrong before a run.
+    """
     if cfg.codec == "brotli":
         brotli_module()
     refuse_small_budget(cfg)
@@ -9871,48 +9977,42 @@ def look(
     return rows, val, *pick_attention(cfg, device)
 
 
-def verb_train(cfg: Config, notes: list[str]) -> int:
-    """Train, export, and score the exported model; returns the exit code."""
-    with Run.start(cfg) as run:
-        with run.ranks.together():
-            rows, val, kernel_name, kernel = look(cfg, run.device)
-        run.folder.open()
-        run.log_header(notes)
-        model = GPT(cfg, kernel, run.dtype)
-        initialize(model, cfg)
-        run.ranks.copy_from_main(model.to(run.device))
-        if cfg.token_mask == "1":
-            mask_tokens(model, val, run.device)
-        if val.prefixes is not None:
-            model.prefixes = torch.from_numpy(val.prefixes).to(run.device)
-        log_work(model, rows, val, kernel_name, run)
-        forward = make_forward(run)
-        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
-        reserve = budget_reserve(model, calibration_seconds, run)
-        state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
-        if saved := run.folder.last_checkpoint():
-            state.restore(saved)
-        packed_text = pack_training_text(rows, run)
-        model, steps = train(forward, state, rows, val, run), state.step
-        model, run = as_trained(model, state, run)
-        hessians = calibrate(model, rows, steps, run)
-        run.phase = "scoring the float model"
-        float_result = evaluate("float_chunked", forward, model, val, run)
-        report("DIAGNOSTIC" + f" post_{cfg.avg_mode}" * (cfg.avg_mode != "none"), float_result, run)
-        blob = export(model, hessians, packed_text, val, run)
-        announce_scoring(eval_seconds, val, run)
-        run.phase = "scoring the artifact"
-        header, stored = decode_artifact(blob)
-        scoring_cfg, _ = settings_within(header, environment_of(cfg, "run"))
-        scoring = run.with_settings(scoring_cfg)
-        scores = score_artifact(stored, val, forward, scoring, diagnostics=True)
-        run.ledger.log_activity()
-        return log_summary(model, steps, len(blob), [float_result, *scores], run)
+def make_model(kernel: AttentionKernel, val: Validation, run: Run) -> GPT:
+    """The model with its initial weights, the same on all ranks, and what it knows of tokens."""
+    cfg = run.cfg
+    model = GPT(cfg, kernel, run.dtype)
+    initialize(model, cfg)
+    run.ranks.copy_from_main(model.to(run.device))
+    if cfg.token_mask == "1":
+        mask_tokens(model, val, run.device)
+    if val.prefixes is not None:
+        model.prefixes = torch.from_numpy(val.prefixes).to(run.device)
+    return model
+
+
+def score_float_model(forward: Forward, model: GPT, val: Validation, run: Run) -> EvalResult:
+    """The score of the trained weights before they are quantized, in windows side by side."""
+    run.phase = "scoring the float model"
+    result = evaluate("float_chunked", forward, model, val, run)
+    label = "DIAGNOSTIC"
+    if run.cfg.avg_mode != "none":
+        label += f" post_{run.cfg.avg_mode}"
+    report(label, result, run)
+    return result
+
+
+def score_export(blob: bytes, forward: Forward, val: Validation, run: Run) -> list[EvalResult]:
+    """The scores of an artifact's bytes, headline last: by its own settings alone, as --eval."""
+    run.phase = "scoring the artifact"
+    header, stored = decode_artifact(blob)
+    cfg, _ = settings_within(header, environment_of(run.cfg, "run"))
+    return score_artifact(stored, val, forward, run.with_settings(cfg), diagnostics=True)
 
 
 def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: Run) -> None:
-    """Log what is about to be trained, on what."""
-    cfg, first_xsa = run.cfg, run.cfg.num_layers - run.cfg.xsa_last_n
+    """Log what is about to be trained, and on what; note what keeps the run from being a record."""
+    cfg = run.cfg
+    first_xsa = cfg.num_layers - cfg.xsa_last_n
     machine = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
     if "H100" not in machine or run.ranks.world_size != 8:
         run.ledger.mark_ineligible(
@@ -9970,7 +10070,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
 
 
 def plan_lines(model: GPT) -> Iterator[str]:
-    """The layers in the order in which they are executed, and the order before they loop."""
+    """One line a layer in the order of execution, after the blocks' order before layers loop."""
     if model.cfg.num_loops:
         before = ",".join(str(layer.block) for layer in model.plan_before_looping)
         yield f"before ENABLE_LOOPING_AT={model.cfg.enable_looping_at:g}, blocks: {before}"
@@ -9979,7 +10079,7 @@ def plan_lines(model: GPT) -> Iterator[str]:
 
 
 def repeats(run: Run) -> str:
-    """Whether another run of these settings, this seed included, gives the same bits."""
+    """Whether another run with these settings, seed included, would give the same bits."""
     if run.device.type != "cpu":
         return "no, whatever the settings: a GPU's attention sums its gradients in no fixed order"
     if not run.cfg.step_driven:
@@ -9988,7 +10088,7 @@ def repeats(run: Run) -> str:
 
 
 def routing_table(cfg: Config, model: GPT) -> Iterator[str]:
-    """One line a parameter group: how many parameters learn how."""
+    """One line a parameter group: how many parameters it has and how they learn."""
     for group in route_parameters(cfg, model):
         yield (
             f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
@@ -9997,7 +10097,7 @@ def routing_table(cfg: Config, model: GPT) -> Iterator[str]:
 
 
 def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult], run: Run) -> int:
-    """The last lines of the log: what was trained, its size, its scores; returns the exit code."""
+    """Log at the end what was trained, its size and its scores; returns the exit code."""
     cfg = run.cfg
     if run.device.type == "cuda":
         run.folder.log(
@@ -10056,7 +10156,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
 
 
 def log_counted_work(run: Run) -> None:
-    """Log the operations of training with calibration and of scoring, and the counts' seconds."""
+    """Log the operations of training and of scoring, and the processor time of the counts."""
     run.folder.log(
         "work training:{tflops:.6f} TFLOP scoring:{eval_tflops:.6f} TFLOP "
         "tables:{table_seconds:.1f} CPU seconds",
@@ -10087,8 +10187,9 @@ def static_ineligibility(cfg: Config) -> list[str]:
 
 
 def verb_check(cfg: Config, notes: list[str]) -> int:
-    """Look at settings, data and tokenizer as a run would, and do nothing else."""
-    rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """Check settings, data and tokenizer as a run would, and do nothing else."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, val, *_ = load_inputs(cfg, device)
     laid_out(cfg)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(
@@ -10105,7 +10206,7 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
 
 
 def verb_plan(cfg: Config, notes: list[str]) -> int:
-    """Say what a run would do, without data and without training: plan.py is run, and says it."""
+    """Say what a run would do, without data and without training, by running plan.py."""
     script = Path(__file__).resolve().with_name("plan.py")
     if not script.is_file():
         raise Refusal("--plan needs plan.py, which stands beside train_gpt.py in its repository")
@@ -10115,7 +10216,10 @@ def verb_plan(cfg: Config, notes: list[str]) -> int:
 
 
 def locate_validation(cfg: Config, header: dict) -> Config:
-    """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
+    """The settings with the paths of the split and tokenizer an artifact was scored on; or Refusal.
+
+    They are known by their fingerprints: first those of the settings are tried, then all in data/.
+    """
     for folder in (cfg.data_path, *map(str, sorted(Path("data/datasets").glob("*")))):
         with contextlib.suppress(Refusal):
             if read_sidecar(folder)["fingerprint"] == header["validation"]:
@@ -10129,7 +10233,7 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 
 def locate_tokenizer(cfg: Config, header: dict) -> Config:
-    """Settings pointing at the tokenizer of an artifact's text, or Refusal."""
+    """The settings with the path of an artifact's tokenizer, known by its sha256; or Refusal."""
     for path in (Path(cfg.tokenizer_path), *sorted(Path("data/tokenizers").glob("*.model"))):
         if path.is_file() and sha256_of(path) == header["tokenizer"]:
             return replace(cfg, tokenizer_path=str(path))
@@ -10140,7 +10244,7 @@ def locate_tokenizer(cfg: Config, header: dict) -> Config:
 
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
-    """Score an artifact again: the model comes from its header alone."""
+    """Score an artifact again, by what it holds alone; returns the exit code."""
     header, stored = read_artifact(path)
     cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)
@@ -10194,13 +10298,13 @@ VERBS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the command line asks; returns the exit code, having said in one line what failed."""
+    """Do what the command line asks, or say in one line what failed; returns the exit code."""
     open_standard_streams()
     try:
-        return do(arguments)
+        return run_verb(arguments)
     except Refusal as refusal:
         code, said = EXIT_REFUSED, str(refusal)
-    except BrokenPipeError:  # who read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         return EXIT_FAILED
     except OSError as error:
         code, said = EXIT_FAILED, str(error)
@@ -10211,8 +10315,8 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def do(arguments: list[str]) -> int:
-    """Find the verb, and read the settings; returns the verb's exit code."""
+def run_verb(arguments: list[str]) -> int:
+    """Find the verb, read the settings and run it; returns the verb's exit code."""
     if arguments[:1] == ["--eval"] and len(arguments) == 2:
         return verb_eval(Path(arguments[1]), dict(os.environ))
     if arguments[:1] == ["--sample"] and len(arguments) in (2, 3):
@@ -10230,6 +10334,6 @@ def do(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    # All is done, and as Python exits no handler can say anything any more.
+    # All is done, and while Python exits a handler could not say anything any more.
     handle_end_signals(lambda number, frame: None)
     sys.exit(exit_code)
