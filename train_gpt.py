@@ -2016,7 +2016,7 @@ class ShapeSettings(Part):
 
     vocab_size: int = model_knob(1024, (4, 65536), "Expect a tokenizer with this many pieces.")
     num_layers: int = model_knob(11, (1, 64), "Stack this many transformer blocks.")
-    model_dim: int = model_knob(512, (8, 8192), "Make the residual stream this wide.")
+    model_dim: int = model_knob(512, (8, 8192), "Give the residual stream this many channels.")
     num_heads: int = model_knob(8, (1, 128), "Use this many query heads, a divisor of MODEL_DIM.")
     num_kv_heads: int = model_knob(
         4, (1, 128), "Use this many key and value heads, a divisor of NUM_HEADS."
@@ -2088,15 +2088,15 @@ class TokenSettings(Part):
         "token's first GATE_WINDOW channels, before that norm (input).",
         absent="channel",
     )
-    smear_bos_mask: bool = model_knob(True, (), "Stop SmearGate at the start of a document.")
+    smear_bos_mask: bool = model_knob(True, (), "Keep SmearGate's blend within documents.")
     bigram_vocab_size: int = model_knob(
         3072, (0, 1 << 20), "Embed token pairs in this many hash buckets (BigramHash); 0: none."
     )
     bigram_hash: str = model_knob(
         "xor", ("xor", "sum"), "Join the two tokens of a pair by XOR or sum; see BigramHash."
     )
-    bigram_dim: int = model_knob(112, (1, 8192), "Make BigramHash's embeddings this wide.")
-    bigram_bos_mask: bool = model_knob(True, (), "Stop BigramHash at the start of a document.")
+    bigram_dim: int = model_knob(112, (1, 8192), "Give a BigramHash bucket this many channels.")
+    bigram_bos_mask: bool = model_knob(True, (), "Keep BigramHash's pairs within documents.")
     bigram_init: str = training_knob(
         "zero_embed",
         ("zero_embed", "zero_proj"),
@@ -2180,7 +2180,7 @@ class ValueSettings(Part):
         "off", ("off", "add", "mix"), "Add layer 0's values to later layers' (VRL), or mix them in."
     )
     ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to VE_LAYERS' values.")
-    ve_dim: int = model_knob(128, (1, 8192), "Make the table of value embeddings this wide.")
+    ve_dim: int = model_knob(128, (1, 8192), "Give the value embedding's table this many channels.")
     ve_layers: str = model_knob(
         "9,10", (), "Use value embeddings in these layers, counted from 0, comma-separated."
     )
@@ -2216,8 +2216,8 @@ class DepthSettings(Part):
         absent=0,
         tries=(2,),
     )
-    loop_start: int = model_knob(3, (0, 63), "Begin the loop with this layer.", absent=3)
-    loop_end: int = model_knob(5, (0, 63), "End the loop with this layer, inclusive.", absent=5)
+    loop_start: int = model_knob(3, (0, 63), "Begin the loop with this layer (from 0).", absent=3)
+    loop_end: int = model_knob(5, (0, 63), "End the loop with this layer (from 0).", absent=5)
     enable_looping_at: float = training_knob(
         0.35, (0.0, 1.0), "Begin to loop after this fraction of the run."
     )
@@ -4179,8 +4179,8 @@ class LossSettings(Part):
     prefix_target: float = training_knob(
         0.0,
         (0.0, 10.0),
-        "Add this weight times the nats of the longest token that begins the target to the loss "
-        "(and train_loss) for a third of the run; the weight falls to 0 over the next third.",
+        "Add to the loss, and to train_loss, this times the nats of the longest token that is a "
+        "prefix of the target, for a third of the run; the factor falls to 0 over the next third.",
         tries=(0.25,),
     )
 
