@@ -311,9 +311,7 @@ class RunSettings(Part):
     runs_dir: str = run_knob("runs", (), "Make run folders in this folder.")
     seed: int = training_knob(1337, (0, 2**31 - 1), "Seed the initial weights and the data order.")
     attention: str = run_knob(
-        "auto",
-        ("auto", "fa3", "sdpa"),
-        "Use this attention kernel: auto takes FlashAttention-3 where it works, else torch's.",
+        "auto", ("auto", "fa3", "sdpa"), "Attend by FlashAttention-3 or torch; auto tries both."
     )
     compile: str = run_knob(
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
@@ -350,10 +348,7 @@ class BudgetSettings(Part):
 
     iterations: int = training_knob(20000, (1, 10**8), "Train for at most this many steps.")
     max_wallclock_seconds: float = training_knob(
-        600.0,
-        (0.0, 1e7),
-        "Bound training and calibration to this many seconds; 0 leaves it to ITERATIONS or "
-        "MAX_TRAIN_TFLOPS to end the run.",
+        600.0, (0.0, 1e7), "Bound training and calibration to this many seconds; 0 does not."
     )
     max_train_tflops: float = training_knob(
         0.0,
@@ -530,10 +525,7 @@ class Ranks:
         return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
 
     def scatter_sum(self, stack: Tensor) -> Callable[[], Tensor]:
-        """Start to sum a stack (n, ...) over ranks.
-
-        Returns a function that waits for the sum and gives this rank's part (m, ...).
-        """
+        """Start to sum a stack (n, ...) over ranks; call the result to get this rank's part."""
         if self.world_size == 1:
             return lambda: stack
         if self.num_parts == 1:
@@ -544,10 +536,7 @@ class Ranks:
         return waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
 
     def gather(self, part: Tensor) -> Callable[[], Tensor]:
-        """Start to gather all ranks' parts (m, ...).
-
-        Returns a function that waits for them and gives the padded stack (num_parts m, ...).
-        """
+        """Start to gather all ranks' parts (m, ...); call the result to get the padded stack."""
         if self.num_parts == 1:
             return lambda: part
         whole = part.new_empty(self.num_parts * len(part), *part.shape[1:])
@@ -567,10 +556,7 @@ class Ranks:
                 dist.broadcast(parameter.data, src=0)
 
     def copy_of(self, own: Tensor | None, owner: int, shape: tuple[int, ...]) -> Tensor:
-        """Return rank `owner`'s float32 tensor, in host memory, on every rank.
-
-        own: the tensor on the owner; the other ranks have none and know its shape only.
-        """
+        """Return on every rank, in host memory, the float32 tensor that is `own` on the owner."""
         if self.world_size == 1:
             assert own is not None
             return own
@@ -766,10 +752,7 @@ class RunFolder:
                 file.write(text)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Write template.format(**facts) to console and log.txt, and the facts to metrics.jsonl.
-
-        An empty template writes no line, an empty event nothing to metrics.jsonl.
-        """
+        """Log template.format(**facts), unless empty, and add an event's facts to metrics.jsonl."""
         if not self.ranks.is_main:
             return
         if template:
@@ -903,10 +886,7 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> Iterator[Run]:
-        """Join the other ranks and install signal handlers; undo both at the end of the block.
-
-        Any exception but Refusal becomes one line on the console and SystemExit(EXIT_FAILED).
-        """
+        """Join the other ranks and handle signals until the block ends; tell of its failure."""
         run = cls(cfg, *join_ranks(cfg))
         before = handle_end_signals(run.on_signal)
         if before:
@@ -972,10 +952,7 @@ class Run:
         return pinned.to(self.device, non_blocking=True)
 
     def fetch(self, x: Tensor) -> Callable[[], list[float]]:
-        """Start to copy `x` to the host.
-
-        Returns a function that waits for the copy, and for no later work, and gives the numbers.
-        """
+        """Start to copy `x` to the host; call the result to wait for that and get the numbers."""
         if self.device.type != "cuda":
             return x.tolist
         host = x.to("cpu", non_blocking=True)
@@ -1023,10 +1000,7 @@ class Run:
 
 
 def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, on_host: int) -> None:
-    """Raise Refusal if the launcher's variables contradict each other.
-
-    on_host: how many of the world's processes run on this host, LOCAL_WORLD_SIZE.
-    """
+    """Raise Refusal if the launcher contradicts itself; on_host is its LOCAL_WORLD_SIZE."""
     if rank >= world_size:
         raise Refusal(
             f"RANK={rank}, WORLD_SIZE={world_size}: ranks go from 0 to WORLD_SIZE - 1; start "
@@ -1150,9 +1124,7 @@ class DataSettings(Part):
         "./data/tokenizers/fineweb_1024_bpe.model", (), "Read the shards' SentencePiece model here."
     )
     loader: str = training_knob(
-        "shuffled",
-        ("shuffled", "sequential"),
-        "Read training rows in an order shuffled each epoch, or one after the other.",
+        "shuffled", ("shuffled", "sequential"), "Read training rows in this order."
     )
     train_batch_tokens: int = training_knob(
         786432, (2, 1 << 30), "Train on this many tokens a step, over all ranks."
@@ -1167,9 +1139,7 @@ class DataSettings(Part):
         tries=(5,),
     )
     micro_batch_seqs: int = training_knob(
-        0,
-        (0, 1 << 20),
-        "Take this many rows in one forward and backward; 0 takes 98,304 tokens, 8,192 on a CPU.",
+        0, (0, 1 << 20), "Take this many rows a forward; 0: 98,304 tokens, on a CPU 8,192."
     )
 
     @property
@@ -1597,10 +1567,7 @@ def published_accounting(sidecar: dict) -> str:
 def read_split(
     cfg: Config, sidecar: dict, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the validation tokens and the bytes of each, both uint16 (N,).
-
-    Raises Refusal if the files are not those that the sidecar records.
-    """
+    """Read the validation tokens and the bytes of each, both uint16 (N,); raises Refusal."""
     paths = shard_paths(cfg.data_path, "val")
     files = [*paths, *map(byte_shard, paths)] if sidecar["counted_by_file"] else paths
     if {path.name: sha256_of(path) for path in files if path.is_file()} != sidecar["files"]:
@@ -1738,10 +1705,7 @@ class Pieces:
 
 
 def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
-    """Read a tokenizer's model file: the processor does not tell which pieces are user-defined.
-
-    The numbers are those of fields in sentencepiece_model.proto.
-    """
+    """Read a tokenizer's model file, whose fields are numbered in sentencepiece_model.proto."""
     texts, scores, kinds = [], [], []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -2049,9 +2013,7 @@ class ShapeSettings(Part):
         False, (), "Give the initial token embedding singular values that fall as k^(-1/2)."
     )
     proj_init: str = training_knob(
-        "zero",
-        ("zero", "ortho_mup"),
-        "Start output projections at zero, or orthogonal times 1/sqrt(2 NUM_LAYERS).",
+        "zero", ("zero", "ortho_mup"), "Start output projections at zero or scaled orthogonal."
     )
 
     @property
@@ -2098,9 +2060,7 @@ class TokenSettings(Part):
     bigram_dim: int = model_knob(112, (1, 8192), "Give a BigramHash bucket this many channels.")
     bigram_bos_mask: bool = model_knob(True, (), "Keep BigramHash's pairs within documents.")
     bigram_init: str = training_knob(
-        "zero_embed",
-        ("zero_embed", "zero_proj"),
-        "Start BigramHash without effect, by zeros in its embedding or in its projection.",
+        "zero_embed", ("zero_embed", "zero_proj"), "Start this factor of BigramHash at zero."
     )
 
     @staticmethod
@@ -2247,9 +2207,7 @@ class StreamSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("BACKOUT_",)
 
     skip_per_dim: str = model_knob(
-        "1",
-        ("0", "1", "off"),
-        "Weigh each U-Net skip by a number for each channel (1), by one number (0), or skip none.",
+        "1", ("0", "1", "off"), "Weigh a U-Net skip by channel (1) or by one number; or have none."
     )
     skip_gates: bool = model_knob(
         False, (), "Blend each skip with the stream by a learned gate.", absent=False
@@ -2458,10 +2416,7 @@ def of_kind(kind: Kind, parameter: Made) -> Made:
 
 
 def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
-    """The kind of each parameter, by name.
-
-    Raises Refusal for a parameter without a kind, or whose shape does not fit its kind.
-    """
+    """The kind of each parameter by name; raises Refusal if it has none, or another one's shape."""
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = vars(parameter).get("kind")
@@ -2570,10 +2525,7 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_i <- (1 - s) x_i + s x_{i-1}, s = sigmoid(gate), x_{-1} = 0.
-
-    With SMEAR_BOS_MASK s is 0 at BOS.
-    """
+    """x_i <- (1 - s) x_i + s x_{i-1}, x_{-1} = 0, s = sigmoid(gate), or 0 at a masked BOS."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2885,10 +2837,7 @@ class Attention(nn.Module):
         first_v: Tensor | None,
         delta: Delta | None = None,
     ) -> Tensor:
-        """The values W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897).
-
-        x: (B, T, D); extra_v, first_v and result: (B, T, G*K).
-        """
+        """W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897): (B, T, G*K)."""
         v = self.c_v(x, delta)
         if extra_v is not None:
             v = v + extra_v
@@ -2918,10 +2867,7 @@ class Attention(nn.Module):
         inside: Tensor | None = None,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Tensor:
-        """x: (B, T, D) -> (B, T, D).
-
-        extra_v is added to the values, and first_v are layer 0's: both (B, T, G*K), or None.
-        """
+        """x: (B, T, D) -> (B, T, D); added to the values, and layer 0's values: (B, T, G*K)."""
         q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
         v = self.values(x, extra_v, first_v, deltas.get("v"))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
@@ -3324,8 +3270,7 @@ def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
 def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
     """Weights of the MiLe loss, max((1 - e^-entropy)^gamma, clamp_min): (..., V) -> (...).
 
-    gamma is a tensor, so that its schedule recompiles no graph; None gives weights of 1. Source:
-    arXiv:2310.19531.
+    Without gamma they are 1. Source: arXiv:2310.19531.
     """
     if gamma is None:
         return torch.ones_like(logits.select(-1, 0))
@@ -3385,10 +3330,7 @@ class RateSettings(Part):
         3500, (0, 10**8), "Let the rates decay to 0 over this many steps at the end of the run."
     )
     warmdown_frac: float = training_knob(
-        0.0,
-        (0.0, 1.0),
-        "If above 0, let the rates decay over this last fraction of the run, instead of over "
-        "WARMDOWN_ITERS.",
+        0.0, (0.0, 1.0), "If above 0, decay over this last fraction, not over WARMDOWN_ITERS."
     )
     warmdown_type: str = training_knob(
         "linear", ("linear", "cosine"), "Let the rates decay along a line or half a cosine."
@@ -3814,10 +3756,7 @@ def decay_left(scale: float, shape: str) -> float:
 
 
 def prefix_scale(remaining: float, whole: float) -> float:
-    """The factor of PREFIX_TARGET: 1 in the first third of the run, falling to 0 over the second.
-
-    remaining, whole: what is left of the run and its length, in one unit.
-    """
+    """The factor of PREFIX_TARGET: 1 for a third of the run, then falling to 0 over another."""
     if whole <= 0:
         return 0.0
     return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
@@ -4261,10 +4200,7 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
 
 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
-    """Add a micro-batch's gradient to the parameters'.
-
-    Returns its sum(w nats) and sum(w), both divided by the number of tokens in the global batch.
-    """
+    """Add a micro-batch's gradient; returns its sum(w nats) and sum(w), over the step's tokens."""
     cfg = run.cfg
     # What changes from step to step is a tensor: each new number would compile another graph.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
@@ -4277,10 +4213,7 @@ def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Ru
 
 
 def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[list[Tensor]]:
-    """Sum each group's gradients over ranks; returns Muon's as this rank's parts of stacks.
-
-    The tensors of `others` are summed too, in place.
-    """
+    """Sum `others` and each group's gradients over ranks; Muon's come as this rank's parts."""
     muons = [opt for opt in optimizers if isinstance(opt, Muon)]
     for muon in muons:
         muon.launch()  # these sums are under way while the small gradients are packed and summed
@@ -4561,14 +4494,11 @@ class Training:
     """Everything that training changes; a checkpoint holds all of it, for any number of ranks."""
 
     def __init__(self, model: GPT, reserve: float, data: list, run: Run) -> None:
-        """reserve: what is kept of the budget for calibration, in the budget's unit.
-
-        data: what identifies the data; a checkpoint with another value is not continued.
-        """
+        """reserve: what is kept of the budget for calibration, in the budget's unit."""
         cfg = run.cfg
         self.model = model
         self.run = run
-        self.data = data
+        self.data = data  # identifies the data: a checkpoint with another value is refused
         self.step = 0  # how many steps are done
         self.saved_at = 0.0  # seconds of training at the last checkpoint
         groups = route_parameters(cfg, model)
