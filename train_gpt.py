@@ -4200,7 +4200,7 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
 
 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
-    """Add a micro-batch's gradient; returns its sum(w nats) and sum(w), over the step's tokens."""
+    """Add a micro-batch's gradient; returns its parts of the step's mean of w nats and of w."""
     cfg = run.cfg
     # What changes from step to step is a tensor: each new number would compile another graph.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
@@ -4279,7 +4279,7 @@ def train_step(
 
 
 def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
-    """Raise FloatingPointError if a loss or gradient is not finite: numbers of train_step()."""
+    """Raise FloatingPointError if a number that train_step() gave is not finite, and name it."""
     if not all(map(math.isfinite, stats)):
         bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
         raise FloatingPointError(
