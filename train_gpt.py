@@ -1121,7 +1121,7 @@ class DataSettings(Part):
         "./data/datasets/fineweb10B_sp1024", (), "Read training and validation shards from here."
     )
     tokenizer_path: str = run_knob(
-        "./data/tokenizers/fineweb_1024_bpe.model", (), "Read the shards' SentencePiece model here."
+        "./data/tokenizers/fineweb_1024_bpe.model", (), "Use the shards' SentencePiece model, this."
     )
     loader: str = training_knob(
         "shuffled", ("shuffled", "sequential"), "Read training rows in this order."
@@ -1413,7 +1413,7 @@ def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarra
     return prefixes
 
 
-# CaseOps: the tokenizer knows words in lower case only. Marks say where the text has capitals,
+# CaseOps: some tokenizers know words in lower case only. Marks say where the text has capitals,
 # and a file beside the shards says how many bytes of the original text each token stands for.
 # (parameter-golf, lossless_caps_caseops_v1; data/caseops.py has the definition)
 TITLE, ALLCAPS, CAPNEXT, ESC = MARKS = "\ue001\ue002\ue003\ue004"
@@ -1510,8 +1510,8 @@ def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentenceP
     sha256 = sha256_of(path)
     if sha256 != recorded["sha256"]:
         raise Refusal(
-            f"TOKENIZER_PATH={path} (sha256 {sha256[:12]}) is not the "
-            f"shards' tokenizer, sha256 {recorded['sha256'][:12]}"
+            f"TOKENIZER_PATH={path} (sha256 {sha256[:12]}) is not the shards' tokenizer, "
+            f"sha256 {recorded['sha256'][:12]}: give the one that they were made with"
         )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -1544,7 +1544,7 @@ def bytes_by_file(paths: list[Path]) -> np.ndarray:
     """How many bytes of the original text each token of the shards stands for: uint16 (N,)."""
     counts = []
     for path in paths:
-        counts.append(open_shard(byte_shard(path), 1 << 16))
+        counts.append(open_shard(byte_shard(path), 1 << 16))  # counts, not ids: none is refused
         if byte_shard(path).stat().st_size != path.stat().st_size:
             raise Refusal(
                 f"{byte_shard(path)} counts the bytes of {len(counts[-1]):,} tokens, and "
