@@ -1121,7 +1121,7 @@ class DataSettings(Part):
         "./data/datasets/fineweb10B_sp1024", (), "Read training and validation shards from here."
     )
     tokenizer_path: str = run_knob(
-        "./data/tokenizers/fineweb_1024_bpe.model", (), "Use the shards' SentencePiece model, this."
+        "./data/tokenizers/fineweb_1024_bpe.model", (), "Tokenize with this SentencePiece model."
     )
     loader: str = training_knob(
         "shuffled", ("shuffled", "sequential"), "Read training rows in this order."
