@@ -192,29 +192,23 @@ class Knob:
         return self.reach in ("model", "scoring")
 
 
-def knob_of_reach(reach: str) -> Callable[..., Any]:
-    """Make the function that declares settings of this reach; see Knob."""
-
-    def declare(
-        default: object,
-        accepts: tuple,
-        meaning: str,
-        *,
-        absent: object = UNSAID,
-        tries: tuple = (),
-    ) -> Any:
-        """Make a dataclass field that carries a Knob; see Knob for the arguments."""
-        return field(
-            default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)}
-        )
-
-    return declare
+def knob(
+    reach: str,
+    default: object,
+    accepts: tuple,
+    meaning: str,
+    *,
+    absent: object = UNSAID,
+    tries: tuple = (),
+) -> Any:
+    """Declare a setting: a dataclass field that carries a Knob; see Knob for the arguments."""
+    return field(default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)})
 
 
-run_knob = knob_of_reach("run")
-training_knob = knob_of_reach("training")
-model_knob = knob_of_reach("model")
-scoring_knob = knob_of_reach("scoring")
+run_knob = functools.partial(knob, "run")
+training_knob = functools.partial(knob, "training")
+model_knob = functools.partial(knob, "model")
+scoring_knob = functools.partial(knob, "scoring")
 
 Checks = Iterator[tuple[object, str]]  # pairs of a condition and the complaint if it is false
 
@@ -265,8 +259,8 @@ def show_setting(value: object) -> str:
 class LimitedSettings:
     """A view of Config that refuses to show settings outside the given reaches; see Knob.
 
-    The network reads its settings through it. If it could depend on a setting that does not
-    travel in the artifact, it would train and export, and could then not be rebuilt.
+    The network reads its settings through it: one that depended on a setting that does not travel
+    in the artifact would train and export, and then could not be rebuilt.
     """
 
     def __init__(self, cfg: Config, reaches: tuple[str, ...], reader: str) -> None:
