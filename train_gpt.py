@@ -5988,15 +5988,23 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """
     try:
         body = decompress_within(packed, codec, size)
-    except (zstandard.ZstdError, lzma.LZMAError) as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+    except Refusal:
+        raise
+    except (zstandard.ZstdError, lzma.LZMAError, *MALFORMED) as error:
+        raise Refusal(
+            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
+        ) from None
     if body is None or len(body) != size:
         raise Refusal("the artifact's body does not end where its prelude says")
     return body
 
 
 def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
-    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does."""
+    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does.
+
+    Raises Refusal if the codec is not installed, and its own error or one of MALFORMED if it cannot
+    read the packed bytes.
+    """
     if codec == "zstd":
         if zstandard.frame_content_size(packed) != size:
             return None
@@ -6013,7 +6021,7 @@ def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
     try:
         body = brotli_reader.process(packed, output_buffer_limit=size + 1)
     except brotli.error as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+        raise ValueError(error) from None
     return body if brotli_reader.is_finished() else None
 
 
@@ -6710,17 +6718,7 @@ def pack_by_range(body: bytes) -> bytes:
 
 
 def unpack_by_range(packed: bytes, size: int) -> bytes:
-    """The body of `size` bytes that pack_by_range() was given; raises Refusal otherwise."""
-    try:
-        return read_range(packed, size)
-    except MALFORMED as error:
-        raise Refusal(
-            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
-        ) from None
-
-
-def read_range(packed: bytes, size: int) -> bytes:
-    """As unpack_by_range(), but raises one of MALFORMED.
+    """The body of `size` bytes that pack_by_range() was given; or one of MALFORMED is raised.
 
     What the header promises is checked to be `size` bytes in all before any integer is decoded.
     """
