@@ -2445,7 +2445,7 @@ def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Adapters:
+class RowDeltas:
     """Low-rank deltas for the rows of a batch (LoRA, arXiv:2106.09685).
 
     In each layer q, k and v add to these projections; o and mlp lead from the normed input of
@@ -2914,7 +2914,7 @@ class Context:
     extra_v: dict[int, Tensor]  # by place: what is added to the layer's values, (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
     inside: Tensor | None = None  # the documents, for attention_inside()
-    adapters: Adapters | None = None
+    row_deltas: RowDeltas | None = None
     outputs: list[Lanes] = field(default_factory=list)  # by place: the stream after that layer
 
 
@@ -3030,7 +3030,7 @@ def add_first_values(model: GPT, context: Context) -> None:
     """Compute layer 0's values and put them where the other layers read them (VRL)."""
     # By VRL_MODE=mix they include layer 0's value embedding, by VRL_MODE=add they do not.
     own_extra = context.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
-    deltas = NO_DELTAS if context.adapters is None else context.adapters.layers[0]
+    deltas = NO_DELTAS if context.row_deltas is None else context.row_deltas.layers[0]
     block: Any = model.blocks[0]
     x = rms_norm(block.mixed(context.x0, context.x0), context.plan[0].depth_scale)
     first_v = block.attn.values(x, own_extra, None, deltas.get("v"))
@@ -3115,7 +3115,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
-        adapters: Adapters | None = None,
+        row_deltas: RowDeltas | None = None,
     ) -> Context:
         """Prepare what the layers read beside the stream, from ids (B, T) and x0 (B, T, D)."""
         first, row_length = self.row_place or (0, input_ids.size(1))
@@ -3126,7 +3126,7 @@ class GPT(nn.Module):
             x0=x0,
             rotation=(cos, sin),
             extra_v={},
-            adapters=adapters,
+            row_deltas=row_deltas,
         )
         if documents is not None:
             in_graph = torch.compiler.is_compiling() or self.compiled_block is not None
@@ -3151,8 +3151,8 @@ class GPT(nn.Module):
         extra_v, first_v = context.extra_v.get(place), context.first_v
         rotation, inside = context.rotation, context.inside
         inputs = ((x, second), context.x0, read, rotation, extra_v, first_v, inside, weights)
-        if context.adapters is not None:
-            return block(*inputs, layer.depth_scale, context.adapters.layers[place])
+        if context.row_deltas is not None:
+            return block(*inputs, layer.depth_scale, context.row_deltas.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
             return block(*inputs, layer.depth_scale)
         # The scale is a tensor here: each new number would compile another block.
@@ -3164,7 +3164,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
-        adapters: Adapters | None = None,
+        row_deltas: RowDeltas | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last layer.
 
@@ -3172,7 +3172,7 @@ class GPT(nn.Module):
         `looping` each block is executed once, as before ENABLE_LOOPING_AT.
         """
         x = self.embedded(input_ids)
-        context = self.context(input_ids, x, documents, boundaries, looping, adapters)
+        context = self.context(input_ids, x, documents, boundaries, looping, row_deltas)
         lanes: Lanes = x, None
         for place in range(len(context.plan)):
             lanes = self.layer(place, lanes, context)
@@ -3199,10 +3199,12 @@ class GPT(nn.Module):
         return logits + F.embedding(input_ids, self.penalty)
 
     def hidden_at_targets(
-        self, batch: Batch, looping: bool = True, adapters: Adapters | None = None
+        self, batch: Batch, looping: bool = True, row_deltas: RowDeltas | None = None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, D) and input ids (B, S) where the batch has targets."""
-        hidden = self.hidden(batch.input_ids, batch.documents, batch.boundaries, looping, adapters)
+        hidden = self.hidden(
+            batch.input_ids, batch.documents, batch.boundaries, looping, row_deltas
+        )
         if batch.places is None:
             return hidden, batch.input_ids
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
@@ -5910,15 +5912,23 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """
     try:
         body = decompress_within(packed, codec, size)
-    except (zstandard.ZstdError, lzma.LZMAError) as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+    except Refusal:
+        raise
+    except (zstandard.ZstdError, lzma.LZMAError, *MALFORMED) as error:
+        raise Refusal(
+            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
+        ) from None
     if body is None or len(body) != size:
         raise Refusal("the artifact's body does not end where its prelude says")
     return body
 
 
 def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
-    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does."""
+    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does.
+
+    Raises Refusal if the codec is not installed, and its own error or one of MALFORMED if it cannot
+    read the packed bytes.
+    """
     if codec == "zstd":
         if zstandard.frame_content_size(packed) != size:
             return None
@@ -5935,7 +5945,7 @@ def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
     try:
         body = brotli_reader.process(packed, output_buffer_limit=size + 1)
     except brotli.error as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+        raise ValueError(error) from None
     return body if brotli_reader.is_finished() else None
 
 
@@ -6632,17 +6642,7 @@ def pack_by_range(body: bytes) -> bytes:
 
 
 def unpack_by_range(packed: bytes, size: int) -> bytes:
-    """The body of `size` bytes that pack_by_range() was given; raises Refusal otherwise."""
-    try:
-        return read_range(packed, size)
-    except MALFORMED as error:
-        raise Refusal(
-            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
-        ) from None
-
-
-def read_range(packed: bytes, size: int) -> bytes:
-    """As unpack_by_range(), but raises one of MALFORMED.
+    """The body of `size` bytes that pack_by_range() was given; or one of MALFORMED is raised.
 
     What the header promises is checked to be `size` bytes in all before any integer is decoded.
     """
@@ -7908,11 +7908,11 @@ def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.nd
 
 
 def nats_and_scores(
-    model: GPT, batch: Batch, beta: float, adapters: Adapters | None = None
+    model: GPT, batch: Batch, beta: float, row_deltas: RowDeltas | None = None
 ) -> tuple[Tensor, Tensor]:
     """Nats of the targets (B, T) to learn from, and those to score: tilted by beta to the hints."""
-    hidden, input_ids = model.hidden_at_targets(batch, adapters=adapters)
-    head = None if adapters is None else adapters.head
+    hidden, input_ids = model.hidden_at_targets(batch, row_deltas=row_deltas)
+    head = None if row_deltas is None else row_deltas.head
     logits = model.logits(hidden, input_ids, head).flatten(0, 1)
     targets = batch.target_ids.flatten()
     nats = F.cross_entropy(logits, targets, reduction="none")
@@ -8551,7 +8551,7 @@ class DocumentDeltas:
             weight_decay=self.cfg.lora_decay,
         )
 
-    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> Adapters:
+    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> RowDeltas:
         """The deltas of some of the batch's documents, as the network takes them."""
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
 
@@ -8561,7 +8561,7 @@ class DocumentDeltas:
             return down[first:end].to(dtype), (scale * up[first:end]).to(dtype)
 
         layers = [{name: given(delta) for name, delta in own.items()} for own in self.layers]
-        return Adapters(tuple(layers), None if self.head is None else given(self.head))
+        return RowDeltas(tuple(layers), None if self.head is None else given(self.head))
 
     def learn(self, loss: Tensor) -> None:
         """A step down the gradient of the loss."""
@@ -8661,9 +8661,9 @@ class DocumentScorer:
         cfg, run = self.run.cfg, self.run
         batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
         with torch.set_grad_enabled(learns):
-            adapters = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
+            row_deltas = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
             nats, scores = nats_and_scores(
-                self.model, batch.moved(run.put), cfg.ngram_tilt, adapters
+                self.model, batch.moved(run.put), cfg.ngram_tilt, row_deltas
             )
         sums = scored_sums(scores, batch)
         self.targets_left -= int(sums[1])
