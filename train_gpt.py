@@ -310,6 +310,14 @@ class RunSettings(Part):
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
     )
     resume: bool = run_knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
+    init_from: str = run_knob(
+        "", (), "An artifact.bin or checkpoint of a run with whose weights this one begins."
+    )
+    log_to: str = run_knob(
+        "files",
+        ("files", "tensorboard"),
+        "tensorboard writes event files too, in the run folder; it needs that package.",
+    )
     checkpoint_seconds: float = run_knob(
         0.0, (0.0, 1e7), "Seconds between checkpoints; 0 writes them on signals and at the end."
     )
@@ -418,6 +426,8 @@ def open_standard_streams() -> None:
             return
 
 
+# Settings that a run may be resumed with larger values of.
+BUDGETS = ("iterations", "max_wallclock_seconds", "max_train_tflops")
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
 CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
 
@@ -626,6 +636,9 @@ class RunFolder:
         self.ranks = ranks
         self.path: Path | None = None
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
+        self.larger_budgets: list[str] = []  # than the run was begun with
+        self.draws = cfg.log_to == "tensorboard"
+        self.curves: Any = None  # tensorboard's writer
 
     def open(self) -> None:
         """Make the folder with settings and source, or with RESUME go on in it, or Refusal."""
@@ -679,7 +692,10 @@ class RunFolder:
         return ""
 
     def refuse_other_settings(self, path: Path) -> None:
-        """Raise Refusal if the run that wrote these settings was to give another result."""
+        """Raise Refusal if the run that wrote these settings was to give another result.
+
+        It may go on for longer than it was to: a larger budget is noted in larger_budgets.
+        """
         if not path.is_file():
             return
         try:
@@ -687,12 +703,17 @@ class RunFolder:
         except MALFORMED:
             raise Refusal(f"RESUME=1: {path} is damaged: begin a new run") from None
         for name in sorted(settings_of_reach("training", "model", "scoring")):
-            ours = getattr(self.cfg, name)
-            if ours != theirs.get(name):
-                raise Refusal(
-                    f"RESUME=1: {name.upper()}={show_setting(ours)}, but the run "
-                    f"in {path.parent} has {show_setting(theirs.get(name))}"
-                )
+            ours, before = getattr(self.cfg, name), theirs.get(name)
+            if ours == before:
+                continue
+            change = f"{name.upper()}={show_setting(ours)}, begun with {show_setting(before)}"
+            if name in BUDGETS and isinstance(before, int | float) and 0 < before < ours:
+                self.larger_budgets.append(change)
+                continue
+            raise Refusal(
+                f"RESUME=1: {change} in {path.parent}: give it as it was, or begin a new run "
+                "(INIT_FROM takes the weights over); only a budget may grow"
+            )
 
     def save_checkpoint(self, state: dict) -> None:
         """Write checkpoint_<step>.pt, whole or not at all, and keep the newest two."""
@@ -742,6 +763,37 @@ class RunFolder:
             self.append("log.txt", line + "\n")
         if event:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
+            self.draw(event, facts)
+
+    def draw(self, event: str, facts: dict[str, Any]) -> None:
+        """Add the numbers of a step or a score to tensorboard's curves, with LOG_TO.
+
+        Curves are never essential: without them the run goes on.
+        """
+        if not self.draws or self.path is None or "step" not in facts:
+            return
+        try:
+            if self.curves is None:
+                self.curves = tensorboard_writer()(self.path / "tensorboard", flush_secs=10)
+            for name, value in facts.items():
+                if isinstance(value, int | float) and name not in ("step", "legal"):
+                    tag = f"{facts.get('name', event)}/{name}"
+                    self.curves.add_scalar(tag, value, facts["step"])
+        except Exception as error:  # what another package raises is not told
+            self.stop_drawing(error)
+
+    def close(self) -> None:
+        """Write out what curves are still to be written, if there are any."""
+        if self.curves is not None:
+            try:
+                self.curves.close()
+            except Exception as error:
+                self.stop_drawing(error)
+
+    def stop_drawing(self, error: Exception) -> None:
+        """Say why there are no curves from here on."""
+        self.draws, self.curves = False, None
+        self.log(f"warning: tensorboard's event files end here ({type(error).__name__}: {error})")
 
     def progress(self, label: str, **how: Any) -> tqdm:
         """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
@@ -758,11 +810,26 @@ class RunFolder:
 def read_checkpoint(path: Path) -> bytes:
     """The bytes of a checkpoint that torch.load can read; raises whatever shows that it cannot."""
     content = path.read_bytes()
-    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch checks no sums
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise ValueError("it is compressed, which torch does not do")  # and may hold any amount
+    damaged = archive.testzip()  # torch checks no sums
     if damaged:
         raise ValueError(f"{damaged} is damaged")
-    torch.load(io.BytesIO(content), weights_only=True)
+    torch.load(io.BytesIO(content), "cpu", weights_only=True)
     return content
+
+
+def tensorboard_writer() -> Any:
+    """torch's writer of tensorboard's event files; raises Refusal without that package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # it is optional, and may be of a version that torch cannot use
+        raise Refusal(
+            "LOG_TO=tensorboard needs the Python package tensorboard: pip install tensorboard "
+            f"({error})"
+        ) from None
+    return SummaryWriter
 
 
 class Ledger:
@@ -882,6 +949,7 @@ class Run:
             run.tell_failure(error)
             raise SystemExit(EXIT_FAILED) from None
         finally:
+            run.folder.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if dist.is_initialized():
@@ -4561,6 +4629,8 @@ class Training:
             ms=1e3 * saved["seconds"],
         )
         run.ledger.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
+        for change in run.folder.larger_budgets:
+            run.ledger.mark_ineligible(f"{change}: rates are those of the longer run from here on")
 
     def save_if_asked(self, seconds: float) -> None:
         """Write a checkpoint if one is due or a signal asks the run to end; then end it."""
@@ -9693,6 +9763,8 @@ def look(
     """What a run takes from outside itself: data, kernel and its name; or Refusal."""
     if cfg.codec == "brotli":
         brotli_module()
+    if cfg.log_to == "tensorboard":
+        tensorboard_writer()
     refuse_small_budget(cfg)
     rows = TrainingRows(cfg)
     val = load_validation(cfg)
@@ -9703,15 +9775,74 @@ def look(
     return rows, val, *pick_attention(cfg, device)
 
 
+def first_weights(cfg: Config, val: Validation) -> dict[str, Tensor]:
+    """The weights in INIT_FROM, by parameter; empty without it. Raises Refusal if they do not do.
+
+    The file may be a stranger's: nothing in it is run, and no shape is believed.
+    """
+    if not cfg.init_from:
+        return {}
+    path = Path(cfg.init_from)
+    if not path.is_file():
+        raise Refusal(f"INIT_FROM={path}: no such file; expected an artifact.bin or a checkpoint")
+    with open(path, "rb") as file:
+        is_artifact = file.read(len(ARTIFACT_MAGIC)) == ARTIFACT_MAGIC
+    if is_artifact:
+        header, stored = read_artifact(path)
+        if header["tokenizer"] != val.tokenizer_sha256:
+            raise Refusal(f"INIT_FROM={path}: its model reads the tokens of another tokenizer")
+        weights = {
+            name: tensor.restore() for name, tensor in stored.items() if tensor.kind != "packed"
+        }
+    else:
+        weights = weights_of_checkpoint(path)
+    expected = {name: tuple(weight.shape) for name, weight in laid_out(cfg).named_parameters()}
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if given.get(name) != expected.get(name):
+            raise Refusal(
+                f"INIT_FROM={path}: {name} is {given.get(name, 'not there')}, and in the model of "
+                f"these settings {expected.get(name, 'not there')}: give both runs the same shape"
+            )
+        if not weights[name].isfinite().all():
+            raise Refusal(f"INIT_FROM={path}: {name} holds numbers that are not finite")
+    return weights
+
+
+def origin(rows: TrainingRows, val: Validation, cfg: Config) -> list:
+    """What a run learns from, to tell by content whether a checkpoint learned from the same."""
+    begun_with = [sha256_of(Path(cfg.init_from))] if cfg.init_from else []
+    return [val.fingerprint, rows.num_tokens, *begun_with]
+
+
+def weights_of_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The model's weights in a checkpoint; raises Refusal if the file is none."""
+    try:
+        content = io.BytesIO(read_checkpoint(path))
+        weights = torch.load(content, "cpu", weights_only=True)["model"]
+        for name, weight in weights.items():
+            kind = (weight.dtype, weight.layout, weight.device.type)
+            if kind != (torch.float32, torch.strided, "cpu") or not isinstance(name, str):
+                raise ValueError(f"{name} is {kind}")
+        return weights
+    except Exception as error:  # what torch.load raises is not told
+        raise Refusal(
+            f"INIT_FROM={path}: neither an artifact nor a checkpoint that can be read ({error})"
+        ) from None
+
+
 def verb_train(cfg: Config, notes: list[str]) -> int:
     """Train, export, and score the exported model; returns the exit code."""
     with Run.start(cfg) as run:
         with run.ranks.together():
             rows, val, kernel_name, kernel = look(cfg, run.device)
+            begun_with = first_weights(cfg, val)
         run.folder.open()
         run.log_header(notes)
         model = GPT(cfg, kernel, run.dtype)
         initialize(model, cfg)
+        if begun_with:
+            model.load_state_dict(begun_with)
         run.ranks.copy_from_main(model.to(run.device))
         if cfg.token_mask == "1":
             mask_tokens(model, val, run.device)
@@ -9721,7 +9852,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)
         reserve = budget_reserve(model, calibration_seconds, run)
-        state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
+        state = Training(model, reserve, origin(rows, val, cfg), run)
         if saved := run.folder.last_checkpoint():
             state.restore(saved)
         packed_text = pack_training_text(rows, run)
@@ -9913,6 +10044,7 @@ def static_ineligibility(cfg: Config) -> list[str]:
                 "GPTQ_CALIB=train_after_cap: training data was used after the budget",
             ),
             (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
+            (cfg.init_from, "INIT_FROM: the run began with the weights of another"),
         )
         if wrong
     ]
@@ -9922,6 +10054,7 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
     """Look at settings, data and tokenizer as a run would, and do nothing else."""
     rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     laid_out(cfg)
+    first_weights(cfg, val)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(
             f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
