@@ -638,7 +638,8 @@ class RunFolder:
         self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
         self.larger_budgets: list[str] = []  # than the run was begun with
         self.draws = cfg.log_to == "tensorboard"
-        self.curves: Any = None  # tensorboard's writer
+        self.curves: Any = None  # tensorboard's writer, from the first step on
+        self.drawn_step = 0
 
     def open(self) -> None:
         """Make the folder with settings and source, or with RESUME go on in it, or Refusal."""
@@ -706,13 +707,15 @@ class RunFolder:
             ours, before = getattr(self.cfg, name), theirs.get(name)
             if ours == before:
                 continue
-            change = f"{name.upper()}={show_setting(ours)}, begun with {show_setting(before)}"
             if name in BUDGETS and isinstance(before, int | float) and 0 < before < ours:
-                self.larger_budgets.append(change)
+                self.larger_budgets.append(
+                    f"{name.upper()}={show_setting(ours)}, begun with {show_setting(before)}"
+                )
                 continue
             raise Refusal(
-                f"RESUME=1: {change} in {path.parent}: give it as it was, or begin a new run "
-                "(INIT_FROM takes the weights over); only a budget may grow"
+                f"RESUME=1: {name.upper()}={show_setting(ours)}, but the run in {path.parent} has "
+                f"{show_setting(before)}; only a budget may grow (INIT_FROM begins a new run with "
+                "its weights)"
             )
 
     def save_checkpoint(self, state: dict) -> None:
@@ -770,30 +773,27 @@ class RunFolder:
 
         Curves are never essential: without them the run goes on.
         """
-        if not self.draws or self.path is None or "step" not in facts:
+        if not self.draws or self.path is None or event not in ("step", "eval"):
             return
+        self.drawn_step = facts["step"] or self.drawn_step  # 0: a score after training
         try:
             if self.curves is None:
                 self.curves = tensorboard_writer()(self.path / "tensorboard", flush_secs=10)
             for name, value in facts.items():
                 if isinstance(value, int | float) and name not in ("step", "legal"):
                     tag = f"{facts.get('name', event)}/{name}"
-                    self.curves.add_scalar(tag, value, facts["step"])
+                    self.curves.add_scalar(tag, value, self.drawn_step)
         except Exception as error:  # what another package raises is not told
-            self.stop_drawing(error)
+            self.draws = False
+            self.curves = None
+            kind = type(error).__name__
+            self.log(f"warning: tensorboard's event files end here ({kind}: {error})")
 
     def close(self) -> None:
-        """Write out what curves are still to be written, if there are any."""
-        if self.curves is not None:
-            try:
+        """Write out the numbers that tensorboard's writer still holds."""
+        with contextlib.suppress(Exception):
+            if self.curves is not None:
                 self.curves.close()
-            except Exception as error:
-                self.stop_drawing(error)
-
-    def stop_drawing(self, error: Exception) -> None:
-        """Say why there are no curves from here on."""
-        self.draws, self.curves = False, None
-        self.log(f"warning: tensorboard's event files end here ({type(error).__name__}: {error})")
 
     def progress(self, label: str, **how: Any) -> tqdm:
         """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
