@@ -1552,6 +1552,12 @@ def read_sidecar(folder: str) -> dict:
 def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """The tokenizer that a sidecar records, and its sha256; raises Refusal if it is another one."""
     path = Path(cfg.tokenizer_path)
+    if path.read_bytes().lstrip().startswith(b"{"):
+        raise Refusal(
+            f"TOKENIZER_PATH={path} is a tokenizer in JSON, as of Hugging Face; only a "
+            "SentencePiece model will do, whose pieces say how many bytes a token stands for and "
+            f"whose BOS is id {BOS}: data/prepare.py text FILES trains one on your text"
+        )
     sha256 = sha256_of(path)
     if sha256 != recorded["sha256"]:
         raise Refusal(

@@ -784,6 +784,7 @@ CASES: dict[str, Case] = {
     "sidecar of nothing": check(lambda p: p.sidecar.write_text("{}")),
     "no tokenizer": check(lambda p: p.tokenizer.unlink()),
     "another tokenizer": check(lambda p: p.tokenizer.write_bytes(b"another")),
+    "a tokenizer of another program": check(lambda p: p.tokenizer.write_text('{"model": {}}')),
     "no tokenizer's content": check(lambda p: p.give_tokenizer(b"no model")),
     "tokenizer of another size": check(VOCAB_SIZE="512"),
     "another validation text": check(lambda p: overwrite(p.shard("val"), 2000, b"\5\0\5\0")),
