@@ -13,11 +13,17 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TinyData
+from conftest import ROOT, TinyData
+from hypothesis import given
+from hypothesis import strategies as st
 from jobs import environment, events, tiny_job
 from test_trouble import SMALL
 
 import train_gpt
+
+sys.path.insert(0, str(ROOT / "records"))
+import reading
+import record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,6 +167,10 @@ def test_a_run_that_goes_on_is_the_longer_run(
     assert before == (first / "artifact.bin").read_bytes()
     longer = run({**job, "RESUME": "1", "ITERATIONS": "7"})
     assert (longer / "artifact.bin").read_bytes() == (whole / "artifact.bin").read_bytes() != before
+    read = reading.read_run(longer)
+    assert [step["step"] for step in read.all("step")] == [1, 2, 3, 4, 5, 6, 7]
+    assert read.one("final") == events(longer, "final")[-1]
+    assert record.main(["compare", str(whole), str(longer)]) == 0
     assert "ITERATIONS=7, begun with 4" in reasons(longer)
     assert "begun with" not in reasons(whole)
 
@@ -185,6 +195,28 @@ def test_every_kind_of_budget_may_grow(
     assert f"{budget}=" in reasons(folder)
     run({**job, budget: small, "RESUME": "1"}, code=2)
     run({**job, "MAX_WALLCLOCK_SECONDS": "0", "MAX_TRAIN_TFLOPS": "0", "RESUME": "1"}, code=2)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4),
+)
+def test_a_run_of_several_processes_is_read_as_one_training(processes: list) -> None:
+    """Each process goes on from a checkpoint of a step that is there, or begins anew."""
+    told: list[dict] = []
+    trained: list[tuple[int, int]] = []  # (process, step) that count in the end
+    for number, (checkpoint, more) in enumerate(processes):
+        kept = [one for one in trained if one[1] <= checkpoint]
+        first = len(kept)
+        trained = kept + [(number, first + n + 1) for n in range(more)]
+        told.append({"event": "versions", "of": number})
+        if first:
+            told.append({"event": "resumed", "step": first})
+        told += [{"event": "step", "step": step, "of": n} for n, step in trained if n == number]
+        told.append({"event": "final", "of": number})
+    read = reading.as_one_training(told)
+    steps = [(e["of"], e["step"]) for e in read if e["event"] == "step"]
+    assert steps == trained
+    assert [e["of"] for e in read if e["event"] in ("versions", "final")] == [number, number]
 
 
 # Curves
