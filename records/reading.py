@@ -145,7 +145,8 @@ def as_one_training(events: list[dict]) -> list[dict]:
     steps: list[dict] = []  # and scores on the way, of all processes so far, as far as they count
     began_anew = True
     for event in events:
-        kind, step = event.get("event"), event.get("step")
+        kind: Any = event.get("event")
+        step: Any = event.get("step")
         if kind == "versions":
             kept = []
             began_anew = True

@@ -62,6 +62,7 @@ here that differs between machines, so its limit is generous.
 
 Two runs of one seed on one machine with as many threads are equal to the bit. On another machine
 a run takes the same steps at the same rates, and its score agrees as far as sums of floats do.
+`python records/record.py repeat ENTRY` trains a seed of an entry again and says which it was.
 """
 
 TRACKS: dict[str, Track] = {

@@ -18,10 +18,10 @@ from test_model import random_ids
 
 import train_gpt
 from train_gpt import (
+    COMPILE_GAIN,
+    COMPILE_SECONDS,
     GPT,
     PRESETS,
-    REGION_GAIN,
-    REGION_SECONDS,
     Batch,
     Block,
     Config,
@@ -278,7 +278,7 @@ def failing(block: Block, x: torch.Tensor, *given) -> torch.Tensor:
     raise RuntimeError("no C++ compiler\nat all")
 
 
-EARNED = 1.01 * REGION_SECONDS / REGION_GAIN
+EARNED = 1.01 * COMPILE_SECONDS / COMPILE_GAIN
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def scored_by(
 ) -> tuple[train_gpt.EvalResult, Run]:
     """A copy of the model scored document by document, and the run."""
     run = Run(cfg, rank, ranks, CPU)
-    run.ranks.agree = lambda value, op="first": value
+    run.ranks.agree = lambda value: value
     run.ranks.add_up = lambda tensors: None
     run.ledger.scoring_clock = train_gpt.Clock(time.perf_counter)
     with run.ledger.scoring_clock.running():

@@ -437,7 +437,7 @@ def replicas_differ(place: Place) -> None:
     """The other of two ranks has another sum of bits."""
     two = SimpleNamespace(
         world_size=2,
-        agree=lambda value, op="first": value * (op == "most"),
+        agree=lambda value: 0.0,
         any_of=lambda condition: condition,
     )
     original = train_gpt.Ranks.check_replicas
