@@ -311,6 +311,14 @@ class RunSettings(Part):
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
     )
     resume: bool = run_knob(False, (), "Continue from the last checkpoint of RUN_ID, if any.")
+    init_from: str = run_knob(
+        "", (), "Start from the weights of another run: its artifact.bin or a checkpoint."
+    )
+    log_to: str = run_knob(
+        "files",
+        ("files", "tensorboard"),
+        "tensorboard writes event files as well, in the run folder; it needs that package.",
+    )
     checkpoint_seconds: float = run_knob(
         0.0, (0.0, 1e7), "Write a checkpoint every so many seconds; 0: on a signal and at the end."
     )
@@ -421,6 +429,8 @@ def open_standard_streams() -> None:
             return
 
 
+# Settings that a run may be resumed with larger values of.
+BUDGETS = ("iterations", "max_wallclock_seconds", "max_train_tflops")
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
 CACHED_TOKENS = 4096  # of a scoring forward on a CPU: the activations of more leave its caches
 
@@ -638,6 +648,10 @@ class RunFolder:
         self.ranks = ranks
         self.path: Path | None = None
         self.source = Path(__file__).read_bytes()  # read once: it may be edited during the run
+        self.larger_budgets: list[str] = []  # budgets that have grown since the run began
+        self.draws = cfg.log_to == "tensorboard"
+        self.curves: Any = None  # tensorboard's writer, from the first step on
+        self.drawn_step = 0
 
     def open(self) -> None:
         """Make the folder, or with RESUME=1 continue in it; raises Refusal if it is unsuitable."""
@@ -692,7 +706,10 @@ class RunFolder:
         return ""
 
     def refuse_other_settings(self, path: Path) -> None:
-        """Raise Refusal if the settings of the run to resume would give another result."""
+        """Raise Refusal if the settings of the run to resume would give another result.
+
+        A budget may have grown, as a run that has ended can continue: see larger_budgets.
+        """
         if not path.is_file():
             return
         try:
@@ -700,12 +717,19 @@ class RunFolder:
         except MALFORMED:
             raise Refusal(f"RESUME=1: {path} is damaged: begin a new run") from None
         for name in sorted(settings_of_reach("training", "model", "scoring")):
-            ours = getattr(self.cfg, name)
-            if ours != theirs.get(name):
-                raise Refusal(
-                    f"RESUME=1: {name.upper()}={show_setting(ours)}, but the run "
-                    f"in {path.parent} has {show_setting(theirs.get(name))}"
+            ours, before = getattr(self.cfg, name), theirs.get(name)
+            if ours == before:
+                continue
+            if name in BUDGETS and isinstance(before, int | float) and 0 < before < ours:
+                self.larger_budgets.append(
+                    f"{name.upper()}={show_setting(ours)}, begun with {show_setting(before)}"
                 )
+                continue
+            raise Refusal(
+                f"RESUME=1: {name.upper()}={show_setting(ours)}, but the run in {path.parent} has "
+                f"{show_setting(before)}; only a budget may grow (INIT_FROM begins a new run with "
+                "its weights)"
+            )
 
     def save_checkpoint(self, state: dict) -> None:
         """Write checkpoint_<step>.pt, whole or not at all, and keep the newest two."""
@@ -755,6 +779,34 @@ class RunFolder:
             self.append("log.txt", line + "\n")
         if event:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
+            self.draw(event, facts)
+
+    def draw(self, event: str, facts: dict[str, Any]) -> None:
+        """Add the numbers of a step or a score to tensorboard's curves, with LOG_TO.
+
+        Curves are never essential: without them the run goes on.
+        """
+        if not self.draws or self.path is None or event not in ("step", "eval"):
+            return
+        self.drawn_step = facts["step"] or self.drawn_step  # 0: a score after training
+        try:
+            if self.curves is None:
+                self.curves = tensorboard_writer()(self.path / "tensorboard", flush_secs=10)
+            for name, value in facts.items():
+                if isinstance(value, int | float) and name not in ("step", "legal"):
+                    tag = f"{facts.get('name', event)}/{name}"
+                    self.curves.add_scalar(tag, value, self.drawn_step)
+        except Exception as error:  # tensorboard does not document what it raises
+            self.draws = False
+            self.curves = None
+            kind = type(error).__name__
+            self.log(f"warning: tensorboard's event files end here ({kind}: {error})")
+
+    def close(self) -> None:
+        """Write out the numbers that tensorboard's writer still holds."""
+        with contextlib.suppress(Exception):
+            if self.curves is not None:
+                self.curves.close()
 
     def progress(self, label: str, **how: Any) -> tqdm:
         """Make a progress bar with ETA on rank 0's terminal; it is silent without a terminal."""
@@ -771,11 +823,27 @@ class RunFolder:
 def read_checkpoint(path: Path) -> bytes:
     """Read the bytes of a checkpoint; raises some exception if torch.load could not read it."""
     content = path.read_bytes()
-    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch verifies no checksums
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    # torch compresses nothing; a stranger's compressed file may expand without bound.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise ValueError("it is compressed")
+    damaged = archive.testzip()  # torch verifies no checksums
     if damaged:
         raise ValueError(f"{damaged} is damaged")
-    torch.load(io.BytesIO(content), weights_only=True)
+    torch.load(io.BytesIO(content), "cpu", weights_only=True)
     return content
+
+
+def tensorboard_writer() -> Any:
+    """Import torch's writer of tensorboard's event files; raises Refusal without that package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # it is optional, and may be of a version that torch cannot use
+        raise Refusal(
+            "LOG_TO=tensorboard needs the Python package tensorboard: pip install tensorboard "
+            f"({error})"
+        ) from None
+    return SummaryWriter
 
 
 class Ledger:
@@ -893,6 +961,7 @@ class Run:
             run.tell_failure(error)
             raise SystemExit(EXIT_FAILED) from None
         finally:
+            run.folder.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if dist.is_initialized():
@@ -1501,6 +1570,12 @@ def read_sidecar(folder: str) -> dict:
 def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """Load the tokenizer and its sha256; raises Refusal if it is not the one recorded."""
     path = Path(cfg.tokenizer_path)
+    if path.read_bytes().lstrip().startswith(b"{"):
+        raise Refusal(
+            f"TOKENIZER_PATH={path} is a tokenizer in JSON, as of Hugging Face; only a "
+            "SentencePiece model will do, whose pieces say how many bytes a token stands for and "
+            f"whose BOS is id {BOS}: data/prepare.py text FILES trains one on your text"
+        )
     sha256 = sha256_of(path)
     if sha256 != recorded["sha256"]:
         raise Refusal(
@@ -4655,6 +4730,8 @@ class Training:
             ms=1e3 * saved["seconds"],
         )
         run.ledger.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
+        for change in run.folder.larger_budgets:
+            run.ledger.mark_ineligible(f"{change}: rates are those of the longer run from here on")
 
     def save_if_asked(self, seconds: float) -> None:
         """Write a checkpoint if one is due, or if a signal asks the run to end, and then end it."""
@@ -9860,14 +9937,15 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
     with Run.start(cfg) as run:
         with run.ranks.together():
             rows, val, kernel_name, kernel = load_inputs(cfg, run.device)
+            weights = initial_weights(cfg, val)
         run.folder.open()
         run.log_header(notes)
-        model = make_model(kernel, val, run)
+        model = make_model(kernel, val, weights, run)
         log_work(model, rows, val, kernel_name, run)
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)
         reserve = budget_reserve(model, calibration_seconds, run)
-        state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
+        state = Training(model, reserve, origin(rows, val, cfg), run)
         if saved := run.folder.last_checkpoint():
             state.restore(saved)
         packed_text = pack_training_text(rows, run)
@@ -9891,6 +9969,8 @@ def load_inputs(
     """
     if cfg.codec == "brotli":
         brotli_module()
+    if cfg.log_to == "tensorboard":
+        tensorboard_writer()
     refuse_small_budget(cfg)
     rows = TrainingRows(cfg)
     val = load_validation(cfg)
@@ -9901,11 +9981,75 @@ def load_inputs(
     return rows, val, *pick_attention(cfg, device)
 
 
-def make_model(kernel: AttentionKernel, val: Validation, run: Run) -> GPT:
-    """The model with its initial weights, the same on all ranks, and what it knows of tokens."""
+def initial_weights(cfg: Config, val: Validation) -> dict[str, Tensor]:
+    """Read the weights in INIT_FROM, by parameter; empty without it.
+
+    The file may be a stranger's: nothing in it is executed, and no shape is trusted. Raises
+    Refusal if it cannot be read, or holds another model or the model of another tokenizer.
+    """
+    if not cfg.init_from:
+        return {}
+    path = Path(cfg.init_from)
+    if not path.is_file():
+        raise Refusal(f"INIT_FROM={path}: no such file; expected an artifact.bin or a checkpoint")
+    with open(path, "rb") as file:
+        is_artifact = file.read(len(ARTIFACT_MAGIC)) == ARTIFACT_MAGIC
+    if is_artifact:
+        header, stored = read_artifact(path)
+        if header["tokenizer"] != val.tokenizer_sha256:
+            raise Refusal(f"INIT_FROM={path}: its model reads the tokens of another tokenizer")
+        weights = {
+            name: tensor.restore() for name, tensor in stored.items() if tensor.kind != "packed"
+        }
+    else:
+        weights = weights_of_checkpoint(path)
+    expected = {name: tuple(weight.shape) for name, weight in laid_out(cfg).named_parameters()}
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if given.get(name) != expected.get(name):
+            raise Refusal(
+                f"INIT_FROM={path}: {name} is {given.get(name, 'not there')}, and in the model of "
+                f"these settings {expected.get(name, 'not there')}: give both runs the same shape"
+            )
+        if not weights[name].isfinite().all():
+            raise Refusal(f"INIT_FROM={path}: {name} holds numbers that are not finite")
+    return weights
+
+
+def weights_of_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read the model's weights in a checkpoint; raises Refusal if the file is none."""
+    try:
+        content = io.BytesIO(read_checkpoint(path))
+        weights = torch.load(content, "cpu", weights_only=True)["model"]
+        for name, weight in weights.items():
+            kind = (weight.dtype, weight.layout, weight.device.type)
+            if kind != (torch.float32, torch.strided, "cpu") or not isinstance(name, str):
+                raise ValueError(f"{name} is {kind}")
+        return weights
+    except Exception as error:  # torch.load does not document what it raises
+        raise Refusal(
+            f"INIT_FROM={path}: neither an artifact nor a checkpoint that can be read ({error})"
+        ) from None
+
+
+def origin(rows: TrainingRows, val: Validation, cfg: Config) -> list:
+    """Identify by content what a run learns from, to recognise its own checkpoints."""
+    initial = [sha256_of(Path(cfg.init_from))] if cfg.init_from else []
+    return [val.fingerprint, rows.num_tokens, *initial]
+
+
+def make_model(
+    kernel: AttentionKernel, val: Validation, weights: dict[str, Tensor], run: Run
+) -> GPT:
+    """The model with its initial weights, the same on all ranks, and what it knows of tokens.
+
+    weights: those to start from instead of random ones; may be empty.
+    """
     cfg = run.cfg
     model = GPT(cfg, kernel, run.dtype)
     initialize(model, cfg)
+    if weights:
+        model.load_state_dict(weights)
     run.ranks.copy_from_main(model.to(run.device))
     if cfg.token_mask == "1":
         mask_tokens(model, val, run.device)
@@ -10105,6 +10249,7 @@ def static_ineligibility(cfg: Config) -> list[str]:
                 "GPTQ_CALIB=train_after_cap: training data was used after the budget",
             ),
             (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
+            (cfg.init_from, "INIT_FROM: the run began with the weights of another"),
         )
         if wrong
     ]
@@ -10115,6 +10260,7 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, val, *_ = load_inputs(cfg, device)
     laid_out(cfg)
+    initial_weights(cfg, val)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(
             f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
