@@ -1358,6 +1358,7 @@ class TrainingRows:
             tokens = open_shard(path, cfg.vocab_size, self.scan_tokens)
             sizes.append(len(tokens))
             self.keep_open(number, tokens)
+        # The number of each shard's first token and first block, then how many there are in all.
         self.first_token = np.cumsum([0, *sizes])
         self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
         self.num_tokens = int(self.first_token[-1])
@@ -1367,7 +1368,7 @@ class TrainingRows:
         if not self.num_blocks:
             raise Refusal(
                 f"DATA_PATH={cfg.data_path}: no shard holds a row of "
-                f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more"
+                f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more: lower TRAIN_SEQ_LEN"
             )
 
     def batch(self, first_row: int, num_rows: int) -> Batch:
