@@ -395,7 +395,7 @@ class BudgetSettings(Part):
         """With two budgets, the machine's speed would decide which of them ends the run."""
         yield (
             cfg.max_wallclock_seconds == 0 or cfg.max_train_tflops == 0,
-            "a run has one budget, and the other is 0: MAX_WALLCLOCK_SECONDS or MAX_TRAIN_TFLOPS",
+            "a run has one budget: set one of MAX_WALLCLOCK_SECONDS and MAX_TRAIN_TFLOPS to 0",
         )
 
 
@@ -1735,7 +1735,7 @@ def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     at = 0
 
     def varint() -> int:
-        """Read a number at `at`: seven bits in each byte, the lowest bits first."""
+        """Read a number, seven bits in each byte, lowest first; raises Refusal at the end."""
         nonlocal at
         value = shift = 0
         while True:
