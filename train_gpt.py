@@ -836,7 +836,8 @@ class RunFolder:
         return tqdm(
             desc=label,
             leave=False,
-            disable=None if self.ranks.is_main else True,
+            # None: where stderr is no terminal. tqdm does not expect one that is closed.
+            disable=None if self.ranks.is_main and sys.stderr is not None else True,
             unit_scale=True,
             dynamic_ncols=True,
             **how,
@@ -1383,6 +1384,10 @@ class TrainingRows:
         total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
         self.scan_tokens = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
         self.shards = paths
+        self.most_open = OPEN_SHARDS
+        may_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if may_open != resource.RLIM_INFINITY:  # half of them is left to everything else
+            self.most_open = min(OPEN_SHARDS, may_open // 2)
         self.opened: dict[int, np.memmap] = {}  # by number; the one opened first comes first
         self.seq_len = cfg.train_seq_len
         self.seed = cfg.seed
@@ -1429,9 +1434,9 @@ class TrainingRows:
         return np.concatenate(found)
 
     def keep_open(self, number: int, tokens: np.memmap) -> None:
-        """Keep a shard mapped; beyond OPEN_SHARDS of them, drop the one opened first."""
+        """Keep a shard mapped; when there are too many, drop the one opened first."""
         self.opened[number] = tokens
-        if len(self.opened) > OPEN_SHARDS:
+        if len(self.opened) > self.most_open:
             del self.opened[next(iter(self.opened))]
 
     def tokens_of(self, number: int) -> np.memmap:
