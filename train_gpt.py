@@ -10376,9 +10376,14 @@ def locate_validation(cfg: Config, header: dict) -> Config:
             if read_sidecar(folder)["fingerprint"] == header["validation"]:
                 break
     else:
+        also = ""
+        try:
+            locate_tokenizer(cfg, header)
+        except Refusal as refusal:  # all that is missing is said at once
+            also = f"; and {refusal}"
         raise Refusal(
             f"no validation split with fingerprint {header['validation'][:12]} in "
-            f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py"
+            f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py{also}"
         )
     return replace(locate_tokenizer(cfg, header), data_path=folder)
 
