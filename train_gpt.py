@@ -71,7 +71,7 @@ from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
 try:
     import fcntl
@@ -421,11 +421,15 @@ def say(line: str, to_stderr: bool = False) -> None:
     except UnicodeEncodeError:
         tqdm.write(line.encode("ascii", "backslashreplace").decode(), file=stream)
     except (OSError, ValueError):
-        # Python flushes the stream's buffer once more when it exits, and must not fail then.
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+        lead_nowhere(stream)
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """Drop what is left in a stream: Python flushes it once more when it exits, and may not fail."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def open_standard_streams() -> None:
@@ -884,6 +888,7 @@ class Ledger:
         self.calibration_tokens = 0
         self.occasions = Counter[str]()  # by technique: how often it could have acted
         self.activity = Counter[str]()  # by technique: how often it did
+        self.continued = False  # whether the process was paused since tell_pause() was called
         self.ineligible: list[str] = []  # why the run cannot stand as a record
 
     def note(self, name: str, acted: bool) -> None:
@@ -895,6 +900,12 @@ class Ledger:
         """Record a reason why the run cannot stand as a record, and warn of it."""
         self.ineligible.append(reason)
         self.folder.log(f"warning: not eligible as a record: {reason}")
+
+    def tell_pause(self, when: str) -> None:
+        """Mark the run ineligible if the process was paused since this was last asked."""
+        if self.continued:
+            self.continued = False
+            self.mark_ineligible(f"stopped and continued {when}: its clock went on meanwhile")
 
     def log_activity(self) -> None:
         """Log how often each configured technique acted; warn of any that never did."""
@@ -935,7 +946,6 @@ class Run:
         self.ledger = Ledger(self.folder)
         self.phase = "starting"  # a failure's message names the phase
         self.signals: list[int] = []  # those that have asked training to end
-        self.continued = False  # whether Ctrl-Z or a scheduler paused the process since last asked
         tokens_at_once = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
 
@@ -982,7 +992,7 @@ class Run:
             before[signal.SIGCONT] = signal.signal(signal.SIGCONT, run.on_continue)
         try:
             yield run
-        except Refusal:
+        except (Refusal, BrokenPipeError):
             raise
         except Exception as error:
             run.tell_failure(error)
@@ -1022,8 +1032,8 @@ class Run:
         self.signals.append(number)
 
     def on_continue(self, number: int, frame: FrameType | None) -> None:
-        """Note that the process was paused and now continues."""
-        self.continued = True
+        """Note that the process was paused, by Ctrl-Z or a scheduler, and now continues."""
+        self.ledger.continued = True
 
     def stop(self, number: int, situation: str) -> None:
         """End the process because of a signal."""
@@ -4814,11 +4824,7 @@ class Training:
 
     def save_if_asked(self, seconds: float) -> None:
         """Write a checkpoint if one is due, or if a signal asks the run to end, and then end it."""
-        if self.run.continued:
-            self.run.continued = False
-            self.run.ledger.mark_ineligible(
-                f"stopped and continued before step {self.step + 1}: its clock went on meanwhile"
-            )
+        self.run.ledger.tell_pause(f"before step {self.step + 1}")
         every = self.run.cfg.checkpoint_seconds
         # All ranks use the agreed number: run.signal may change on any of them at any time.
         asked = int(self.run.ranks.largest(self.run.signal))
@@ -10261,6 +10267,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     )
     if (used := run.ledger.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
         run.ledger.mark_ineligible(f"training and calibration took {used:.1f} s")
+    run.ledger.tell_pause("after training")
     run.folder.log(
         "eligible:{eligible} {reasons}",
         "eligibility",
@@ -10461,6 +10468,7 @@ def main(arguments: list[str]) -> int:
     except Refusal as refusal:
         code, said = EXIT_REFUSED, str(refusal)
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        lead_nowhere(sys.stdout)
         return EXIT_FAILED
     except OSError as error:
         code, said = EXIT_FAILED, str(error)
