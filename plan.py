@@ -63,7 +63,8 @@ def traced_step(
     # forward one. Work is what the causal half of the other 6 takes.
     forward = counter.flop_counts["Global"][flash]
     found["attention"] = 6 / 2 / 2 * forward
-    found["products"] = counter.get_total_flops() - 7 / 2 * forward
+    found["counted"] = counter.get_total_flops()
+    found["products"] = found["counted"] - 7 / 2 * forward
     return model, {kind: n / ids.numel() for kind, n in found.items()}
 
 

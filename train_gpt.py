@@ -192,29 +192,23 @@ class Knob:
         return self.reach in ("model", "scoring")
 
 
-def knob_of_reach(reach: str) -> Callable[..., Any]:
-    """Make the function that declares settings of this reach; see Knob."""
-
-    def declare(
-        default: object,
-        accepts: tuple,
-        meaning: str,
-        *,
-        absent: object = UNSAID,
-        tries: tuple = (),
-    ) -> Any:
-        """Make a dataclass field that carries a Knob; see Knob for the arguments."""
-        return field(
-            default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)}
-        )
-
-    return declare
+def knob(
+    reach: str,
+    default: object,
+    accepts: tuple,
+    meaning: str,
+    *,
+    absent: object = UNSAID,
+    tries: tuple = (),
+) -> Any:
+    """Declare a setting: a dataclass field that carries a Knob; see Knob for the arguments."""
+    return field(default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)})
 
 
-run_knob = knob_of_reach("run")
-training_knob = knob_of_reach("training")
-model_knob = knob_of_reach("model")
-scoring_knob = knob_of_reach("scoring")
+run_knob = functools.partial(knob, "run")
+training_knob = functools.partial(knob, "training")
+model_knob = functools.partial(knob, "model")
+scoring_knob = functools.partial(knob, "scoring")
 
 Checks = Iterator[tuple[object, str]]  # pairs of a condition and the complaint if it is false
 
@@ -265,8 +259,8 @@ def show_setting(value: object) -> str:
 class LimitedSettings:
     """A view of Config that refuses to show settings outside the given reaches; see Knob.
 
-    The network reads its settings through it. If it could depend on a setting that does not
-    travel in the artifact, it would train and export, and could then not be rebuilt.
+    The network reads its settings through it: one that depended on a setting that does not travel
+    in the artifact would train and export, and then could not be rebuilt.
     """
 
     def __init__(self, cfg: Config, reaches: tuple[str, ...], reader: str) -> None:
@@ -311,9 +305,7 @@ class RunSettings(Part):
     runs_dir: str = run_knob("runs", (), "Make run folders in this folder.")
     seed: int = training_knob(1337, (0, 2**31 - 1), "Seed the initial weights and the data order.")
     attention: str = run_knob(
-        "auto",
-        ("auto", "fa3", "sdpa"),
-        "Use this attention kernel: auto takes FlashAttention-3 where it works, else torch's.",
+        "auto", ("auto", "fa3", "sdpa"), "Attend by FlashAttention-3 or torch; auto tries both."
     )
     compile: str = run_knob(
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
@@ -358,10 +350,7 @@ class BudgetSettings(Part):
 
     iterations: int = training_knob(20000, (1, 10**8), "Train for at most this many steps.")
     max_wallclock_seconds: float = training_knob(
-        600.0,
-        (0.0, 1e7),
-        "Bound training and calibration to this many seconds; 0 leaves it to ITERATIONS or "
-        "MAX_TRAIN_TFLOPS to end the run.",
+        600.0, (0.0, 1e7), "Bound training and calibration to this many seconds; 0 does not."
     )
     max_train_tflops: float = training_knob(
         0.0,
@@ -544,10 +533,7 @@ class Ranks:
         return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
 
     def scatter_sum(self, stack: Tensor) -> Callable[[], Tensor]:
-        """Start to sum a stack (n, ...) over ranks.
-
-        Returns a function that waits for the sum and gives this rank's part (m, ...).
-        """
+        """Start to sum a stack (n, ...) over ranks; call the result to get this rank's part."""
         if self.world_size == 1:
             return lambda: stack
         if self.num_parts == 1:
@@ -558,10 +544,7 @@ class Ranks:
         return waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
 
     def gather(self, part: Tensor) -> Callable[[], Tensor]:
-        """Start to gather all ranks' parts (m, ...).
-
-        Returns a function that waits for them and gives the padded stack (num_parts m, ...).
-        """
+        """Start to gather all ranks' parts (m, ...); call the result to get the padded stack."""
         if self.num_parts == 1:
             return lambda: part
         whole = part.new_empty(self.num_parts * len(part), *part.shape[1:])
@@ -581,10 +564,7 @@ class Ranks:
                 dist.broadcast(parameter.data, src=0)
 
     def copy_of(self, own: Tensor | None, owner: int, shape: tuple[int, ...]) -> Tensor:
-        """Return rank `owner`'s float32 tensor, in host memory, on every rank.
-
-        own: the tensor on the owner; the other ranks have none and know its shape only.
-        """
+        """Return on every rank, in host memory, the float32 tensor that is `own` on the owner."""
         if self.world_size == 1:
             assert own is not None
             return own
@@ -794,10 +774,7 @@ class RunFolder:
                 file.write(text)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Write template.format(**facts) to console and log.txt, and the facts to metrics.jsonl.
-
-        An empty template writes no line, an empty event nothing to metrics.jsonl.
-        """
+        """Log template.format(**facts), unless empty, and add an event's facts to metrics.jsonl."""
         if not self.ranks.is_main:
             return
         if template:
@@ -982,10 +959,7 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> Iterator[Run]:
-        """Join the other ranks and install signal handlers; undo both at the end of the block.
-
-        Any exception but Refusal becomes one line on the console and SystemExit(EXIT_FAILED).
-        """
+        """Join the other ranks and handle signals until the block ends; tell of its failure."""
         run = cls(cfg, *join_ranks(cfg))
         before = handle_end_signals(run.on_signal)
         if before:
@@ -1052,10 +1026,7 @@ class Run:
         return pinned.to(self.device, non_blocking=True)
 
     def fetch(self, x: Tensor) -> Callable[[], list[float]]:
-        """Start to copy `x` to the host.
-
-        Returns a function that waits for the copy, and for no later work, and gives the numbers.
-        """
+        """Start to copy `x` to the host; call the result to wait for that and get the numbers."""
         if self.device.type != "cuda":
             return x.tolist
         host = x.to("cpu", non_blocking=True)
@@ -1103,10 +1074,7 @@ class Run:
 
 
 def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, on_host: int) -> None:
-    """Raise Refusal if the launcher's variables contradict each other.
-
-    on_host: how many of the world's processes run on this host, LOCAL_WORLD_SIZE.
-    """
+    """Raise Refusal if the launcher contradicts itself; on_host is its LOCAL_WORLD_SIZE."""
     if rank >= world_size:
         raise Refusal(
             f"RANK={rank}, WORLD_SIZE={world_size}: ranks go from 0 to WORLD_SIZE - 1; start "
@@ -1227,12 +1195,10 @@ class DataSettings(Part):
         "./data/datasets/fineweb10B_sp1024", (), "Read training and validation shards from here."
     )
     tokenizer_path: str = run_knob(
-        "./data/tokenizers/fineweb_1024_bpe.model", (), "Read the shards' SentencePiece model here."
+        "./data/tokenizers/fineweb_1024_bpe.model", (), "Tokenize with this SentencePiece model."
     )
     loader: str = training_knob(
-        "shuffled",
-        ("shuffled", "sequential"),
-        "Read training rows in an order shuffled each epoch, or one after the other.",
+        "shuffled", ("shuffled", "sequential"), "Read training rows in this order."
     )
     train_batch_tokens: int = training_knob(
         786432, (2, 1 << 30), "Train on this many tokens a step, over all ranks."
@@ -1247,9 +1213,7 @@ class DataSettings(Part):
         tries=(5,),
     )
     micro_batch_seqs: int = training_knob(
-        0,
-        (0, 1 << 20),
-        "Take this many rows in one forward and backward; 0 takes 98,304 tokens, 8,192 on a CPU.",
+        0, (0, 1 << 20), "Take this many rows a forward; 0: 98,304 tokens, on a CPU 8,192."
     )
 
     @property
@@ -1527,7 +1491,7 @@ def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarra
     return prefixes
 
 
-# CaseOps: the tokenizer knows words in lower case only. Marks say where the text has capitals,
+# CaseOps: some tokenizers know words in lower case only. Marks say where the text has capitals,
 # and a file beside the shards says how many bytes of the original text each token stands for.
 # (parameter-golf, lossless_caps_caseops_v1; data/caseops.py has the definition)
 TITLE, ALLCAPS, CAPNEXT, ESC = MARKS = "\ue001\ue002\ue003\ue004"
@@ -1630,8 +1594,8 @@ def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentenceP
     sha256 = sha256_of(path)
     if sha256 != recorded["sha256"]:
         raise Refusal(
-            f"TOKENIZER_PATH={path} (sha256 {sha256[:12]}) is not the "
-            f"shards' tokenizer, sha256 {recorded['sha256'][:12]}"
+            f"TOKENIZER_PATH={path} (sha256 {sha256[:12]}) is not the shards' tokenizer, "
+            f"sha256 {recorded['sha256'][:12]}: give the one that they were made with"
         )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -1664,7 +1628,7 @@ def bytes_by_file(paths: list[Path]) -> np.ndarray:
     """How many bytes of the original text each token of the shards stands for: uint16 (N,)."""
     counts = []
     for path in paths:
-        counts.append(open_shard(byte_shard(path), 1 << 16))
+        counts.append(open_shard(byte_shard(path), 1 << 16))  # counts, not ids: none is refused
         if byte_shard(path).stat().st_size != path.stat().st_size:
             raise Refusal(
                 f"{byte_shard(path)} counts the bytes of {len(counts[-1]):,} tokens, and "
@@ -1687,10 +1651,7 @@ def published_accounting(sidecar: dict) -> str:
 def read_split(
     cfg: Config, sidecar: dict, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the validation tokens and the bytes of each, both uint16 (N,).
-
-    Raises Refusal if the files are not those that the sidecar records.
-    """
+    """Read the validation tokens and the bytes of each, both uint16 (N,); raises Refusal."""
     paths = shard_paths(cfg.data_path, "val")
     files = [*paths, *map(byte_shard, paths)] if sidecar["counted_by_file"] else paths
     if {path.name: sha256_of(path) for path in files if path.is_file()} != sidecar["files"]:
@@ -1828,10 +1789,7 @@ class Pieces:
 
 
 def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
-    """Read a tokenizer's model file: the processor does not tell which pieces are user-defined.
-
-    The numbers are those of fields in sentencepiece_model.proto.
-    """
+    """Read a tokenizer's model file, whose fields are numbered in sentencepiece_model.proto."""
     texts, scores, kinds = [], [], []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -2106,7 +2064,7 @@ class ShapeSettings(Part):
 
     vocab_size: int = model_knob(1024, (4, 65536), "Expect a tokenizer with this many pieces.")
     num_layers: int = model_knob(11, (1, 64), "Stack this many transformer blocks.")
-    model_dim: int = model_knob(512, (8, 8192), "Make the residual stream this wide.")
+    model_dim: int = model_knob(512, (8, 8192), "Give the residual stream this many channels.")
     num_heads: int = model_knob(8, (1, 128), "Use this many query heads, a divisor of MODEL_DIM.")
     num_kv_heads: int = model_knob(
         4, (1, 128), "Use this many key and value heads, a divisor of NUM_HEADS."
@@ -2139,9 +2097,7 @@ class ShapeSettings(Part):
         False, (), "Give the initial token embedding singular values that fall as k^(-1/2)."
     )
     proj_init: str = training_knob(
-        "zero",
-        ("zero", "ortho_mup"),
-        "Start output projections at zero, or orthogonal times 1/sqrt(2 NUM_LAYERS).",
+        "zero", ("zero", "ortho_mup"), "Start output projections at zero or scaled orthogonal."
     )
 
     @property
@@ -2178,19 +2134,17 @@ class TokenSettings(Part):
         "token's first GATE_WINDOW channels, before that norm (input).",
         absent="channel",
     )
-    smear_bos_mask: bool = model_knob(True, (), "Stop SmearGate at the start of a document.")
+    smear_bos_mask: bool = model_knob(True, (), "Keep SmearGate's blend within documents.")
     bigram_vocab_size: int = model_knob(
         3072, (0, 1 << 20), "Embed token pairs in this many hash buckets (BigramHash); 0: none."
     )
     bigram_hash: str = model_knob(
         "xor", ("xor", "sum"), "Join the two tokens of a pair by XOR or sum; see BigramHash."
     )
-    bigram_dim: int = model_knob(112, (1, 8192), "Make BigramHash's embeddings this wide.")
-    bigram_bos_mask: bool = model_knob(True, (), "Stop BigramHash at the start of a document.")
+    bigram_dim: int = model_knob(112, (1, 8192), "Give a BigramHash bucket this many channels.")
+    bigram_bos_mask: bool = model_knob(True, (), "Keep BigramHash's pairs within documents.")
     bigram_init: str = training_knob(
-        "zero_embed",
-        ("zero_embed", "zero_proj"),
-        "Start BigramHash without effect, by zeros in its embedding or in its projection.",
+        "zero_embed", ("zero_embed", "zero_proj"), "Start this factor of BigramHash at zero."
     )
 
     @staticmethod
@@ -2270,7 +2224,7 @@ class ValueSettings(Part):
         "off", ("off", "add", "mix"), "Add layer 0's values to later layers' (VRL), or mix them in."
     )
     ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to VE_LAYERS' values.")
-    ve_dim: int = model_knob(128, (1, 8192), "Make the table of value embeddings this wide.")
+    ve_dim: int = model_knob(128, (1, 8192), "Give the value embedding's table this many channels.")
     ve_layers: str = model_knob(
         "9,10", (), "Use value embeddings in these layers, counted from 0, comma-separated."
     )
@@ -2306,8 +2260,8 @@ class DepthSettings(Part):
         absent=0,
         tries=(2,),
     )
-    loop_start: int = model_knob(3, (0, 63), "Begin the loop with this layer.", absent=3)
-    loop_end: int = model_knob(5, (0, 63), "End the loop with this layer, inclusive.", absent=5)
+    loop_start: int = model_knob(3, (0, 63), "Begin the loop with this layer (from 0).", absent=3)
+    loop_end: int = model_knob(5, (0, 63), "End the loop with this layer (from 0).", absent=5)
     enable_looping_at: float = training_knob(
         0.35, (0.0, 1.0), "Begin to loop after this fraction of the run."
     )
@@ -2337,9 +2291,7 @@ class StreamSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("BACKOUT_",)
 
     skip_per_dim: str = model_knob(
-        "1",
-        ("0", "1", "off"),
-        "Weigh each U-Net skip by a number for each channel (1), by one number (0), or skip none.",
+        "1", ("0", "1", "off"), "Weigh a U-Net skip by channel (1) or by one number; or have none."
     )
     skip_gates: bool = model_knob(
         False, (), "Blend each skip with the stream by a learned gate.", absent=False
@@ -2548,10 +2500,7 @@ def of_kind(kind: Kind, parameter: Made) -> Made:
 
 
 def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
-    """The kind of each parameter, by name.
-
-    Raises Refusal for a parameter without a kind, or whose shape does not fit its kind.
-    """
+    """The kind of each parameter by name; raises Refusal if it has none, or another one's shape."""
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = vars(parameter).get("kind")
@@ -2586,7 +2535,7 @@ def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Adapters:
+class RowDeltas:
     """Low-rank deltas for the rows of a batch (LoRA, arXiv:2106.09685).
 
     In each layer q, k and v add to these projections; o and mlp lead from the normed input of
@@ -2660,10 +2609,7 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_i <- (1 - s) x_i + s x_{i-1}, s = sigmoid(gate), x_{-1} = 0.
-
-    With SMEAR_BOS_MASK s is 0 at BOS.
-    """
+    """x_i <- (1 - s) x_i + s x_{i-1}, x_{-1} = 0, s = sigmoid(gate), or 0 at a masked BOS."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2975,10 +2921,7 @@ class Attention(nn.Module):
         first_v: Tensor | None,
         delta: Delta | None = None,
     ) -> Tensor:
-        """The values W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897).
-
-        x: (B, T, D); extra_v, first_v and result: (B, T, G*K).
-        """
+        """W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897): (B, T, G*K)."""
         v = self.c_v(x, delta)
         if extra_v is not None:
             v = v + extra_v
@@ -3008,10 +2951,7 @@ class Attention(nn.Module):
         inside: Tensor | None = None,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Tensor:
-        """x: (B, T, D) -> (B, T, D).
-
-        extra_v is added to the values, and first_v are layer 0's: both (B, T, G*K), or None.
-        """
+        """x: (B, T, D) -> (B, T, D); added to the values, and layer 0's values: (B, T, G*K)."""
         q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
         v = self.values(x, extra_v, first_v, deltas.get("v"))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
@@ -3064,7 +3004,7 @@ class Context:
     extra_v: dict[int, Tensor]  # by place: what is added to the layer's values, (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
     inside: Tensor | None = None  # the documents, for attention_inside()
-    adapters: Adapters | None = None
+    row_deltas: RowDeltas | None = None
     outputs: list[Lanes] = field(default_factory=list)  # by place: the stream after that layer
 
 
@@ -3180,7 +3120,7 @@ def add_first_values(model: GPT, context: Context) -> None:
     """Compute layer 0's values and put them where the other layers read them (VRL)."""
     # By VRL_MODE=mix they include layer 0's value embedding, by VRL_MODE=add they do not.
     own_extra = context.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
-    deltas = NO_DELTAS if context.adapters is None else context.adapters.layers[0]
+    deltas = NO_DELTAS if context.row_deltas is None else context.row_deltas.layers[0]
     block: Any = model.blocks[0]
     x = rms_norm(block.mixed(context.x0, context.x0), context.plan[0].depth_scale)
     first_v = block.attn.values(x, own_extra, None, deltas.get("v"))
@@ -3265,7 +3205,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
-        adapters: Adapters | None = None,
+        row_deltas: RowDeltas | None = None,
     ) -> Context:
         """Prepare what the layers read beside the stream, from ids (B, T) and x0 (B, T, D)."""
         first, row_length = self.row_place or (0, input_ids.size(1))
@@ -3276,7 +3216,7 @@ class GPT(nn.Module):
             x0=x0,
             rotation=(cos, sin),
             extra_v={},
-            adapters=adapters,
+            row_deltas=row_deltas,
         )
         if documents is not None:
             in_graph = torch.compiler.is_compiling() or self.compiled_block is not None
@@ -3301,8 +3241,8 @@ class GPT(nn.Module):
         extra_v, first_v = context.extra_v.get(place), context.first_v
         rotation, inside = context.rotation, context.inside
         inputs = ((x, second), context.x0, read, rotation, extra_v, first_v, inside, weights)
-        if context.adapters is not None:
-            return block(*inputs, layer.depth_scale, context.adapters.layers[place])
+        if context.row_deltas is not None:
+            return block(*inputs, layer.depth_scale, context.row_deltas.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
             return block(*inputs, layer.depth_scale)
         # The scale is a tensor here: each new number would compile another block.
@@ -3314,7 +3254,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
-        adapters: Adapters | None = None,
+        row_deltas: RowDeltas | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last layer.
 
@@ -3322,7 +3262,7 @@ class GPT(nn.Module):
         `looping` each block is executed once, as before ENABLE_LOOPING_AT.
         """
         x = self.embedded(input_ids)
-        context = self.context(input_ids, x, documents, boundaries, looping, adapters)
+        context = self.context(input_ids, x, documents, boundaries, looping, row_deltas)
         lanes: Lanes = x, None
         for place in range(len(context.plan)):
             lanes = self.layer(place, lanes, context)
@@ -3349,10 +3289,12 @@ class GPT(nn.Module):
         return logits + F.embedding(input_ids, self.penalty)
 
     def hidden_at_targets(
-        self, batch: Batch, looping: bool = True, adapters: Adapters | None = None
+        self, batch: Batch, looping: bool = True, row_deltas: RowDeltas | None = None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, D) and input ids (B, S) where the batch has targets."""
-        hidden = self.hidden(batch.input_ids, batch.documents, batch.boundaries, looping, adapters)
+        hidden = self.hidden(
+            batch.input_ids, batch.documents, batch.boundaries, looping, row_deltas
+        )
         if batch.places is None:
             return hidden, batch.input_ids
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
@@ -3414,8 +3356,7 @@ def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
 def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
     """Weights of the MiLe loss, max((1 - e^-entropy)^gamma, clamp_min): (..., V) -> (...).
 
-    gamma is a tensor, so that its schedule recompiles no graph; None gives weights of 1. Source:
-    arXiv:2310.19531.
+    Without gamma they are 1. Source: arXiv:2310.19531.
     """
     if gamma is None:
         return torch.ones_like(logits.select(-1, 0))
@@ -3475,10 +3416,7 @@ class RateSettings(Part):
         3500, (0, 10**8), "Let the rates decay to 0 over this many steps at the end of the run."
     )
     warmdown_frac: float = training_knob(
-        0.0,
-        (0.0, 1.0),
-        "If above 0, let the rates decay over this last fraction of the run, instead of over "
-        "WARMDOWN_ITERS.",
+        0.0, (0.0, 1.0), "If above 0, decay over this last fraction, not over WARMDOWN_ITERS."
     )
     warmdown_type: str = training_knob(
         "linear", ("linear", "cosine"), "Let the rates decay along a line or half a cosine."
@@ -3904,10 +3842,7 @@ def decay_left(scale: float, shape: str) -> float:
 
 
 def prefix_scale(remaining: float, whole: float) -> float:
-    """The factor of PREFIX_TARGET: 1 in the first third of the run, falling to 0 over the second.
-
-    remaining, whole: what is left of the run and its length, in one unit.
-    """
+    """The factor of PREFIX_TARGET: 1 for a third of the run, then falling to 0 over another."""
     if whole <= 0:
         return 0.0
     return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
@@ -4269,8 +4204,8 @@ class LossSettings(Part):
     prefix_target: float = training_knob(
         0.0,
         (0.0, 10.0),
-        "Add this weight times the nats of the longest token that begins the target to the loss "
-        "(and train_loss) for a third of the run; the weight falls to 0 over the next third.",
+        "Add to the loss, and to train_loss, this times the nats of the longest token that is a "
+        "prefix of the target, for a third of the run; the factor falls to 0 over the next third.",
         tries=(0.25,),
     )
 
@@ -4351,10 +4286,7 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
 
 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
-    """Add a micro-batch's gradient to the parameters'.
-
-    Returns its sum(w nats) and sum(w), both divided by the number of tokens in the global batch.
-    """
+    """Add a micro-batch's gradient; returns its parts of the step's mean of w nats and of w."""
     cfg = run.cfg
     # What changes from step to step is a tensor: each new number would compile another graph.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
@@ -4367,10 +4299,7 @@ def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Ru
 
 
 def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[list[Tensor]]:
-    """Sum each group's gradients over ranks; returns Muon's as this rank's parts of stacks.
-
-    The tensors of `others` are summed too, in place.
-    """
+    """Sum `others` and each group's gradients over ranks; Muon's come as this rank's parts."""
     muons = [opt for opt in optimizers if isinstance(opt, Muon)]
     for muon in muons:
         muon.launch()  # these sums are under way while the small gradients are packed and summed
@@ -4436,7 +4365,7 @@ def train_step(
 
 
 def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
-    """Raise FloatingPointError if a loss or gradient is not finite: numbers of train_step()."""
+    """Raise FloatingPointError if a number that train_step() gave is not finite, and name it."""
     if not all(map(math.isfinite, stats)):
         bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
         raise FloatingPointError(
@@ -4651,14 +4580,11 @@ class Training:
     """Everything that training changes; a checkpoint holds all of it, for any number of ranks."""
 
     def __init__(self, model: GPT, reserve: float, data: list, run: Run) -> None:
-        """reserve: what is kept of the budget for calibration, in the budget's unit.
-
-        data: what identifies the data; a checkpoint with another value is not continued.
-        """
+        """reserve: what is kept of the budget for calibration, in the budget's unit."""
         cfg = run.cfg
         self.model = model
         self.run = run
-        self.data = data
+        self.data = data  # identifies the data: a checkpoint with another value is refused
         self.step = 0  # how many steps are done
         self.saved_at = 0.0  # seconds of training at the last checkpoint
         groups = route_parameters(cfg, model)
@@ -6074,15 +6000,23 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """
     try:
         body = decompress_within(packed, codec, size)
-    except (zstandard.ZstdError, lzma.LZMAError) as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+    except Refusal:
+        raise
+    except (zstandard.ZstdError, lzma.LZMAError, *MALFORMED) as error:
+        raise Refusal(
+            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
+        ) from None
     if body is None or len(body) != size:
         raise Refusal("the artifact's body does not end where its prelude says")
     return body
 
 
 def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
-    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does."""
+    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does.
+
+    Raises Refusal if the codec is not installed, and its own error or one of MALFORMED if it cannot
+    read the packed bytes.
+    """
     if codec == "zstd":
         if zstandard.frame_content_size(packed) != size:
             return None
@@ -6099,7 +6033,7 @@ def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
     try:
         body = brotli_reader.process(packed, output_buffer_limit=size + 1)
     except brotli.error as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+        raise ValueError(error) from None
     return body if brotli_reader.is_finished() else None
 
 
@@ -6796,17 +6730,7 @@ def pack_by_range(body: bytes) -> bytes:
 
 
 def unpack_by_range(packed: bytes, size: int) -> bytes:
-    """The body of `size` bytes that pack_by_range() was given; raises Refusal otherwise."""
-    try:
-        return read_range(packed, size)
-    except MALFORMED as error:
-        raise Refusal(
-            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
-        ) from None
-
-
-def read_range(packed: bytes, size: int) -> bytes:
-    """As unpack_by_range(), but raises one of MALFORMED.
+    """The body of `size` bytes that pack_by_range() was given; or one of MALFORMED is raised.
 
     What the header promises is checked to be `size` bytes in all before any integer is decoded.
     """
@@ -8072,11 +7996,11 @@ def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.nd
 
 
 def nats_and_scores(
-    model: GPT, batch: Batch, beta: float, adapters: Adapters | None = None
+    model: GPT, batch: Batch, beta: float, row_deltas: RowDeltas | None = None
 ) -> tuple[Tensor, Tensor]:
     """Nats of the targets (B, T) to learn from, and those to score: tilted by beta to the hints."""
-    hidden, input_ids = model.hidden_at_targets(batch, adapters=adapters)
-    head = None if adapters is None else adapters.head
+    hidden, input_ids = model.hidden_at_targets(batch, row_deltas=row_deltas)
+    head = None if row_deltas is None else row_deltas.head
     logits = model.logits(hidden, input_ids, head).flatten(0, 1)
     targets = batch.target_ids.flatten()
     nats = F.cross_entropy(logits, targets, reduction="none")
@@ -8715,7 +8639,7 @@ class DocumentDeltas:
             weight_decay=self.cfg.lora_decay,
         )
 
-    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> Adapters:
+    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> RowDeltas:
         """The deltas of some of the batch's documents, as the network takes them."""
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
 
@@ -8725,7 +8649,7 @@ class DocumentDeltas:
             return down[first:end].to(dtype), (scale * up[first:end]).to(dtype)
 
         layers = [{name: given(delta) for name, delta in own.items()} for own in self.layers]
-        return Adapters(tuple(layers), None if self.head is None else given(self.head))
+        return RowDeltas(tuple(layers), None if self.head is None else given(self.head))
 
     def learn(self, loss: Tensor) -> None:
         """A step down the gradient of the loss."""
@@ -8825,9 +8749,9 @@ class DocumentScorer:
         cfg, run = self.run.cfg, self.run
         batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
         with torch.set_grad_enabled(learns):
-            adapters = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
+            row_deltas = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
             nats, scores = nats_and_scores(
-                self.model, batch.moved(run.put), cfg.ngram_tilt, adapters
+                self.model, batch.moved(run.put), cfg.ngram_tilt, row_deltas
             )
         sums = scored_sums(scores, batch)
         self.targets_left -= int(sums[1])

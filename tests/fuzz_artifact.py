@@ -487,7 +487,7 @@ def instrument(patch_code: Callable) -> None:
         train_gpt.tensor_row,
         train_gpt.cut_payload,
         train_gpt.decompress,
-        train_gpt.read_range,
+        train_gpt.unpack_by_range,
         train_gpt.decode_matrix,
         train_gpt.settings_within,
         train_gpt.rebuild_model,

@@ -440,8 +440,8 @@ class LearnsFirst(DocumentScorer):
         goes_on = torch.from_numpy(own[:, 1] - own[:, 0] > at + chunk)
         if goes_on.any():
             batch = train_gpt.chunk_batch(self.val, own, at, chunk, self.run.cfg, self.hints)
-            adapters = deltas.of_rows(first, first + len(own), torch.float32)
-            nats, _ = train_gpt.nats_and_scores(self.model, batch, 0.0, adapters)
+            row_deltas = deltas.of_rows(first, first + len(own), torch.float32)
+            nats, _ = train_gpt.nats_and_scores(self.model, batch, 0.0, row_deltas)
             deltas.learn((nats * goes_on[:, None]).sum() / chunk)
         return self.score_chunk(own, at, chunk, deltas, (first, first + len(own)))[0]
 
