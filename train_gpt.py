@@ -414,7 +414,7 @@ def say(line: str, to_stderr: bool = False) -> None:
 
 
 def lead_nowhere(stream: TextIO) -> None:
-    """Drop what is left in a stream: Python flushes it once more when it exits, and may not fail."""
+    """Drop what a stream still holds: Python flushes it when it exits, and must not fail then."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
