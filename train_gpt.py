@@ -71,7 +71,7 @@ from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
 try:
     import fcntl
@@ -410,11 +410,15 @@ def say(line: str, to_stderr: bool = False) -> None:
     except UnicodeEncodeError:
         tqdm.write(line.encode("ascii", "backslashreplace").decode(), file=stream)
     except (OSError, ValueError):
-        # Python flushes the stream's buffer once more when it exits, and must not fail then.
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+        lead_nowhere(stream)
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """Drop what a stream still holds: Python flushes it when it exits, and must not fail then."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def open_standard_streams() -> None:
@@ -813,7 +817,8 @@ class RunFolder:
         return tqdm(
             desc=label,
             leave=False,
-            disable=None if self.ranks.is_main else True,
+            # None: where stderr is no terminal. tqdm does not expect one that is closed.
+            disable=None if self.ranks.is_main and sys.stderr is not None else True,
             unit_scale=True,
             dynamic_ncols=True,
             **how,
@@ -860,6 +865,7 @@ class Ledger:
         self.calibration_tokens = 0
         self.occasions = Counter[str]()  # by technique: how often it could have acted
         self.activity = Counter[str]()  # by technique: how often it did
+        self.continued = False  # whether the process was paused since tell_pause() was called
         self.ineligible: list[str] = []  # why the run cannot stand as a record
 
     def note(self, name: str, acted: bool) -> None:
@@ -871,6 +877,12 @@ class Ledger:
         """Record a reason why the run cannot stand as a record, and warn of it."""
         self.ineligible.append(reason)
         self.folder.log(f"warning: not eligible as a record: {reason}")
+
+    def tell_pause(self, when: str) -> None:
+        """Mark the run ineligible if the process was paused since this was last asked."""
+        if self.continued:
+            self.continued = False
+            self.mark_ineligible(f"stopped and continued {when}: its clock went on meanwhile")
 
     def log_activity(self) -> None:
         """Log how often each configured technique acted; warn of any that never did."""
@@ -911,7 +923,6 @@ class Run:
         self.ledger = Ledger(self.folder)
         self.phase = "starting"  # a failure's message names the phase
         self.signals: list[int] = []  # those that have asked training to end
-        self.continued = False  # whether Ctrl-Z or a scheduler paused the process since last asked
         tokens_at_once = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
 
@@ -955,7 +966,7 @@ class Run:
             before[signal.SIGCONT] = signal.signal(signal.SIGCONT, run.on_continue)
         try:
             yield run
-        except Refusal:
+        except (Refusal, BrokenPipeError):
             raise
         except Exception as error:
             run.tell_failure(error)
@@ -995,8 +1006,8 @@ class Run:
         self.signals.append(number)
 
     def on_continue(self, number: int, frame: FrameType | None) -> None:
-        """Note that the process was paused and now continues."""
-        self.continued = True
+        """Note that the process was paused, by Ctrl-Z or a scheduler, and now continues."""
+        self.ledger.continued = True
 
     def stop(self, number: int, situation: str) -> None:
         """End the process because of a signal."""
@@ -1347,6 +1358,10 @@ class TrainingRows:
         total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
         self.scan_tokens = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
         self.shards = paths
+        self.most_open = OPEN_SHARDS
+        may_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if may_open != resource.RLIM_INFINITY:  # half of them is left to everything else
+            self.most_open = min(OPEN_SHARDS, may_open // 2)
         self.opened: dict[int, np.memmap] = {}  # by number; the one opened first comes first
         self.seq_len = cfg.train_seq_len
         self.seed = cfg.seed
@@ -1394,9 +1409,9 @@ class TrainingRows:
         return np.concatenate(found)
 
     def keep_open(self, number: int, tokens: np.memmap) -> None:
-        """Keep a shard mapped; beyond OPEN_SHARDS of them, drop the one opened first."""
+        """Keep a shard mapped; when there are too many, drop the one opened first."""
         self.opened[number] = tokens
-        if len(self.opened) > OPEN_SHARDS:
+        if len(self.opened) > self.most_open:
             del self.opened[next(iter(self.opened))]
 
     def tokens_of(self, number: int) -> np.memmap:
@@ -4736,11 +4751,7 @@ class Training:
 
     def save_if_asked(self, seconds: float) -> None:
         """Write a checkpoint if one is due, or if a signal asks the run to end, and then end it."""
-        if self.run.continued:
-            self.run.continued = False
-            self.run.ledger.mark_ineligible(
-                f"stopped and continued before step {self.step + 1}: its clock went on meanwhile"
-            )
+        self.run.ledger.tell_pause(f"before step {self.step + 1}")
         every = self.run.cfg.checkpoint_seconds
         # All ranks use the agreed number: run.signal may change on any of them at any time.
         asked = int(self.run.ranks.largest(self.run.signal))
@@ -10181,6 +10192,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     )
     if (used := run.ledger.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
         run.ledger.mark_ineligible(f"training and calibration took {used:.1f} s")
+    run.ledger.tell_pause("after training")
     run.folder.log(
         "eligible:{eligible} {reasons}",
         "eligibility",
@@ -10296,9 +10308,14 @@ def locate_validation(cfg: Config, header: dict) -> Config:
             if read_sidecar(folder)["fingerprint"] == header["validation"]:
                 break
     else:
+        also = ""
+        try:
+            locate_tokenizer(cfg, header)
+        except Refusal as refusal:  # all that is missing is said at once
+            also = f"; and {refusal}"
         raise Refusal(
             f"no validation split with fingerprint {header['validation'][:12]} in "
-            f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py"
+            f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py{also}"
         )
     return replace(locate_tokenizer(cfg, header), data_path=folder)
 
@@ -10376,6 +10393,7 @@ def main(arguments: list[str]) -> int:
     except Refusal as refusal:
         code, said = EXIT_REFUSED, str(refusal)
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        lead_nowhere(sys.stdout)
         return EXIT_FAILED
     except OSError as error:
         code, said = EXIT_FAILED, str(error)
