@@ -310,6 +310,13 @@ class RunSettings(Part):
     compile: str = run_knob(
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
     )
+    cpu_bf16: str = training_knob(
+        "auto",
+        ("auto", "0", "1"),
+        "Multiply matrices in bfloat16 where a CPU trains, all else in float32; auto does where "
+        "the processor can and a trial takes less time, and not in runs by steps or by counted "
+        "work, which repeat to the bit.",
+    )
     resume: bool = run_knob(False, (), "Continue from the last checkpoint of RUN_ID, if any.")
     init_from: str = run_knob(
         "", (), "Start from the weights of another run: its artifact.bin or a checkpoint."
@@ -338,6 +345,10 @@ class RunSettings(Part):
         yield (
             re.fullmatch(r"[\w.-]{0,100}", cfg.run_id) and cfg.run_id not in (".", ".."),
             "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'",
+        )
+        yield (
+            cfg.cpu_bf16 != "1" or cfg.compile != "1",
+            "CPU_BF16=1 is for training that COMPILE=1 does not compile",
         )
         yield cfg.run_id or not cfg.resume, "RESUME needs the RUN_ID of the run to go on with"
 
@@ -921,6 +932,7 @@ class Run:
         )
         self.folder = RunFolder(cfg, self.ranks)
         self.ledger = Ledger(self.folder)
+        self.products = self.dtype  # the type in which training multiplies matrices
         self.phase = "starting"  # a failure's message names the phase
         self.signals: list[int] = []  # those that have asked training to end
         tokens_at_once = 98_304 if device.type == "cuda" else 8_192
@@ -2336,6 +2348,21 @@ BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether the functions of "Faster on a CPU" are for these activations."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def product(x: Tensor, weight: Tensor, in_bf16: bool = False) -> Tensor:
+    """W x in the type of x, (..., in) and (out, in) -> (..., out).
+
+    With `in_bf16`, training on a CPU multiplies in bfloat16, for the gradients too.
+    """
+    if in_bf16 and trains_on_cpu(x):
+        return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
+    return F.linear(x, like(weight, x))
+
+
 def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """scale x / sqrt(mean(x^2) + eps) over the last dimension."""
     if x.device.type == "cpu":
@@ -2553,17 +2580,27 @@ NO_DELTAS: dict[str, Delta] = {}
 class Linear(nn.Linear):
     """A matrix product without bias; its float32 weight is cast to the activations' type."""
 
+    in_bf16 = False  # see multiply_in_bf16()
+
     def __init__(self, width_in: int, width_out: int, kind: Kind) -> None:
         super().__init__(width_in, width_out, bias=False)
         of_kind(kind, self.weight)
 
     def forward(self, x: Tensor, delta: Delta | None = None) -> Tensor:
         """(B, T, in) -> (B, T, out); a delta adds to the weight, for each row a different one."""
-        return with_delta(F.linear(x, like(self.weight, x)), x, delta)
+        return with_delta(product(x, self.weight, self.in_bf16), x, delta)
+
+    def with_gain(self, y: Tensor, gain: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
+        """gain (W y + B A x), of y (B, T, in) and what the delta looks at: (B, T, out)."""
+        if delta is None and trains_on_cpu(y):  # a weight has fewer rows than the stream
+            return product(y, gain.unsqueeze(1) * self.weight, self.in_bf16)
+        return like(gain, y) * with_delta(self(y), x, delta)
 
 
 class Table(nn.Embedding):
     """An embedding: a row of numbers for each token or bucket."""
+
+    in_bf16 = False  # see Linear, where it is the head too
 
     def __init__(self, num_rows: int, width: int, kind: Kind) -> None:
         super().__init__(num_rows, width)
@@ -2923,7 +2960,10 @@ class Attention(nn.Module):
         delta: Delta | None = None,
     ) -> Tensor:
         """W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897): (B, T, G*K)."""
-        v = self.c_v(x, delta)
+        return self.mixed_values(self.c_v(x, delta), extra_v, first_v)
+
+    def mixed_values(self, v: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
+        """What values() makes of W x, (B, T, G*K)."""
         if extra_v is not None:
             v = v + extra_v
         if self.vr_lambda is not None:
@@ -2946,21 +2986,46 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        gain: Tensor,
         rotation: tuple[Tensor, Tensor],
         extra_v: Tensor | None,
         first_v: Tensor | None,
         inside: Tensor | None = None,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Tensor:
-        """x: (B, T, D) -> (B, T, D); added to the values, and layer 0's values: (B, T, G*K)."""
-        q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
-        v = self.values(x, extra_v, first_v, deltas.get("v"))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-        q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
-        y = self.attend(q, rotate(rms_norm(k), rotation), v, inside)
-        if self.exclusive:
-            y = exclude_own_value(y, v)
-        return with_delta(self.proj(self.gated(y, x).flatten(2)), x, deltas.get("o"))
+        """x: (B, T, D) -> (B, T, D), times a gain (D,).
+
+        Added to the values, and layer 0's values: (B, T, G*K).
+        """
+        if inside is None and not deltas and HeadsAttention.takes(x, self.kernel):
+            y = self.on_cpu(x, rotation, extra_v, first_v)
+        else:
+            q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
+            v = self.values(x, extra_v, first_v, deltas.get("v"))
+            q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+            q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
+            y = self.attend(q, rotate(rms_norm(k), rotation), v, inside)
+            if self.exclusive:
+                y = exclude_own_value(y, v)
+        return self.proj.with_gain(self.gated(y, x).flatten(2), gain, x, deltas.get("o"))
+
+    def on_cpu(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        extra_v: Tensor | None,
+        first_v: Tensor | None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, H, K) in training on a CPU: one product, and HeadsAttention."""
+        K, order = self.head_dim, pairs_together(rotation[0].size(-1), self.head_dim)
+        turning = torch.cat([self.c_q.weight, self.c_k.weight])
+        turning = turning.unflatten(0, (-1, K)).index_select(1, order).flatten(0, 1)
+        both = product(x, torch.cat([turning, self.c_v.weight]), self.c_v.in_bf16)
+        qk, v = both.split([len(turning), len(self.c_v.weight)], dim=-1)
+        v = self.mixed_values(v, extra_v, first_v)
+        qk, v = (y.unflatten(-1, (-1, K)) for y in (qk, v))
+        products = torch.bfloat16 if self.c_v.in_bf16 else x.dtype
+        return HeadsAttention.apply(qk, v, self.q_gain, *rotation, self.exclusive, products)
 
 
 class MLP(nn.Module):
@@ -2972,10 +3037,10 @@ class MLP(nn.Module):
         self.proj = Linear(cfg.mlp_dim, cfg.model_dim, replace(MLP_MATRIX, start=start_output))
         self.slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0.0
 
-    def forward(self, x: Tensor, deltas: dict[str, Delta] = NO_DELTAS) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        y = self.proj(SquaredLeaky.apply(self.fc(x), self.slope))
-        return with_delta(y, x, deltas.get("mlp"))
+    def forward(self, x: Tensor, gain: Tensor, deltas: dict[str, Delta] = NO_DELTAS) -> Tensor:
+        """(B, T, D) -> (B, T, D), times a gain (D,)."""
+        hidden = SquaredLeaky.apply(self.fc(x), self.slope)
+        return self.proj.with_gain(hidden, gain, x, deltas.get("mlp"))
 
 
 Lanes = tuple[Tensor, Tensor | None]  # the residual stream as one or two tensors (B, T, D)
@@ -3059,15 +3124,14 @@ class Block(nn.Module):
         weights: how two lanes are combined, see two_lanes(). scale: factor of normed inputs.
         """
         x, second = lanes
-        attn_gain, mlp_gain = like(self.attn_scale, x), like(self.mlp_scale, x)
         mixed = self.mixed(x, x0)
         u = rms_norm(mixed if read is None else self.mixed(read, x0), scale)
-        attended = attn_gain * self.attn(u, rotation, extra_v, first_v, inside, deltas)
+        attended = self.attn(u, self.attn_scale, rotation, extra_v, first_v, inside, deltas)
         if second is not None and weights is not None:
-            mlp_output = mlp_gain * self.mlp(rms_norm(second, scale), deltas)
+            mlp_output = self.mlp(rms_norm(second, scale), self.mlp_scale, deltas)
             return two_lanes(x, second, attended, mlp_output, *weights)
         x = mixed + attended
-        return x + mlp_gain * self.mlp(rms_norm(x, scale), deltas), None
+        return x + self.mlp(rms_norm(x, scale), self.mlp_scale, deltas), None
 
 
 def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -3322,7 +3386,9 @@ class GPT(nn.Module):
         if by_hand and hidden.requires_grad:
             loss = (self.cfg.logit_softcap, mile_gamma, clamp_min)
             mask = (input_ids, self.penalty)
-            return HeadNats.apply(hidden, self.head.weight, targets, *loss, *mask, prefixes)
+            head = self.head.weight
+            products = torch.bfloat16 if self.head.in_bf16 else None
+            return HeadNats.apply(hidden, head, targets, *loss, *mask, prefixes, products)
         logits = self.logits(hidden, input_ids)
         nats = target_nats(logits, targets)
         if prefixes is not None:
@@ -3636,11 +3702,13 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
     tall = matrices.size(-2) > matrices.size(-1)
     X = matrices.mT if tall else matrices
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X.reshape(-1, *X.shape[-2:])  # as baddbmm() takes them
     for step in range(steps):
         a, b, c = rows[min(step, len(rows) - 1)]
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+        A = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, A, X, beta=a)
+    return (X.mT if tall else X).view_as(matrices)
 
 
 def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
@@ -4238,6 +4306,7 @@ class AverageSettings(Part):
     )
 
 
+LEAST_GAIN = 0.05  # share of a pass that products in bf16 must save
 REPLICA_CHECK_STEPS = 100  # steps between checks that all ranks hold the same weights
 # On a CPU, blocks are compiled if they should save this share of the run's seconds, and that is
 # more than compiling may take.
@@ -4402,6 +4471,51 @@ def fit_micro_batch(
         run.folder.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
 
 
+def has_bf16_products() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def multiply_in_bf16(model: GPT, wanted: bool, run: Run) -> None:
+    """Let training's products, and Muon's that are made after this, be of bfloat16, or float32.
+
+    Parameters, their gradients, the stream, norms, softmax and loss stay in float32.
+    """
+    run.products = torch.bfloat16 if wanted else run.dtype
+    for module in model.modules():
+        if isinstance(module, Linear | Table):
+            module.in_bf16 = wanted
+
+
+def pick_products(
+    forward: Forward, model: GPT, rows: TrainingRows, moment: Moment, run: Run
+) -> None:
+    """Choose the type of training's products on a CPU, see CPU_BF16."""
+    wanted = run.cfg.cpu_bf16
+    if run.device.type != "cpu" or run.compiled or wanted == "0":
+        return
+    if wanted == "auto" and (run.cfg.step_driven or not has_bf16_products()):
+        return
+    times: dict[bool, list[float]] = {False: [], True: []}
+    batch = rows.batch(0, min(run.micro_batch_rows, run.cfg.rows_per_step))
+    for in_bf16 in [False, True] * 4:
+        multiply_in_bf16(model, in_bf16, run)
+        start = time.perf_counter()
+        backward(forward, model, batch, moment, run)
+        times[in_bf16].append(time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+    before, after = (min(times[in_bf16]) for in_bf16 in (False, True))
+    quicker = run.ranks.largest(after / before) < 1.0 - LEAST_GAIN
+    multiply_in_bf16(model, quicker or wanted == "1", run)
+    run.folder.log(
+        "products in bf16:{kept} pass:{before:.1f}ms->{after:.1f}ms",
+        "products",
+        kept="yes" if run.products == torch.bfloat16 else "no",
+        before=1e3 * before,
+        after=1e3 * after,
+    )
+
+
 def compile_blocks(
     forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment], run: Run
 ) -> None:
@@ -4470,8 +4584,9 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
         for qat in qat_states
     ]
     fit_micro_batch(forward, model, rows, moments[-1], run)
+    pick_products(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(moments)) if run.compiled else len(moments)
-    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run.ranks)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.products, run.ranks)
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.folder.log(f"warmup_step:{step + 1}/{steps}")
@@ -4589,7 +4704,7 @@ class Training:
         self.step = 0  # how many steps are done
         self.saved_at = 0.0  # seconds of training at the last checkpoint
         groups = route_parameters(cfg, model)
-        self.optimizers = build_optimizers(cfg, groups, run.dtype, run.ranks)
+        self.optimizers = build_optimizers(cfg, groups, run.products, run.ranks)
         self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
         queued_steps = int(run.device.type == "cuda")
@@ -9213,6 +9328,136 @@ class RmsNorm(torch.autograd.Function):
         return torch.addcmul(grad, along, x, value=-1).mul_(ctx.scale * r), None
 
 
+class HeadsAttention(torch.autograd.Function):
+    """What Attention does between its products, on a CPU, with few passes over memory.
+
+    Of a head's query x: z = R x / rms(x), with R the rotation, and q = gain z / sqrt(K). Keys are
+    the same without gain and 1 / sqrt(K). P = softmax(q k^T) up to a query's own place, o = P v,
+    and y = o - a v, a = o.v / v.v, where attention is exclusive. See rotate(), sdpa_attention() and
+    exclude_own_value(). Channels that rotate together are neighbours here, one complex number.
+
+    Queries go through in blocks, each with the keys up to its end. P is kept for the backward, so
+    that memory grows with T^2: LONGEST bounds T.
+    """
+
+    QUERIES, LONGEST = 64, 512
+
+    @staticmethod
+    def takes(x: Tensor, kernel: AttentionKernel) -> bool:
+        """Whether it stands in for this kernel at a layer's inputs (B, T, D)."""
+        return trains_on_cpu(x) and kernel is sdpa_attention and x.size(1) <= HeadsAttention.LONGEST
+
+    @staticmethod
+    def forward(
+        ctx,
+        qk: Tensor,
+        v: Tensor,
+        gains: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        exclusive: bool,
+        products: torch.dtype,
+    ) -> Tensor:
+        """Queries and keys (B, T, H + G, K), v (B, T, G, K), gains (H,) -> (B, T, H, K).
+
+        cos and sin: of rotary_tables(); channels of qk are as pairs_together() has them. Matrices
+        are multiplied, and P is kept, in the type `products`.
+        """
+        B, T, G, K = v.shape
+        H = len(gains)
+        pairs = cos.size(-1) // 2
+        turns = torch.complex(cos[:, :pairs], -sin[:, :pairs])
+        turns = F.pad(turns, (0, K // 2 - pairs), value=1.0).unsqueeze(1)
+        norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
+        r = torch.rsqrt(norm.square() / K + RMS_EPS)
+        z = times_complex(qk * r, turns)
+        scales = torch.cat([gains / math.sqrt(K), gains.new_ones(G)]).unsqueeze(1)
+        q = by_key_head(z[:, :, :H] * scales[:H], G, products)
+        k, values = by_key_head(z[:, :, H:], G, products), by_key_head(v, G, products)
+        o, shares = torch.empty_like(q), []
+        mask = q.new_full((HeadsAttention.QUERIES,) * 2, -math.inf).triu(1)
+        mask = mask.repeat_interleave(H // G, dim=0)
+        for first, last, rows in query_blocks(T, H // G):
+            logits = q[:, rows] @ k[:, :last].mT
+            size = last - first
+            logits[:, :, first:] += mask[: len(logits[0]), :size]
+            P = torch.softmax(logits, -1)
+            torch.bmm(P, values[:, :last], out=o[:, rows])
+            shares.append(P)
+        y = by_place(o, G, T).to(v.dtype)
+        own, square, along = v, y.new_zeros(()), y.new_zeros(())
+        if exclusive:
+            own = v.repeat_interleave(H // G, dim=2)
+            square = torch.linalg.vector_norm(own, dim=-1, keepdim=True).clamp_min(1e-12).square()
+            along = (y * own).sum(-1, keepdim=True) / square
+            y.addcmul_(along, own, value=-1)
+        ctx.save_for_backward(z, r, scales, q, k, values, y, turns, own, square, along, *shares)
+        ctx.exclusive = exclusive
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of queries and keys, of values, and of gains.
+
+        With g the gradient of y, that of o is f = g - b v, b = g.v / v.v, and v takes -(b y + a f)
+        beside what it has from P v. With d that of z, that of x is R^T (d - z mean(d z)) / rms(x).
+        """
+        z, r, scales, q, k, values, y, turns, own, square, along, *shares = ctx.saved_tensors
+        T, H, K = y.shape[1:]
+        G = z.size(2) - H
+        of_own = None
+        if ctx.exclusive:
+            part = (grad * own).sum(-1, keepdim=True) / square
+            grad = torch.addcmul(grad, part, own, value=-1)
+            of_own = torch.addcmul(part * y, along, grad).unflatten(2, (G, -1)).sum(3)
+        g, of_q = by_key_head(grad, G, q.dtype), torch.empty_like(q)
+        of_k, of_v = (torch.zeros(k.shape, dtype=grad.dtype) for _ in range(2))
+        for (_, last, rows), P in zip(query_blocks(T, H // G), shares, strict=True):
+            of_v[:, :last] += P.mT @ g[:, rows]
+            of_P = g[:, rows] @ values[:, :last].mT
+            of_logits = torch._softmax_backward_data(of_P, P, -1, P.dtype)
+            torch.bmm(of_logits, k[:, :last], out=of_q[:, rows])
+            of_k[:, :last] += of_logits.mT @ q[:, rows]
+        d = torch.cat([by_place(of_q, G, T).to(z.dtype), by_place(of_k, G, T)], dim=2)
+        dots = (d * z).sum(-1, keepdim=True)
+        of_gains = dots[:, :, :H].sum((0, 1, 3)) / math.sqrt(K)
+        d = torch.addcmul(d, dots / K, z, value=-1).mul_(scales * r)
+        of_values = by_place(of_v, G, T)
+        if of_own is not None:
+            of_values = of_values - of_own
+        return times_complex(d, turns.conj()), of_values, of_gains, *[None] * 4
+
+
+def query_blocks(T: int, queries: int) -> Iterator[tuple[int, int, slice]]:
+    """Blocks of places: the first, the last plus 1, and the rows of so many queries of each."""
+    for first in range(0, T, HeadsAttention.QUERIES):
+        last = min(first + HeadsAttention.QUERIES, T)
+        yield first, last, slice(first * queries, last * queries)
+
+
+def by_key_head(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
+    """(B, T, H, K) -> (B G, T H/G, K): what has the same key head together, place by place."""
+    return x.to(dtype).unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def by_place(x: Tensor, G: int, T: int) -> Tensor:
+    """(B G, T H/G, K) -> (B, T, H, K), as before by_key_head()."""
+    return x.unflatten(1, (T, -1)).unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)
+
+
+@functools.cache
+def pairs_together(R: int, K: int) -> Tensor:
+    """The order of a head's K channels in which those of a pair of rotate() are neighbours."""
+    turned = torch.arange(R).view(2, -1).t().flatten()
+    return torch.cat([turned, torch.arange(R, K)])
+
+
+def times_complex(x: Tensor, factors: Tensor) -> Tensor:
+    """Real pairs (B, T, N, K) times complex factors (T, 1, K / 2): (B, T, N, K)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factors).flatten(-2)
+
+
 class SquaredLeaky(torch.autograd.Function):
     """leaky_relu(u)^2 in fewer passes on a CPU; it keeps one tensor for the backward."""
 
@@ -9253,22 +9498,25 @@ class HeadNats(torch.autograd.Function):
         input_ids: Tensor,
         penalty: Tensor | None,
         prefixes: tuple[Tensor, Tensor] | None = None,
+        products: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What GPT.forward returns for hidden (B, T, D), head (V, D), targets and inputs (B, T).
 
         penalty: the token mask (V, V), or None without it.
         prefixes: what GPT.prefix_targets() gives, second targets (B, T) and their weights (B, T).
+        products: type in which the backward multiplies; logits keep that of hidden.
         """
         shape = targets.shape
         hidden = hidden.flatten(0, 1)
-        pull = hidden.new_empty(len(hidden), len(head))  # that derivative
-        nats, weights = [], []
+        bends = hidden.new_empty(HeadNats.ROWS, len(head))
+        pull = torch.empty(len(hidden), len(head), dtype=products or hidden.dtype)
+        nats, weights, one = [], [], hidden.new_ones(())
         columns = [hidden, targets.reshape(-1, 1), input_ids.flatten(), pull]
         columns += [column.reshape(-1, 1) for column in prefixes or ()]
         blocks = zip(*(column.split(HeadNats.ROWS) for column in columns), strict=True)
-        # Rows of `pull` hold tanh(z / cap) first, here `bent`, and the derivative at the end.
-        for own, at, before, bent, *second in blocks:
-            torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
+        for own, at, before, pulled, *second in blocks:
+            bent = bends[: len(own)]  # tanh(z / cap)
+            torch.addmm(bent, own, head.t(), beta=0, alpha=1 / cap, out=bent).tanh_()
             logits = cap * bent
             if penalty is not None:
                 logits += penalty.index_select(0, before)
@@ -9277,14 +9525,15 @@ class HeadNats(torch.autograd.Function):
                 other, share = second
                 # By how many nats the second target is less likely than the first.
                 farther = logits.gather(1, at) - logits.gather(1, other)
-            own_nats, p = nats_and_shares(logits, at, penalty is not None)
+            own_nats, p = nats_and_shares(logits, at, cap, penalty is not None)
             excess = p
             if second:
                 own_nats = own_nats + share * (own_nats + farther)
                 excess = p.mul_(1.0 + share).scatter_add_(1, other, -share)
             nats.append(own_nats)
             excess.scatter_add_(1, at, p.new_full(at.shape, -1.0))
-            bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
+            slope = torch.addcmul(one, bent, bent, value=-1, out=bent)
+            torch.mul(slope, excess, out=pulled)
         ctx.save_for_backward(hidden, head, pull)
         of_loss = torch.cat(weights).view(shape)
         ctx.mark_non_differentiable(of_loss)
@@ -9296,16 +9545,21 @@ class HeadNats(torch.autograd.Function):
         hidden, head, pull = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(-1, 1)
-        of_hidden = (grad * (pull @ head)).view(*shape, -1)
-        of_head = pull.t() @ (grad * hidden)
-        return of_hidden, of_head, *[None] * 7
+        of_hidden = (grad * (pull @ head.to(pull.dtype))).view(*shape, -1)
+        of_head = pull.t() @ (grad * hidden).to(pull.dtype)
+        return of_hidden, of_head.to(head.dtype), *[None] * 8
 
 
 LOG2_E = math.log2(math.e)
 
 
-def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+def nats_and_shares(
+    logits: Tensor, targets: Tensor, cap: float, masked: bool
+) -> tuple[Tensor, Tensor]:
     """Nats of the targets (n, 1), and the softmax of the logits (n, V), which it overwrites."""
+    if cap < 40 and not masked:  # no share is so small that float32 has no logarithm of it
+        shares = torch.softmax(logits, -1)
+        return -shares.gather(1, targets).log(), shares
     if masked:
         log_shares = torch.log_softmax(logits, -1)
         nats = -log_shares.gather(1, targets)
@@ -9983,6 +10237,11 @@ def load_inputs(
         brotli_module()
     if cfg.log_to == "tensorboard":
         tensorboard_writer()
+    if cfg.cpu_bf16 == "1" and device.type == "cpu" and not has_bf16_products():
+        raise Refusal(
+            "CPU_BF16=1: this processor has no products of bfloat16 (avx512_bf16 or AMX); "
+            "use CPU_BF16=auto"
+        )
     refuse_small_budget(cfg)
     rows = TrainingRows(cfg)
     val = load_validation(cfg)

@@ -41,9 +41,10 @@ class Bench:
         self.rows, self.run = t.TrainingRows(self.cfg), t.Run(self.cfg, 0, 1, torch.device("cpu"))
         self.model = t.GPT(self.cfg, t.pick_attention(self.cfg, self.run.device)[1])
         t.initialize(self.model, self.cfg)
-        groups = t.route_parameters(self.cfg, self.model)
-        self.optimizers = t.build_optimizers(self.cfg, groups, torch.float32, self.run.ranks)
         self.moment = t.Moment(lr_scale=1.0, momentum=0.9, qat=False, done=False)
+        t.pick_products(t.training_nats, self.model, self.rows, self.moment, self.run)
+        groups = t.route_parameters(self.cfg, self.model)
+        self.optimizers = t.build_optimizers(self.cfg, groups, self.run.products, self.run.ranks)
         t.compile_blocks(t.training_nats, self.model, self.rows, [self.moment], self.run)
 
     def step(self, number: int) -> torch.Tensor:
