@@ -5984,7 +5984,7 @@ class ArtifactSettings(Part):
 
 
 ARTIFACT_MAGIC = b"TINYGPT\n"
-ARTIFACT_VERSION = 2  # what is written; version 1 is read as well
+ARTIFACT_VERSION = 3  # what is written; versions 1 and 2 are read as well
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, bytes of the body, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "range": 4}
 BEST_OF = ("zstd", "lzma", "range")  # what CODEC=best tries
@@ -6374,6 +6374,10 @@ def rebuild_model(
 # Integers of matrices to bytes and back. The coder is interleaved rANS (asymmetric numeral
 # systems). Its probabilities come from adaptive tables, of which an integer's expected magnitude
 # chooses one: the product of a factor for its matrix, one for its row and one for its column.
+#
+# Columns of tables with many rows, token embeddings above all, are correlated. There a regression
+# on the columns before it says what to expect of an integer, whose difference from that is coded.
+# The regression is fitted to the rows before, which a decoder has by then.
 # =================================================================================================
 
 TOTAL_FREQUENCY = 1 << 16  # of each table
@@ -6400,6 +6404,16 @@ MAX_SHIFT = 6  # a profile's step is at most 2^MAX_SHIFT levels
 STEP_IN_ERRORS = 3.5  # a profile's step in standard errors: finer ones cost more than they save
 TWIN_COSINE = 0.9  # from which a row is coded by its difference from another
 TWIN_CANDIDATES = 256  # rows that are tried as that other one
+
+# Coefficients and innovations are whole numbers of these parts of 1: sums of their products are
+# exact in float64, in any order, and every machine predicts alike.
+COEFFICIENT_PARTS, INNOVATION_PARTS = 1 << 10, 1 << 6
+LARGEST_COEFFICIENT = 16
+RIDGE = 512  # rows that speak for no correlation at all
+FIRST_BLOCK, BLOCK_SHARE = 64, 4  # rows predicted at once: so many, or this share of those before
+# A regression takes columns^3 / 3 operations a block, so these bound a decoder's time.
+MAX_PREDICTED_COLUMNS, MAX_PREDICTED_MATRICES, ROWS_A_COLUMN = 512, 8, 8
+LEAST_SAVED_BITS = 0.01  # an integer, for which a matrix is predicted
 
 
 class RangeEncoder:
@@ -6666,12 +6680,83 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
     return twins, first
 
 
+def regression_of(known: np.ndarray) -> np.ndarray:
+    """What a column takes of those before it: float64 (c + 1, c + 1), in COEFFICIENT_PARTS.
+
+    known: integers (c, n), columns as far as they are known; a constant 1 goes before them.
+    Entry [j, k] is the share of column k's innovation, what it has beyond its own expectation, in
+    the expectation of column j. This is the L of L D L^T, the matrix of products with a ridge.
+    Products are whole and below 2^53; the rest is + - * / of float64 (see prior_counts).
+    """
+    rows = np.ones((len(known) + 1, known.shape[1]))
+    rows[1:] = known
+    rest = rows @ rows.T
+    ridge = np.full(len(rest), RIDGE * (1 + rest.diagonal()[1:].mean()) / (1 + known.shape[1]))
+    ridge[0] = 1
+    rest += np.diag(ridge)
+    lower = np.zeros_like(rest)
+    for j in range(len(rest)):
+        lower[j:, j] = rest[j:, j] / rest[j, j]
+        rest[j:, j:] -= np.outer(lower[j:, j], rest[j, j:])
+    most = LARGEST_COEFFICIENT * COEFFICIENT_PARTS
+    return np.rint(lower * COEFFICIENT_PARTS).clip(-most, most)
+
+
+def blocks_of(rows: int) -> Iterator[slice]:
+    """The blocks of rows that are predicted at once, from all rows before them."""
+    start = 0
+    while start < rows:
+        stop = min(rows, start + max(FIRST_BLOCK, start // BLOCK_SHARE))
+        yield slice(start, stop)
+        start = stop
+
+
+def predict(lines: np.ndarray, alone: np.ndarray, top: int, settle: SettleLine) -> None:
+    """Call settle(j, block, expected) for the columns of each block of rows in turn.
+
+    lines: integers (columns, rows), of which settle() makes lines[j, block] known if they are not.
+    alone: bool (rows,), rows that are not predicted, nor learned from; 0 is expected of them.
+    """
+    for block in blocks_of(lines.shape[1]):
+        learned = lines[:, : block.start][:, ~alone[: block.start]]
+        regression = regression_of(learned)
+        innovations = np.full((len(regression), block.stop - block.start), INNOVATION_PARTS, float)
+        for j, line in enumerate(lines):
+            shares = regression[j + 1, : j + 1] @ innovations[: j + 1]
+            fine = np.floor(shares / COEFFICIENT_PARTS + 0.5)
+            fine = fine.clip(-top * INNOVATION_PARTS, top * INNOVATION_PARTS)
+            fine[alone[block]] = 0
+            settle(j, block, np.floor(fine / INNOVATION_PARTS + 0.5).astype(np.int64))
+            innovations[j + 1] = INNOVATION_PARTS * line[block] - fine
+
+
+def differences(matrix: np.ndarray, alone: np.ndarray, top: int) -> np.ndarray:
+    """An integer matrix (r, c) less what is expected of it, modulo 2 top + 1."""
+    lines = matrix.T.copy()
+    left = np.empty_like(lines)
+
+    def settle(j: int, block: slice, expected: np.ndarray) -> None:
+        left[j, block] = wrap_integers(lines[j, block] - expected, top)
+
+    predict(lines, alone, top, settle)
+    return left.T.copy()
+
+
+SettleLine = Callable[[int, slice, np.ndarray], None]
+
+
 @dataclass
 class IntegerModel:
     """All tables of an artifact: those of profiles, and those of integers by the grid's end."""
 
     profiles: AdaptiveTables = field(default_factory=lambda: AdaptiveTables(PROFILE_TOP))
     integers: dict[int, AdaptiveTables] = field(default_factory=dict)
+    predicted: int = 0  # matrices so far
+
+    def may_predict(self, rows: int, columns: int) -> bool:
+        """Whether a matrix of this shape may be predicted."""
+        fits = columns <= MAX_PREDICTED_COLUMNS and rows >= ROWS_A_COLUMN * columns
+        return fits and self.predicted < MAX_PREDICTED_MATRICES
 
     def tables(self, top: int) -> AdaptiveTables:
         """The tables of integers within +-top."""
@@ -6689,26 +6774,44 @@ class IntegerModel:
 def encode_matrix(encoder: RangeEncoder, model: IntegerModel, matrix: np.ndarray) -> None:
     """Code an integer matrix (r, c) of at least one element within +-128.
 
-    Facts: bits of its grid, the highest bit set where there are twins; level; shifts and
-    spreads of rows and of columns; with twins a bit for each row and the row they differ from.
+    Facts: bits of its grid, the two highest bits set where there are twins and where it is
+    predicted; level; shifts and spreads of rows and of columns; with twins a bit for each row and
+    the row they differ from.
     """
     top = grid_top(int(np.abs(matrix).max()))
     twins, first = find_twins(matrix)
     coded = matrix.copy()
     coded[twins] = wrap_integers(coded[twins] - coded[first], top)
+    is_predicted = False
+    if model.may_predict(*coded.shape):
+        left = differences(coded, twins, top)
+        # As in find_twins().
+        saved = np.log2(np.abs(coded) + 0.5).sum() - np.log2(np.abs(left) + 0.5).sum()
+        is_predicted = saved > LEAST_SAVED_BITS * coded.size
+        coded = left if is_predicted else coded
     profile = fit_profile(coded)
     spreads = [
         1 + level_of(float(np.abs(steps).mean())) if steps.any() else 0
         for steps in (profile.rows, profile.columns)
     ]
-    kind = top.bit_length() | bool(twins.any()) << 7
+    kind = top.bit_length() | is_predicted << 6 | bool(twins.any()) << 7
     shifts = profile.row_shift | profile.column_shift << 4
     encoder.facts += bytes([kind, profile.level, shifts, *spreads])
     if twins.any():
         encoder.facts += np.packbits(twins).tobytes() + first.to_bytes(4, "little")
     model.code_steps(encoder, profile.rows, spreads[0])
     model.code_steps(encoder, profile.columns, spreads[1])
-    model.tables(top).code(encoder, coded, profile.level, *profile.levels())
+    tables = model.tables(top)
+    row_levels, column_levels = profile.levels()
+    if not is_predicted:
+        tables.code(encoder, coded, profile.level, row_levels, column_levels)
+        return
+    model.predicted += 1
+    lines = coded.T.copy()
+    for block in blocks_of(len(coded)):
+        for j, line in enumerate(lines):
+            levels = column_levels[j : j + 1], row_levels[block]
+            tables.code(encoder, line[None, block], profile.level, *levels)
 
 
 def decode_matrix(
@@ -6716,7 +6819,10 @@ def decode_matrix(
 ) -> np.ndarray:
     """The next matrix, int16 (rows, columns); raises ValueError where there cannot be one."""
     kind, level, shifts, row_spread, column_spread = decoder.told(5)
-    top = top_of_bits(kind & 127)
+    top = top_of_bits(kind & 63)
+    is_predicted = bool(kind & 64)
+    if is_predicted and not model.may_predict(rows, columns):
+        raise ValueError(f"a matrix of {rows:,} rows and {columns:,} columns is predicted")
     twins: np.ndarray = np.zeros(rows, bool)
     first = 0
     if kind >> 7:
@@ -6731,7 +6837,21 @@ def decode_matrix(
     model.code_steps(decoder, column_steps, column_spread)
     matrix = np.zeros((rows, columns), np.int16)
     profile = Profile(level, row_steps, column_steps, shifts & 15, shifts >> 4)
-    model.tables(top).code(decoder, matrix, level, *profile.levels())
+    tables = model.tables(top)
+    row_levels, column_levels = profile.levels()
+
+    def settle(j: int, block: slice, expected: np.ndarray) -> None:
+        line = lines[j, block]  # a view
+        tables.code(decoder, line[None], level, column_levels[j : j + 1], row_levels[block])
+        line[:] = wrap_integers(line + expected, top)
+
+    if is_predicted:
+        model.predicted += 1
+        lines = matrix.T.copy()
+        predict(lines, twins, top, settle)
+        matrix = lines.T.copy()
+    else:
+        tables.code(decoder, matrix, level, row_levels, column_levels)
     matrix[twins] = wrap_integers(matrix[twins] + matrix[first], top)
     return matrix
 

@@ -250,6 +250,13 @@ def test_artifacts_with_clips_in_deviations_are_predicted() -> None:
         assert abs(size / artifact.model_bytes - 1) < plan.FITTED["error"], artifact
 
 
+def test_artifacts_of_the_frontier_are_predicted() -> None:
+    for artifact in fit_plan.FRONTIER:
+        total = artifact.model_bytes + artifact.code_bytes
+        size = fit_plan.predicted(artifact, plan.FITTED) + artifact.code_bytes
+        assert abs(size / total - 1) < 0.03, artifact
+
+
 @pytest.mark.parametrize(
     ("target", "over"),
     [
