@@ -71,7 +71,7 @@ from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar, cast
 
 try:
     import fcntl
@@ -131,6 +131,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
@@ -305,7 +306,9 @@ class RunSettings(Part):
     runs_dir: str = run_knob("runs", (), "Make run folders in this folder.")
     seed: int = training_knob(1337, (0, 2**31 - 1), "Seed the initial weights and the data order.")
     attention: str = run_knob(
-        "auto", ("auto", "fa3", "sdpa"), "Attend by FlashAttention-3 or torch; auto tries both."
+        "auto",
+        ("auto", "fa3", "cudnn", "flash", "sdpa"),
+        "Attend on CUDA by this kernel; auto takes the quickest in a trial, sdpa torch's choice.",
     )
     compile: str = run_knob(
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
@@ -1325,7 +1328,10 @@ class Batch:
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """Apply `move` to each tensor of the batch, for example to bring it to a device."""
         columns = ((column.name, getattr(self, column.name)) for column in fields(self))
-        return Batch(**{name: move(x) for name, x in columns if x is not None})
+        batch = Batch(**{name: move(x) for name, x in columns if x is not None})
+        if batch.boundaries is not None:  # a compiled graph takes any number of documents
+            torch._dynamo.maybe_mark_dynamic(batch.boundaries, 0)
+        return batch
 
     def by_document(self, longest: int) -> Batch:
         """Keep attention inside documents, which are cut after `longest` tokens."""
@@ -2346,6 +2352,16 @@ class StreamSettings(Part):
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon, whatever the activation type
 BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Where kernels of causal attention come from on CUDA, by the names of ATTENTION; the first source
+# of a kernel that works is taken.
+KERNELS = {
+    "fa3": ("fa3/flash_attn_interface", "fa3/kernels"),
+    "cudnn": ("cudnn",),
+    "flash": ("flash",),
+    "sdpa": ("sdpa",),  # torch's own choice
+}
+TORCH_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+TRIAL_ROWS, TRIAL_LENGTH, TRIAL_PASSES = 16, 2048, 4
 
 
 def trains_on_cpu(x: Tensor) -> bool:
@@ -2786,34 +2802,149 @@ def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tenso
     return cast(Tensor, y).view(rows)
 
 
-def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """The name of the attention kernel for these settings, and the kernel; see find_attention()."""
-    return find_attention(cfg.attention, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
+class ChosenAttention(NamedTuple):
+    """How a run computes attention in whole rows."""
+
+    name: str
+    kernel: AttentionKernel
+    trial: str = ""  # milliseconds of the kernels that were tried, and why others were not
 
 
-@functools.cache  # a model and its rebuilt copy share a compiled graph only if they share a kernel
-def find_attention(
-    wanted: str, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
-) -> tuple[str, AttentionKernel]:
-    """Find FlashAttention-3 by a trial of each source, or take torch's kernel: (name, kernel).
+def pick_attention(cfg: Config, ranks: Ranks) -> ChosenAttention:
+    """Choose the attention kernel, the same on all ranks, which must ask together.
 
-    Raises Refusal if ATTENTION=fa3 and no source of it works here.
+    Raises Refusal if the kernel that ATTENTION names does not work here.
     """
-    why = [] if device.type == "cuda" else ["there is no CUDA device"]
-    sources = () if why or wanted == "sdpa" else ("flash_attn_interface", "kernels")
-    for source in sources:
+    heads = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    if cfg.attn_docs:
+        why = "inside documents (ATTN_DOCS=1) only torch's kernel of variable length acts"
+    elif ranks.device.type != "cuda":
+        why = "there is no CUDA device"
+    else:
+        return find_attention(cfg.attention, heads, ranks)
+    if cfg.attention not in ("auto", "sdpa"):
+        raise Refusal(f"ATTENTION={cfg.attention}: {why}; use ATTENTION=auto")
+    return ChosenAttention("varlen" if ranks.device.type == "cuda" else "sdpa", sdpa_attention)
+
+
+@functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
+def find_attention(wanted: str, heads: tuple[int, int, int], ranks: Ranks) -> ChosenAttention:
+    """Find the kernel that is wanted on CUDA, for "auto" the quickest of those that work.
+
+    heads: how many of queries, how many of keys and values, and their width.
+    """
+    if wanted != "auto":
+        with ranks.together():
+            try:
+                return ChosenAttention(*working_kernel(wanted, heads, ranks.device))
+            except Refusal as refusal:
+                raise Refusal(f"ATTENTION={wanted}: {refusal}; use ATTENTION=auto") from None
+    working: dict[str, tuple[str, AttentionKernel]] = {}
+    said = []
+    for name in KERNELS:
         try:
-            attend = flash_attention(source)
-            query = torch.zeros(1, 64, num_heads, head_dim, dtype=torch.bfloat16, device=device)
-            key = torch.zeros(1, 64, num_kv_heads, head_dim, dtype=torch.bfloat16, device=device)
+            working[name] = working_kernel(name, heads, ranks.device)
+        except Refusal as refusal:
+            said.append(f"no {name} ({refusal})")
+    works = {name: trial_pass(kernel, heads, ranks.device) for name, (_, kernel) in working.items()}
+    seconds = seconds_of_kernels(works, ranks)
+    said[:0] = [f"{name} {1e3 * seconds[name]:.2f} ms" for name in works]
+    quickest = min(KERNELS, key=lambda name: seconds[name])
+    if seconds[quickest] == math.inf:
+        quickest = "sdpa"
+    return ChosenAttention(*working[quickest], ", ".join(said))
+
+
+def working_kernel(
+    name: str, heads: tuple[int, int, int], device: torch.device
+) -> tuple[str, AttentionKernel]:
+    """Try a kernel on the device: (its source, the kernel); raises Refusal if it does not work."""
+    why = []
+    for source in KERNELS[name]:
+        try:
+            attend = kernel_from(source)
+            query, key = (
+                torch.zeros(1, 64, count, heads[2], dtype=torch.bfloat16, device=device)
+                for count in heads[:2]
+            )
             if isinstance(attend(query, key, key), tuple):
-                return f"fa3/{source}", functools.partial(first_output, attend)
-            return f"fa3/{source}", attend
-        except Exception as error:  # such packages fail in many ways; torch's kernel remains
-            why.append(f"{source}: " + str(error).split("\n")[0])
-    if wanted == "fa3":
-        raise Refusal(f"ATTENTION=fa3: {', '.join(why)}; use ATTENTION=auto")
-    return "sdpa", sdpa_attention
+                return source, functools.partial(first_output, attend)
+            return source + chosen_by_torch(source, query, key), attend
+        except Exception as error:  # foreign packages raise anything
+            why.append(f"{source.removeprefix('fa3/')}: " + str(error).split("\n")[0])
+    raise Refusal(", ".join(why))
+
+
+def kernel_from(source: str) -> AttentionKernel:
+    """Load a kernel from a source in KERNELS; a package that lacks it raises what it likes."""
+    if source == "sdpa":
+        return sdpa_attention
+    if source in TORCH_BACKENDS:
+        return functools.partial(attention_by, TORCH_BACKENDS[source])
+    return flash_attention(source.removeprefix("fa3/"))
+
+
+def attention_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by one kernel of torch; raises RuntimeError if it does not take these tensors."""
+    with sdpa_kernel(backend):
+        return sdpa_attention(q, k, v)
+
+
+def chosen_by_torch(source: str, query: Tensor, key: Tensor) -> str:
+    """Name the kernel that torch takes where the choice is its own, after a slash."""
+    if source != "sdpa":
+        return ""
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    try:
+        backend = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True)
+    except RuntimeError:  # it is torch's own function, and only a name is lost
+        return ""
+    return f"/{SDPBackend(backend).name.removesuffix('_ATTENTION').lower()}"
+
+
+def trial_pass(
+    kernel: AttentionKernel, heads: tuple[int, int, int], device: torch.device
+) -> Callable[[], None]:
+    """Prepare a trial: forward and backward of a kernel on long rows, several times."""
+    shape = TRIAL_ROWS, TRIAL_LENGTH
+    q, k, v = (
+        torch.randn(*shape, count, heads[2], dtype=torch.bfloat16, device=device).requires_grad_()
+        for count in (heads[0], heads[1], heads[1])
+    )
+
+    def work() -> None:
+        with torch.enable_grad():
+            for _ in range(TRIAL_PASSES):
+                torch.autograd.grad(kernel(q, k, v), (q, k, v), q)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return work
+
+
+def seconds_of(work: Callable[[], None], now: Callable[[], float]) -> float:
+    """Time a call by a clock that gives seconds."""
+    start = now()
+    work()
+    return now() - start
+
+
+def seconds_of_kernels(
+    works: dict[str, Callable[[], None]], ranks: Ranks, now: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Time a pass of each kernel on the slowest rank; inf if any rank fails or lacks it.
+
+    Every rank asks for all kernels in the same order, whichever of them it has.
+    """
+    found = {}
+    for name in KERNELS:
+        least = math.inf
+        if name in works:
+            with contextlib.suppress(Exception):  # a kernel may fail in its backward
+                works[name]()
+                least = min(seconds_of(works[name], now) for _ in range(3)) / TRIAL_PASSES
+        found[name] = ranks.largest(least)
+    return found
 
 
 def first_output(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -6356,7 +6487,7 @@ def rebuild_model(
     not those of the model that `cfg` describes.
     """
     if kernel is None:
-        kernel = pick_attention(cfg, run.device)[1]
+        kernel = pick_attention(cfg, run.ranks).kernel
     # The meta device lays the model out without memory: a header that lies allocates nothing.
     with torch.device("meta"):
         model = GPT(cfg, kernel, run.dtype)
@@ -10322,12 +10453,13 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
     """Train, export, and score the exported model; returns the exit code."""
     with Run.start(cfg) as run:
         with run.ranks.together():
-            rows, val, kernel_name, kernel = load_inputs(cfg, run.device)
+            rows, val = load_inputs(cfg, run.device)
             weights = initial_weights(cfg, val)
+        attention = pick_attention(cfg, run.ranks)
         run.folder.open()
         run.log_header(notes)
-        model = make_model(kernel, val, weights, run)
-        log_work(model, rows, val, kernel_name, run)
+        model = make_model(attention.kernel, val, weights, run)
+        log_work(model, rows, val, attention, run)
         forward = make_forward(run)
         calibration_seconds, eval_seconds = prime(forward, model, rows, run)
         reserve = budget_reserve(model, calibration_seconds, run)
@@ -10346,13 +10478,8 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         return log_summary(model, state.step, len(blob), [float_result, *scores], run)
 
 
-def load_inputs(
-    cfg: Config, device: torch.device
-) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
-    """Training rows, validation split, attention kernel's name and kernel.
-
-    Raises Refusal for all that can be known to go wrong before a run.
-    """
+def load_inputs(cfg: Config, device: torch.device) -> tuple[TrainingRows, Validation]:
+    """Load training rows and validation split; raises Refusal for all that can be known to fail."""
     if cfg.codec == "brotli":
         brotli_module()
     if cfg.log_to == "tensorboard":
@@ -10369,7 +10496,7 @@ def load_inputs(
         for number, path in enumerate(rows.shards):
             tokens = rows.tokens_of(number)[: rows.scan_tokens]
             refuse_forbidden_pairs(tokens, val.forbidden, str(path))
-    return rows, val, *pick_attention(cfg, device)
+    return rows, val
 
 
 def initial_weights(cfg: Config, val: Validation) -> dict[str, Tensor]:
@@ -10468,7 +10595,9 @@ def score_export(blob: bytes, forward: Forward, val: Validation, run: Run) -> li
     return score_artifact(stored, val, forward, run.with_settings(cfg), diagnostics=True)
 
 
-def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: Run) -> None:
+def log_work(
+    model: GPT, rows: TrainingRows, val: Validation, attention: ChosenAttention, run: Run
+) -> None:
     """Log what is about to be trained, and on what; note what keeps the run from being a record."""
     cfg = run.cfg
     first_xsa = cfg.num_layers - cfg.xsa_last_n
@@ -10512,8 +10641,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
                 f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
                 f"world_size:{run.ranks.world_size} rows_per_step:{cfg.rows_per_step} "
                 f"micro_batch_rows:{most}",
-                f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
-                f"kernel:{kernel}",
+                *attention_lines(attention, cfg),
                 f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
                 f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f} "
@@ -10526,6 +10654,16 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
             )
         )
     )
+
+
+def attention_lines(attention: ChosenAttention, cfg: Config) -> Iterator[str]:
+    """Say which kernel attends, and what its trial was."""
+    yield (
+        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
+        f"kernel:{attention.name}"
+    )
+    if attention.trial:
+        yield f"attention tried: {attention.trial}"
 
 
 def plan_lines(model: GPT) -> Iterator[str]:
@@ -10650,7 +10788,8 @@ def static_ineligibility(cfg: Config) -> list[str]:
 def verb_check(cfg: Config, notes: list[str]) -> int:
     """Check settings, data and tokenizer as a run would, and do nothing else."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, val, *_ = load_inputs(cfg, device)
+    rows, val = load_inputs(cfg, device)
+    pick_attention(cfg, Ranks(device=device))
     laid_out(cfg)
     initial_weights(cfg, val)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():

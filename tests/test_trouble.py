@@ -765,6 +765,7 @@ CASES: dict[str, Case] = {
     "weights of another shape": begun_with("artifact.bin", MODEL_DIM="48"),
     "weights of another tokenizer": begun_with("artifact.bin", other_tokenizer),
     "weights that are not finite": begun_with("checkpoint_1.pt", spoil_checkpoint),
+    "attention in rows only": check(ATTENTION="cudnn", ATTN_DOCS="1"),
     "codec that is not here": check(
         lambda p: p.patch.setitem(sys.modules, "brotli", None), CODEC="brotli"
     ),
