@@ -1,4 +1,4 @@
-"""What --plan says of a run: one step traced on fake tensors, the rest counted from settings."""
+"""What --plan says of a run: memory of a step traced on fake tensors, the rest from settings."""
 
 import contextlib
 import math
@@ -14,72 +14,102 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 
-PEAK_FLOPS, UTILISATION = 989e12, 0.265  # an H100's dense bf16; what the 11-layer systems reach
-TRACED_ROWS = 1009  # a prime, so that only what grows with the batch is a multiple of it in size
-# By benchmarks/fit_plan.py: rms (in blocks by sqrt(width / row length)), coded bytes, worst error.
+PEAK_FLOPS = 989e12  # of an H100 with dense bf16, a second
+UTILISATION = 0.265  # of the peak, which the published 11-layer systems reach
+TRACED_ROWS = 1009  # a prime: only what grows with the batch has a size that it divides
+
+HEADER_BYTES = 1100.0
+# By benchmarks/fit_plan.py: the rms of weights, in blocks divided by sqrt(width / row length), and
+# in tables; bytes for a float; bytes for a byte of integers' entropy; the worst error of the sum.
 FITTED = {"block": 0.206, "table": 0.501, "float": 1.68, "coded": 1.011, "error": 0.1}
+RANGE_CODED = 1.002  # bytes over entropy under the range coder (records/NOTES.md), not fitted
 
 
 def traced_step(
     cfg: train_gpt.Config, looping: bool = True
 ) -> tuple[train_gpt.GPT, dict[str, float]]:
-    """The model on fake tensors, and a token's FLOPs and bytes saved for backward, uncompiled.
+    """The model on fake tensors, and for each token of an uncompiled step its FLOPs and bytes.
 
-    Attention is counted across whole rows, which ATTN_DOCS may spare.
+    FLOPs are those of matrix products and of attention, across whole rows, which ATTN_DOCS may
+    spare. Bytes are those saved for the backward.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    saved, found = dict[int, torch.Tensor](), Counter[str]()
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (saved.setdefault(x.untyped_storage()._cdata, x), x), lambda both: both[1]
-    )
+    saved: dict[int, torch.Tensor] = {}  # one tensor for each storage
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """As a GPU's kernel does, without repeating the heads of k and v."""
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return flash(*heads_first, is_causal=True)[0].transpose(1, 2)
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(x.untyped_storage()._cdata, x)
+        return x
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, hooks:
-        model = train_gpt.GPT(
-            cfg,
-            lambda *qkv: flash(  # as a GPU's, it repeats no head
-                *(x.transpose(1, 2) for x in qkv), is_causal=True
-            )[0].transpose(1, 2),
-            torch.bfloat16,
-        )
+        model = train_gpt.GPT(cfg, attend, torch.bfloat16)
         ids = torch.zeros(TRACED_ROWS, cfg.train_seq_len, dtype=torch.int64)
-        torch.mul(*model(train_gpt.Batch(ids, ids), looping=looping)).sum().backward()
+        nats, weights = model(train_gpt.Batch(ids, ids), looping=looping)
+        (nats * weights).sum().backward()
+    found = Counter[str]()
     for x in saved.values():
-        size, wide = x.untyped_storage().nbytes(), x.dtype == torch.float32
-        logits = wide and size == 4 * ids.numel() * cfg.vocab_size
-        # A GPU's norm keeps its bf16 input where a CPU's keeps a float32 copy.
-        size = size // 2 if wide and "ToCopy" in str(x.grad_fn) else size
-        found["logits" if logits else "saved activations"] += size * (size % TRACED_ROWS == 0)
-    found["counted"], forward = counter.get_total_flops(), counter.flop_counts["Global"][flash]
-    # Of the squares' 2 products forward and 5 backward, 1 repeated, the causal half of 6 is work.
-    found["attention"], found["products"] = 1.5 * forward, found["counted"] - 3.5 * forward
+        size = x.untyped_storage().nbytes()
+        is_wide = x.dtype == torch.float32
+        is_logits = is_wide and size == 4 * ids.numel() * cfg.vocab_size
+        if is_wide and "ToCopy" in str(x.grad_fn):
+            size //= 2  # a GPU's norm keeps its bf16 input where a CPU's keeps a float32 copy
+        if size % TRACED_ROWS == 0:
+            found["logits" if is_logits else "saved activations"] += size
+    # The kernel takes 2 products of T x T matrices forward and 5 backward, of which 1 repeats a
+    # forward one. Work is what the causal half of the other 6 takes.
+    forward = counter.flop_counts["Global"][flash]
+    found["attention"] = 6 / 2 / 2 * forward
+    found["counted"] = counter.get_total_flops()
+    found["products"] = found["counted"] - 7 / 2 * forward
     return model, {kind: n / ids.numel() for kind, n in found.items()}
 
 
 def artifact_bytes(
-    model: train_gpt.GPT, parameters: dict, fit: dict = FITTED, by: float = 1
+    model: train_gpt.GPT, parameters: dict, fit: dict = FITTED, factor: float = 1.0
 ) -> float:
-    """Predicted size, CLIP_SIGMAS times `by`: Gaussian rows on grids, coded near their entropy."""
+    """The predicted size, if rows are Gaussian and integers are coded near their entropy.
+
+    factor: what CLIP_SIGMAS is multiplied by.
+    """
     cfg = model.cfg
-    total, std = 1100.0, cfg.clips_by_deviation  # the header
+    total = HEADER_BYTES
+    coded = RANGE_CODED if cfg.codec == "range" else fit["coded"]
     for name, p in parameters.items():
-        if not (bits := train_gpt.bits_of(model, name)):
+        bits = train_gpt.bits_of(model, name)
+        if bits == 0:
             total += fit["float"] * p.numel()
             continue
-        block = "blocks" in name and fit["block"] * (cfg.model_dim / p.size(1)) ** 0.5
-        mean_maximum = -float(torch.special.ndtri(torch.tensor(0.28 / p.size(1))))  # in rms
-        clip = max(mean_maximum, std * by * train_gpt.setting_of(model, name, cfg.sigmas_by_role))
-        floor = (bits == 8 or cfg.q_scale_floor == "inv_clip") / (block or fit["table"]) * (not std)
-        step = max(clip, floor) / (top := train_gpt.largest_integer(bits))
-        step /= (1 + std * step**2 / 12) ** 0.5  # GPTQ feeds errors back, which widens rows
+        # The clip and the step of a grid, in units of the weights' rms. A clip by CLIP_SEARCH lies
+        # near the maximum of a row, but no lower than the floor of Q_SCALE_FLOOR.
+        clip = -float(torch.special.ndtri(torch.tensor(0.28 / p.size(1))))  # the mean maximum
+        floor = 0.0
+        if cfg.clips_by_deviation:
+            clip = max(clip, factor * train_gpt.setting_of(model, name, cfg.sigmas_by_role))
+        elif bits == 8 or cfg.q_scale_floor == "inv_clip":
+            rms = fit["table"]
+            if "blocks" in name:
+                rms = fit["block"] * (cfg.model_dim / p.size(1)) ** 0.5
+            floor = 1.0 / rms
+        top = train_gpt.largest_integer(bits)
+        step = max(clip, floor) / top
+        if cfg.clips_by_deviation:
+            step /= (1 + step**2 / 12) ** 0.5  # GPTQ feeds errors back, which widens rows
         edges = torch.special.ndtr(step * torch.arange(0.5 - top, top, dtype=torch.float64))
-        shares = edges.diff(prepend=torch.zeros(1), append=torch.ones(1))
-        entropy = float(torch.special.entr(shares).sum()) / math.log(256)  # bytes an integer
-        scales = len(p) * (clip > floor)  # those at the floor are all alike and take no bytes
-        total += fit["coded"] * p.numel() * entropy + fit["float"] * scales
+        probs = edges.diff(prepend=torch.zeros(1), append=torch.ones(1))
+        entropy = float(torch.special.entr(probs).sum()) / math.log(256)  # bytes an integer
+        total += coded * p.numel() * entropy
+        if clip > floor:  # scales at the floor are all alike and take no bytes
+            total += fit["float"] * len(p)
     return total
 
 
 def schedule_dates(cfg: train_gpt.Config, schedule: train_gpt.Schedule) -> Iterator[str]:
-    """When each scheduled thing starts, in the unit that drives the run, or before its end."""
+    """When each scheduled thing starts, in the unit of the budget that ends the run."""
     unit = {"steps": "steps", "seconds": "s", "operations": "TFLOP"}[schedule.unit]
     scale = 1e12 if schedule.unit == "operations" else 1.0
     _, whole = schedule.remaining_and_whole(0, 0.0)
@@ -102,7 +132,7 @@ def schedule_dates(cfg: train_gpt.Config, schedule: train_gpt.Schedule) -> Itera
 
 
 def counted_steps(schedule: train_gpt.Schedule) -> int:
-    """The steps that a budget of operations holds, those before layers loop among them."""
+    """The steps that a budget of operations holds, the cheaper ones before layers loop included."""
     cfg = schedule.cfg
     early = 0
     if cfg.num_loops:
@@ -112,22 +142,25 @@ def counted_steps(schedule: train_gpt.Schedule) -> int:
 
 
 def counted_training(cfg: train_gpt.Config, model: train_gpt.GPT, reserve: int) -> str:
-    """What training takes of MAX_TRAIN_TFLOPS, counted as a run counts it."""
+    """What training takes of MAX_TRAIN_TFLOPS, counted as a run counts it.
+
+    reserve: the operations of calibration.
+    """
     a_step = train_gpt.step_operations(model)
     early = train_gpt.step_operations(model, looping=False)
     muon = train_gpt.muon_operations(model)
-    said = (
+    line = (
         f"work of training: {a_step / 1e12:.4g} TFLOP a step, {muon / 1e12:.4g} of it "
         f"orthogonalisation, and {reserve / 1e12:.4g} of calibration"
     )
     if cfg.max_train_tflops:
         steps = counted_steps(train_gpt.Schedule(cfg, reserve, 0, a_step, early))
-        said += f"; {steps:,} steps of MAX_TRAIN_TFLOPS={cfg.max_train_tflops:g}"
-    return said
+        line += f"; {steps:,} steps of MAX_TRAIN_TFLOPS={cfg.max_train_tflops:g}"
+    return line
 
 
 def counted_scoring(cfg: train_gpt.Config, model: train_gpt.GPT) -> str:
-    """The operations of scoring the validation split, or without it of a million targets."""
+    """The operations of scoring the validation split, or a million targets if it is not there."""
     targets = 1_000_000
     of_what = " for each million targets"
     with contextlib.suppress(train_gpt.Refusal):
@@ -138,13 +171,13 @@ def counted_scoring(cfg: train_gpt.Config, model: train_gpt.GPT) -> str:
     spans = train_gpt.windows(targets, cfg.eval_seq_len, cfg.eval_stride)
     width = cfg.eval_stride or cfg.eval_seq_len
     scoring = train_gpt.scoring_operations(model, spans, width, all_places=cfg.counts == "off")
-    said = f"work of scoring: {scoring / 1e12:.4g} TFLOP{of_what}"
+    line = f"work of scoring: {scoring / 1e12:.4g} TFLOP{of_what}"
     if cfg.ttt_mode == "score_first":
         full_chunks = (targets - 1) // cfg.ttt_chunk_tokens
         rows = cfg.ttt_epochs * full_chunks * -(-cfg.ttt_chunk_tokens // cfg.eval_seq_len)
         learning = train_gpt.adaptation_operations(model, rows)
-        said += f", and {learning / 1e12:.4g} of adaptation"
-    return said
+        line += f", and {learning / 1e12:.4g} of adaptation"
+    return line
 
 
 class Plan:
@@ -169,23 +202,23 @@ class Plan:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a GPU's forward."""
+        """Rows that a GPU takes in one forward."""
         cfg = self.cfg
         wanted = cfg.micro_batch_seqs or 98_304 // cfg.train_seq_len or 1
         return min(wanted, -(-cfg.rows_per_step // self.ranks))
 
     def work_of_token(self, looping: bool = True) -> int:
-        """FLOPs of a token, forward and backward."""
+        """FLOPs of a token's forward and backward, of which the latter takes twice as many."""
         hidden = train_gpt.hidden_operations(self.model, self.cfg.train_seq_len, looping)
         return 3 * (hidden + train_gpt.head_operations(self.model))
 
     def seconds_of_step(self, looping: bool = True) -> float:
-        """At the speed that is stated."""
+        """Seconds that a step takes if the GPUs reach UTILISATION of PEAK_FLOPS."""
         flops = self.work_of_token(looping) * self.cfg.train_batch_tokens
         return flops / (self.ranks * PEAK_FLOPS * UTILISATION)
 
     def num_steps(self) -> int:
-        """Steps that the budget should give."""
+        """How many steps the budget should hold."""
         cfg = self.cfg
         if cfg.max_train_tflops:
             return counted_steps(self.schedule)
@@ -197,7 +230,7 @@ class Plan:
         return int(min(cfg.iterations, cfg.max_wallclock_seconds * steps_a_second))
 
     def sizes(self) -> Iterator[str]:
-        """The parameters: how many, how they learn, how they are stored."""
+        """Lines on the parameters: how many there are, how they learn, how they are stored."""
         yield f"parameters: {sum(p.numel() for p in self.parameters.values()):,}"
         yield from train_gpt.routing_table(self.cfg, self.model)
         widths = Counter[int]()
@@ -210,7 +243,7 @@ class Plan:
         yield "stored as: " + ", ".join(stored)
 
     def work(self) -> Iterator[str]:
-        """A step, what it takes and how long, and what scoring takes."""
+        """Lines on a step, what it takes and how long, and on what scoring takes."""
         cfg = self.cfg
         tokens = cfg.train_batch_tokens
         yield (
@@ -237,7 +270,7 @@ class Plan:
             yield f"before the loop begins: {before:.4g} ms a step"
 
     def optimizer_numbers(self) -> tuple[int, int]:
-        """Parameters of AdamW, and of Muon on one GPU, where the ranks share its stacks."""
+        """Parameters that AdamW has on a GPU, and that Muon has, whose stacks ranks may split."""
         adam = 0
         stacks = Counter[tuple[str, torch.Size]]()
         for group in train_gpt.route_parameters(self.cfg, self.model):
@@ -246,14 +279,14 @@ class Plan:
                     adam += parameter.numel()
                 else:
                     stacks[group["route"], parameter.shape] += 1
-        sharers = self.ranks if self.cfg.muon_parallel else 1
+        owners = self.ranks if self.cfg.muon_parallel else 1
         muon = 0
         for (_, shape), number in stacks.items():
-            muon += -(-number // sharers) * shape.numel()
+            muon += -(-number // owners) * shape.numel()
         return adam, muon
 
     def memory(self) -> Iterator[str]:
-        """What a GPU holds, and what it sends."""
+        """Lines on what a GPU holds and what it sends."""
         cfg = self.cfg
         count = sum(parameter.numel() for parameter in self.parameters.values())
         adam, muon = self.optimizer_numbers()
@@ -282,7 +315,7 @@ class Plan:
         )
 
     def artifact(self) -> Iterator[str]:
-        """The predicted size, and whether the coarsest clips would fit."""
+        """Lines on the predicted size, and on whether the artifact could fit at all."""
         cfg = self.cfg
         limit = cfg.artifact_limit_bytes
         size = artifact_bytes(self.model, self.parameters)
@@ -292,8 +325,8 @@ class Plan:
             f"{self.code_bytes:,}, of {limit:,}; {left:,.0f} left"
         )
         coarsest = 2.0 ** train_gpt.SOLVER_OCTAVES[1]
-        least = (1 - FITTED["error"]) * artifact_bytes(self.model, self.parameters, by=coarsest)
-        least += self.code_bytes
+        least = artifact_bytes(self.model, self.parameters, factor=coarsest)
+        least = (1 - FITTED["error"]) * least + self.code_bytes
         target = cfg.artifact_target_bytes or limit
         warning = "warning: " if least > target else ""
         yield f"{warning}no clips leave less than {least:,.0f}, of {target:,}"

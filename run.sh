@@ -309,6 +309,7 @@ fi
 # Paths were typed where the caller stands, not where this file lies.
 [ -z "${DATA_PATH:-}" ] || DATA_PATH=$(absolute "$DATA_PATH")
 [ -z "${TOKENIZER_PATH:-}" ] || TOKENIZER_PATH=$(absolute "$TOKENIZER_PATH")
+[ -z "${INIT_FROM:-}" ] || INIT_FROM=$(absolute "$INIT_FROM")
 case "${RUNS_DIR:-/}" in
 /*) ;;
 *) RUNS_DIR=$caller_dir/$RUNS_DIR ;;

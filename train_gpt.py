@@ -3,36 +3,39 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py    8 GPUs, FineWeb, the defaults
     PRESET=mini python train_gpt.py                          two CPU cores, built-in corpus
     python train_gpt.py --help                               every setting
-    python train_gpt.py --check                              look at settings and data, do nothing
+    python train_gpt.py --check                              check settings and data, then stop
     python train_gpt.py --plan                               what a run would do and cost
     python train_gpt.py --eval runs/<id>/artifact.bin        score an artifact again
-    python train_gpt.py --sample runs/<id>/artifact.bin ""   text that its model draws
+    python train_gpt.py --sample runs/<id>/artifact.bin ""   draw text from its model
 
-The number to bring down is val_bpb, bits per byte of the validation text by the model that the
-artifact holds. ARTIFACT_LIMIT_BYTES bounds code plus artifact, MAX_WALLCLOCK_SECONDS training
-and calibration, EVAL_WALLCLOCK_SECONDS scoring. Hyperparameters are environment variables; a
-run leaves its log, metrics, settings, source and artifact in runs/<RUN_ID>/.
+The number to lower is val_bpb: how many bits per byte of validation text the model needs once it
+has been reloaded from the artifact. ARTIFACT_LIMIT_BYTES bounds code plus artifact,
+MAX_WALLCLOCK_SECONDS bounds training and calibration, EVAL_WALLCLOCK_SECONDS bounds scoring.
+Settings are environment variables; a run leaves its log, metrics, settings, source and artifact
+in runs/<RUN_ID>/.
 
 Sections, in the order of a run:
 
-  1  Settings                     what a setting is, and what its readers may read
+  1  Settings                     how a setting is declared, parsed and checked
   2  Run                          ranks, device, clock, log, run folder
   3  Data                         shards, training rows, validation split, bytes per token
-  4  Token mask                   what a tokenizer cannot emit
+  4  Token mask                   token pairs that a tokenizer cannot emit
   5  Model                        the network, one forward for everything
   6  Optimizers and schedules     Muon, AdamW, routing table, learning rate at a given time
-  7  Training                     priming, one step, the loop
-  8  Quantization                 int6/int8 grids, Hessians, GPTQ
-  9  Artifact                     bytes to model and back
- 10  Range coder                integers to few bytes and back
- 11  Size                         what it will take, and how it is made to fit
- 12  Counts                       n-grams and repeats, mixed with the network
- 13  Evaluation                   windows, bits per byte, learning from what is scored
- 14  Sampling                     text that the model draws
- 15  Faster on a CPU              derivatives by hand
- 16  Published variants           what only a published system needs
- 17  Configuration                all settings together, presets, the environment
- 18  Main                         the story, and the verbs above
+  7  Counted work                 floating-point operations, counted from shapes
+  8  Training                     priming, one step, the loop
+  9  Quantization                 int6/int8 grids, Hessians, GPTQ
+ 10  Artifact                     model to bytes and back
+ 11  Range coder                  integers to few bytes and back
+ 12  Size                         the artifact's size: predicted, and made to fit the limit
+ 13  Counts                       n-grams and repeats, mixed with the network
+ 14  N-gram tilt                  hints from repeated passages of the scored text
+ 15  Evaluation                   windows, bits per byte, learning from what is scored
+ 16  Sampling                     text drawn from the model
+ 17  Faster on a CPU              hand-written derivatives
+ 18  Published variants           what only a published system needs
+ 19  Configuration                all settings together, presets, the environment
+ 20  Main                         a run from start to end, and the commands above
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
@@ -69,7 +72,7 @@ from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar, cast
 
 try:
     import fcntl
@@ -80,8 +83,8 @@ except ImportError:
     print("error: this needs Linux or macOS; on Windows, run it inside WSL", file=sys.stderr)
     sys.exit(2)
 
-# What asks a process to end: a scheduler, Ctrl-C, a terminal that goes away, a limit of CPU time,
-# and what SLURM and its like send some time before they kill.
+# Signals that ask a process to end. They come from a scheduler, Ctrl-C, a closed terminal or a
+# limit on CPU time; SLURM and its like send USR1 or USR2 some time before they kill.
 END_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -93,10 +96,10 @@ END_SIGNALS = (
 
 
 def handle_end_signals(handler: Callable[[int, FrameType | None], None]) -> dict:
-    """Let `handler` take what asks the process to end; returns the handlers before.
+    """Install `handler` for END_SIGNALS; returns the handlers that it replaces, by signal.
 
-    A hang-up that is ignored already stays so: that is what nohup asks for. Off the main thread
-    signals are the host program's matter.
+    A SIGHUP that is already ignored stays ignored, as nohup asks. Only the main thread may install
+    handlers; on any other, nothing is installed.
     """
     before: dict = {}
     if threading.current_thread() is threading.main_thread():
@@ -107,8 +110,8 @@ def handle_end_signals(handler: Callable[[int, FrameType | None], None]) -> dict
 
 
 def end_before_work(number: int, frame: FrameType | None) -> None:
-    """End a process that has not begun to work: nothing can be lost."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one a host is enough
+    """End a process that has not begun to work, so that nothing can be lost."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per host is enough
         line = f"error: {signal.Signals(number).name} during starting; nothing was begun\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
@@ -116,9 +119,9 @@ def end_before_work(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    # Before what follows, as importing torch takes seconds and settles how its threads wait.
-    # Threads that spin while they wait take the CPU from each other where there is less of it
-    # than cores: in a container with a quota, beside a neighbour at work.
+    # This stands before the import of torch, which takes seconds and fixes how threads wait.
+    # Threads that spin while they wait take the CPU from each other wherever fewer cores are free
+    # than there are threads: in a container with a quota, or beside another program.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     handle_end_signals(end_before_work)
 
@@ -129,13 +132,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
 # =================================================================================================
 # Settings
-# What a setting is. The settings themselves stand at the head of the sections that use them, in
-# small parts; the section Configuration puts the parts together and reads the environment.
+# How a setting is declared, parsed and checked. The settings themselves stand at the head of the
+# sections that use them, in small parts; the section Configuration joins the parts and reads the
+# environment.
 # =================================================================================================
 
 
@@ -143,12 +148,12 @@ class Refusal(ValueError):
     """Settings, data or an artifact that a run cannot use; the message is one line."""
 
     def __str__(self) -> str:
-        """At most 1,000 printable characters, since a hostile file's texts may hold anything."""
+        """The message, cut to 1,000 printable characters: it may quote a hostile file."""
         text = super().__str__()[:1000]
         return "".join(character if character.isprintable() else "?" for character in text)
 
 
-# What reading a stranger's JSON and lengths may raise.
+# Everything that parsing an untrusted file's JSON and lengths may raise.
 MALFORMED = (
     ValueError,
     LookupError,
@@ -164,17 +169,17 @@ UNSAID = object()  # marks a setting that does not say what its absence in an ar
 
 @dataclass(frozen=True)
 class Knob:
-    """What is known of a setting beside its name and default.
+    """Everything about a setting but its name and default.
 
-    accepts: (lowest, highest) of a number, the choices of a text; empty for any text.
+    accepts: (lowest, highest) for a number, the choices for a text; empty accepts any text.
     meaning: a sentence for --help, with the unit.
-    reach: who may read the setting.
-        "run": where and how the run works, never what comes out of it; may differ on resuming.
-        "training": decides what is learned or exported.
-        "model": decides the network that an artifact holds; travels in its header.
-        "scoring": decides how an artifact is scored; travels too, and may be set anew for --eval.
-    absent: the value that artifacts from before this setting mean; see VERSION_1_SETTINGS.
-    tries: values beside the choices that the tests compose with all other settings.
+    reach: what the setting affects, which decides who may read it.
+        "run": where and how the run works, never its result; may differ when a run is resumed.
+        "training": what is learned or exported.
+        "model": the network; such a setting travels in the artifact's header.
+        "scoring": how an artifact is scored; travels too, and --eval may override it.
+    absent: the value to assume for an artifact older than the setting; see VERSION_1_SETTINGS.
+    tries: values, beside the choices, that tests combine with all other settings.
     """
 
     accepts: tuple
@@ -189,56 +194,50 @@ class Knob:
         return self.reach in ("model", "scoring")
 
 
-def knob_of_reach(reach: str) -> Callable[..., Any]:
-    """A function that declares settings of this reach; see Knob."""
-
-    def declare(
-        default: object,
-        accepts: tuple,
-        meaning: str,
-        *,
-        absent: object = UNSAID,
-        tries: tuple = (),
-    ) -> Any:
-        """A dataclass field with its Knob; see there for the arguments."""
-        return field(
-            default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)}
-        )
-
-    return declare
+def knob(
+    reach: str,
+    default: object,
+    accepts: tuple,
+    meaning: str,
+    *,
+    absent: object = UNSAID,
+    tries: tuple = (),
+) -> Any:
+    """Declare a setting: a dataclass field that carries a Knob; see Knob for the arguments."""
+    return field(default=default, metadata={"knob": Knob(accepts, meaning, reach, absent, tries)})
 
 
-run_knob = knob_of_reach("run")
-training_knob = knob_of_reach("training")
-model_knob = knob_of_reach("model")
-scoring_knob = knob_of_reach("scoring")
+run_knob = functools.partial(knob, "run")
+training_knob = functools.partial(knob, "training")
+model_knob = functools.partial(knob, "model")
+scoring_knob = functools.partial(knob, "scoring")
 
-Checks = Iterator[tuple[object, str]]  # whether a condition holds, and the complaint if not
+Checks = Iterator[tuple[object, str]]  # pairs of a condition and the complaint if it is false
 
 
 class Part:
     """The settings of one subject, as a frozen dataclass; Config inherits from all parts.
 
-    Names in the environment that begin with one of `prefixes` are ours: one that is no setting
-    is a mistake, not somebody else's variable.
+    An environment variable that begins with one of `prefixes` but names no setting is refused as
+    a misspelling; other unknown variables belong to other programs.
     """
 
-    title: ClassVar[str]  # heads the part in --help
+    title: ClassVar[str]  # the part's heading in --help
     prefixes: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Conditions on the part's settings, each with its complaint, which names settings."""
+        """Yield conditions on the part's settings; a complaint names the settings it is about."""
         return iter(())
 
 
 def knob_of(setting: Field) -> Knob:
-    """What a field of Config says of its setting."""
+    """The Knob that a field of Config carries."""
     return setting.metadata["knob"]
 
 
 def parse_setting(name: str, text: str, setting: Field) -> object:
-    """The value of setting `name` from its text; raises Refusal naming what was expected."""
+    """Parse the text of setting `name`; raises Refusal that says what was expected."""
     accepts = knob_of(setting).accepts
     kind: Any = type(setting.default)
     try:
@@ -248,22 +247,22 @@ def parse_setting(name: str, text: str, setting: Field) -> object:
         raise Refusal(f"{name}={text!r}: expected {expected}") from None
     if kind is str and accepts and value not in accepts:
         raise Refusal(f"{name}={text!r}: expected one of {', '.join(accepts)}")
-    if kind in (int, float) and not accepts[0] <= value <= accepts[1]:  # refuses nan as well
+    if kind in (int, float) and not accepts[0] <= value <= accepts[1]:  # true for nan as well
         raise Refusal(f"{name}={value}: expected {accepts[0]} <= value <= {accepts[1]}")
     return value
 
 
 def show_setting(value: object) -> str:
-    """A setting's value as one would write it in the environment."""
+    """Format a setting's value as one would write it in the environment."""
     text = str(int(value)) if isinstance(value, bool) else str(value)
     return text if text and text.isprintable() else repr(text)
 
 
 class LimitedSettings:
-    """The settings that one kind of reader may read; any other one is refused.
+    """A view of Config that refuses to show settings outside the given reaches; see Knob.
 
-    It keeps the network from depending on a setting that does not travel in the artifact: such a
-    model would train and export, and then not be rebuilt.
+    The network reads its settings through it: one that depended on a setting that does not travel
+    in the artifact would train and export, and then could not be rebuilt.
     """
 
     def __init__(self, cfg: Config, reaches: tuple[str, ...], reader: str) -> None:
@@ -272,7 +271,7 @@ class LimitedSettings:
         self._reader = reader
 
     def __getattr__(self, name: str) -> Any:
-        """The value of a setting, or of a property computed from settings within reach."""
+        """Look up a setting, or a property, which is computed through this same view."""
         found = inspect.getattr_static(type(self._cfg), name)
         if isinstance(found, property):
             assert found.fget is not None
@@ -288,8 +287,7 @@ class LimitedSettings:
 
 # =================================================================================================
 # Run
-# What a process is and what a run leaves behind. Every decision that ranks must share goes
-# through agree(), every sum through add_up() or scatter_sum(); with one process they do nothing.
+# The processes of a run and the files that it leaves behind.
 # =================================================================================================
 
 
@@ -299,37 +297,62 @@ class RunSettings(Part):
 
     title = "Run"
 
-    preset: str = run_knob("", (), "Names of presets, comma-separated; later ones win.")
+    preset: str = run_knob("", (), "Apply these presets, comma-separated; a later one wins.")
     not_ours: str = run_knob(
-        "", (), "Names of other programs' variables, comma-separated, that look like settings."
+        "", (), "Ignore these variables, comma-separated: they look like settings and are not."
     )
-    run_id: str = run_knob("", (), "Folder under RUNS_DIR; empty takes UTC time and a suffix.")
-    runs_dir: str = run_knob("runs", (), "Folder in which run folders are made.")
-    seed: int = training_knob(1337, (0, 2**31 - 1), "Seed of initial weights and data order.")
-    attention: str = run_knob("auto", ("auto", "fa3", "sdpa"), "Attention kernel.")
+    run_id: str = run_knob(
+        "", (), "Name the run's folder under RUNS_DIR; empty takes UTC time and a random suffix."
+    )
+    runs_dir: str = run_knob("runs", (), "Make run folders in this folder.")
+    seed: int = training_knob(1337, (0, 2**31 - 1), "Seed the initial weights and the data order.")
+    attention: str = run_knob(
+        "auto",
+        ("auto", "fa3", "cudnn", "flash", "sdpa"),
+        "Attend on CUDA by this kernel; auto takes the quickest in a trial, sdpa torch's choice.",
+    )
     compile: str = run_knob(
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
     )
-    resume: bool = run_knob(False, (), "Go on from the last checkpoint of RUN_ID, if there is one.")
+    cpu_bf16: str = training_knob(
+        "auto",
+        ("auto", "0", "1"),
+        "Multiply matrices in bfloat16 where a CPU trains, all else in float32; auto does where "
+        "the processor can and a trial takes less time, and not in runs by steps or by counted "
+        "work, which repeat to the bit.",
+    )
+    resume: bool = run_knob(False, (), "Continue from the last checkpoint of RUN_ID, if any.")
+    init_from: str = run_knob(
+        "", (), "Start from the weights of another run: its artifact.bin or a checkpoint."
+    )
+    log_to: str = run_knob(
+        "files",
+        ("files", "tensorboard"),
+        "tensorboard writes event files as well, in the run folder; it needs that package.",
+    )
     checkpoint_seconds: float = run_knob(
-        0.0, (0.0, 1e7), "Seconds between checkpoints; 0 writes them on signals and at the end."
+        0.0, (0.0, 1e7), "Write a checkpoint every so many seconds; 0: on a signal and at the end."
     )
     watchdog_seconds: float = run_knob(
-        600.0, (0.1, 1e7), "Seconds that a rank waits for the others before it gives up."
+        600.0, (0.1, 1e7), "Give up after waiting this many seconds for the other ranks."
     )
     train_log_every: int = run_knob(
-        0, (0, math.inf), "Steps between log lines; 0 logs about 50 lines."
+        0, (0, math.inf), "Log every so many steps; 0 logs about 50 lines a run."
     )
     val_loss_every: int = run_knob(
-        4000, (0, math.inf), "Steps between validations; 0 validates at the end only."
+        4000, (0, math.inf), "Validate every so many steps; 0 validates at the end only."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A run's name is the name of a folder, and only a named run can be resumed."""
+        """A run's name must be valid for a folder, and only a named run can be resumed."""
         yield (
             re.fullmatch(r"[\w.-]{0,100}", cfg.run_id) and cfg.run_id not in (".", ".."),
             "RUN_ID must be up to 100 letters, digits, '_', '-' and '.'",
+        )
+        yield (
+            cfg.cpu_bf16 != "1" or cfg.compile != "1",
+            "CPU_BF16=1 is for training that COMPILE=1 does not compile",
         )
         yield cfg.run_id or not cfg.resume, "RESUME needs the RUN_ID of the run to go on with"
 
@@ -340,39 +363,41 @@ class BudgetSettings(Part):
 
     title = "Budgets"
 
-    iterations: int = training_knob(20000, (1, 10**8), "Largest number of training steps.")
+    iterations: int = training_knob(20000, (1, 10**8), "Train for at most this many steps.")
     max_wallclock_seconds: float = training_knob(
-        600.0, (0.0, 1e7), "Seconds for training and calibration; 0 makes the run step-driven."
+        600.0, (0.0, 1e7), "Bound training and calibration to this many seconds; 0 does not."
     )
     max_train_tflops: float = training_knob(
         0.0,
         (0.0, 1e9),
-        "Counted 10^12 floating-point operations for training and calibration instead of seconds, "
-        "equal on every machine; 0 sets no bound.",
+        "Bound training and calibration to this many 10^12 floating-point operations, which are "
+        "counted from shapes and equal on every machine; 0 sets no such bound.",
     )
-    eval_wallclock_seconds: float = run_knob(600.0, (0.0, 1e7), "Seconds for scoring the artifact.")
+    eval_wallclock_seconds: float = run_knob(
+        600.0, (0.0, 1e7), "Bound the scoring of the artifact to this many seconds."
+    )
     artifact_limit_bytes: int = training_knob(
-        16_000_000, (1, 1 << 40), "Most decimal bytes that code and artifact may have together."
+        16_000_000, (1, 1 << 40), "Bound code and artifact together to this many bytes."
     )
     warmup_steps: int = training_knob(
-        20, (0, 1000), "Priming steps before the clock starts, undone afterwards."
+        20, (0, 1000), "Prime with this many steps before the clock starts; they are undone."
     )
 
     @property
     def step_driven(self) -> bool:
-        """Whether what is counted ends the run, steps or operations, rather than the clock."""
+        """Whether a count of steps or of operations ends the run, rather than the clock."""
         return self.max_wallclock_seconds == 0
 
     @property
     def budget_unit(self) -> str:
-        """What the run's budget is counted in; ITERATIONS bounds every run besides."""
+        """The unit of the run's budget; ITERATIONS bounds every run as well."""
         if self.max_train_tflops:
             return "operations"
         return "steps" if self.step_driven else "seconds"
 
     @property
     def whole_budget(self) -> float:
-        """What training and calibration may cost, in its unit."""
+        """What training and calibration may cost, in budget_unit."""
         budgets = {
             "operations": round(1e12 * self.max_train_tflops),
             "steps": self.iterations,
@@ -382,17 +407,17 @@ class BudgetSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Two budgets would leave it to the machine which of them ends the run."""
+        """With two budgets, the machine's speed would decide which of them ends the run."""
         yield (
             cfg.max_wallclock_seconds == 0 or cfg.max_train_tflops == 0,
-            "a run has one budget, and the other is 0: MAX_WALLCLOCK_SECONDS or MAX_TRAIN_TFLOPS",
+            "a run has one budget: set one of MAX_WALLCLOCK_SECONDS and MAX_TRAIN_TFLOPS to 0",
         )
 
 
 def say(line: str, to_stderr: bool = False) -> None:
-    """Write a line to the console. It may have gone away: output is never essential."""
+    """Write a line to the console, if it is still there: losing output must not end a run."""
     stream = sys.stderr if to_stderr else sys.stdout
-    if stream is None:  # closed before the process began
+    if stream is None:  # it was closed before the process began
         return
     try:
         tqdm.write(line, file=stream)
@@ -400,17 +425,21 @@ def say(line: str, to_stderr: bool = False) -> None:
     except UnicodeEncodeError:
         tqdm.write(line.encode("ascii", "backslashreplace").decode(), file=stream)
     except (OSError, ValueError):
-        # What is left in the stream's buffer must not fail again when Python exits.
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+        lead_nowhere(stream)
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """Drop what a stream still holds: Python flushes it when it exits, and must not fail then."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def open_standard_streams() -> None:
-    """Open what was closed of stdin, stdout and stderr, or a file of the run would take its place.
+    """Open /dev/null in place of stdin, stdout and stderr, as far as they are closed.
 
-    Python has no stream for a closed one; say() knows.
+    Otherwise a file of the run would get such a descriptor, and other programs' output with it.
     """
     while True:
         number = os.open(os.devnull, os.O_RDWR)
@@ -419,12 +448,14 @@ def open_standard_streams() -> None:
             return
 
 
+# Settings that a run may be resumed with larger values of.
+BUDGETS = ("iterations", "max_wallclock_seconds", "max_train_tflops")
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
-CACHED_TOKENS = 4096  # of a forward without backward on a CPU: more leave its caches
+CACHED_TOKENS = 4096  # of a scoring forward on a CPU: the activations of more leave its caches
 
 
 class Clock:
-    """Seconds that count against a budget: runs only inside `with clock.running()`."""
+    """Seconds that count against a budget; the clock runs only inside `with clock.running()`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -436,13 +467,18 @@ class Clock:
 
     @contextlib.contextmanager
     def running(self, runs: bool = True) -> Iterator[None]:
-        """Count the time spent inside, or with running(False) leave it out."""
-        before = self.since is not None
-        self.banked, self.since = self.elapsed(), self.now() if runs else None
+        """Count the time spent inside; running(False) leaves it out."""
+        ran_before = self.since is not None
+        self.set_running(runs)
         try:
             yield
         finally:
-            self.banked, self.since = self.elapsed(), self.now() if before else None
+            self.set_running(ran_before)
+
+    def set_running(self, runs: bool) -> None:
+        """Bank the time so far, and start or stop the clock."""
+        self.banked = self.elapsed()
+        self.since = self.now() if runs else None
 
 
 class Ranks:
@@ -466,30 +502,33 @@ class Ranks:
         self.world_size = world_size
         self.device = device or torch.device("cpu")
         self.is_main = rank == 0
-        self.store = store  # where the processes found each other
-        # Into how many parts the stacks of Muon are split; with 1, every rank does all of them.
+        self.store = store  # through which the processes found each other
+        # Muon divides each stack of matrices into this many parts; with 1, every rank does all.
         self.num_parts = world_size if split_stacks else 1
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
         self.control: dist.ProcessGroup | None = None
+        # Its time-out is long: rank 0 may quantise alone while the others wait for the artifact.
         self.patient: dist.ProcessGroup | None = None
         if world_size > 1 and dist.is_initialized():
             seconds = timedelta(seconds=watchdog_seconds)
             self.control = dist.new_group(backend="gloo", timeout=seconds)
-            # Rank 0 may quantise long alone before it sends what came out.
             self.patient = dist.new_group(backend="gloo", timeout=20 * seconds)
 
-    def agree(self, value: float, op: str = "first") -> float:
-        """Rank 0's value, on every rank; with op="most" the largest of all ranks' values."""
+    def agree(self, value: float) -> float:
+        """Return rank 0's value on every rank."""
+        return self.largest(value if self.is_main else -math.inf)
+
+    def largest(self, value: float) -> float:
+        """Return the largest of the ranks' values on every rank, in float64."""
         if self.world_size == 1:
             return value
-        counts = op == "most" or self.is_main
-        box = torch.tensor(value if counts else -math.inf, dtype=torch.float64)
+        box = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return box.item()
 
     def any_of(self, condition: bool) -> bool:
         """Whether the condition holds on any rank."""
-        return self.agree(float(condition), "most") > 0
+        return self.largest(float(condition)) > 0
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over all ranks, in place, in one exchange; same order on every rank."""
@@ -502,14 +541,14 @@ class Ranks:
         torch._foreach_copy_(tensors, shaped)
 
     def part_of(self, stack: Tensor) -> Tensor:
-        """This rank's part of a stack (n, ...), padded with zeros to equal parts: (m, ...)."""
+        """This rank's part (m, ...) of a stack (n, ...); zeros pad it so that parts are equal."""
         count = -(-len(stack) // self.num_parts)
         first = count * (self.rank % self.num_parts)
         part = stack[first : first + count].to(self.device)
         return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
 
     def scatter_sum(self, stack: Tensor) -> Callable[[], Tensor]:
-        """Start to sum (n, ...) over ranks; what waits for it gives this rank's part (m, ...)."""
+        """Start to sum a stack (n, ...) over ranks; call the result to get this rank's part."""
         if self.world_size == 1:
             return lambda: stack
         if self.num_parts == 1:
@@ -520,27 +559,27 @@ class Ranks:
         return waiter(part, dist.reduce_scatter_single(part, whole, async_op=True))
 
     def gather(self, part: Tensor) -> Callable[[], Tensor]:
-        """Start to put all ranks' parts (m, ...) together; what waits for it gives the whole."""
+        """Start to gather all ranks' parts (m, ...); call the result to get the padded stack."""
         if self.num_parts == 1:
             return lambda: part
         whole = part.new_empty(self.num_parts * len(part), *part.shape[1:])
         return waiter(whole, dist.all_gather_single(whole, part.contiguous(), async_op=True))
 
     def broadcast(self, content: bytes, source: int = 0) -> bytes:
-        """The bytes of rank `source`, on every rank, whether or not they share a file system."""
+        """Return the bytes of rank `source` on every rank; no shared file system is needed."""
         box = [content]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=source, group=self.patient)
         return box[0]
 
     def copy_from_main(self, model: nn.Module) -> None:
-        """Give every rank rank 0's parameters: different CPUs may draw slightly different ones."""
+        """Copy rank 0's parameters to all ranks: different CPUs draw slightly different ones."""
         if self.world_size > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
 
     def copy_of(self, own: Tensor | None, owner: int, shape: tuple[int, ...]) -> Tensor:
-        """Rank `owner`'s float32 tensor of this shape in host memory, on every rank."""
+        """Return on every rank, in host memory, the float32 tensor that is `own` on the owner."""
         if self.world_size == 1:
             assert own is not None
             return own
@@ -557,14 +596,14 @@ class Ranks:
             return
         bits = [p.detach().view(torch.int32) for p in model.parameters()]
         total = torch.stack([part.sum(dtype=torch.int64) for part in bits]).sum()
-        mine = float(total.item() % 2**50)  # a float64 holds it exactly
-        of_main = self.agree(mine)
-        if self.any_of(mine != of_main):
+        own = float(total.item() % 2**50)  # a float64 holds it exactly
+        of_main = self.agree(own)
+        if self.any_of(own != of_main):
             raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """If any rank refuses in this block, every rank does, by the words of the first of them.
+        """If any rank raises Refusal in this block, raise that of the lowest such rank on all.
 
         Otherwise the others would wait for it in vain, or end without saying why.
         """
@@ -573,18 +612,19 @@ class Ranks:
             yield
         except Refusal as error:
             refusal = error
-        # The lowest rank that refused, or inf: the largest of the negated ranks, negated.
-        first = -self.agree(-math.inf if refusal is None else -self.rank, "most")
+        # The lowest rank that refused, or inf if none did.
+        first = -self.largest(-math.inf if refusal is None else -self.rank)
         if first < math.inf:
             text = f"rank {first:.0f}: {refusal}" if first else str(refusal)
             raise Refusal(self.broadcast(text.encode(), int(first)).decode())
 
-    def absent(self) -> str:
-        """After a time-out, the ranks that did not come to it; or "unknown".
+    def absent_ranks(self) -> str:
+        """After a time-out, list the ranks that never came to the exchange, or "unknown".
 
-        Every rank that waited in vain says so in the store: the others are absent.
+        Every rank that waited in vain leaves a mark in the store; those without one are absent.
         """
-        store, missing = self.store, set(range(self.world_size))
+        store = self.store
+        missing = set(range(self.world_size))
         if store is None:
             return "unknown"
 
@@ -595,17 +635,17 @@ class Ranks:
                 missing.difference_update(here)
                 time.sleep(0.1)
 
-        # In a thread of its own, as a store never answers if the process that holds it is dead.
+        # This asks in a thread, as a store never answers if the process that holds it is dead.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(3.0)
-        if self.rank in missing:  # the store did not even tell this rank of itself
+        if self.rank in missing:  # the store did not even return this rank's own mark
             return "unknown"
         return ", ".join(map(str, sorted(missing)))
 
 
 def waiter(result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
-    """A function that waits for `result`; waiting again costs nothing."""
+    """Make a function that waits for `work` and gives `result`; waiting again costs nothing."""
 
     @functools.cache
     def wait() -> Tensor:
@@ -616,20 +656,24 @@ def waiter(result: Tensor, work: dist.Work) -> Callable[[], Tensor]:
 
 
 class RunFolder:
-    """What a run leaves in runs/<RUN_ID>/: log, metrics, settings, source, checkpoints, artifact.
+    """The run's folder, runs/<RUN_ID>/: log, metrics, settings, source, checkpoints, artifact.
 
     Only rank 0 has a folder and writes. The other ranks call the same methods, which then do
-    nothing, so that no caller has to ask.
+    nothing, so that callers need not distinguish.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks) -> None:
         self.cfg = cfg
         self.ranks = ranks
         self.path: Path | None = None
-        self.source = Path(__file__).read_bytes()  # once: the file may be edited while it runs
+        self.source = Path(__file__).read_bytes()  # read once: it may be edited during the run
+        self.larger_budgets: list[str] = []  # budgets that have grown since the run began
+        self.draws = cfg.log_to == "tensorboard"
+        self.curves: Any = None  # tensorboard's writer, from the first step on
+        self.drawn_step = 0
 
     def open(self) -> None:
-        """Make the folder with settings and source, or with RESUME go on in it, or Refusal."""
+        """Make the folder, or with RESUME=1 continue in it; raises Refusal if it is unsuitable."""
         name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
         with self.ranks.together():
             if self.ranks.is_main:
@@ -645,18 +689,19 @@ class RunFolder:
                 f"RUN_ID={folder.name}: {folder} exists already; nothing in it was "
                 "touched. Choose another RUN_ID, or RESUME=1 to go on"
             ) from None
-        settings, source = folder / "settings.json", folder / "train_gpt.py"
+        settings = folder / "settings.json"
+        source = folder / "train_gpt.py"
         self.refuse_other_settings(settings)
         if source.is_file() and source.read_bytes() != self.source:
-            raise Refusal(f"RESUME=1: {source} began this run, and another one is running now")
+            raise Refusal(f"RESUME=1: {source} began this run, and this one differs: resume there")
         no_locks = self.lock_folder(folder)
         self.path = folder
-        for torn in folder.glob(".*.partial"):  # of a process that died while it wrote
-            torn.unlink()
+        for partial in folder.glob(".*.partial"):  # left by a process that died while it wrote
+            partial.unlink()
         for log in (folder / "log.txt", folder / "metrics.jsonl"):
             if log.is_file():
-                whole_lines, end, _torn = log.read_bytes().rpartition(b"\n")
-                write_file(log, whole_lines + end)
+                whole_lines, newline, _cut_line = log.read_bytes().rpartition(b"\n")
+                write_file(log, whole_lines + newline)
         write_file(settings, json.dumps(asdict(self.cfg), indent=1).encode())
         write_file(source, self.source)
         if no_locks:
@@ -666,9 +711,9 @@ class RunFolder:
             )
 
     def lock_folder(self, folder: Path) -> str:
-        """Keep other processes out until this one ends, however it does; Refusal if one is in.
+        """Lock the folder until this process ends; raises Refusal if another one has locked it.
 
-        Returns why the file system has no locks, where it has none: a lock is a precaution.
+        Returns "", or the reason why the file system cannot lock: the run goes on without.
         """
         self.lock = os.open(folder, os.O_RDONLY)
         try:
@@ -680,7 +725,10 @@ class RunFolder:
         return ""
 
     def refuse_other_settings(self, path: Path) -> None:
-        """Raise Refusal if the run that wrote these settings was to give another result."""
+        """Raise Refusal if the settings of the run to resume would give another result.
+
+        A budget may have grown, as a run that has ended can continue: see larger_budgets.
+        """
         if not path.is_file():
             return
         try:
@@ -688,12 +736,19 @@ class RunFolder:
         except MALFORMED:
             raise Refusal(f"RESUME=1: {path} is damaged: begin a new run") from None
         for name in sorted(settings_of_reach("training", "model", "scoring")):
-            ours = getattr(self.cfg, name)
-            if ours != theirs.get(name):
-                raise Refusal(
-                    f"RESUME=1: {name.upper()}={show_setting(ours)}, but the run "
-                    f"in {path.parent} has {show_setting(theirs.get(name))}"
+            ours, before = getattr(self.cfg, name), theirs.get(name)
+            if ours == before:
+                continue
+            if name in BUDGETS and isinstance(before, int | float) and 0 < before < ours:
+                self.larger_budgets.append(
+                    f"{name.upper()}={show_setting(ours)}, begun with {show_setting(before)}"
                 )
+                continue
+            raise Refusal(
+                f"RESUME=1: {name.upper()}={show_setting(ours)}, but the run in {path.parent} has "
+                f"{show_setting(before)}; only a budget may grow (INIT_FROM begins a new run with "
+                "its weights)"
+            )
 
     def save_checkpoint(self, state: dict) -> None:
         """Write checkpoint_<step>.pt, whole or not at all, and keep the newest two."""
@@ -707,7 +762,7 @@ class RunFolder:
         self.log(f"checkpoint step:{state['step']} bytes:{packed.tell()}")
 
     def checkpoints(self) -> list[Path]:
-        """The run's checkpoints, newest first; other names are somebody's own."""
+        """The run's checkpoints, newest first; files with other names are the user's."""
         by_step = {}
         for path in self.path.iterdir() if self.path is not None else ():
             if name := re.fullmatch(r"checkpoint_(\d+)\.pt", path.name):
@@ -715,26 +770,26 @@ class RunFolder:
         return [by_step[step] for step in sorted(by_step, reverse=True)]
 
     def last_checkpoint(self) -> dict | None:
-        """The newest checkpoint that can be read, on every rank; None to begin anew."""
+        """Load the newest readable checkpoint on every rank; None if the run begins anew."""
         content = b""
         for path in self.checkpoints() if self.cfg.resume else ():
             try:
                 content = read_checkpoint(path)
                 break
-            except Exception as error:  # what torch.load raises is not told
+            except Exception as error:  # torch.load documents no exceptions
                 self.log(f"warning: {path} cannot be read ({error}); trying the one before")
         content = self.ranks.broadcast(content)
-        # By way of the CPU: what one GPU saved, all ranks would put on that one.
+        # To the CPU first: torch would put every rank's tensors on the GPU that saved them.
         return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
 
     def append(self, name: str, text: str) -> None:
-        """Add text to a file of the run folder, if there is one yet."""
+        """Append text to a file of the run folder, if the folder has been opened."""
         if self.path is not None:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(text)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Write a line, unless empty, to console and log.txt, and an event to metrics.jsonl."""
+        """Log template.format(**facts), unless empty, and add an event's facts to metrics.jsonl."""
         if not self.ranks.is_main:
             return
         if template:
@@ -743,13 +798,42 @@ class RunFolder:
             self.append("log.txt", line + "\n")
         if event:
             self.append("metrics.jsonl", json.dumps({"event": event, **facts}) + "\n")
+            self.draw(event, facts)
+
+    def draw(self, event: str, facts: dict[str, Any]) -> None:
+        """Add the numbers of a step or a score to tensorboard's curves, with LOG_TO.
+
+        Curves are never essential: without them the run goes on.
+        """
+        if not self.draws or self.path is None or event not in ("step", "eval"):
+            return
+        self.drawn_step = facts["step"] or self.drawn_step  # 0: a score after training
+        try:
+            if self.curves is None:
+                self.curves = tensorboard_writer()(self.path / "tensorboard", flush_secs=10)
+            for name, value in facts.items():
+                if isinstance(value, int | float) and name not in ("step", "legal"):
+                    tag = f"{facts.get('name', event)}/{name}"
+                    self.curves.add_scalar(tag, value, self.drawn_step)
+        except Exception as error:  # tensorboard does not document what it raises
+            self.draws = False
+            self.curves = None
+            kind = type(error).__name__
+            self.log(f"warning: tensorboard's event files end here ({kind}: {error})")
+
+    def close(self) -> None:
+        """Write out the numbers that tensorboard's writer still holds."""
+        with contextlib.suppress(Exception):
+            if self.curves is not None:
+                self.curves.close()
 
     def progress(self, label: str, **how: Any) -> tqdm:
-        """A progress bar with ETA on rank 0's terminal; silent where there is no terminal."""
+        """Make a progress bar with ETA on rank 0's terminal; it is silent without a terminal."""
         return tqdm(
             desc=label,
             leave=False,
-            disable=None if self.ranks.is_main else True,
+            # None: where stderr is no terminal. tqdm does not expect one that is closed.
+            disable=None if self.ranks.is_main and sys.stderr is not None else True,
             unit_scale=True,
             dynamic_ncols=True,
             **how,
@@ -757,17 +841,33 @@ class RunFolder:
 
 
 def read_checkpoint(path: Path) -> bytes:
-    """The bytes of a checkpoint that torch.load can read; raises whatever shows that it cannot."""
+    """Read the bytes of a checkpoint; raises some exception if torch.load could not read it."""
     content = path.read_bytes()
-    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch checks no sums
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    # torch compresses nothing; a stranger's compressed file may expand without bound.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise ValueError("it is compressed")
+    damaged = archive.testzip()  # torch verifies no checksums
     if damaged:
         raise ValueError(f"{damaged} is damaged")
-    torch.load(io.BytesIO(content), weights_only=True)
+    torch.load(io.BytesIO(content), "cpu", weights_only=True)
     return content
 
 
+def tensorboard_writer() -> Any:
+    """Import torch's writer of tensorboard's event files; raises Refusal without that package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # it is optional, and may be of a version that torch cannot use
+        raise Refusal(
+            "LOG_TO=tensorboard needs the Python package tensorboard: pip install tensorboard "
+            f"({error})"
+        ) from None
+    return SummaryWriter
+
+
 class Ledger:
-    """What a run used and did: its clocks, when each technique acted, and if it may be a record."""
+    """What a run has used and done: clocks, counts, and whether it may stand as a record."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -778,23 +878,29 @@ class Ledger:
         self.training_operations = 0  # counted, in training and calibration
         self.scoring_operations = 0
         self.calibration_tokens = 0
-        # By technique: how often it could have acted, and how often it did.
-        self.occasions = Counter[str]()
-        self.activity = Counter[str]()
-        self.ineligible: list[str] = []  # reasons
+        self.occasions = Counter[str]()  # by technique: how often it could have acted
+        self.activity = Counter[str]()  # by technique: how often it did
+        self.continued = False  # whether the process was paused since tell_pause() was called
+        self.ineligible: list[str] = []  # why the run cannot stand as a record
 
     def note(self, name: str, acted: bool) -> None:
-        """Count an occasion on which a technique that is configured may act, and whether it did."""
+        """Count one occasion on which a configured technique could act, and whether it did."""
         self.occasions[name] += 1
         self.activity[name] += int(acted)
 
     def mark_ineligible(self, reason: str) -> None:
-        """Note why the run cannot stand as a record."""
+        """Record a reason why the run cannot stand as a record, and warn of it."""
         self.ineligible.append(reason)
         self.folder.log(f"warning: not eligible as a record: {reason}")
 
+    def tell_pause(self, when: str) -> None:
+        """Mark the run ineligible if the process was paused since this was last asked."""
+        if self.continued:
+            self.continued = False
+            self.mark_ineligible(f"stopped and continued {when}: its clock went on meanwhile")
+
     def log_activity(self) -> None:
-        """Log how often each scheduled technique was active; warn of any that never was."""
+        """Log how often each configured technique acted; warn of any that never did."""
         for name, occasions in self.occasions.items():
             self.folder.log(
                 "activity {name} steps:{steps} of:{of}",
@@ -830,16 +936,15 @@ class Run:
         )
         self.folder = RunFolder(cfg, self.ranks)
         self.ledger = Ledger(self.folder)
-        self.phase = "starting"  # what the run is at; a message names it if the run fails
-        self.signals: list[int] = []  # that asked training to end
-        self.continued = False  # whether it goes on after it was stopped, by Ctrl-Z or a scheduler
-        # Of one forward and backward, where MICRO_BATCH_SEQS does not say.
+        self.products = self.dtype  # the type in which training multiplies matrices
+        self.phase = "starting"  # a failure's message names the phase
+        self.signals: list[int] = []  # those that have asked training to end
         tokens_at_once = 98_304 if device.type == "cuda" else 8_192
         self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of activations: bf16 on a GPU, float32 on a CPU: few multiply bf16 natively."""
+        """The type of activations; on a CPU float32, as few CPUs multiply bfloat16 natively."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
@@ -851,18 +956,18 @@ class Run:
 
     @property
     def adaptation_rows(self) -> int:
-        """Rows of a rank in a step of test-time training."""
+        """How many rows each rank takes in a step of test-time training."""
         return -(-self.cfg.ttt_batch_seqs // self.ranks.world_size)
 
     @property
     def scored_rows(self) -> int:
-        """Windows that are scored at once, of a batch of EVAL_BATCH_SEQS."""
+        """How many of a batch's EVAL_BATCH_SEQS windows one forward scores."""
         if self.device.type != "cpu":
             return self.cfg.eval_batch_seqs
         return min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len))
 
     def with_settings(self, cfg: Config) -> Run:
-        """The same process, ranks, folder and ledger under other settings."""
+        """Copy the run with other settings; the copy shares ranks, folder and ledger."""
         other = copy.copy(self)
         other.cfg = cfg
         return other
@@ -870,33 +975,34 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> Iterator[Run]:
-        """Open the process group that torchrun's environment describes, if any; close it after."""
+        """Join the other ranks and handle signals until the block ends; tell of its failure."""
         run = cls(cfg, *join_ranks(cfg))
         before = handle_end_signals(run.on_signal)
         if before:
             before[signal.SIGCONT] = signal.signal(signal.SIGCONT, run.on_continue)
         try:
             yield run
-        except Refusal:
+        except (Refusal, BrokenPipeError):
             raise
         except Exception as error:
             run.tell_failure(error)
             raise SystemExit(EXIT_FAILED) from None
         finally:
+            run.folder.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def tell_failure(self, error: Exception) -> None:
-        """Say in one line on the console what failed, and in log.txt where."""
+        """Say in one line on the console what failed, and write the traceback to log.txt."""
         text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
         if self.ranks.store is not None and "timed out" in str(error).lower():
-            absent = self.ranks.absent()
+            absent = self.ranks.absent_ranks()
             text = f"waited {self.cfg.watchdog_seconds:g} s; not there: rank {absent}"
         line = f"error: rank {self.ranks.rank}, during {self.phase}: {text}"
         say(line, to_stderr=True)
-        with contextlib.suppress(OSError):  # a full disk has been named already
+        with contextlib.suppress(OSError):  # if the disk is full, the line above says so
             self.folder.append("log.txt", "".join(traceback.format_exception(error)))
 
     @property
@@ -905,17 +1011,19 @@ class Run:
         return self.signals[0] if self.signals else 0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ask training to write a checkpoint and end; anywhere else, or asked again, end now."""
+        """During training, ask it to write a checkpoint and end; at other times, end at once.
+
+        A second SIGINT or SIGTERM ends training at once too. Other signals may well come twice: a
+        CPU limit's comes every second, and closing a terminal may send two kinds.
+        """
         insists = number in self.signals and number in (signal.SIGINT, signal.SIGTERM)
         if self.phase != "training" or insists:
             self.stop(number, f"during {self.phase}; what the run folder holds was kept")
-        # One that came before the end asks no more: a CPU limit's signal comes every second, and
-        # who closes a terminal may send two kinds.
         self.signals.append(number)
 
     def on_continue(self, number: int, frame: FrameType | None) -> None:
-        """Note that the process was stopped for a while, and goes on."""
-        self.continued = True
+        """Note that the process was paused, by Ctrl-Z or a scheduler, and now continues."""
+        self.ledger.continued = True
 
     def stop(self, number: int, situation: str) -> None:
         """End the process because of a signal."""
@@ -924,17 +1032,17 @@ class Run:
         raise SystemExit(128 + number)
 
     def settle(self) -> None:
-        """Wait until the GPU has done what was asked of it, so that a clock tells the truth."""
+        """Wait until the GPU's queue is empty, so that a clock measures finished work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def put(self, x: Tensor) -> Tensor:
-        """`x` of the host on the run's device; only what lies together goes without waiting."""
+        """Copy `x` from the host to the run's device, to a GPU without waiting for it."""
         pinned = x.contiguous().pin_memory() if self.device.type == "cuda" else x
         return pinned.to(self.device, non_blocking=True)
 
     def fetch(self, x: Tensor) -> Callable[[], list[float]]:
-        """Start to copy `x` to the host; what waits for that, and for no later work, gives it."""
+        """Start to copy `x` to the host; call the result to wait for that and get the numbers."""
         if self.device.type != "cuda":
             return x.tolist
         host = x.to("cpu", non_blocking=True)
@@ -947,7 +1055,7 @@ class Run:
         return numbers
 
     def log_header(self, notes: list[str]) -> None:
-        """Log what this run takes: settings, versions, machine, source."""
+        """Log what determines the run: notes, settings, versions, machine, source."""
         log, source = self.folder.log, self.folder.source
         name = f"{torch.get_num_threads()} threads of {processor()}"
         if self.device.type == "cuda":
@@ -981,17 +1089,17 @@ class Run:
         )
 
 
-def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, here: int) -> None:
-    """Raise Refusal if what a launcher says of this process cannot be."""
+def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, on_host: int) -> None:
+    """Raise Refusal if the launcher contradicts itself; on_host is its LOCAL_WORLD_SIZE."""
     if rank >= world_size:
         raise Refusal(
             f"RANK={rank}, WORLD_SIZE={world_size}: ranks go from 0 to WORLD_SIZE - 1; start "
             "the processes with torchrun, or a single one without these variables"
         )
-    if "LOCAL_WORLD_SIZE" in os.environ and not local_rank < here <= world_size:
+    if "LOCAL_WORLD_SIZE" in os.environ and not local_rank < on_host <= world_size:
         raise Refusal(
-            f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={here}, WORLD_SIZE={world_size}: expected "
-            "LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE; torchrun sets them so"
+            f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={on_host}, WORLD_SIZE={world_size}: "
+            "expected LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE; torchrun sets them so"
         )
     if "WORLD_SIZE" in os.environ:
         return
@@ -999,34 +1107,32 @@ def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, here: int) -> 
         if os.environ.get(name, "0") not in ("", "0"):
             raise Refusal(
                 f"{name}={os.environ[name]}, but no WORLD_SIZE: each process would train alone; "
-                "start one torchrun a host, or a single process"
+                "start one torchrun on each host, or a single process"
             )
 
 
 def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
-    """Find the other processes: (rank, world size, device, where they found each other).
+    """Join the process group that torchrun's variables describe; without them, work alone.
 
-    The environment is that of torchrun; without it, the process is alone. Raises Refusal if the
-    environment contradicts itself, or the others are not there.
+    Returns rank, world size, device and the store through which the processes found each other,
+    None for a single process. Raises Refusal if the variables contradict each other, or the other
+    processes do not come.
     """
-    given = {
-        "RANK": os.environ.get("RANK", "0"),
-        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
-        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
-        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1"),
-    }
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    given = {name: os.environ.get(name, value) for name, value in alone.items()}
     if not all(map(str.isdecimal, given.values())):
         raise Refusal(
             f"{', '.join(given)} are {[*given.values()]}: expected "
             "whole numbers; torchrun sets them, a single process needs none"
         )
-    rank, local_rank, world_size, here = map(int, given.values())
-    refuse_odd_ranks(rank, local_rank, world_size, here)
-    device = pick_device(local_rank, world_size, here)
-    asked = os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ
-    if device.type == "cpu" and here > 1 and asked:
-        # What torchrun sets, whatever the cores; one thread by choice takes MKL_NUM_THREADS.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    rank, local_rank, world_size, on_host = map(int, given.values())
+    refuse_odd_ranks(rank, local_rank, world_size, on_host)
+    device = pick_device(local_rank, world_size, on_host)
+    # torchrun sets OMP_NUM_THREADS=1, however many cores there are. Who wants one thread sets
+    # MKL_NUM_THREADS too.
+    by_torchrun = os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ
+    if device.type == "cpu" and on_host > 1 and by_torchrun:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_host))
     if world_size == 1:
         return rank, world_size, device, None
     try:
@@ -1038,7 +1144,7 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
             f"({said}); torchrun sets up all that they need"
         ) from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
-        # Its store outlives a restart: what dead processes left there must not be found.
+        # The store outlives a restart; a prefix hides what the dead processes left in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -1050,12 +1156,12 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
     return rank, world_size, device, store
 
 
-def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
-    """The device of one of `here` processes on this host; Refusal without a GPU for each."""
+def pick_device(local_rank: int, world_size: int, on_host: int) -> torch.device:
+    """Pick this process's device; raises Refusal if there are fewer GPUs than processes."""
     if torch.cuda.is_available():
-        if here > (gpus := torch.cuda.device_count()):
+        if on_host > (gpus := torch.cuda.device_count()):
             raise Refusal(
-                f"{here} processes on this host, but it has {gpus} GPU(s): start one "
+                f"{on_host} processes on this host, but it has {gpus} GPU(s): start one "
                 "process for each (--nproc_per_node)"
             )
         torch.cuda.set_device(local_rank)
@@ -1066,7 +1172,7 @@ def pick_device(local_rank: int, world_size: int, here: int) -> torch.device:
 
 
 def processor() -> str:
-    """What the CPU calls itself; its architecture where the system does not say."""
+    """The CPU's model name, or its architecture where the system does not tell the name."""
     with contextlib.suppress(OSError):
         if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
             return found[1]
@@ -1074,7 +1180,7 @@ def processor() -> str:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that appears complete or not at all."""
+    """Write a file such that it appears under its name complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as f:
         f.write(content)
@@ -1084,7 +1190,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
+    """The sha256 of a file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -1102,22 +1208,24 @@ class DataSettings(Part):
     title = "Data"
 
     data_path: str = run_knob(
-        "./data/datasets/fineweb10B_sp1024", (), "Folder of the training and validation shards."
+        "./data/datasets/fineweb10B_sp1024", (), "Read training and validation shards from here."
     )
     tokenizer_path: str = run_knob(
-        "./data/tokenizers/fineweb_1024_bpe.model", (), "The shards' SentencePiece model."
+        "./data/tokenizers/fineweb_1024_bpe.model", (), "Tokenize with this SentencePiece model."
     )
     loader: str = training_knob(
-        "shuffled", ("shuffled", "sequential"), "Order in which training rows are read."
+        "shuffled", ("shuffled", "sequential"), "Read training rows in this order."
     )
     train_batch_tokens: int = training_knob(
-        786432, (2, 1 << 30), "Tokens a training step, over all ranks."
+        786432, (2, 1 << 30), "Train on this many tokens a step, over all ranks."
     )
-    train_seq_len: int = training_knob(2048, (2, 1 << 20), "Tokens a training row.")
+    train_seq_len: int = training_knob(
+        2048, (2, 1 << 20), "Cut training text into rows of this many tokens."
+    )
     doc_max_len: int = training_knob(
         0,
         (0, 1 << 20),
-        "Tokens after which ATTN_DOCS=1 cuts a document; 0 cuts where a row ends.",
+        "With ATTN_DOCS=1, cut documents after this many tokens; 0 cuts them at a row's end only.",
         tries=(5,),
     )
     doc_growth: str = training_knob(
@@ -1131,17 +1239,17 @@ class DataSettings(Part):
         32, (0, 10**6), "Steps in which rates rise from 0 again where DOC_GROWTH steps up."
     )
     micro_batch_seqs: int = training_knob(
-        0, (0, 1 << 20), "Rows a forward; 0 takes 98,304 tokens, on a CPU 8,192."
+        0, (0, 1 << 20), "Take this many rows a forward; 0: 98,304 tokens, on a CPU 8,192."
     )
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a step's global batch."""
+        """The number of rows in a step's global batch."""
         return self.train_batch_tokens // self.train_seq_len
 
     @property
     def longest_document(self) -> int:
-        """Tokens of a document that attention reaches across in training, at most."""
+        """The number of tokens after which a document is cut in training, if ATTN_DOCS=1."""
         return self.doc_max_len or self.train_seq_len
 
     @property
@@ -1170,20 +1278,23 @@ class DataSettings(Part):
             yield grows, "DOC_GROWTH must name rising shares, and lengths that rise to DOC_MAX_LEN"
 
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, TOKEN_BYTES = 20240520, 1, 1024, 2
-BOS = 1
-# Training shards up to this many tokens in all are searched for bad ids before the run; larger
-# sets are searched in their first million tokens each, and batch by batch as they are used.
-FULL_SCAN_TOKENS, SCAN_TOKENS = 200_000_000, 1 << 20
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+TOKEN_BYTES = 2
+BOS = 1  # the token that begins a document
+# Training sets of up to FULL_SCAN_TOKENS are searched for bad ids before the run. Of larger ones
+# SCAN_TOKENS of each shard are, and every batch when it is used.
+FULL_SCAN_TOKENS = 200_000_000
+SCAN_TOKENS = 1 << 20
 SIDECAR = "fineweb_val.json"
-
-
-OPEN_SHARDS = 128  # training shards that stay mapped; macOS allows a process 256 files
+OPEN_SHARDS = 128  # training shards that stay mapped; macOS allows a process 256 open files
 
 
 def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> np.memmap:
     """Memory-map a shard's tokens, uint16 (n,); raises Refusal unless header, size and ids fit."""
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise Refusal(
             f"{path}: not a token shard (expected magic {SHARD_MAGIC}, version "
@@ -1201,7 +1312,7 @@ def open_shard(path: Path, vocab_size: int, scan_tokens: int | None = None) -> n
 
 
 def refuse_cut_shard(tokens: np.memmap) -> None:
-    """Raise RuntimeError if the file is shorter now: reading on would end the process by SIGBUS."""
+    """Raise RuntimeError if the file has been cut short: reading on would raise SIGBUS."""
     size = tokens.base.size()  # type: ignore[union-attr, operator]  # its base is an mmap
     if size < SHARD_HEADER_BYTES + tokens.nbytes:
         raise RuntimeError(f"{tokens.filename} was cut short while the run read it")
@@ -1217,8 +1328,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, error: type = Ref
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
-    """The shards of a split in order; raises Refusal if there are none."""
-    # Beside fineweb_val_000000.bin there may be fineweb_val_bytes_000000.bin.
+    """List the shards of a split in order; raises Refusal if there are none."""
+    # The digit keeps out fineweb_val_bytes_000000.bin, which may stand beside the shards.
     if paths := sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin")):
         return paths
     raise Refusal(f"DATA_PATH={folder}: no fineweb_{split}_*.bin; data/prepare.py makes them")
@@ -1226,50 +1337,52 @@ def shard_paths(folder: str, split: str) -> list[Path]:
 
 @dataclass
 class Batch:
-    """Rows of tokens, and what is asked about them; what has no use in a batch is None.
+    """B rows of T tokens, their targets, and facts about both; None where a fact is not needed.
 
-    B rows of T tokens; targets of all places, or of the S places of each row that are asked for.
+    There is a target at all T places of a row, or at S chosen places of it.
     """
 
     input_ids: Tensor  # int64 (B, T)
     target_ids: Tensor  # int64 (B, T), or (B, S) with `places`
-    places: Tensor | None = None  # int64 (B, S), positions in the row whose targets are asked for
-    documents: Tensor | None = (
-        None  # int64 (B, T), see document_numbers(): inside it attention acts
-    )
+    places: Tensor | None = None  # int64 (B, S), the places in each row that have a target
+    # Attention stays inside documents: int64 (B, T), see document_numbers(). None: whole rows.
+    documents: Tensor | None = None
     boundaries: Tensor | None = None  # int32 (N,), see document_boundaries()
-    scored: Tensor | None = None  # int64 like target_ids: 1 where a target counts, 0 where not
-    target_bytes: Tensor | None = None  # int64 like target_ids: UTF-8 bytes of each target
-    hint_ids: Tensor | None = None  # int64 like target_ids: whose logit NGRAM_TILT raises, or -1
+    # These have the shape of target_ids, in int64.
+    scored: Tensor | None = None  # 1 where a target counts, 0 where not
+    target_bytes: Tensor | None = None  # UTF-8 bytes of each target
+    hint_ids: Tensor | None = None  # the token whose logit NGRAM_TILT raises, or -1
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with each of its tensors as `move` gives it, on a device, say."""
-        given = ((column.name, getattr(self, column.name)) for column in fields(self))
-        return Batch(**{name: move(x) for name, x in given if x is not None})
+        """Apply `move` to each tensor of the batch, for example to bring it to a device."""
+        columns = ((column.name, getattr(self, column.name)) for column in fields(self))
+        batch = Batch(**{name: move(x) for name, x in columns if x is not None})
+        if batch.boundaries is not None:  # a compiled graph takes any number of documents
+            torch._dynamo.maybe_mark_dynamic(batch.boundaries, 0)
+        return batch
 
     def by_document(self, longest: int) -> Batch:
-        """The batch with attention kept inside documents, cut after `longest` tokens."""
+        """Keep attention inside documents, which are cut after `longest` tokens."""
         documents = document_numbers(self.input_ids, longest)
         return replace(self, documents=documents, boundaries=document_boundaries(documents))
 
 
 def document_numbers(input_ids: Tensor, longest: int) -> Tensor:
-    """The number of each token's document, counted through all rows: int64 (B, T).
+    """Number each token's document, through all rows in order: int64 (B, T) -> (B, T).
 
-    A document begins with BOS, with a row, and `longest` tokens after it began.
+    A document begins at each BOS, at each start of a row, and `longest` tokens after it began.
     """
     places = torch.arange(input_ids.size(1), device=input_ids.device)
     begins = (input_ids == BOS) | (places == 0)
-    first = torch.where(begins, places, 0).cummax(1).values
-    begins = (places - first) % longest == 0
+    start = torch.where(begins, places, 0).cummax(1).values  # the place where its document began
+    begins = (places - start) % longest == 0
     return begins.flatten().cumsum(0).view_as(input_ids) - 1
 
 
 def document_boundaries(documents: Tensor) -> Tensor:
-    """Where documents begin in the rows laid end to end, and the end of all: int32 (N,).
+    """The places where documents begin in the flattened rows, then the end of all: int32 (N,).
 
-    The end is repeated up to a multiple of 64, or every batch would need a compiled graph of its
-    own.
+    The end is repeated until N is a multiple of 64, so that few compiled graphs serve all batches.
     """
     lengths = documents.flatten().bincount()
     ends = lengths.cumsum(0)
@@ -1279,10 +1392,11 @@ def document_boundaries(documents: Tensor) -> Tensor:
 
 
 class TrainingRows:
-    """Training rows of T+1 tokens, numbered from 0 without end; the same for every world size.
+    """Training rows of T+1 tokens, numbered 0, 1, ... without end; equal for every world size.
 
-    sequential: row n is the stream's tokens from n T on, shards joined in order and wrapped.
-    shuffled: each epoch is a random permutation of all blocks of T tokens inside a shard, by SEED.
+    LOADER=sequential: row n begins at token n T of the shards joined in order; the stream wraps.
+    LOADER=shuffled: shards are cut into blocks of T tokens (and the next one); each epoch is a
+    permutation of all blocks, drawn from SEED.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -1290,8 +1404,14 @@ class TrainingRows:
         total = sum(path.stat().st_size // TOKEN_BYTES for path in paths)
         self.scan_tokens = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
         self.shards = paths
-        self.opened: dict[int, np.memmap] = {}  # by number, the one longest open first
-        self.seq_len, self.seed, self.vocab_size = cfg.train_seq_len, cfg.seed, cfg.vocab_size
+        self.most_open = OPEN_SHARDS
+        may_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if may_open != resource.RLIM_INFINITY:  # half of them is left to everything else
+            self.most_open = min(OPEN_SHARDS, may_open // 2)
+        self.opened: dict[int, np.memmap] = {}  # by number; the one opened first comes first
+        self.seq_len = cfg.train_seq_len
+        self.seed = cfg.seed
+        self.vocab_size = cfg.vocab_size
         self.shuffled = cfg.loader == "shuffled"
         self.longest_document = cfg.longest_document if cfg.attn_docs else 0
         sizes = []
@@ -1299,26 +1419,28 @@ class TrainingRows:
             tokens = open_shard(path, cfg.vocab_size, self.scan_tokens)
             sizes.append(len(tokens))
             self.keep_open(number, tokens)
+        # The number of each shard's first token and first block, then how many there are in all.
         self.first_token = np.cumsum([0, *sizes])
         self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
-        self.num_tokens, self.num_blocks = int(self.first_token[-1]), int(self.first_block[-1])
-        self.epoch = -1
-        self.order: np.ndarray = np.empty(0, np.uint32)  # of the epoch's blocks
+        self.num_tokens = int(self.first_token[-1])
+        self.num_blocks = int(self.first_block[-1])
+        self.epoch = -1  # the epoch whose permutation is in `order`
+        self.order: np.ndarray = np.empty(0, np.uint32)
         if not self.num_blocks:
             raise Refusal(
                 f"DATA_PATH={cfg.data_path}: no shard holds a row of "
-                f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more"
+                f"TRAIN_SEQ_LEN={self.seq_len} tokens and one more: lower TRAIN_SEQ_LEN"
             )
 
     def batch(self, first_row: int, num_rows: int, longest_document: int | None = None) -> Batch:
-        """Input and target ids of rows first_row, first_row + 1, ...: int64 (num_rows, T) each.
+        """Rows first_row, first_row + 1, ... with all their targets: int64 (num_rows, T) each.
 
         With ATTN_DOCS documents are cut after `longest_document` tokens; None: as the run ends.
         """
         for tokens in self.opened.values():
             refuse_cut_shard(tokens)
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
-        # Too late to refuse: the run has begun.
+        # RuntimeError, as the run has begun and it is too late for a Refusal.
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
         batch = Batch(ids[:, :-1], ids[:, 1:])
@@ -1327,7 +1449,7 @@ class TrainingRows:
         return batch.by_document(longest_document or self.longest_document)
 
     def first_tokens(self, count: int) -> np.ndarray:
-        """The first tokens of the shards in their order, at most `count`: uint16 (n,)."""
+        """The first `count` tokens of the shards in order, or all if there are fewer: uint16."""
         found: list[np.ndarray] = []
         left = count
         for number in range(len(self.shards)):
@@ -1338,17 +1460,17 @@ class TrainingRows:
         return np.concatenate(found)
 
     def keep_open(self, number: int, tokens: np.memmap) -> None:
-        """Keep a shard open, and of many only the last few: a process may have 256 files open."""
+        """Keep a shard mapped; when there are too many, drop the one opened first."""
         self.opened[number] = tokens
-        if len(self.opened) > OPEN_SHARDS:
+        if len(self.opened) > self.most_open:
             del self.opened[next(iter(self.opened))]
 
     def tokens_of(self, number: int) -> np.memmap:
-        """A shard's tokens, uint16 (n,); opened again if it was not kept open."""
+        """A shard's tokens, uint16 (n,); opens the shard again if it was dropped."""
         if number not in self.opened:
             try:
                 tokens = open_shard(self.shards[number], self.vocab_size, 1)
-            except Refusal as refusal:  # too late to refuse: the run has begun
+            except Refusal as refusal:  # the run has begun: it is too late for a Refusal
                 raise RuntimeError(str(refusal)) from None
             if len(tokens) != self.first_token[number + 1] - self.first_token[number]:
                 raise RuntimeError(f"{self.shards[number]} has changed since the run began")
@@ -1362,63 +1484,57 @@ class TrainingRows:
         epoch, position = divmod(n, self.num_blocks)
         if epoch != self.epoch:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.epoch, self.order = (
-                epoch,
-                generator.permutation(np.arange(self.num_blocks, dtype=np.uint32)),
-            )
+            self.epoch = epoch
+            self.order = generator.permutation(np.arange(self.num_blocks, dtype=np.uint32))
         block = int(self.order[position])
         shard = int(np.searchsorted(self.first_block, block, side="right")) - 1
         start = (block - int(self.first_block[shard])) * self.seq_len
         return self.tokens_of(shard)[start : start + self.seq_len + 1]
 
     def take(self, start: int) -> np.ndarray:
-        """T+1 tokens of the circular stream from token `start` on, uint16 (T+1,)."""
-        at = (start + np.arange(self.seq_len + 1)) % self.num_tokens
-        shards, row = np.searchsorted(self.first_token, at, side="right") - 1, at.astype(np.uint16)
+        """T+1 tokens of the wrapped stream from token `start` on: uint16 (T+1,)."""
+        places = (start + np.arange(self.seq_len + 1)) % self.num_tokens
+        shards = np.searchsorted(self.first_token, places, side="right") - 1
+        row = np.empty(len(places), np.uint16)
         for shard in np.unique(shards):
-            here = shards == shard
-            row[here] = self.tokens_of(int(shard))[at[here] - self.first_token[shard]]
+            inside = shards == shard
+            row[inside] = self.tokens_of(int(shard))[places[inside] - self.first_token[shard]]
         return row
 
 
 def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 bytes each token stands for, and the saving of those that open a document.
+    """How many UTF-8 bytes each token stands for, and how many fewer right after BOS: int16 (V,).
 
     A piece counts its UTF-8 length with every U+2581 read as one space, a byte piece 1, a
     control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
-    document that is not in the text: the first piece after BOS counts one less.
+    document that is not in the text, so the first piece after BOS counts one less.
     """
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
-    no_text = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-    counts = [
-        1
-        if tokenizer.is_byte(token)
-        else 0
-        if any(kind(token) for kind in no_text)
-        else len(piece.replace("\u2581", " ").encode())
-        for token, piece in enumerate(pieces)
-    ]
+    counts = [len(piece.replace("\u2581", " ").encode()) for piece in pieces]
+    for token in range(len(pieces)):
+        if tokenizer.is_byte(token):
+            counts[token] = 1
+        elif has_no_text(tokenizer, token):
+            counts[token] = 0
     prefixed = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
     opening = [prefixed and piece.startswith("\u2581") for piece in pieces]
     return np.array(counts, np.int16), np.array(opening, np.int16)
 
 
-def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-    """For each token the one with the longest text that begins its own; itself where none does.
+def has_no_text(tokenizer: sentencepiece.SentencePieceProcessor, token: int) -> bool:
+    """Whether a token is a control, unknown or unused piece."""
+    return tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token)
 
-    Only whole pieces count: a byte, control, unknown or unused piece neither begins one nor is
-    begun. Returns int64 (V,).
+
+def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """For each token, the token whose text is its longest proper prefix, or itself: int64 (V,).
+
+    Byte pieces and those without text have no prefix and are none.
     """
-    no_text = (
-        tokenizer.is_control,
-        tokenizer.is_unknown,
-        tokenizer.is_unused,
-        tokenizer.is_byte,
-    )
     token_of = {
         tokenizer.id_to_piece(token): token
         for token in range(tokenizer.vocab_size())
-        if not any(kind(token) for kind in no_text)
+        if not (tokenizer.is_byte(token) or has_no_text(tokenizer, token))
     }
     prefixes = np.arange(tokenizer.vocab_size())
     for text, token in token_of.items():
@@ -1427,8 +1543,8 @@ def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarra
     return prefixes
 
 
-# CaseOps: a tokenizer may know words in lower case only. Marks then say where the text has
-# capitals, and a file beside the shards how many bytes of the text each token stands for.
+# CaseOps: some tokenizers know words in lower case only. Marks say where the text has capitals,
+# and a file beside the shards says how many bytes of the original text each token stands for.
 # (parameter-golf, lossless_caps_caseops_v1; data/caseops.py has the definition)
 TITLE, ALLCAPS, CAPNEXT, ESC = MARKS = "\ue001\ue002\ue003\ue004"
 WORD_OR_MARK = re.compile(f"[A-Za-z]+|[{MARKS}]")
@@ -1439,12 +1555,12 @@ MARKED = re.compile(
 
 
 def marks_capitals(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether a tokenizer has pieces for the marks, so that its text is a marked one."""
+    """Whether a tokenizer was made for marked text: it has a piece for each mark."""
     return all(tokenizer.piece_to_id(mark) != tokenizer.unk_id() for mark in MARKS)
 
 
 def mark_word(found: re.Match[str]) -> str:
-    """A run of ASCII letters with marks before its capitals, or a mark of the text itself."""
+    """Replace what WORD_OR_MARK found: put marks for a word's capitals, escape a literal mark."""
     word = found[0]
     if word in MARKS:
         return ESC + word
@@ -1455,46 +1571,50 @@ def mark_word(found: re.Match[str]) -> str:
 
 
 def unmark(found: re.Match[str]) -> str:
-    """What a mark and its letters stand for; nothing where a model wrote a mark before neither."""
+    """Replace what MARKED found by what it stands for; a mark that a model misplaced vanishes."""
     capitals = found["letter"] or found["word"] or ""
     return found["literal"] or capitals.upper()
 
 
 def encode_text(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-    """A text's tokens, its capitals marked if the tokenizer is one for that."""
+    """Encode a text, with its capitals marked if the tokenizer was made for that."""
     if marks_capitals(tokenizer):
         text = WORD_OR_MARK.sub(mark_word, text)
     return tokenizer.encode(text)
 
 
 def decode_text(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int]) -> str:
-    """The text of tokens, with capitals again where they are marked."""
+    """Decode tokens to text, with capitals in place of their marks."""
     text = tokenizer.decode(ids)
     return MARKED.sub(unmark, text) if marks_capitals(tokenizer) else text
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation split that agrees with its sidecar and tokenizer."""
+    """A validation split, found to agree with its sidecar and tokenizer."""
 
     tokens: np.ndarray  # uint16 (N,)
-    target_bytes: np.ndarray  # uint16 (N-1,), of tokens[1:], the targets
-    fingerprint: str
+    target_bytes: np.ndarray  # uint16 (N-1,), the bytes of tokens[1:], which are the targets
+    fingerprint: str  # sha256 over the shards' sha256
     tokenizer_sha256: str
-    documents: int
-    recorded_bytes: int
-    forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: pairs never emitted
+    documents: int  # how many there are
+    recorded_bytes: int  # of the whole text, by the sidecar
+    forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: see forbidden_pairs()
     prefixes: np.ndarray | None = None  # int64 (V,), with PREFIX_TARGET: see piece_prefixes()
-    accounting: str = ""  # what is to be said of bytes that are not those of the pieces
+    accounting: str = ""  # a note on how bytes are counted, if not by the tokens' pieces
 
     def num_targets(self, cfg: Config) -> int:
-        """Targets to score: every token but the first, or those of full rows (EVAL_TRUNCATE)."""
+        """The number of targets: all tokens but the first; with EVAL_TRUNCATE, of full rows."""
         targets = len(self.tokens) - 1
         return targets - targets % cfg.eval_seq_len if cfg.eval_truncate else targets
 
 
 def read_sidecar(folder: str) -> dict:
-    """What data/prepare.py recorded of a validation split, and its fingerprint; or Refusal."""
+    """Read what data/prepare.py recorded of a validation split; raises Refusal if it is damaged.
+
+    Adds facts that follow from these: the files with their sha256, a fingerprint of them all, and
+    whether bytes are counted by file (CaseOps).
+    """
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise Refusal(
@@ -1508,20 +1628,26 @@ def read_sidecar(folder: str) -> dict:
         facts["counted_by_file"] = bool(caseops["val_bytes"])
         facts["published_bytes"] = caseops.get("published_bytes")
         hashes = "".join(sha256 for _, sha256 in sorted(facts["files"].items()))
-        facts["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()  # one name for them
+        facts["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()
         if isinstance(facts["tokenizer"]["sha256"], str) and type(facts["encoded_bytes"]) is int:
             return facts
     raise Refusal(f"{path} is damaged: delete it and run data/prepare.py again")
 
 
 def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentencePieceProcessor, str]:
-    """The tokenizer that a sidecar records, and its sha256; raises Refusal if it is another one."""
+    """Load the tokenizer and its sha256; raises Refusal if it is not the one recorded."""
     path = Path(cfg.tokenizer_path)
+    if path.read_bytes().lstrip().startswith(b"{"):
+        raise Refusal(
+            f"TOKENIZER_PATH={path} is a tokenizer in JSON, as of Hugging Face; only a "
+            "SentencePiece model will do, whose pieces say how many bytes a token stands for and "
+            f"whose BOS is id {BOS}: data/prepare.py text FILES trains one on your text"
+        )
     sha256 = sha256_of(path)
     if sha256 != recorded["sha256"]:
         raise Refusal(
-            f"TOKENIZER_PATH={path} (sha256 {sha256[:12]}) is not the "
-            f"shards' tokenizer, sha256 {recorded['sha256'][:12]}"
+            f"TOKENIZER_PATH={path} (sha256 {sha256[:12]}) is not the shards' tokenizer, "
+            f"sha256 {recorded['sha256'][:12]}: give the one that they were made with"
         )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -1538,7 +1664,7 @@ def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentenceP
 def bytes_by_piece(
     tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> np.ndarray:
-    """The bytes of text that each token stands for, by its piece: uint16 (N,)."""
+    """How many bytes of text each token stands for, by its piece: uint16 (N,)."""
     counts, opening = piece_bytes(tokenizer)
     token_bytes = counts[tokens]
     token_bytes[1:] -= opening[tokens[1:]] * (tokens[:-1] == BOS)
@@ -1546,15 +1672,15 @@ def bytes_by_piece(
 
 
 def byte_shard(path: Path) -> Path:
-    """The file that counts the bytes of a validation shard's tokens, where there is one."""
+    """The path of the file that counts the bytes of a validation shard's tokens, if any."""
     return path.with_name(path.name.replace("val_", "val_bytes_"))
 
 
 def bytes_by_file(paths: list[Path]) -> np.ndarray:
-    """The bytes of the original text that each token of some shards stands for: uint16 (N,)."""
+    """How many bytes of the original text each token of the shards stands for: uint16 (N,)."""
     counts = []
     for path in paths:
-        counts.append(open_shard(byte_shard(path), 1 << 16))
+        counts.append(open_shard(byte_shard(path), 1 << 16))  # counts, not ids: none is refused
         if byte_shard(path).stat().st_size != path.stat().st_size:
             raise Refusal(
                 f"{byte_shard(path)} counts the bytes of {len(counts[-1]):,} tokens, and "
@@ -1564,7 +1690,7 @@ def bytes_by_file(paths: list[Path]) -> np.ndarray:
 
 
 def published_accounting(sidecar: dict) -> str:
-    """What is to be said of bytes counted by file: the published accounting leaves some out."""
+    """A note for the log on bytes counted by file: the published accounting leaves some out."""
     counted, published = sidecar["encoded_bytes"], sidecar["published_bytes"]
     if type(published) is not int:
         return f"{counted:,} by file; whether it leaves ends of documents out is not recorded"
@@ -1577,7 +1703,7 @@ def published_accounting(sidecar: dict) -> str:
 def read_split(
     cfg: Config, sidecar: dict, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The validation tokens and the bytes of each, uint16 (N,) both; raises Refusal."""
+    """Read the validation tokens and the bytes of each, both uint16 (N,); raises Refusal."""
     paths = shard_paths(cfg.data_path, "val")
     files = [*paths, *map(byte_shard, paths)] if sidecar["counted_by_file"] else paths
     if {path.name: sha256_of(path) for path in files if path.is_file()} != sidecar["files"]:
@@ -1637,43 +1763,45 @@ def load_validation(cfg: Config) -> Validation:
 
 # =================================================================================================
 # Token mask
-# A BPE tokenizer never emits some pairs of tokens: their text would have been merged differently.
-# Their probability is taken away exactly, P'(x | context) = P(x | context) [(p, x) is allowed] /
-# (1 - sum of P over forbidden tokens), p the token before x. Context beyond p decides nothing:
-# a pair can stand in some text if and only if its own text, alone, is encoded as this pair.
+# A BPE tokenizer never emits certain pairs of tokens, because it would merge their text in another
+# way. The mask takes the probability of such tokens away and renormalises the rest:
+#     P'(x | context) = P(x | context) / (sum of P over allowed tokens) if (p, x) is allowed, else 0
+# where p is the token before x. Earlier tokens do not matter: a pair occurs in some text if and
+# only if its own text, encoded alone, gives this pair.
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSettings(Part):
-    """Whether tokens that the tokenizer cannot emit get any probability."""
+    """Whether tokens that the tokenizer cannot emit get probability."""
 
     title = "Token mask"
 
     token_mask: str = scoring_knob(
         "0",
         ("0", "eval", "1"),
-        "Give no probability to tokens that the tokenizer cannot emit after the one before: "
-        "never, in the artifact's score, in training too.",
+        "Give no probability to tokens that the tokenizer cannot emit after the one before: never "
+        "(0), when the artifact is scored (eval), or in training as well (1).",
         absent="0",
     )
 
 
-# Types of pieces in a SentencePiece model; 6 is a byte.
+# Types of pieces in a SentencePiece model, ModelProto.SentencePiece.Type; 6 is a byte.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
 BPE_MODEL = 2  # TrainerSpec.ModelType
-CHECKED_PAIRS = 1 << 22  # at a time
+CHECKED_PAIRS = 1 << 22  # pairs that are checked at a time
 
 
 def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Each field of a serialised protobuf message: its number, and a number or bytes.
+    """Yield each field of a serialised protobuf message: its number, and its value.
 
-    Fixed-size values come as their little-endian bytes. Raises Refusal if it is no message.
+    A value is an int or bytes; numbers of fixed size are given as their little-endian bytes.
+    Raises Refusal if it is no message.
     """
     at = 0
 
     def varint() -> int:
-        """The number at this place, seven bits a byte, the lowest first."""
+        """Read a number, seven bits in each byte, lowest first; raises Refusal at the end."""
         nonlocal at
         value = shift = 0
         while True:
@@ -1687,35 +1815,33 @@ def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
                 return value
 
     while at < len(message):
-        key = varint()
-        kind = key & 7
+        number, kind = divmod(varint(), 8)
         if kind == 0:
-            yield key >> 3, varint()
+            yield number, varint()
             continue
-        sizes = {1: 8, 5: 4}
-        if kind not in sizes and kind != 2:
+        if kind not in (1, 2, 5):
             raise Refusal("the tokenizer is not a SentencePiece model")
-        size = varint() if kind == 2 else sizes[kind]
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
         if at + size > len(message):
             raise Refusal("the tokenizer is not a SentencePiece model")
-        yield key >> 3, message[at : at + size]
+        yield number, message[at : at + size]
         at += size
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a SentencePiece model by id, and how it encodes."""
+    """What a SentencePiece model file says: its pieces by id, and how it encodes."""
 
     texts: list[str]
     scores: list[float]
     kinds: list[int]
     is_bpe: bool
     byte_fallback: bool
-    escapes_spaces: bool  # a space is written U+2581, so that no text holds U+0020
+    escapes_spaces: bool  # whether spaces are written U+2581, so that no text holds U+0020
 
 
 def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
-    """What the model file says; the processor itself does not tell user-defined from others."""
+    """Read a tokenizer's model file, whose fields are numbered in sentencepiece_model.proto."""
     texts, scores, kinds = [], [], []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -1741,10 +1867,11 @@ def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
 
 @dataclass(frozen=True)
 class Edge:
-    """A symbol that is at one time the last (or the first) of a token that is being merged.
+    """A symbol that for some time is the last (or the first) of a token's text as it is merged.
 
-    Merges are done best score first. `birth` is the worst score of the merges up to the one that
-    makes the symbol, `death` the worst of those from there to the one that swallows it.
+    Beside any other text, merges are done in the order of their scores, the best first. So the
+    symbol is made at score `birth`, the worst among the merges up to the one that makes it, and
+    gone at score `death`, the worst among those after it, up to the one that swallows it.
     """
 
     symbol: str
@@ -1753,9 +1880,10 @@ class Edge:
 
 
 def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int]]:
-    """The merges of a text in their order: score, and the place of the left symbol at that time.
+    """Merge a text; returns each merge's score and its left symbol's index at that time, in order.
 
-    Best score first, the leftmost of equal ones; any two neighbours merge that form a piece.
+    Of all neighbours that together form a piece, the best score merges first, the leftmost of
+    equal ones.
     """
     symbols = list(text)
     merges: list[tuple[float, int]] = []
@@ -1773,19 +1901,19 @@ def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int
 
 
 def edges_of(text: str, merges: list[tuple[float, int]]) -> tuple[list[Edge], list[Edge]]:
-    """The symbols that are the first and the last of a token, each from birth to death."""
+    """The symbols that are ever the first of a token, and those that are ever its last."""
     symbols = list(text)
     found: tuple[list[Edge], list[Edge]] = ([], [])
-    births = [np.inf, np.inf]
-    since = [np.inf, np.inf]
+    births = [np.inf, np.inf]  # of the present first and last symbol
+    since = [np.inf, np.inf]  # the worst score since each of them was made
     worst = np.inf
     for score, place in merges:
         worst = min(worst, score)
         since = [min(score, lowest) for lowest in since]
-        touched = (place == 0, place + 2 == len(symbols))
+        swallowed = (place == 0, place + 2 == len(symbols))
         ends = (symbols[0], symbols[-1])
         for side in (0, 1):
-            if touched[side]:
+            if swallowed[side]:
                 found[side].append(Edge(ends[side], births[side], since[side]))
                 births[side] = worst
                 since[side] = np.inf
@@ -1797,7 +1925,7 @@ def edges_of(text: str, merges: list[tuple[float, int]]) -> tuple[list[Edge], li
 
 @dataclass(frozen=True)
 class EdgeTable:
-    """All tokens that have a symbol at their end (or start): ids, births and deaths."""
+    """All edges with one symbol, each array (n,): the tokens that have them, births and deaths."""
 
     ids: np.ndarray
     births: np.ndarray
@@ -1805,7 +1933,7 @@ class EdgeTable:
 
 
 def by_symbol(edges: dict[int, list[Edge]]) -> dict[str, EdgeTable]:
-    """The edges of each token, gathered by symbol."""
+    """Gather the edges of all tokens by symbol."""
     gathered = defaultdict(list)
     for token, own in edges.items():
         for edge in own:
@@ -1820,11 +1948,12 @@ def by_symbol(edges: dict[int, list[Edge]]) -> dict[str, EdgeTable]:
 def forbid_merges(
     forbidden: np.ndarray, score_of: dict[str, float], lasts: dict, firsts: dict
 ) -> None:
-    """Forbid each pair of which a merge would join the end of the first and the start of the other.
+    """Forbid each pair in which a merge joins the end of the first and the start of the second.
 
-    Both halves are merged in one common order, best first, those of the left first among equals. A
-    merge over the boundary happens if its symbols live at one time and it is better than what would
-    swallow either; against the left half it loses a tie, against the right half it wins one.
+    Both tokens are merged in one common order, the best score first, the leftmost of equals first.
+    A merge over the boundary happens if both its symbols exist at the same time, and if its score
+    is better than those of the merges that would swallow them. The merge that swallows the left
+    symbol lies further left and so wins a tie; the one that swallows the right symbol loses it.
     """
     for text, score in score_of.items():
         for cut in range(1, len(text)):
@@ -1832,20 +1961,23 @@ def forbid_merges(
             right = firsts.get(text[cut:])
             if left is None or right is None:
                 continue
-            own = score > left.deaths
-            other = score >= right.deaths
-            birth, death = left.births[own, None], left.deaths[own, None]
-            births, deaths = right.births[other], right.deaths[other]
-            meet = births > np.minimum(birth, death)
-            meet &= birth >= np.minimum(births, deaths)
-            forbidden[np.ix_(left.ids[own], right.ids[other])] |= meet
+            beats_left = score > left.deaths
+            beats_right = score >= right.deaths
+            left_births = left.births[beats_left, None]
+            left_deaths = left.deaths[beats_left, None]
+            right_births = right.births[beats_right]
+            right_deaths = right.deaths[beats_right]
+            meet = right_births > np.minimum(left_births, left_deaths)
+            meet &= left_births >= np.minimum(right_births, right_deaths)
+            forbidden[np.ix_(left.ids[beats_left], right.ids[beats_right])] |= meet
 
 
 def forbid_symbols(forbidden: np.ndarray, texts: dict[int, str], defined: dict[str, int]) -> None:
-    """Forbid each pair over whose boundary a user-defined symbol would be read.
+    """Forbid each pair whose boundary lies inside a user-defined symbol.
 
-    Such symbols are found before all merges, from left to right, the longest first, so one begins
-    wherever its text does, except inside another one.
+    texts: by token; defined: the user-defined symbols, with their tokens. They are found before
+    all merges, from left to right, the longest first. So a symbol begins wherever its text does,
+    except inside another symbol.
     """
     owners = set(defined.values())
     for symbol in defined:
@@ -1855,16 +1987,17 @@ def forbid_symbols(forbidden: np.ndarray, texts: dict[int, str], defined: dict[s
             left = [
                 token
                 for token, text in texts.items()
-                if (text == start if token in owners else text.endswith(start))
+                if text == start or (text.endswith(start) and token not in owners)
             ]
             right = [token for token, text in texts.items() if text.startswith(rest)]
             forbidden[np.ix_(left, right)] = True
 
 
 def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes beside each other in a character that is no piece (256, 256); last ones, first ones.
+    """Where bytes stand in the UTF-8 of characters that have no piece and are spelt by byte tokens.
 
-    Byte tokens spell what is no piece, one whole character of UTF-8 after the other.
+    known: the characters with a piece. Returns which byte may follow which inside a character,
+    bool (256, 256), which may end one and which may begin one, bool (256,) each.
     """
     codes = np.arange(0x110000, dtype="<u4")
     spelt = (codes < 0xD800) | (codes > 0xDFFF)  # surrogates are no characters
@@ -1873,7 +2006,7 @@ def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.n
         spelt[ord(" ")] = False
     spelling = np.frombuffer(codes[spelt].tobytes().decode("utf-32-le").encode("utf-8"), np.uint8)
     following = np.append(spelling[1:], np.uint8(0))
-    goes_on = (following & 0xC0) == 0x80
+    goes_on = (following & 0xC0) == 0x80  # a continuation byte of UTF-8 follows
     inside = np.zeros((256, 256), bool)
     inside[spelling[goes_on], following[goes_on]] = True
     last = np.zeros(256, bool)
@@ -1884,12 +2017,13 @@ def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.n
 
 
 def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-    """Which tokens x (columns) no text can have after a token p (rows): bool (V, V).
+    """Which tokens x (columns) cannot follow a token p (rows) in any encoded text: bool (V, V).
 
-    Exact for the text and byte pieces of a BPE model that reads every text; a normaliser makes some
-    texts impossible, which is not used. Beside control and unknown pieces everything is allowed: a
-    document may be cut anywhere. Nothing is forbidden for other kinds of model and for those with
-    unused pieces, which are merged and taken apart again. Raises Refusal if it is no model.
+    Exact for the text and byte pieces of a BPE model, as far as any text may occur: that a
+    normaliser changes some texts is not used. Beside control and unknown pieces everything is
+    allowed, as a document may be cut anywhere. Nothing at all is forbidden for other kinds of
+    model, nor for one with unused pieces, which it merges and then takes apart again. Raises
+    Refusal if the tokenizer's file cannot be read.
     """
     pieces = read_pieces(tokenizer)
     size = len(pieces.texts)
@@ -1897,19 +2031,19 @@ def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarr
         return np.zeros((size, size), bool)
     tokens = range(size)
     defined = {pieces.texts[i]: i for i in tokens if pieces.kinds[i] == USER_DEFINED}
-    # Characters spell symbols before they can be merged into one.
     score_of = {pieces.texts[i]: pieces.scores[i] for i in tokens if pieces.kinds[i] == NORMAL}
-    texts: dict[int, str] = {}  # of the tokens that stand for text and do occur
+    texts: dict[int, str] = {}  # of the tokens that stand for text and are emitted at all
     firsts: dict[int, list[Edge]] = {}
     lasts: dict[int, list[Edge]] = {}
     for token in tokens:
         text = pieces.texts[token]
         if pieces.kinds[token] == USER_DEFINED:
             texts[token] = text
+        # A text that holds a user-defined symbol is encoded as that symbol and its surroundings.
         if pieces.kinds[token] != NORMAL or any(symbol in text for symbol in defined):
             continue
         merges = encode_alone(text, score_of)
-        if len(merges) == len(text) - 1:
+        if len(merges) == len(text) - 1:  # its characters are merged into one token, itself
             texts[token] = text
             firsts[token], lasts[token] = edges_of(text, merges)
 
@@ -1932,7 +2066,7 @@ def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarr
 
 
 def check_stream(tokens: np.ndarray, forbidden: np.ndarray) -> int | None:
-    """The place of the first token that may not follow the one before it; None if there is none."""
+    """The index of the first token that may not follow the one before it; None if all may."""
     for start in range(0, len(tokens) - 1, CHECKED_PAIRS):
         block = np.asarray(tokens[start : start + CHECKED_PAIRS + 1])
         violations = forbidden[block[:-1], block[1:]]
@@ -1942,28 +2076,28 @@ def check_stream(tokens: np.ndarray, forbidden: np.ndarray) -> int | None:
 
 
 def penalties(forbidden: np.ndarray) -> Tensor:
-    """What to add to logits: -inf where forbidden, else 0; bfloat16 (V, V), 2 V^2 bytes.
+    """The token mask as a table to add to logits: -inf where forbidden, else 0; bfloat16 (V, V).
 
-    Adding rows of such a table costs a CPU a tenth of what masked_fill() of a boolean one does.
+    On a CPU, adding rows of it takes a tenth of the time of masked_fill() by a boolean table.
     """
     table = torch.zeros(forbidden.shape, dtype=torch.bfloat16)
     return table.masked_fill_(torch.from_numpy(forbidden), -torch.inf)
 
 
 def mask_tokens(model: GPT, val: Validation, device: torch.device) -> None:
-    """Let a model give no probability to what the split's tokenizer cannot emit."""
+    """Make a model give no probability to tokens that the split's tokenizer cannot emit."""
     assert val.forbidden is not None
     model.penalty = penalties(val.forbidden).to(device)
 
 
 def refuse_forbidden_pairs(tokens: np.ndarray, forbidden: np.ndarray, where: str) -> None:
-    """Raise Refusal, naming the place, if a text holds what its tokenizer cannot emit."""
+    """Raise Refusal if tokens hold a pair that their tokenizer cannot emit."""
     place = check_stream(tokens, forbidden)
     if place is not None:
         raise Refusal(
-            f"{where}: token {int(tokens[place])} after {int(tokens[place - 1])} at place {place} "
-            "is none that the tokenizer emits, so the text was not encoded with it as a whole; "
-            "TOKEN_MASK=0 goes on without the mask"
+            f"{where}: at place {place} token {int(tokens[place])} follows "
+            f"{int(tokens[place - 1])}, which the tokenizer never emits, so the text was not "
+            "encoded with it as a whole; TOKEN_MASK=0 goes on without the mask"
         )
 
 
@@ -1980,37 +2114,42 @@ class ShapeSettings(Part):
 
     title = "Model: shape"
 
-    vocab_size: int = model_knob(1024, (4, 65536), "Pieces of the tokenizer.")
-    num_layers: int = model_knob(11, (1, 64), "Transformer blocks.")
-    model_dim: int = model_knob(512, (8, 8192), "Width of the residual stream.")
-    num_heads: int = model_knob(8, (1, 128), "Query heads; their number divides MODEL_DIM.")
+    vocab_size: int = model_knob(1024, (4, 65536), "Expect a tokenizer with this many pieces.")
+    num_layers: int = model_knob(11, (1, 64), "Stack this many transformer blocks.")
+    model_dim: int = model_knob(512, (8, 8192), "Give the residual stream this many channels.")
+    num_heads: int = model_knob(8, (1, 128), "Use this many query heads, a divisor of MODEL_DIM.")
     num_kv_heads: int = model_knob(
-        4, (1, 128), "Key and value heads; their number divides NUM_HEADS."
+        4, (1, 128), "Use this many key and value heads, a divisor of NUM_HEADS."
     )
     mlp_mult: float = model_knob(
-        3.0, (0.25, 16.0), "Width of the MLP over that of the model.", tries=(2.0,)
+        3.0, (0.25, 16.0), "Make the MLP this many times as wide as the stream.", tries=(2.0,)
     )
     mlp_act: str = model_knob(
-        "leaky2", ("leaky2", "relu2"), "Activation of the MLP: a squared leaky or plain ReLU."
+        "leaky2", ("leaky2", "relu2"), "Activate the MLP by a squared leaky ReLU or squared ReLU."
     )
-    leaky_slope: float = model_knob(0.5, (0.0, 1.0), "Slope below zero of MLP_ACT=leaky2.")
+    leaky_slope: float = model_knob(
+        0.5, (0.0, 1.0), "Give the leaky ReLU of MLP_ACT=leaky2 this slope below zero."
+    )
     tie_embeddings: bool = model_knob(
         True, (), "Use one matrix as token embedding and output head."
     )
     logit_softcap: float = model_knob(
-        30.0, (1.0, 1e4), "The bound c of logits, c tanh(z / c).", tries=(15.0,)
+        30.0, (1.0, 1e4), "Bound logits z by this c, as c tanh(z / c).", tries=(15.0,)
     )
     ln_scale: str = model_knob(
-        "1", ("0", "1", "learned"), "Scale the inputs of layer l by 1/sqrt(l+1), or learn to."
+        "1",
+        ("0", "1", "learned"),
+        "Scale the normed inputs of layer l by 1/sqrt(l+1) (1), or start its learned output gains "
+        "at that value (learned).",
     )
     tied_embed_init_std: float = training_knob(
-        0.005, (0.0, 1.0), "Standard deviation of the initial token embedding."
+        0.005, (0.0, 1.0), "Start the token embedding with this standard deviation."
     )
     emb_svd_init: bool = training_knob(
-        False, (), "Give the initial embedding singular values that fall as k^(-1/2)."
+        False, (), "Give the initial token embedding singular values that fall as k^(-1/2)."
     )
     proj_init: str = training_knob(
-        "zero", ("zero", "ortho_mup"), "Initial output projections: zero, or scaled orthogonal."
+        "zero", ("zero", "ortho_mup"), "Start output projections at zero or scaled orthogonal."
     )
 
     @property
@@ -2025,7 +2164,7 @@ class ShapeSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Heads divide the width evenly."""
+        """Heads share the width evenly, and query heads share key and value heads evenly."""
         yield cfg.model_dim % cfg.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"
         yield cfg.num_heads % cfg.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"
 
@@ -2038,65 +2177,71 @@ class TokenSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("SMEAR_", "BIGRAM_")
 
     smear_enabled: bool = model_knob(
-        True, (), "Blend the previous token's embedding in, by a learned gate (SmearGate)."
+        True, (), "Blend in the embedding of the token before, by a learned gate (SmearGate)."
     )
     smear_form: str = model_knob(
         "channel",
         ("channel", "input"),
-        "SmearGate's gate: one for each channel, after the first norm; or before that norm, by "
-        "GATE_WINDOW channels of the token.",
+        "Gate SmearGate by a number for each channel, after the first norm (channel), or by the "
+        "token's first GATE_WINDOW channels, before that norm (input).",
         absent="channel",
     )
-    smear_bos_mask: bool = model_knob(True, (), "Let SmearGate not reach across a document start.")
+    smear_bos_mask: bool = model_knob(True, (), "Keep SmearGate's blend within documents.")
     bigram_vocab_size: int = model_knob(
-        3072, (0, 1 << 20), "Buckets of BigramHash, an embedding of token pairs; 0 turns it off."
+        3072, (0, 1 << 20), "Embed token pairs in this many hash buckets (BigramHash); 0: none."
     )
-    bigram_hash: str = model_knob("xor", ("xor", "sum"), "How BigramHash hashes a pair.")
-    bigram_dim: int = model_knob(112, (1, 8192), "Width of a BigramHash bucket.")
-    bigram_bos_mask: bool = model_knob(
-        True, (), "Let BigramHash not reach across a document start."
+    bigram_hash: str = model_knob(
+        "xor", ("xor", "sum"), "Join the two tokens of a pair by XOR or sum; see BigramHash."
     )
+    bigram_dim: int = model_knob(112, (1, 8192), "Give a BigramHash bucket this many channels.")
+    bigram_bos_mask: bool = model_knob(True, (), "Keep BigramHash's pairs within documents.")
     bigram_init: str = training_knob(
-        "zero_embed", ("zero_embed", "zero_proj"), "Which factor of BigramHash starts at zero."
+        "zero_embed", ("zero_embed", "zero_proj"), "Start this factor of BigramHash at zero."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """One bucket is kept for tokens without a predecessor."""
+        """BIGRAM_HASH=xor keeps one bucket for tokens that have no predecessor."""
         yield cfg.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSettings(Part):
-    """Queries, keys and what attention gives."""
+    """Positions, gains, gates and masks of attention."""
 
     title = "Model: attention"
     prefixes: ClassVar[tuple[str, ...]] = ("ROPE_", "XSA_", "ATTN_")
 
-    qk_gain_init: float = model_knob(1.5, (0.0, 100.0), "Initial gain of normalised queries.")
+    qk_gain_init: float = model_knob(
+        1.5, (0.0, 100.0), "Start the learned gain of normalised queries at this value."
+    )
     rope_base: float = model_knob(
-        10000.0, (2.0, 1e9), "Base of the rotary frequencies.", tries=(5e4,)
+        10000.0, (2.0, 1e9), "Use this base for the rotary frequencies.", tries=(5e4,)
     )
     rope_dims: int = model_knob(
-        16, (0, 1024), "Rotated dimensions of each head; 0 rotates all of them."
+        16, (0, 1024), "Rotate this many dimensions of each head; 0 rotates all of them."
     )
     rope_ntk_ref: int = model_knob(
-        1024, (0, 1 << 20), "Row length in tokens from which ROPE_BASE grows; 0 keeps it."
+        1024, (0, 1 << 20), "Raise ROPE_BASE in rows of more tokens than this; 0 never does."
     )
     xsa_last_n: int = model_knob(
-        11, (0, 64), "Number of last layers with exclusive self attention (XSA)."
+        11, (0, 64), "Use exclusive self attention (XSA) in this many of the last layers."
     )
     attn_gate: str = model_knob(
         "none",
         ("none", "sparse", "out"),
-        "Gate of each head's output by the token: sigmoid, or twice that, which starts at 1.",
+        "Multiply each head's output by a sigmoid gate of the token (sparse), or by twice that, "
+        "which starts at 1 (out).",
         absent="none",
     )
     attn_gate_scale: float = model_knob(
-        1.0, (0.01, 100.0), "Factor of what the sigmoid of ATTN_GATE is taken of.", absent=1.0
+        1.0, (0.01, 100.0), "Multiply the argument of ATTN_GATE's sigmoid by this.", absent=1.0
     )
     gate_window: int = model_knob(
-        12, (1, 8192), "Channels that ATTN_GATE and SMEAR_FORM=input look at.", absent=12
+        12,
+        (1, 8192),
+        "Let ATTN_GATE and SMEAR_FORM=input look at this many channels of the token.",
+        absent=12,
     )
     attn_docs: bool = model_knob(
         False, (), "Keep attention inside documents, in training and in scoring.", absent=False
@@ -2128,17 +2273,17 @@ class ValueSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("VE_", "VRL_")
 
     vrl_mode: str = model_knob(
-        "off", ("off", "add", "mix"), "How layer 0's values enter later layers (VRL)."
+        "off", ("off", "add", "mix"), "Add layer 0's values to later layers' (VRL), or mix them in."
     )
-    ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to some layers' values.")
-    ve_dim: int = model_knob(128, (1, 8192), "Width of the value embedding's table.")
+    ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to VE_LAYERS' values.")
+    ve_dim: int = model_knob(128, (1, 8192), "Give the value embedding's table this many channels.")
     ve_layers: str = model_knob(
-        "9,10", (), "Layers with value embeddings, counted from 0, comma-separated."
+        "9,10", (), "Use value embeddings in these layers, counted from 0, comma-separated."
     )
 
     @property
     def value_layers(self) -> tuple[int, ...]:
-        """Layers with value embeddings, in the order of their scales; or Refusal."""
+        """The layers with value embeddings as numbers; raises Refusal if they cannot be read."""
         names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
         if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
             raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
@@ -2155,7 +2300,7 @@ class ValueSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSettings(Part):
-    """In which order layers are executed."""
+    """Whether some layers are executed repeatedly."""
 
     title = "Model: depth"
     prefixes: ClassVar[tuple[str, ...]] = ("LOOP_",)
@@ -2163,19 +2308,19 @@ class DepthSettings(Part):
     num_loops: int = model_knob(
         0,
         (0, 16),
-        "How many more times layers LOOP_START to LOOP_END are executed.",
+        "Execute layers LOOP_START to LOOP_END this many more times.",
         absent=0,
         tries=(2,),
     )
-    loop_start: int = model_knob(3, (0, 63), "First layer of the loop.", absent=3)
-    loop_end: int = model_knob(5, (0, 63), "Last layer of the loop.", absent=5)
+    loop_start: int = model_knob(3, (0, 63), "Begin the loop with this layer (from 0).", absent=3)
+    loop_end: int = model_knob(5, (0, 63), "End the loop with this layer (from 0).", absent=5)
     enable_looping_at: float = training_knob(
-        0.35, (0.0, 1.0), "Fraction of the run from which layers loop."
+        0.35, (0.0, 1.0), "Begin to loop after this fraction of the run."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A loop has layers, and a run that reaches it."""
+        """A loop has layers, and begins before the run ends."""
         if cfg.num_loops:
             yield (
                 cfg.loop_start <= cfg.loop_end < cfg.num_layers,
@@ -2198,34 +2343,39 @@ class StreamSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("BACKOUT_",)
 
     skip_per_dim: str = model_knob(
-        "1", ("0", "1", "off"), "U-Net skips with a weight for each channel, for each layer; none."
+        "1", ("0", "1", "off"), "Weigh a U-Net skip by channel (1) or by one number; or have none."
     )
     skip_gates: bool = model_knob(
-        False, (), "Let a learned gate weigh each skip against the stream.", absent=False
+        False, (), "Blend each skip with the stream by a learned gate.", absent=False
     )
     parallel_start_layer: int = model_knob(
         0,
         (0, 63),
-        "First of the layers whose attention and MLP work on two lanes side by side; 0 has none.",
+        "From this layer on, let attention and MLP work side by side, on two lanes; 0: nowhere.",
         absent=0,
         tries=(2,),
     )
     backout_mode: str = model_knob(
-        "none", ("none", "mid", "cache"), "Which layer's output is subtracted before the head."
+        "none",
+        ("none", "mid", "cache"),
+        "Subtract an earlier output before the head: the middle layer's or that of CACHE_LAYER.",
     )
     cache_layer: int = model_knob(
-        7, (0, 63), "Layer that BACKOUT_MODE=cache keeps; later attention reads it as well."
+        7, (0, 63), "Keep this layer's output for BACKOUT_MODE=cache; later attention reads it too."
     )
     backout_init: float = training_knob(
-        0.2, (-1.0, 1.0), "Initial weight of the backout.", tries=(0.0,)
+        0.2, (-1.0, 1.0), "Start the factor of the subtracted output at this.", tries=(0.0,)
     )
     resid_mix_init: str = training_knob(
-        "identity", ("identity", "phase"), "Initial weight of the embedding in a layer's input."
+        "identity",
+        ("identity", "phase"),
+        "Start each layer's input as the stream, or with a share of the embedding that falls with "
+        "depth (phase).",
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """The last layer's output is the stream itself."""
+        """The output that is subtracted comes from before the last layer."""
         yield (
             cfg.backout_layer < cfg.num_layers - 1,
             "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps",
@@ -2235,6 +2385,31 @@ class StreamSettings(Part):
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon, whatever the activation type
 BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Where kernels of causal attention come from on CUDA, by the names of ATTENTION; the first source
+# of a kernel that works is taken.
+KERNELS = {
+    "fa3": ("fa3/flash_attn_interface", "fa3/kernels"),
+    "cudnn": ("cudnn",),
+    "flash": ("flash",),
+    "sdpa": ("sdpa",),  # torch's own choice
+}
+TORCH_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+TRIAL_ROWS, TRIAL_LENGTH, TRIAL_PASSES = 16, 2048, 4
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether the functions of "Faster on a CPU" are for these activations."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def product(x: Tensor, weight: Tensor, in_bf16: bool = False) -> Tensor:
+    """W x in the type of x, (..., in) and (out, in) -> (..., out).
+
+    With `in_bf16`, training on a CPU multiplies in bfloat16, for the gradients too.
+    """
+    if in_bf16 and trains_on_cpu(x):
+        return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
+    return F.linear(x, like(weight, x))
 
 
 def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -2245,11 +2420,12 @@ def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
 
 
 def like(parameter: Tensor, x: Tensor) -> Tensor:
-    """A float32 gain or gate in the type of the activations it meets."""
+    """Cast a float32 parameter to the type of the activations that it meets."""
     return parameter.to(x.dtype)
 
 
-# What a parameter is. Start, optimizer, rounding and storage go by it, never by a name.
+# Each parameter has a Kind. It decides how the parameter starts, learns and is rounded and stored;
+# the parameter's name decides nothing.
 
 Start = Callable[[Tensor, "Config"], object]  # fills a parameter with its initial value
 Shape = tuple[int, ...]
@@ -2261,45 +2437,48 @@ class Kind:
     """What a parameter is; it decides how the parameter starts, learns and is stored."""
 
     name: str  # its row in ROUTES, which says how it learns
-    role: str  # its row in BITS and CLIP_SIGMAS
+    role: str  # its name in BITS and CLIP_SIGMAS, which say how it is quantized
     fits: Callable[[Shape, Config], bool]  # whether a parameter of this kind can have a shape
     expected: str  # the shapes that fit, in words
     start: Start | None = None  # None leaves the value that the parameter was made with
-    may_be_integers: bool = False  # in the artifact; whether it is decided by BITS and its size
+    may_be_integers: bool = False  # in the artifact, if BITS and the parameter's size say so
     may_be_rounded: bool = False  # in training, by QAT
-    inputs_of: str = ""  # the matrix beside it that has the same inputs, and so the same Hessian
+    inputs_of: str = ""  # a sibling matrix with the same inputs and so the same Hessian, by name
 
 
 def is_matrix(shape: Shape, cfg: Config) -> bool:
-    """Whether it leads from one width of the network to another."""
+    """Whether both sides are widths of the network."""
     kv_width = cfg.num_kv_heads * cfg.head_dim
     widths = (cfg.model_dim, kv_width, cfg.mlp_dim, cfg.bigram_dim, cfg.ve_dim)
     return len(shape) == 2 and all(side in widths for side in shape)
 
 
 def is_table(shape: Shape, cfg: Config) -> bool:
-    """Whether it has a row for each token, or for each bucket of token pairs."""
+    """Whether there is a row for each token, or for each bucket of token pairs."""
     return len(shape) == 2 and shape[0] in (cfg.vocab_size, cfg.bigram_vocab_size)
 
 
 def is_vector(shape: Shape, cfg: Config) -> bool:
-    """Whether it is a number or a row of numbers."""
+    """Whether it is a scalar or a vector."""
     return len(shape) < 2
 
 
 def is_rows(shape: Shape, cfg: Config) -> bool:
-    """Whether its rows have a number for each channel, or one for all of them."""
+    """Whether each row has a number for each channel, or a single number."""
     return len(shape) == 2 and shape[1] in (1, cfg.model_dim)
 
 
 def is_gate(shape: Shape, cfg: Config) -> bool:
-    """Whether it has a number, or a row of numbers, for each channel or head."""
+    """Whether it is a scalar, a vector, or has at most one row for each head."""
     return len(shape) < 2 or (len(shape) == 2 and shape[0] <= cfg.num_heads)
 
 
 def is_layer_rows(shape: Shape, cfg: Config) -> bool:
-    """Whether it has a row of numbers for each layer."""
+    """Whether there is a row for each layer."""
     return len(shape) == 2 and shape[0] == cfg.num_layers
+
+
+# The start_...() functions fill a parameter with its initial value.
 
 
 def start_orthogonal(parameter: Tensor, cfg: Config) -> None:
@@ -2308,12 +2487,12 @@ def start_orthogonal(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_scaled(parameter: Tensor, cfg: Config) -> None:
-    """A random matrix whose singular values are all 1 / sqrt(2 L)."""
+    """A random matrix whose singular values are all 1 / sqrt(2 NUM_LAYERS)."""
     nn.init.orthogonal_(parameter, 1.0 / math.sqrt(2 * cfg.num_layers))
 
 
 def start_output(parameter: Tensor, cfg: Config) -> None:
-    """The output of attention or MLP, at 0 by default: a block starts as the identity."""
+    """An output projection of attention or MLP: zeros by default, so that a block adds nothing."""
     if cfg.proj_init == "zero":
         parameter.zero_()
     else:
@@ -2321,7 +2500,7 @@ def start_output(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_auxiliary(parameter: Tensor, cfg: Config) -> None:
-    """A projection of a table."""
+    """The projection of an embedding table into the network."""
     if cfg.optimizer_routing == "banks":
         start_orthogonal(parameter, cfg)
     else:
@@ -2329,14 +2508,14 @@ def start_auxiliary(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_pair_projection(parameter: Tensor, cfg: Config) -> None:
-    """The projection of BigramHash, drawn in any case: BIGRAM_INIT changes no other matrix."""
-    start_auxiliary(parameter, cfg)
+    """The projection of BigramHash."""
+    start_auxiliary(parameter, cfg)  # drawn even if unused, so that later draws stay the same
     if cfg.bigram_init == "zero_proj":
         parameter.zero_()
 
 
 def start_pair_table(parameter: Tensor, cfg: Config) -> None:
-    """The buckets of BigramHash; one of its two factors is 0, so that it starts without effect."""
+    """The buckets of BigramHash: zeros, unless its projection starts at zero."""
     if cfg.bigram_init == "zero_proj":
         start_orthogonal(parameter, cfg)
     else:
@@ -2344,7 +2523,7 @@ def start_pair_table(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_token_table(parameter: Tensor, cfg: Config) -> None:
-    """A normal table; EMB_SVD_INIT makes its k-th singular value the first / sqrt(k)."""
+    """Normal numbers; EMB_SVD_INIT makes the k-th singular value the first / sqrt(k)."""
     nn.init.normal_(parameter, std=cfg.tied_embed_init_std)
     if cfg.emb_svd_init:
         U, S, Vh = torch.linalg.svd(parameter, full_matrices=False)
@@ -2353,7 +2532,7 @@ def start_token_table(parameter: Tensor, cfg: Config) -> None:
 
 
 def start_value_table(parameter: Tensor, cfg: Config) -> None:
-    """A small normal table."""
+    """Small normal numbers."""
     nn.init.normal_(parameter, std=0.01)
 
 
@@ -2368,7 +2547,15 @@ def start_backout(parameter: Tensor, cfg: Config) -> None:
 
 
 WIDTHS = "a width of the network on both sides"
-ATTENTION_MATRIX = Kind("attention matrix", "attn", is_matrix, WIDTHS, start_orthogonal, True, True)
+ATTENTION_MATRIX = Kind(
+    "attention matrix",
+    "attn",
+    is_matrix,
+    WIDTHS,
+    start_orthogonal,
+    may_be_integers=True,
+    may_be_rounded=True,
+)
 MLP_MATRIX = replace(ATTENTION_MATRIX, name="mlp matrix", role="mlp")
 AUXILIARY_MATRIX = replace(
     ATTENTION_MATRIX, name="auxiliary matrix", role="aux", start=start_auxiliary
@@ -2383,19 +2570,19 @@ GATE = Kind("gate", "aux", is_gate, "at most a row for each head")
 LANE = replace(GATE, fits=is_layer_rows, expected="a row for each layer")
 
 
-def known(kind: Kind, parameter: Made) -> Made:
-    """The parameter, marked as one of this kind."""
+def of_kind(kind: Kind, parameter: Made) -> Made:
+    """Mark a parameter as one of this kind, and return it."""
     parameter.kind = kind  # type: ignore[attr-defined]
     return parameter
 
 
 def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
-    """The kind of each parameter by name; Refusal for one without a kind or of a wrong shape."""
+    """The kind of each parameter by name; raises Refusal if it has none, or another one's shape."""
     kinds = {}
     for name, parameter in model.named_parameters():
         kind = vars(parameter).get("kind")
         if kind is None:
-            raise Refusal(f"parameter {name} has no kind: make it with known(KIND, ...)")
+            raise Refusal(f"parameter {name} has no kind: make it with of_kind(KIND, ...)")
         if not kind.fits(tuple(parameter.shape), cfg):
             shape = " x ".join(map(str, parameter.shape))
             raise Refusal(
@@ -2407,17 +2594,17 @@ def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
 
 
 @functools.lru_cache(8)
-def kinds_within(cfg: Config) -> dict[str, Kind]:
-    """The kinds of the model that these settings describe, which is laid out without memory."""
-    with torch.device("meta"):
-        return GPT(cfg).kinds
+def kinds_for(cfg: Config) -> dict[str, Kind]:
+    """The kind of each parameter of the network that these settings describe, by name."""
+    return laid_out(cfg).kinds
 
 
-Delta = tuple[Tensor, Tensor]  # of low rank r, for each row of a batch: (B, r, in), (B, out, r)
+# A change B A of a weight, of low rank r, for each row of a batch: A (B, r, in), B (B, out, r).
+Delta = tuple[Tensor, Tensor]
 
 
 def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
-    """y (B, T, out) + B A x of x (B, T, in), by each row's own A and B; y without a delta."""
+    """y (B, T, out) + B A x of x (B, T, in), each row by its own A and B; y if delta is None."""
     if delta is None:
         return y
     down, up = delta
@@ -2425,14 +2612,14 @@ def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Adapters:
-    """Deltas for the rows of a batch, each for one place where the network takes one.
+class RowDeltas:
+    """Low-rank deltas for the rows of a batch (LoRA, arXiv:2106.09685).
 
-    Those of a layer are called q, k and v, which join its projections, and o and mlp, which go
-    straight from the normed input of attention and MLP to its output (LoRA, arXiv:2106.09685).
+    In each layer q, k and v add to these projections; o and mlp lead from the normed input of
+    attention and MLP to their output.
     """
 
-    layers: tuple[dict[str, Delta], ...]  # by place in the plan
+    layers: tuple[dict[str, Delta], ...]  # by place in the plan, then by name: q, k, v, o, mlp
     head: Delta | None
 
 
@@ -2440,30 +2627,41 @@ NO_DELTAS: dict[str, Delta] = {}
 
 
 class Linear(nn.Linear):
-    """Matrix product without bias; the float32 weight is cast to the activations' type."""
+    """A matrix product without bias; its float32 weight is cast to the activations' type."""
+
+    in_bf16 = False  # see multiply_in_bf16()
 
     def __init__(self, width_in: int, width_out: int, kind: Kind) -> None:
         super().__init__(width_in, width_out, bias=False)
-        known(kind, self.weight)
+        of_kind(kind, self.weight)
 
     def forward(self, x: Tensor, delta: Delta | None = None) -> Tensor:
-        """(B, T, in) -> (B, T, out); a delta adds to the weight, for each row its own."""
-        return with_delta(F.linear(x, like(self.weight, x)), x, delta)
+        """(B, T, in) -> (B, T, out); a delta adds to the weight, for each row a different one."""
+        return with_delta(product(x, self.weight, self.in_bf16), x, delta)
+
+    def with_gain(self, y: Tensor, gain: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
+        """gain (W y + B A x), of y (B, T, in) and what the delta looks at: (B, T, out)."""
+        if delta is None and trains_on_cpu(y):  # a weight has fewer rows than the stream
+            return product(y, gain.unsqueeze(1) * self.weight, self.in_bf16)
+        return like(gain, y) * with_delta(self(y), x, delta)
 
 
 class Table(nn.Embedding):
-    """A row of numbers for each token or bucket."""
+    """An embedding: a row of numbers for each token or bucket."""
+
+    in_bf16 = False  # see Linear, where it is the head too
 
     def __init__(self, num_rows: int, width: int, kind: Kind) -> None:
         super().__init__(num_rows, width)
-        known(kind, self.weight)
+        of_kind(kind, self.weight)
 
 
 class BigramHash(nn.Module):
-    """Additive embedding of the pair (previous, current token), hashed into n buckets.
+    """An embedding of the pair (previous, current token), added to the token embedding.
 
-    xor: (36313 t_i XOR 27191 t_{i-1}) mod (n - 1); sum: (36313 t_i + 27191 t_{i-1}) mod n. What
-    has no predecessor, a row's first token and with the mask every BOS, has n - 1 or 0.
+    Pairs are hashed into n buckets. xor: (36313 t_i XOR 27191 t_{i-1}) mod (n - 1); sum:
+    (36313 t_i + 27191 t_{i-1}) mod n. A token without a predecessor, which is the first of a row
+    and with BIGRAM_BOS_MASK every BOS, has bucket n - 1 (xor) or 0 (sum).
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -2474,7 +2672,7 @@ class BigramHash(nn.Module):
         projection = replace(AUXILIARY_MATRIX, start=start_pair_projection)
         self.embed = Table(cfg.bigram_vocab_size, cfg.bigram_dim, table)
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim, projection)
-        self.scale = known(GAIN, nn.Parameter(torch.tensor(0.05)))
+        self.scale = of_kind(GAIN, nn.Parameter(torch.tensor(0.05)))
 
     def buckets(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T) bucket numbers."""
@@ -2482,12 +2680,14 @@ class BigramHash(nn.Module):
         current = BIGRAM_CURRENT * input_ids[:, 1:]
         previous = BIGRAM_PREVIOUS * input_ids[:, :-1]
         if self.by_sum:
-            hashed, without = (current + previous) % n, 0
+            hashed = (current + previous) % n
+            no_predecessor = 0
         else:
-            hashed, without = (current ^ previous) % (n - 1), n - 1
-        hashed = F.pad(hashed, (1, 0), value=without)
+            hashed = (current ^ previous) % (n - 1)
+            no_predecessor = n - 1
+        hashed = F.pad(hashed, (1, 0), value=no_predecessor)
         if self.bos_mask:
-            hashed = torch.where(input_ids == BOS, without, hashed)
+            hashed = torch.where(input_ids == BOS, no_predecessor, hashed)
         return hashed
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -2496,12 +2696,12 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """x_i <- (1 - s) x_i + s x_{i-1}, x_{-1} = 0, s = sigmoid(gate), masked 0 at BOS."""
+    """x_i <- (1 - s) x_i + s x_{i-1}, x_{-1} = 0, s = sigmoid(gate), or 0 at a masked BOS."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.bos_mask = cfg.smear_bos_mask
-        self.gate = known(GATE, nn.Parameter(torch.zeros(cfg.model_dim)))
+        self.gate = of_kind(GATE, nn.Parameter(torch.zeros(cfg.model_dim)))
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
@@ -2513,22 +2713,22 @@ class SmearGate(nn.Module):
 
 
 class InputSmearGate(nn.Module):
-    """x_i <- x_i + lambda sigmoid(w . x_i) x_{i-1}, x_{-1} = 0, masked x_i at BOS.
+    """x_i <- x_i + lambda sigmoid(w . x_i) x_{i-1}, x_{-1} = 0.
 
-    w weighs the first GATE_WINDOW channels. Both factors start at 0, so that w learns nothing
-    before lambda has moved.
+    w has a weight for each of the first GATE_WINDOW channels. With SMEAR_BOS_MASK x_i stays as it
+    is at BOS. Both w and lambda start at 0, so w has no gradient until lambda has moved.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.bos_mask = cfg.smear_bos_mask
-        self.weight = known(GATE, nn.Parameter(torch.zeros(cfg.gate_window)))
-        self.scale = known(GATE, nn.Parameter(torch.tensor(0.0)))
+        self.weight = of_kind(GATE, nn.Parameter(torch.zeros(cfg.gate_window)))
+        self.scale = of_kind(GATE, nn.Parameter(torch.tensor(0.0)))
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
-        seen = x[..., : len(self.weight)]
-        gate = like(self.scale, x) * torch.sigmoid(seen @ like(self.weight, x))
+        window = x[..., : len(self.weight)]
+        gate = like(self.scale, x) * torch.sigmoid(window @ like(self.weight, x))
         if self.bos_mask:
             gate = gate * (input_ids != BOS)
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -2536,13 +2736,13 @@ class InputSmearGate(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """Token identity for the values of late layers: scale * P E[t], shared by those layers."""
+    """scale P E[t], an embedding of token t that some layers share and add to their values."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.embed = Table(cfg.vocab_size, cfg.ve_dim, replace(TABLE, start=start_value_table))
         self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim, AUXILIARY_MATRIX)
-        self.scale = known(GAIN, nn.Parameter(torch.tensor(0.1)))
+        self.scale = of_kind(GAIN, nn.Parameter(torch.tensor(0.1)))
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) -> (B, T, G*K)."""
@@ -2551,10 +2751,11 @@ class ValueEmbedding(nn.Module):
 
 
 def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tables of rotate(): cos and signed sin of position times frequency, float32 (T, R) each.
+    """Tables for rotate(): cosines and signed sines of position times frequency, float32 (T, R).
 
-    The frequency of pair i is base^(-2i/R); each table has the R/2 pairs twice, and the sine has
-    its sign turned the second time. The NTK rule raises the base for rows beyond ROPE_NTK_REF.
+    R dimensions rotate, as R/2 pairs; pair i has frequency base^(-2i/R). Each table holds the
+    pairs twice, the sines with the opposite sign the second time. For rows longer than
+    ROPE_NTK_REF the NTK rule raises the base.
     """
     dims, base = cfg.rotary_dims, cfg.rope_base
     if 0 < cfg.rope_ntk_ref < seq_len:
@@ -2566,7 +2767,7 @@ def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions, (B, T, H, K) -> the same: of the first R dimensions, i pairs i + R/2."""
+    """Rotate pairs of dimensions (i, i + R/2) of the first R by position: (B, T, H, K) -> same."""
     cos, sin = (like(table, x)[:, None, :] for table in rotation)
     turned, rest = x.tensor_split([cos.size(-1)], dim=-1)
     turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, -1), sin)
@@ -2597,9 +2798,10 @@ def attention_inside(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
 
 
 def what_attention_sees(documents: Tensor, boundaries: Tensor | None, in_graph: bool) -> Tensor:
-    """Documents (B, T) as attention_inside() takes them on their device.
+    """Bring documents (B, T) into the form that attention_inside() needs.
 
-    On a CPU a compiled graph takes a mask, whose shape does not depend on the documents.
+    That is `boundaries`, or a mask (B, 1, T, T) for a compiled graph on a CPU, since its shape does
+    not depend on the documents.
     """
     if boundaries is not None and (documents.is_cuda or not in_graph):
         return boundaries
@@ -2608,9 +2810,9 @@ def what_attention_sees(documents: Tensor, boundaries: Tensor | None, in_graph: 
 
 
 def attention_by_length(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """attention_inside() on a CPU: documents of the same length together, and no others.
+    """attention_inside() on a CPU: attends in all documents of one length at once.
 
-    A mask would have the work done across documents, and in both directions, and then undo it.
+    A mask would make the CPU work across documents and into the future, and discard the result.
     """
     lengths = [length for length in boundaries.diff().tolist() if length]
     documents = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
@@ -2623,7 +2825,7 @@ def attention_by_length(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> 
 
 
 def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """attention_inside() on a GPU, where no work is done across documents; untried there."""
+    """attention_inside() on a GPU, which does no work across documents; never run on one yet."""
     rows = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     longest = rows[1]
@@ -2633,43 +2835,158 @@ def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tenso
     return cast(Tensor, y).view(rows)
 
 
-def pick_attention(cfg: Config, device: torch.device) -> tuple[str, AttentionKernel]:
-    """The attention kernel of these settings and its name; or Refusal, see find_attention()."""
-    return find_attention(cfg.attention, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
+class ChosenAttention(NamedTuple):
+    """How a run computes attention in whole rows."""
+
+    name: str
+    kernel: AttentionKernel
+    trial: str = ""  # milliseconds of the kernels that were tried, and why others were not
+
+
+def pick_attention(cfg: Config, ranks: Ranks) -> ChosenAttention:
+    """Choose the attention kernel, the same on all ranks, which must ask together.
+
+    Raises Refusal if the kernel that ATTENTION names does not work here.
+    """
+    heads = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    if cfg.attn_docs:
+        why = "inside documents (ATTN_DOCS=1) only torch's kernel of variable length acts"
+    elif ranks.device.type != "cuda":
+        why = "there is no CUDA device"
+    else:
+        return find_attention(cfg.attention, heads, ranks)
+    if cfg.attention not in ("auto", "sdpa"):
+        raise Refusal(f"ATTENTION={cfg.attention}: {why}; use ATTENTION=auto")
+    return ChosenAttention("varlen" if ranks.device.type == "cuda" else "sdpa", sdpa_attention)
 
 
 @functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
-def find_attention(
-    wanted: str, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
-) -> tuple[str, AttentionKernel]:
-    """FlashAttention-3 where a trial of it works, else torch's kernel; and its name.
+def find_attention(wanted: str, heads: tuple[int, int, int], ranks: Ranks) -> ChosenAttention:
+    """Find the kernel that is wanted on CUDA, for "auto" the quickest of those that work.
 
-    Raises Refusal if ATTENTION=fa3 and no source of it works here.
+    heads: how many of queries, how many of keys and values, and their width.
     """
-    why = [] if device.type == "cuda" else ["there is no CUDA device"]
-    sources = () if why or wanted == "sdpa" else ("flash_attn_interface", "kernels")
-    for source in sources:
+    if wanted != "auto":
+        with ranks.together():
+            try:
+                return ChosenAttention(*working_kernel(wanted, heads, ranks.device))
+            except Refusal as refusal:
+                raise Refusal(f"ATTENTION={wanted}: {refusal}; use ATTENTION=auto") from None
+    working: dict[str, tuple[str, AttentionKernel]] = {}
+    said = []
+    for name in KERNELS:
         try:
-            attend = flash_attention(source)
-            query = torch.zeros(1, 64, num_heads, head_dim, dtype=torch.bfloat16, device=device)
-            key = torch.zeros(1, 64, num_kv_heads, head_dim, dtype=torch.bfloat16, device=device)
+            working[name] = working_kernel(name, heads, ranks.device)
+        except Refusal as refusal:
+            said.append(f"no {name} ({refusal})")
+    works = {name: trial_pass(kernel, heads, ranks.device) for name, (_, kernel) in working.items()}
+    seconds = seconds_of_kernels(works, ranks)
+    said[:0] = [f"{name} {1e3 * seconds[name]:.2f} ms" for name in works]
+    quickest = min(KERNELS, key=lambda name: seconds[name])
+    if seconds[quickest] == math.inf:
+        quickest = "sdpa"
+    return ChosenAttention(*working[quickest], ", ".join(said))
+
+
+def working_kernel(
+    name: str, heads: tuple[int, int, int], device: torch.device
+) -> tuple[str, AttentionKernel]:
+    """Try a kernel on the device: (its source, the kernel); raises Refusal if it does not work."""
+    why = []
+    for source in KERNELS[name]:
+        try:
+            attend = kernel_from(source)
+            query, key = (
+                torch.zeros(1, 64, count, heads[2], dtype=torch.bfloat16, device=device)
+                for count in heads[:2]
+            )
             if isinstance(attend(query, key, key), tuple):
-                return f"fa3/{source}", functools.partial(first_output, attend)
-            return f"fa3/{source}", attend
-        except Exception as error:  # foreign packages raise anything; torch's kernel remains
-            why.append(f"{source}: " + str(error).split("\n")[0])
-    if wanted == "fa3":
-        raise Refusal(f"ATTENTION=fa3: {', '.join(why)}; use ATTENTION=auto")
-    return "sdpa", sdpa_attention
+                return source, functools.partial(first_output, attend)
+            return source + chosen_by_torch(source, query, key), attend
+        except Exception as error:  # foreign packages raise anything
+            why.append(f"{source.removeprefix('fa3/')}: " + str(error).split("\n")[0])
+    raise Refusal(", ".join(why))
+
+
+def kernel_from(source: str) -> AttentionKernel:
+    """Load a kernel from a source in KERNELS; a package that lacks it raises what it likes."""
+    if source == "sdpa":
+        return sdpa_attention
+    if source in TORCH_BACKENDS:
+        return functools.partial(attention_by, TORCH_BACKENDS[source])
+    return flash_attention(source.removeprefix("fa3/"))
+
+
+def attention_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by one kernel of torch; raises RuntimeError if it does not take these tensors."""
+    with sdpa_kernel(backend):
+        return sdpa_attention(q, k, v)
+
+
+def chosen_by_torch(source: str, query: Tensor, key: Tensor) -> str:
+    """Name the kernel that torch takes where the choice is its own, after a slash."""
+    if source != "sdpa":
+        return ""
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    try:
+        backend = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True)
+    except RuntimeError:  # it is torch's own function, and only a name is lost
+        return ""
+    return f"/{SDPBackend(backend).name.removesuffix('_ATTENTION').lower()}"
+
+
+def trial_pass(
+    kernel: AttentionKernel, heads: tuple[int, int, int], device: torch.device
+) -> Callable[[], None]:
+    """Prepare a trial: forward and backward of a kernel on long rows, several times."""
+    shape = TRIAL_ROWS, TRIAL_LENGTH
+    q, k, v = (
+        torch.randn(*shape, count, heads[2], dtype=torch.bfloat16, device=device).requires_grad_()
+        for count in (heads[0], heads[1], heads[1])
+    )
+
+    def work() -> None:
+        with torch.enable_grad():
+            for _ in range(TRIAL_PASSES):
+                torch.autograd.grad(kernel(q, k, v), (q, k, v), q)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return work
+
+
+def seconds_of(work: Callable[[], None], now: Callable[[], float]) -> float:
+    """Time a call by a clock that gives seconds."""
+    start = now()
+    work()
+    return now() - start
+
+
+def seconds_of_kernels(
+    works: dict[str, Callable[[], None]], ranks: Ranks, now: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Time a pass of each kernel on the slowest rank; inf if any rank fails or lacks it.
+
+    Every rank asks for all kernels in the same order, whichever of them it has.
+    """
+    found = {}
+    for name in KERNELS:
+        least = math.inf
+        if name in works:
+            with contextlib.suppress(Exception):  # a kernel may fail in its backward
+                works[name]()
+                least = min(seconds_of(works[name], now) for _ in range(3)) / TRIAL_PASSES
+        found[name] = ranks.largest(least)
+    return found
 
 
 def first_output(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention's output, of a kernel that returns more beside it."""
+    """The output alone of a kernel that returns a tuple."""
     return attend(q, k, v)[0]
 
 
 def flash_attention(source: str) -> Callable:
-    """Causal FlashAttention-3 of a package; that of "kernels" is downloaded once."""
+    """Causal FlashAttention-3 from a package; "kernels" downloads it once."""
     module = __import__(source)
     if source == "kernels":
         module = module.get_kernel("kernels-community/flash-attn3", version=1)
@@ -2679,7 +2996,7 @@ def flash_attention(source: str) -> Callable:
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Exclusive self attention (XSA, arXiv:2603.09078): y <- y - (y . n) n, n = v / ||v||.
 
-    y: (B, T, H, K), v: (B, T, G, K) -> (B, T, H, K), what is left at right angles to v.
+    y: (B, T, H, K), v: (B, T, G, K) -> (B, T, H, K), the part of y that is orthogonal to v.
     """
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H/G, K)
     v = v.unsqueeze(3)  # (B, T, G, 1, K)
@@ -2690,37 +3007,40 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """One step through the network: whose weights it has, and what goes into it beside the stream.
+    """One execution of a block, and what it reads beside the residual stream.
 
-    Layers are counted by their place in the plan; what belongs to weights goes by `block`.
-    Without loops (NUM_LOOPS) the two are the same number.
+    The plan is the list of layers; a layer's place is its index there. A block holds weights. With
+    a loop (NUM_LOOPS) a block has several places in the plan; without, place and block are equal.
     """
 
-    block: int  # whose weights
-    depth_scale: float  # of the normed inputs of attention and MLP
+    block: int  # the number of the block that is executed
+    depth_scale: float  # the factor of the normed inputs of attention and MLP
     two_lanes: bool  # whether attention and MLP work side by side, on a lane each
-    exclusive: bool  # whether a token's own value is taken out of what attention gives (XSA)
-    skip_from: int | None  # the earlier layer whose output is added to the stream first (U-Net)
-    skip_row: int | None  # the row of the skip weights that multiplies that output
-    reads: int | None  # the earlier layer whose output attention reads instead of the stream
-    value_scale: int | None  # which of the value embedding's scales; None without one
-    value_gate: int | None  # which of the gates that add layer 0's values (VRL_MODE=add)
-    mixes_values: bool  # whether layer 0's values are mixed with its own (VRL_MODE=mix)
+    exclusive: bool  # whether attention's output is made orthogonal to the token's value (XSA)
+    skip_from: int | None  # the place whose output is added to the stream first (U-Net)
+    skip_row: int | None  # the row of the skip weights for that output
+    reads: int | None  # the place whose output attention reads instead of the stream
+    value_scale: int | None  # the index of the value embedding's scale; None: no value embedding
+    value_gate: int | None  # the index of the gate that adds layer 0's values (VRL_MODE=add)
+    mixes_values: bool  # whether layer 0's values are mixed with the layer's own (VRL_MODE=mix)
 
     def __str__(self) -> str:
-        """A line for the log: the block, its scale, and the optional parts that the layer has."""
+        """Format a line for the log: block, scale, and the optional parts that the layer has."""
         parts = [f"block:{self.block} depth_scale:{self.depth_scale:.3f}"]
-        parts += ["two_lanes"] if self.two_lanes else []
-        parts += ["xsa"] if self.exclusive else []
-        parts += ["mixes_first_values"] if self.mixes_values else []
+        switches = {
+            "two_lanes": self.two_lanes,
+            "xsa": self.exclusive,
+            "mixes_first_values": self.mixes_values,
+        }
+        parts += [name for name, is_on in switches.items() if is_on]
         for name in ("skip_from", "skip_row", "reads", "value_scale", "value_gate"):
-            number = getattr(self, name)
-            parts += [] if number is None else [f"{name}:{number}"]
+            if getattr(self, name) is not None:
+                parts.append(f"{name}:{getattr(self, name)}")
         return " ".join(parts)
 
 
 def executed_blocks(cfg: Config, looping: bool) -> list[int]:
-    """Whose weights the layers of the plan have, in order; those of a loop come again."""
+    """The blocks in the order in which they are executed; those of a loop come repeatedly."""
     once = list(range(cfg.num_layers))
     if not looping:
         return once
@@ -2729,10 +3049,10 @@ def executed_blocks(cfg: Config, looping: bool) -> list[int]:
 
 
 def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
-    """The layers of the network, in the order in which the stream goes through them.
+    """The plan: the layers of the network in the order in which the stream passes them.
 
-    The second half takes skips from the first, the last output first. A layer of a loop is
-    several layers of the plan, unless it is the plan before looping begins.
+    The second half takes skips from the first half, from its last output to its first. Without
+    `looping`, the plan has each block once, as before ENABLE_LOOPING_AT.
     """
     blocks = executed_blocks(cfg, looping and cfg.num_loops > 0)
     half = len(blocks) // 2
@@ -2766,12 +3086,8 @@ def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
 
 
 def last_place(blocks: list[int], block: int) -> int:
-    """Where the weights of `block` are used for the last time; -1 if nowhere."""
-    last = -1
-    for place, used in enumerate(blocks):
-        if used == block:
-            last = place
-    return last
+    """The last place in the plan at which `block` is executed; -1 if there is none."""
+    return max((place for place, used in enumerate(blocks) if used == block), default=-1)
 
 
 class Attention(nn.Module):
@@ -2786,15 +3102,15 @@ class Attention(nn.Module):
         self.c_v = Linear(width, kv_width, beside_queries)
         self.proj = Linear(width, width, replace(ATTENTION_MATRIX, start=start_output))
         gains = torch.full((cfg.num_heads,), cfg.qk_gain_init)
-        self.q_gain = known(ATTENTION_GAIN, nn.Parameter(gains))
-        self.vr_lambda: nn.Parameter | None = None  # shares of layer 0's values and of its own
+        self.q_gain = of_kind(ATTENTION_GAIN, nn.Parameter(gains))
+        self.vr_lambda: nn.Parameter | None = None  # factors of layer 0's values and of its own
         if layer.mixes_values:
-            self.vr_lambda = known(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
+            self.vr_lambda = of_kind(ATTENTION_GAIN, nn.Parameter(torch.full((2,), 0.5)))
         self.gate: nn.Parameter | None = None
         if cfg.attn_gate != "none":
             window = torch.zeros(cfg.num_heads, cfg.gate_window)
-            self.gate = known(GATE, nn.Parameter(window))
-        self.most_of_gate = 2.0 if cfg.attn_gate == "out" else 1.0
+            self.gate = of_kind(GATE, nn.Parameter(window))
+        self.gate_factor = 2.0 if cfg.attn_gate == "out" else 1.0
         self.gate_scale = cfg.attn_gate_scale
         self.kernel = kernel
         self.head_dim = cfg.head_dim
@@ -2807,8 +3123,11 @@ class Attention(nn.Module):
         first_v: Tensor | None,
         delta: Delta | None = None,
     ) -> Tensor:
-        """W x + extra, which VRL_MODE=mix (arXiv:2410.17897) mixes with layer 0's: (B, T, G*K)."""
-        v = self.c_v(x, delta)
+        """W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897): (B, T, G*K)."""
+        return self.mixed_values(self.c_v(x, delta), extra_v, first_v)
+
+    def mixed_values(self, v: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
+        """What values() makes of W x, (B, T, G*K)."""
         if extra_v is not None:
             v = v + extra_v
         if self.vr_lambda is not None:
@@ -2817,12 +3136,12 @@ class Attention(nn.Module):
         return v
 
     def gated(self, y: Tensor, x: Tensor) -> Tensor:
-        """What heads give, (B, T, H, K), by a gate that looks at their input (B, T, D)."""
+        """Multiply heads' outputs y (B, T, H, K) by gates of their input x (B, T, D)."""
         if self.gate is None:
             return y
-        seen = x[..., : self.gate.size(1)]
-        gate = torch.sigmoid(self.gate_scale * F.linear(seen, like(self.gate, x)))
-        return y * (self.most_of_gate * gate).unsqueeze(-1)
+        window = x[..., : self.gate.size(1)]
+        gate = torch.sigmoid(self.gate_scale * F.linear(window, like(self.gate, x)))
+        return y * (self.gate_factor * gate).unsqueeze(-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inside: Tensor | None) -> Tensor:
         """Causal attention, in whole rows or inside documents: see attention_inside()."""
@@ -2831,21 +3150,46 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        gain: Tensor,
         rotation: tuple[Tensor, Tensor],
         extra_v: Tensor | None,
         first_v: Tensor | None,
         inside: Tensor | None = None,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Tensor:
-        """x: (B, T, D); added to the values and layer 0's: (B, T, G*K) -> (B, T, D)."""
-        q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
-        v = self.values(x, extra_v, first_v, deltas.get("v"))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-        q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
-        y = self.attend(q, rotate(rms_norm(k), rotation), v, inside)
-        if self.exclusive:
-            y = exclude_own_value(y, v)
-        return with_delta(self.proj(self.gated(y, x).flatten(2)), x, deltas.get("o"))
+        """x: (B, T, D) -> (B, T, D), times a gain (D,).
+
+        Added to the values, and layer 0's values: (B, T, G*K).
+        """
+        if inside is None and not deltas and HeadsAttention.takes(x, self.kernel):
+            y = self.on_cpu(x, rotation, extra_v, first_v)
+        else:
+            q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
+            v = self.values(x, extra_v, first_v, deltas.get("v"))
+            q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+            q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
+            y = self.attend(q, rotate(rms_norm(k), rotation), v, inside)
+            if self.exclusive:
+                y = exclude_own_value(y, v)
+        return self.proj.with_gain(self.gated(y, x).flatten(2), gain, x, deltas.get("o"))
+
+    def on_cpu(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        extra_v: Tensor | None,
+        first_v: Tensor | None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, H, K) in training on a CPU: one product, and HeadsAttention."""
+        K, order = self.head_dim, pairs_together(rotation[0].size(-1), self.head_dim)
+        turning = torch.cat([self.c_q.weight, self.c_k.weight])
+        turning = turning.unflatten(0, (-1, K)).index_select(1, order).flatten(0, 1)
+        both = product(x, torch.cat([turning, self.c_v.weight]), self.c_v.in_bf16)
+        qk, v = both.split([len(turning), len(self.c_v.weight)], dim=-1)
+        v = self.mixed_values(v, extra_v, first_v)
+        qk, v = (y.unflatten(-1, (-1, K)) for y in (qk, v))
+        products = torch.bfloat16 if self.c_v.in_bf16 else x.dtype
+        return HeadsAttention.apply(qk, v, self.q_gain, *rotation, self.exclusive, products)
 
 
 class MLP(nn.Module):
@@ -2857,23 +3201,23 @@ class MLP(nn.Module):
         self.proj = Linear(cfg.mlp_dim, cfg.model_dim, replace(MLP_MATRIX, start=start_output))
         self.slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0.0
 
-    def forward(self, x: Tensor, deltas: dict[str, Delta] = NO_DELTAS) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        y = self.proj(SquaredLeaky.apply(self.fc(x), self.slope))
-        return with_delta(y, x, deltas.get("mlp"))
+    def forward(self, x: Tensor, gain: Tensor, deltas: dict[str, Delta] = NO_DELTAS) -> Tensor:
+        """(B, T, D) -> (B, T, D), times a gain (D,)."""
+        hidden = SquaredLeaky.apply(self.fc(x), self.slope)
+        return self.proj.with_gain(hidden, gain, x, deltas.get("mlp"))
 
 
-Lanes = tuple[Tensor, Tensor | None]  # the stream (B, T, D), and the second lane where there is one
+Lanes = tuple[Tensor, Tensor | None]  # the residual stream as one or two tensors (B, T, D)
 
 
 def joined(lanes: Lanes) -> Tensor:
-    """The stream, (B, T, D): the mean of its lanes."""
+    """The stream as one tensor (B, T, D), the mean of its lanes."""
     stream, second = lanes
     return stream if second is None else 0.5 * (stream + second)
 
 
 def in_lanes(lanes: Lanes, are_two: bool) -> Lanes:
-    """The stream in as many lanes as a layer has: split in two equal ones, or joined."""
+    """Copy a single lane into two, or join two into one, as the next layer needs."""
     stream, second = lanes
     if not are_two:
         return joined(lanes), None
@@ -2885,17 +3229,20 @@ class Context:
     """What the layers read beside the stream."""
 
     plan: tuple[Layer, ...]
-    x0: Tensor  # normed embedding (B, T, D)
-    rotation: tuple[Tensor, Tensor]
-    extra_v: dict[int, Tensor]  # by layer, added to its values (B, T, G*K)
+    x0: Tensor  # the normed embedding (B, T, D)
+    rotation: tuple[Tensor, Tensor]  # see rotary_tables()
+    extra_v: dict[int, Tensor]  # by place: what is added to the layer's values, (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
     inside: Tensor | None = None  # the documents, for attention_inside()
-    adapters: Adapters | None = None
-    outputs: list[Lanes] = field(default_factory=list)  # after each layer so far
+    row_deltas: RowDeltas | None = None
+    outputs: list[Lanes] = field(default_factory=list)  # by place: the stream after that layer
 
 
 def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
-    """Shares of stream and embedding in a layer's input: the stream's grows with depth, or is 1."""
+    """Factors (2, D) of stream and embedding in a block's input, which are 1 and 0 by default.
+
+    With RESID_MIX_INIT=phase the first is a sigmoid of the block's depth, the second is the rest.
+    """
     keep = 1.0
     if cfg.resid_mix_init == "phase":
         depth = block / max(cfg.num_layers - 1, 1)  # from 0 to 1
@@ -2904,29 +3251,23 @@ def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
 
 
 class Block(nn.Module):
-    """One layer: mix in the embedding, then attention, then MLP, each with a learned gain."""
+    """A layer's weights: mix in the embedding, then attention, then MLP, with learned gains."""
 
     def __init__(self, cfg: Config, layer: Layer, kernel: AttentionKernel) -> None:
         super().__init__()
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
         mix = torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim)
         start_mix = functools.partial(start_mix_by_depth, block=layer.block)
-        self.resid_mix = known(replace(GAIN_ROWS, start=start_mix), nn.Parameter(mix))
+        self.resid_mix = of_kind(replace(GAIN_ROWS, start=start_mix), nn.Parameter(mix))
         start = 1.0 / math.sqrt(layer.block + 1) if cfg.ln_scale == "learned" else 1.0
         gain = torch.full((cfg.model_dim,), start)
-        self.attn_scale = known(GAIN, nn.Parameter(gain))
-        self.mlp_scale = known(GAIN, nn.Parameter(gain.clone()))
+        self.attn_scale = of_kind(GAIN, nn.Parameter(gain))
+        self.mlp_scale = of_kind(GAIN, nn.Parameter(gain.clone()))
 
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
-        """A stream with the embedding mixed in: (B, T, D) and (B, T, D) -> (B, T, D)."""
+        """Mix the embedding x0 into a stream x: both (B, T, D) -> (B, T, D)."""
         keep, inject = like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
-
-    def first_values(
-        self, x0: Tensor, extra_v: Tensor | None, s: float, delta: Delta | None
-    ) -> Tensor:
-        """The values of the first layer, of the embedding (B, T, D): (B, T, G*K)."""
-        return self.attn.values(rms_norm(self.mixed(x0, x0), s), extra_v, None, delta)
 
     def forward(
         self,
@@ -2938,29 +3279,29 @@ class Block(nn.Module):
         first_v: Tensor | None,
         inside: Tensor | None,
         weights: tuple[Tensor, Tensor] | None,
-        s: float | Tensor,
+        scale: float | Tensor,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Lanes:
-        """The stream (B, T, D) -> (B, T, D), or with `weights` both lanes, see two_lanes().
+        """The stream (B, T, D) -> (B, T, D), in one lane or two.
 
-        Attention reads an earlier stream where it is given.
+        read: an earlier output (B, T, D) that attention reads instead of the stream, if any.
+        weights: how two lanes are combined, see two_lanes(). scale: factor of normed inputs.
         """
         x, second = lanes
-        a, b = like(self.attn_scale, x), like(self.mlp_scale, x)
-        u = self.mixed(x, x0)
-        seen = u if read is None else self.mixed(read, x0)
-        attended = a * self.attn(rms_norm(seen, s), rotation, extra_v, first_v, inside, deltas)
+        mixed = self.mixed(x, x0)
+        u = rms_norm(mixed if read is None else self.mixed(read, x0), scale)
+        attended = self.attn(u, self.attn_scale, rotation, extra_v, first_v, inside, deltas)
         if second is not None and weights is not None:
-            thought = b * self.mlp(rms_norm(second, s), deltas)
-            return two_lanes(x, second, attended, thought, *weights)
-        x = u + attended
-        return x + b * self.mlp(rms_norm(x, s), deltas), None
+            mlp_output = self.mlp(rms_norm(second, scale), self.mlp_scale, deltas)
+            return two_lanes(x, second, attended, mlp_output, *weights)
+        x = mixed + attended
+        return x + self.mlp(rms_norm(x, scale), self.mlp_scale, deltas), None
 
 
 def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """The stream with an earlier layer's output: x + w skip, or g x + (1 - g) w skip.
+    """Add an earlier output to the stream: x + w skip, or with a gate g x + (1 - g) w skip.
 
-    Both are (B, T, D), weight and gate (D,) or (1,); g = sigmoid(gate).
+    x and skip: (B, T, D); weight and gate: (D,) or (1,); g = sigmoid(gate).
     """
     skip = like(weight, x) * skip
     if gate is None:
@@ -2969,48 +3310,58 @@ def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> T
 
 
 def two_lanes(
-    x: Tensor, second: Tensor, attended: Tensor, thought: Tensor, keep: Tensor, write: Tensor
+    x: Tensor, second: Tensor, attended: Tensor, mlp_output: Tensor, keep: Tensor, write: Tensor
 ) -> Lanes:
-    """Two residual streams, each of which keeps a share of itself and takes what both parts give.
+    """Update both lanes: each keeps a part of itself, and adds parts of both outputs.
 
-    Attention reads the first, the MLP the second. Streams and outputs: (B, T, D); keep: (2,), of
-    each lane; write: (4,), attention to either lane, MLP to either lane.
+    Attention has read the first lane and the MLP the second. Lanes and outputs: (B, T, D); keep:
+    (2,), a factor for each lane; write: (4,), factors of attention in the first and second lane,
+    then of the MLP in the first and second.
     """
     keep, write = like(keep, x), like(write, x)
-    first = keep[0] * x + write[0] * attended + write[2] * thought
-    second = keep[1] * second + write[1] * attended + write[3] * thought
+    first = keep[0] * x + write[0] * attended + write[2] * mlp_output
+    second = keep[1] * second + write[1] * attended + write[3] * mlp_output
     return first, second
 
 
 class LaneWeights(nn.Module):
-    """What two_lanes() takes, a row for each layer; those of layers with one lane have no use."""
+    """The factors of two_lanes(), a row for each block; rows of blocks with one lane are unused."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.keep = known(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
-        self.write = known(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
+        self.keep = of_kind(LANE, nn.Parameter(torch.full((cfg.num_layers, 2), 1.1)))
+        self.write = of_kind(LANE, nn.Parameter(torch.ones(cfg.num_layers, 4)))
 
     def of(self, block: int) -> tuple[Tensor, Tensor]:
-        """Of a layer: shares that lanes keep (2,), shares that they take (4,)."""
+        """The factors `keep` (2,) and `write` (4,) of a block."""
         return self.keep[block], self.write[block]
 
 
-def add_first_values(model: GPT, c: Context) -> None:
-    """Put layer 0's values (VRL) where the other layers read them."""
-    # Only VRL_MODE=mix takes layer 0's values with its value embedding.
-    own_extra = c.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
-    deltas = NO_DELTAS if c.adapters is None else c.adapters.layers[0]
+def add_value_embeddings(model: GPT, context: Context, shared: Tensor) -> None:
+    """Scale the shared value embedding (B, T, G*K) for each layer that adds it to its values."""
+    for place, layer in enumerate(context.plan):
+        if layer.value_scale is not None:
+            scale = model.ve_layer_scales[layer.value_scale]
+            context.extra_v[place] = like(scale, shared) * shared
+
+
+def add_first_values(model: GPT, context: Context) -> None:
+    """Compute layer 0's values and put them where the other layers read them (VRL)."""
+    # By VRL_MODE=mix they include layer 0's value embedding, by VRL_MODE=add they do not.
+    own_extra = context.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
+    deltas = NO_DELTAS if context.row_deltas is None else context.row_deltas.layers[0]
     block: Any = model.blocks[0]
-    first_v = block.first_values(c.x0, own_extra, c.plan[0].depth_scale, deltas.get("v"))
-    c.first_v = first_v
-    for place, layer in enumerate(c.plan):
+    x = rms_norm(block.mixed(context.x0, context.x0), context.plan[0].depth_scale)
+    first_v = block.attn.values(x, own_extra, None, deltas.get("v"))
+    context.first_v = first_v
+    for place, layer in enumerate(context.plan):
         if layer.value_gate is not None:
             gate = torch.sigmoid(model.vrl_alphas[layer.value_gate])
-            c.extra_v[place] = c.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
+            context.extra_v[place] = context.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
 
 
 class GPT(nn.Module):
-    """hidden(ids) -> logits(hidden) -> nats of the targets; forward is all three."""
+    """The network: hidden(ids) -> logits(hidden) -> nats of the targets; forward() is all three."""
 
     def __init__(
         self,
@@ -3019,13 +3370,15 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.cfg, self.dtype, self.kernel = cfg, dtype, kernel
+        self.cfg = cfg
+        self.dtype = dtype
+        self.kernel = kernel
         self.penalty: Tensor | None = None  # the token mask (V, V), see mask_tokens()
-        self.prefixes: Tensor | None = None  # of PREFIX_TARGET (V,), see piece_prefixes()
-        # Where ids stand in their row: first position and the row's length. None: they are it.
+        self.prefixes: Tensor | None = None  # (V,), for PREFIX_TARGET, see piece_prefixes()
+        # (position of the first token, length of the whole row); None: ids are whole rows.
         self.row_place: tuple[int, int] | None = None
         self.compiled_block: Callable[..., Lanes] | None = None  # Block.forward, for training
-        cfg = cfg.for_model()
+        cfg = cfg.for_model()  # from here on, settings that do not travel cannot be read
         self.plan = plan_layers(cfg)
         self.plan_before_looping = plan_layers(cfg, looping=False)
         half = len(self.plan) // 2
@@ -3034,33 +3387,37 @@ class GPT(nn.Module):
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         smear = InputSmearGate if cfg.smear_form == "input" else SmearGate
         self.smear = smear(cfg) if cfg.smear_enabled else None
+        # In reverse order, a block's first layer replaces its later ones.
         first_use = {layer.block: layer for layer in reversed(self.plan)}
         self.blocks = nn.ModuleList(Block(cfg, first_use[n], kernel) for n in sorted(first_use))
-        skips = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
-        self.skip_weights = known(GAIN_ROWS, nn.Parameter(torch.ones(skips)))
+        shape = {"off": (0, 1), "0": (half, 1), "1": (half, cfg.model_dim)}[cfg.skip_per_dim]
+        self.skip_weights = of_kind(GAIN_ROWS, nn.Parameter(torch.ones(shape)))
         self.skip_gates: nn.Parameter | None = None
         if cfg.skip_gates:
-            self.skip_gates = known(GAIN_ROWS, nn.Parameter(torch.zeros(skips)))
+            self.skip_gates = of_kind(GAIN_ROWS, nn.Parameter(torch.zeros(shape)))
         has_lanes = any(layer.two_lanes for layer in self.plan)
         self.lanes = LaneWeights(cfg) if has_lanes else None
         self.ve_shared = ValueEmbedding(cfg) if cfg.value_layers else None
         self.ve_layer_scales = nn.ParameterList(
-            known(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
+            of_kind(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
         )
-        mixing = range(1, cfg.num_layers) if cfg.vrl_mode == "add" else ()
+        taking = range(1, cfg.num_layers) if cfg.vrl_mode == "add" else ()
         self.vrl_alphas = nn.ParameterList(
-            known(GATE, nn.Parameter(torch.tensor(0.0))) for _ in mixing
+            of_kind(GATE, nn.Parameter(torch.tensor(0.0))) for _ in taking
         )
         self.backout_lambda: nn.Parameter | None = None
         if cfg.backout_layer >= 0:
             backout = replace(GAIN, start=start_backout)
-            self.backout_lambda = known(backout, nn.Parameter(torch.tensor(0.0)))
+            self.backout_lambda = of_kind(backout, nn.Parameter(torch.tensor(0.0)))
         self.kinds = kinds_of(self, cfg)
 
-    head = property(lambda self: self.tok_emb if self.lm_head is None else self.lm_head)
+    @property
+    def head(self) -> Table | Linear:
+        """The module whose weight (V, D) is the output head."""
+        return self.tok_emb if self.lm_head is None else self.lm_head
 
     def embedded(self, input_ids: Tensor) -> Tensor:
-        """The normed embedding of tokens and token pairs, smeared: (B, T) -> (B, T, D)."""
+        """Token and pair embeddings, normed and blended by SmearGate: (B, T) -> (B, T, D)."""
         x = self.tok_emb(input_ids)
         if self.bigram is not None:
             x = x + self.bigram(input_ids, self.dtype)
@@ -3077,51 +3434,48 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
-        adapters: Adapters | None = None,
+        row_deltas: RowDeltas | None = None,
     ) -> Context:
-        """What the layers read beside the stream, of ids (B, T) and embedding x0 (B, T, D)."""
+        """Prepare what the layers read beside the stream, from ids (B, T) and x0 (B, T, D)."""
         first, row_length = self.row_place or (0, input_ids.size(1))
         tables = rotary_tables(self.cfg, row_length, x0.device)
         cos, sin = (table[first : first + input_ids.size(1)] for table in tables)
-        c = Context(
+        context = Context(
             plan=self.plan if looping else self.plan_before_looping,
             x0=x0,
             rotation=(cos, sin),
             extra_v={},
-            adapters=adapters,
+            row_deltas=row_deltas,
         )
         if documents is not None:
             in_graph = torch.compiler.is_compiling() or self.compiled_block is not None
-            c.inside = what_attention_sees(documents, boundaries, in_graph)
+            context.inside = what_attention_sees(documents, boundaries, in_graph)
         if self.ve_shared is not None:
-            shared = self.ve_shared(input_ids, self.dtype)
-            for place, layer in enumerate(c.plan):
-                if layer.value_scale is not None:
-                    scale = self.ve_layer_scales[layer.value_scale]
-                    c.extra_v[place] = like(scale, shared) * shared
+            add_value_embeddings(self, context, self.ve_shared(input_ids, self.dtype))
         if self.cfg.vrl_mode != "off":
-            add_first_values(self, c)
-        return c
+            add_first_values(self, context)
+        return context
 
-    def layer(self, place: int, lanes: Lanes, c: Context) -> Lanes:
-        """The stream (B, T, D) -> (B, T, D) through a layer of the plan; the same of both lanes."""
-        layer = c.plan[place]
+    def layer(self, place: int, lanes: Lanes, context: Context) -> Lanes:
+        """Pass the stream through the layer at `place` of the plan: lanes (B, T, D) -> same."""
+        layer = context.plan[place]
         block: Any = self.blocks[layer.block]
         x, second = in_lanes(lanes, layer.two_lanes)
         if layer.skip_from is not None and layer.skip_row is not None:
             gate = None if self.skip_gates is None else self.skip_gates[layer.skip_row]
             weight = self.skip_weights[layer.skip_row]
-            x = with_skip(x, joined(c.outputs[layer.skip_from]), weight, gate)
-        read = None if layer.reads is None else joined(c.outputs[layer.reads])
+            x = with_skip(x, joined(context.outputs[layer.skip_from]), weight, gate)
+        read = None if layer.reads is None else joined(context.outputs[layer.reads])
         weights = None if self.lanes is None else self.lanes.of(layer.block)
-        extra_v = c.extra_v.get(place)
-        given = (x, second), c.x0, read, c.rotation, extra_v, c.first_v, c.inside, weights
-        if c.adapters is not None:
-            return block(*given, layer.depth_scale, c.adapters.layers[place])
+        extra_v, first_v = context.extra_v.get(place), context.first_v
+        rotation, inside = context.rotation, context.inside
+        inputs = ((x, second), context.x0, read, rotation, extra_v, first_v, inside, weights)
+        if context.row_deltas is not None:
+            return block(*inputs, layer.depth_scale, context.row_deltas.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
-            return block(*given, layer.depth_scale)
-        # A tensor, or each depth would need a compiled block of its own.
-        return self.compiled_block(block, *given, torch.tensor(layer.depth_scale))
+            return block(*inputs, layer.depth_scale)
+        # The scale is a tensor here: each new number would compile another block.
+        return self.compiled_block(block, *inputs, torch.tensor(layer.depth_scale))
 
     def hidden(
         self,
@@ -3129,31 +3483,31 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         boundaries: Tensor | None = None,
         looping: bool = True,
-        adapters: Adapters | None = None,
+        row_deltas: RowDeltas | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last layer.
 
-        Attention reaches across whole rows, or inside `documents`, see Batch. Without `looping`
-        each layer is executed once, as before ENABLE_LOOPING_AT.
+        Attention reaches across whole rows, or stays inside `documents`, see Batch. Without
+        `looping` each block is executed once, as before ENABLE_LOOPING_AT.
         """
         x = self.embedded(input_ids)
-        c = self.context(input_ids, x, documents, boundaries, looping, adapters)
+        context = self.context(input_ids, x, documents, boundaries, looping, row_deltas)
         lanes: Lanes = x, None
-        for place in range(len(c.plan)):
-            lanes = self.layer(place, lanes, c)
-            c.outputs.append(lanes)
+        for place in range(len(context.plan)):
+            lanes = self.layer(place, lanes, context)
+            context.outputs.append(lanes)
         x = joined(lanes)
         if self.backout_lambda is not None:
-            kept = last_place([layer.block for layer in c.plan], self.cfg.backout_layer)
-            x = x - like(self.backout_lambda, x) * joined(c.outputs[kept])
+            kept = last_place([layer.block for layer in context.plan], self.cfg.backout_layer)
+            x = x - like(self.backout_lambda, x) * joined(context.outputs[kept])
         return rms_norm(x)
 
     def logits(
         self, hidden: Tensor, input_ids: Tensor | None = None, delta: Delta | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c: c tanh(z / c).
+        """(B, T, D) -> (B, T, V) float32, bounded by the softcap c as c tanh(z / c).
 
-        With the token mask, -inf where a token may not follow that of `input_ids` (B, T).
+        With the token mask, a token that may not follow that of `input_ids` (B, T) has -inf.
         """
         z = with_delta(F.linear(hidden, like(self.head.weight, hidden)), hidden, delta).float()
         cap = self.cfg.logit_softcap
@@ -3163,15 +3517,13 @@ class GPT(nn.Module):
         assert input_ids is not None, "the token mask needs the tokens before"
         return logits + F.embedding(input_ids, self.penalty)
 
-    def asked(
-        self, batch: Batch, looping: bool = True, adapters: Adapters | None = None
+    def hidden_at_targets(
+        self, batch: Batch, looping: bool = True, row_deltas: RowDeltas | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states of a batch where its targets are, and the tokens there: (B, S, D), (B, S).
-
-        S is T where the batch names no places.
-        """
-        inside = batch.documents, batch.boundaries
-        hidden = self.hidden(batch.input_ids, *inside, looping, adapters)
+        """Hidden states (B, S, D) and input ids (B, S) where the batch has targets."""
+        hidden = self.hidden(
+            batch.input_ids, batch.documents, batch.boundaries, looping, row_deltas
+        )
         if batch.places is None:
             return hidden, batch.input_ids
         asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
@@ -3184,22 +3536,23 @@ class GPT(nn.Module):
         prefix_weight: Tensor | None = None,
         looping: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Nats of each target and its weight in the loss, float32 like the targets (B, T or S).
+        """The nats of each target and its weight in the loss, float32 (B, S) like the targets.
 
-        A `mile_gamma` of None leaves out MiLe, and then all weights are 1. With `prefix_weight`
-        the nats of the target's prefix are added, so many times.
+        A `mile_gamma` of None leaves MiLe out: all weights are 1. With `prefix_weight` w, w times
+        the nats of the target's prefix are added, see prefix_targets().
         """
-        hidden, input_ids = self.asked(batch, looping)
+        hidden, input_ids = self.hidden_at_targets(batch, looping)
         targets = batch.target_ids
         prefixes = prefix_targets(self, input_ids, targets, prefix_weight)
-        cap, clamp_min = self.cfg.logit_softcap, self.cfg.mile_clamp_min
-        # Graphs fuse what HeadNats does by hand; the CUDA path is bfloat16.
-        plain = torch.compiler.is_compiling() or hidden.dtype != torch.float32
-        if hidden.requires_grad and not plain:
+        clamp_min = self.cfg.mile_clamp_min
+        # HeadNats is the same with its derivative by hand; a compiled graph does not need that.
+        by_hand = hidden.dtype == torch.float32 and not torch.compiler.is_compiling()
+        if by_hand and hidden.requires_grad:
+            loss = (self.cfg.logit_softcap, mile_gamma, clamp_min)
             mask = (input_ids, self.penalty)
             head = self.head.weight
-            loss = (mile_gamma, clamp_min)
-            return HeadNats.apply(hidden, head, targets, cap, *loss, *mask, prefixes)
+            products = torch.bfloat16 if self.head.in_bf16 else None
+            return HeadNats.apply(hidden, head, targets, *loss, *mask, prefixes, products)
         logits = self.logits(hidden, input_ids)
         nats = target_nats(logits, targets)
         if prefixes is not None:
@@ -3210,10 +3563,10 @@ class GPT(nn.Module):
 def prefix_targets(
     model: GPT, input_ids: Tensor, targets: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Tokens that begin the targets (B, T) and their weights in the loss (B, T).
+    """For each target the token that is its longest prefix, and its weight in the loss: (B, T).
 
-    A target that no token begins, or none that may follow the token before it, is its own prefix
-    at a weight of 0. None where `weight` is.
+    The weight is `weight`, but 0 if the target has no prefix, or if the token mask does not let
+    the prefix follow the token before. Returns None if `weight` is None.
     """
     if weight is None:
         return None
@@ -3225,15 +3578,18 @@ def prefix_targets(
 
 
 def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each target in nats: (B, T, V) and (B, T) -> (B, T)."""
+    """The cross entropy of each target in nats: (B, T, V) and (B, T) -> (B, T)."""
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nats.view_as(targets)
 
 
 @torch.no_grad()
 def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tensor:
-    """MiLe loss (arXiv:2310.19531): max((1 - e^-entropy)^gamma, clamp_min), (..., V) -> (...)."""
-    if gamma is None:  # without MiLe; else a tensor, so that its schedule never recompiles a graph
+    """Weights of the MiLe loss, max((1 - e^-entropy)^gamma, clamp_min): (..., V) -> (...).
+
+    Without gamma they are 1. Source: arXiv:2310.19531.
+    """
+    if gamma is None:
         return torch.ones_like(logits.select(-1, 0))
     p = torch.softmax(logits, dim=-1)
     entropy = -(p * torch.log(p + 1e-8)).sum(-1)
@@ -3244,64 +3600,66 @@ def mile_weights(logits: Tensor, gamma: Tensor | None, clamp_min: float) -> Tens
 def initialize(model: GPT, cfg: Config) -> None:
     """Give every parameter the initial value of its kind.
 
-    Random ones are drawn from SEED on the CPU, so that every device starts alike; matrices come
-    before tables.
+    The model must be on the CPU: random numbers are drawn there from SEED, so that runs on all
+    devices start alike. Tables are drawn after everything else.
     """
+
+    def is_of_table(named: tuple[str, nn.Parameter]) -> bool:
+        return model.kinds[named[0]].fits is is_table
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        for of_tables in (False, True):
-            for name, parameter in model.named_parameters():
-                kind = model.kinds[name]
-                if kind.start is not None and (kind.fits is is_table) == of_tables:
-                    kind.start(parameter, cfg)
+        for name, parameter in sorted(model.named_parameters(), key=is_of_table):
+            start = model.kinds[name].start
+            if start is not None:
+                start(parameter, cfg)
 
 
 # =================================================================================================
 # Optimizers and schedules
-# Two tables and one rule each: ROUTES says which parameter goes where, Schedule.at() what the
-# rates are at a given time, Muon.step() and AdamW what they do.
+# ROUTES and GROUPS say which optimizer trains each parameter, and with which rate and decay.
+# Schedule.at() gives the rates at a given time. Muon is here; AdamW is torch's.
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateSettings(Part):
-    """Learning rates and what shapes them over the run."""
+    """Learning rates and their course over the run."""
 
     title = "Optimizer: rates"
     prefixes: ClassVar[tuple[str, ...]] = ("WARMDOWN_",)
 
-    lr_mult: float = training_knob(1.0, (0.0, 100.0), "Factor of every learning rate.")
-    matrix_lr: float = training_knob(0.025, (0.0, 10.0), "Learning rate of matrices (Muon).")
+    lr_mult: float = training_knob(1.0, (0.0, 100.0), "Multiply every learning rate by this.")
+    matrix_lr: float = training_knob(0.025, (0.0, 10.0), "Train matrices at this rate (Muon).")
     scalar_lr: float = training_knob(
-        0.025, (0.0, 10.0), "Learning rate of gains, gates and scales (AdamW)."
+        0.025, (0.0, 10.0), "Train gains, gates and scales at this rate (AdamW)."
     )
     tied_embed_lr: float = training_knob(
-        0.035, (0.0, 10.0), "Learning rate of embedding tables (AdamW)."
+        0.035, (0.0, 10.0), "Train embedding tables at this rate (AdamW)."
     )
     embed_lr: float = training_knob(
-        0.6, (0.0, 10.0), "Learning rate of the token embedding if TIE_EMBEDDINGS=0."
+        0.6, (0.0, 10.0), "Train the token embedding at this rate if TIE_EMBEDDINGS=0."
     )
     head_lr: float = training_knob(
-        0.008, (0.0, 10.0), "Learning rate of the output head if TIE_EMBEDDINGS=0."
+        0.008, (0.0, 10.0), "Train the output head at this rate if TIE_EMBEDDINGS=0."
     )
     warmdown_iters: int = training_knob(
-        3500, (0, 10**8), "Last steps of the run, over which the rates decay to 0."
+        3500, (0, 10**8), "Let the rates decay to 0 over this many steps at the end of the run."
     )
     warmdown_frac: float = training_knob(
-        0.0, (0.0, 1.0), "Above 0: the fraction of the run that decays, instead of WARMDOWN_ITERS."
+        0.0, (0.0, 1.0), "If above 0, decay over this last fraction, not over WARMDOWN_ITERS."
     )
-    warmdown_type: str = training_knob("linear", ("linear", "cosine"), "Shape of the decay.")
+    warmdown_type: str = training_knob(
+        "linear", ("linear", "cosine"), "Let the rates decay along a line or half a cosine."
+    )
     min_lr: float = training_knob(
-        0.0,
-        (0.0, 1.0),
-        "The fraction of each rate below which its decay does not go.",
-        tries=(0.1,),
+        0.0, (0.0, 1.0), "Let no rate decay below this fraction of its peak.", tries=(0.1,)
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MuonSettings(Part):
-    """The optimizer of matrices, and what it is used for."""
+    """The optimizer of matrices, and which parameters it trains."""
 
     title = "Optimizer: Muon"
     prefixes: ClassVar[tuple[str, ...]] = ("MUON_",)
@@ -3309,67 +3667,69 @@ class MuonSettings(Part):
     optimizer_routing: str = training_knob(
         "standard",
         ("standard", "banks", "by_ndim", "adam"),
-        "Which parameters Muon trains: matrices; those of blocks; all 2-D ones but token "
-        "embedding and head; those outside the blocks.",
+        "Train these by Muon: all matrices (standard), those of blocks (banks), all 2-D parameters "
+        "but token embedding and head (by_ndim), or matrices outside the blocks (adam).",
     )
     muon_momentum: float = training_knob(
-        0.99, (0.0, 0.9999), "Muon's momentum once it has ramped up."
+        0.99, (0.0, 0.9999), "Keep Muon's momentum at this value once it has ramped up."
     )
     muon_momentum_warmup_start: float = training_knob(
-        0.92, (0.0, 0.9999), "Muon's momentum at step 0."
+        0.92, (0.0, 0.9999), "Start Muon's momentum at this value."
     )
     muon_momentum_warmup_steps: int = training_knob(
-        1500, (0, 10**8), "Steps over which Muon's momentum ramps up."
+        1500, (0, 10**8), "Ramp Muon's momentum up over this many steps."
     )
     muon_ns: str = training_knob(
         "quintic",
         ("quintic", "polar"),
-        "Polynomials that orthogonalise an update: Newton-Schulz with one for all steps, or "
-        "Polar Express with one for each.",
+        "Orthogonalise updates by Newton-Schulz, one polynomial for all its steps, or by Polar "
+        "Express, a polynomial for each.",
     )
-    muon_backend_steps: int = training_knob(5, (1, 20), "Steps of MUON_NS.", tries=(3,))
+    muon_backend_steps: int = training_knob(
+        5, (1, 20), "Orthogonalise by this many steps of MUON_NS.", tries=(3,)
+    )
     muon_momentum_cooldown_frac: float = training_knob(
         0.0,
         (0.0, 1.0),
-        "Last fraction of the run, in which Muon's momentum falls to its start.",
+        "Let Muon's momentum fall back to its start over this last fraction of the run.",
         tries=(0.5,),
     )
     muon_slow_share: float = training_knob(
         0.0,
         (0.0, 1.0),
-        "Share of a second, slower momentum beside Muon's own; 0 keeps none.",
+        "Blend this share of a second, slower momentum into Muon's own; 0 keeps none.",
         tries=(0.5,),
     )
     muon_slow_momentum: float = training_knob(
-        0.98, (0.0, 0.9999), "Fraction of the slower momentum that a step keeps."
+        0.98, (0.0, 0.9999), "Keep this fraction of the slower momentum at each step."
     )
     muon_slow_start_frac: float = training_knob(
-        0.4, (0.0, 1.0), "Fraction of the run from which the slower momentum counts."
+        0.4, (0.0, 1.0), "Blend in the slower momentum after this fraction of the run."
     )
     muon_row_norm: bool = training_knob(
-        False, (), "Bring the rows of an update to one norm before it is orthogonalised."
+        False, (), "Divide each row of an update by its norm before it is orthogonalised."
     )
     muon_neuron_norm: float = training_knob(
         0.0,
         (0.0, 0.9999),
-        "Fraction that a step keeps of each neuron's mean squared update, by whose root the "
-        "orthogonalised update is divided (NorMuon: 0.95); 0 turns it off.",
+        "Divide each neuron's orthogonalised update by the root of its running mean square, of "
+        "which a step keeps this fraction (NorMuon: 0.95); 0 turns it off.",
         tries=(0.95,),
     )
     muon_quant_momentum: bool = training_knob(
         False, (), "Keep Muon's momentum as blocks of int8 between steps."
     )
     muon_parallel: bool = training_knob(
-        True, (), "Let ranks share Muon's matrices out, rather than each doing all of them."
+        True, (), "Divide Muon's matrices among the ranks, rather than have each update all."
     )
-    muon_wd: float = training_knob(0.04, (0.0, 10.0), "Muon's decoupled weight decay.")
+    muon_wd: float = training_knob(0.04, (0.0, 10.0), "Use this decoupled weight decay in Muon.")
     muon_wd_form: str = training_knob(
         "plain",
         ("plain", "cautious"),
-        "Whether all weights decay, or only those that the step makes smaller as well.",
+        "Decay all of Muon's weights, or only those that its step makes smaller too (cautious).",
     )
     muon_wd_order: str = training_knob(
-        "before", ("before", "after"), "Whether Muon decays weights before or after its step."
+        "before", ("before", "after"), "Decay Muon's weights before or after its step."
     )
 
     @staticmethod
@@ -3388,40 +3748,40 @@ class AdamSettings(Part):
     title = "Optimizer: AdamW"
     prefixes: ClassVar[tuple[str, ...]] = ("ADAM_",)
 
-    adam_wd: float = training_knob(0.04, (0.0, 10.0), "AdamW's decoupled weight decay.")
+    adam_wd: float = training_knob(0.04, (0.0, 10.0), "Use this decoupled weight decay in AdamW.")
     embed_wd: float = training_knob(
         -1.0,
         (-1.0, 10.0),
-        "The decay of embedding tables instead of ADAM_WD; -1 leaves that.",
+        "Decay embedding tables by this instead of ADAM_WD; -1 keeps ADAM_WD.",
         tries=(0.085,),
     )
     beta2: float = training_knob(
-        0.95, (0.5, 0.99999), "Fraction of AdamW's mean squared gradient that a step keeps."
+        0.95, (0.5, 0.99999), "Keep this fraction of AdamW's mean squared gradient at each step."
     )
     grad_clip_norm: float = training_knob(
-        0.3, (0.0, 1e6), "Largest norm of the whole gradient; 0 sets no bound."
+        0.3, (0.0, 1e6), "Bound the norm of the whole gradient by this; 0 sets no bound."
     )
     clip_before_reduce: bool = training_knob(
-        False, (), "Bound each rank's own gradient, before they are summed."
+        False, (), "Bound each rank's own gradient, before the ranks' gradients are summed."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A negative decay would let tables grow."""
+        """A negative decay would make tables grow."""
         yield (
             cfg.embed_wd == -1.0 or cfg.embed_wd >= 0.0,
             "EMBED_WD is no decay: it is at least 0, or -1 for that of ADAM_WD",
         )
 
 
-# What orthogonalize() does to singular values: x <- a x + b x^3 + c x^5, a row (a, b, c) for each
-# step, and the last row for all steps that are left.
+# A step of orthogonalize() maps each singular value by x <- a x + b x^3 + c x^5. Here are (a, b, c)
+# of each step; the last row serves all further steps.
 SINGULAR_VALUE_MAPS = {
-    # Muon's Newton-Schulz iteration: large slope at zero; singular values from 0.003 of the norm
-    # upward end within 0.68 to 1.21 after five steps.
+    # Muon's Newton-Schulz iteration, with a large slope at zero: after five steps, singular values
+    # of at least 0.003 of the norm lie within 0.68 to 1.21.
     "quintic": ((3.4445, -4.7750, 2.0315),),
-    # Polar Express (arXiv:2505.16932), made for five steps: from 0.001 of the norm upward, 0.86
-    # to 1.15. It is used without the paper's division by a margin, as in #1855.
+    # Polar Express (arXiv:2505.16932), made for five steps, after which singular values of at least
+    # 0.001 of the norm lie within 0.86 to 1.15. The paper's division by a margin is left out.
     "polar": (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -3432,9 +3792,9 @@ SINGULAR_VALUE_MAPS = {
 }
 
 MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
-MILE_ENDS = 0.15  # rate scale at which the MiLe loss has faded to plain cross entropy
+MILE_ENDS = 0.15  # the scale of the rates at which MiLe has faded to plain cross entropy
 
-# How each group of parameters learns.
+# How each group of parameters learns: the rate and decay are names of settings.
 # fmt: off
 GROUPS = {
     # group               optimizer  learning rate  weight decay
@@ -3467,9 +3827,10 @@ ROUTES = {
 
 
 def route_parameters(cfg: Config, model: GPT) -> list[dict]:
-    """Parameter groups of the optimizers, one for each group of GROUPS in use.
+    """The parameter groups of the optimizers, one for each row of GROUPS in use.
 
-    Each has its name ("route"), optimizer, parameters and their names, rate and weight decay.
+    Each has its name ("route"), its optimizer's name, its parameters and their names, its peak
+    rate and its weight decay.
     """
     routing = ROUTINGS.index(cfg.optimizer_routing)
     groups: dict[str, dict] = {}
@@ -3491,7 +3852,7 @@ def route_parameters(cfg: Config, model: GPT) -> list[dict]:
 
 
 def normalize_rows(matrices: Tensor) -> Tensor:
-    """Divide each row by its norm (MuonEq-R); a row of zeros stays: (..., r, c) -> same."""
+    """Divide each row by its norm (MuonEq-R); rows of zeros stay zero: (..., r, c) -> same."""
     return matrices / matrices.norm(dim=-1, keepdim=True).clamp_min(1e-7)
 
 
@@ -3499,37 +3860,41 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
     """Push the singular values of each matrix towards 1: (..., r, c) -> same.
 
     X <- aX + (bA + cA^2)X with A = XX^T, from X = G / ||G||_F; a zero matrix stays zero.
-    `maps` is a row of SINGULAR_VALUE_MAPS, which has a, b and c.
+    a, b and c of each step come from SINGULAR_VALUE_MAPS[maps].
     """
     rows = SINGULAR_VALUE_MAPS[maps]
     tall = matrices.size(-2) > matrices.size(-1)
     X = matrices.mT if tall else matrices
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X.reshape(-1, *X.shape[-2:])  # as baddbmm() takes them
     for step in range(steps):
         a, b, c = rows[min(step, len(rows) - 1)]
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+        A = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, A, X, beta=a)
+    return (X.mT if tall else X).view_as(matrices)
 
 
 def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
-    """Divide each neuron's update by its root mean square over steps; norms stay: (m, r, c).
+    """Divide each neuron's update by its root mean square over steps: (m, r, c) -> same.
 
-    A neuron is a place along a matrix's longer side. The mean square moves by 1 - `keep` a step
-    and is kept as "neuron_squares". Source: NorMuon, arXiv:2510.05491.
+    Each matrix keeps its norm. A neuron is a row or column, whichever there are more of. Of its
+    running mean square, held in kept["neuron_squares"], a step keeps the fraction `keep`. Source:
+    NorMuon, arXiv:2510.05491.
     """
     exact = updates.float() if updates.dtype == torch.bfloat16 else updates
     across = -1 if updates.size(-2) >= updates.size(-1) else -2
     squares = exact.square().mean(across, keepdim=True)
     (mean_squares,) = kept.setdefault("neuron_squares", (torch.zeros_like(squares),))
     mean_squares.lerp_(squares, 1.0 - keep)
-    evened = exact / mean_squares.clamp_min(1e-10).sqrt()
-    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (exact, evened)]
-    return (evened * (norms[0] / norms[1].clamp_min(1e-10))).to(updates.dtype)
+    divided = exact / mean_squares.clamp_min(1e-10).sqrt()
+    norm_before = exact.norm(dim=(-2, -1), keepdim=True)
+    norm_after = divided.norm(dim=(-2, -1), keepdim=True)
+    return (divided * (norm_before / norm_after.clamp_min(1e-10))).to(updates.dtype)
 
 
 def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """Blockwise int8: (n, r, c) -> integers (n, blocks, 256), scales (n, blocks, 1), its type."""
+    """Quantize (n, r, c) blockwise to int8 (n, blocks, 256), with scales (n, blocks, 1)."""
     rows = momentum.flatten(1)
     blocks = F.pad(rows, (0, -rows.size(1) % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
     scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).clamp_min(1e-12)
@@ -3537,27 +3902,29 @@ def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_momentum(packed: tuple[Tensor, Tensor], like_this: Tensor) -> Tensor:
-    """The momentum that pack_momentum packed, in the shape (n, r, c) of `like_this`."""
+    """Undo pack_momentum(), but for rounding; the result has the shape (n, r, c) of `like_this`."""
     q, scale = packed
     rows = (q.to(scale.dtype) * scale).flatten(1)
     return rows[:, : like_this[0].numel()].view_as(like_this)
 
 
 class Muon(torch.optim.Optimizer):
-    """W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M), M <- mu M + g.
+    """M <- mu M + g, W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M).
 
-    Equal shapes are stacked and orthogonalised together, in `dtype`. Source: Keller Jordan's
-    Muon. Each step of the rule has its variants, which MuonSettings names:
+    W, the momentum M and the gradient g are matrices (r, c). Matrices of equal shape are stacked
+    and orthogonalised together, in `dtype`. Source: Keller Jordan's Muon. Settings vary each part
+    of the rule:
 
-        M between steps          MUON_QUANT_MOMENTUM            advance()
+        how M is kept            MUON_QUANT_MOMENTUM            advance()
         a second M               MUON_SLOW_SHARE                nesterov()
-        before it is orthogonal  MUON_ROW_NORM                  normalize_rows()
-        orthogonal               MUON_NS                        orthogonalize()
-        after it is orthogonal   MUON_NEURON_NORM               normalize_neurons()
+        before orthogonalize     MUON_ROW_NORM                  normalize_rows()
+        orthogonalize            MUON_NS                        orthogonalize()
+        after orthogonalize      MUON_NEURON_NORM               normalize_neurons()
         decay of W               MUON_WD_FORM, MUON_WD_ORDER    apply()
 
-    With MUON_PARALLEL the ranks divide each stack among them: a rank has the summed gradients,
-    the momentum and the updates of its own part only, and then all ranks gather the updates.
+    With MUON_PARALLEL the ranks divide each stack: a rank holds the summed gradients, the momentum
+    and the updates of its own part only, and then all ranks gather the updates. What a stack keeps
+    between steps is in the state of its first weight: by name, a tuple of tensors.
     """
 
     def __init__(
@@ -3571,7 +3938,8 @@ class Muon(torch.optim.Optimizer):
         self.cfg = cfg
         self.dtype = dtype
         self.ranks = ranks or Ranks()
-        self.shares: list[Callable[[], Tensor]] = []  # of launched sums
+        # For each stack whose sum over ranks is under way: waits and gives this rank's part.
+        self.launched: list[Callable[[], Tensor]] = []
         self.stacks = [
             (group, [w for w in group["params"] if w.shape == shape])
             for group in self.param_groups
@@ -3583,22 +3951,22 @@ class Muon(torch.optim.Optimizer):
         for _, weights in self.stacks:
             grad = torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
             for weight in weights:
-                weight.grad = None  # its memory is free for the update
-            self.shares.append(self.ranks.scatter_sum(grad))
+                weight.grad = None  # frees its memory for the update
+            self.launched.append(self.ranks.scatter_sum(grad))
 
     def gradients(self, group: dict | None = None) -> list[Tensor]:
-        """This rank's share (m, r, c) of each launched stack, or of those of one group."""
-        if not self.shares:
+        """This rank's part (m, r, c) of each stack's summed gradient, or of one group's stacks."""
+        if not self.launched:
             self.launch()
         return [
             wait()
-            for (of, _), wait in zip(self.stacks, self.shares, strict=True)
-            if group is None or of is group
+            for (owner, _), wait in zip(self.stacks, self.launched, strict=True)
+            if group is None or owner is group
         ]
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without closures
-        """Apply one update from the gradients; one stack's travels while the next is computed."""
+        """Update the weights; one stack's update is gathered while the next is computed."""
         cfg = self.cfg
         updates = []
         for (group, weights), grads in zip(self.stacks, self.gradients(), strict=True):
@@ -3612,14 +3980,15 @@ class Muon(torch.optim.Optimizer):
             updates.append(self.ranks.gather(update))
         for (group, weights), wait in zip(self.stacks, updates, strict=True):
             self.apply(group, weights, wait()[: len(weights)])
-        self.shares = []
+        self.launched = []
 
     def apply(self, group: dict, weights: list[Tensor], updates: Tensor) -> None:
-        """Decay the weights of a stack and let them take their updates (n, r, c)."""
+        """Decay a stack's weights and subtract lr sqrt(max(1, r/c)) times the updates (n, r, c)."""
         rows, cols = weights[0].shape
         updates = updates.to(weights[0].dtype)
         decay = 1.0 - group["lr"] * group["weight_decay"]
         rate = group["lr"] * math.sqrt(max(1.0, rows / cols))
+        # Decay after the step: (W - rate U) decay = decay W - rate decay U.
         decay_after = self.cfg.muon_wd_order == "after"
         if self.cfg.muon_wd_form == "cautious":
             shrinks = torch.stack(weights).mul_(updates) >= 0
@@ -3630,14 +3999,15 @@ class Muon(torch.optim.Optimizer):
         else:
             torch._foreach_mul_(weights, decay)
             if decay_after:
-                rate = decayed_rate(rate, decay)
+                rate = rate * decay
         torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
 
     def nesterov(self, grads: Tensor, kept: dict, group: dict) -> Tensor:
-        """g + mu M of a stack (m, r, c); with MUON_SLOW_SHARE, M is blended with a slower one.
+        """Advance M and return g + mu M, for a stack of gradients g (m, r, c).
 
-        The slower one is kept as a mean of gradients and divided by 1 - mu where it is used, so
-        that it has the size of M. Source: modded-nanogpt #339 (bi-Maxwell momentum).
+        With MUON_SLOW_SHARE, M is blended with a slower momentum. That one is a running mean of
+        gradients, and divided by 1 - mu it has the size of M. Source: modded-nanogpt #339
+        (bi-Maxwell momentum).
         """
         mu = group["momentum"]
         if self.cfg.muon_quant_momentum:
@@ -3650,16 +4020,17 @@ class Muon(torch.optim.Optimizer):
         return grads.add(momentum, alpha=mu)
 
     def advance(self, name: str, grads: Tensor, kept: dict, mu: float) -> Tensor:
-        """M <- mu M + g, which is kept under its name, and returned."""
+        """M <- mu M + g, for the momentum kept under `name`; returns it."""
         parts = kept.get(name, (torch.zeros_like(grads),))
-        momentum = unpack_momentum(parts, grads) if len(parts) == 2 else parts[0]
+        is_packed = len(parts) == 2  # integers and scales
+        momentum = unpack_momentum(parts, grads) if is_packed else parts[0]
         momentum.mul_(mu).add_(grads)
-        packed = self.cfg.muon_quant_momentum
-        kept[name] = pack_momentum(momentum) if packed else (momentum,)
+        pack = self.cfg.muon_quant_momentum
+        kept[name] = pack_momentum(momentum) if pack else (momentum,)
         return momentum
 
     def whole_state(self) -> list[dict[str, list[Tensor]]]:
-        """What each stack keeps, from all ranks, (n, ...); packed momentum as two tensors."""
+        """Gather the state of each stack from all ranks: by name, a list of tensors (n, ...)."""
         return [
             {
                 name: [self.ranks.gather(part)()[: len(weights)] for part in parts]
@@ -3669,7 +4040,7 @@ class Muon(torch.optim.Optimizer):
         ]
 
     def load_whole_state(self, whole: list[dict[str, list[Tensor]]]) -> None:
-        """Take this rank's share of what whole_state() gave, on any number of ranks."""
+        """Take this rank's part of what whole_state() gave, perhaps on another number of ranks."""
         for (_, weights), kept in zip(self.stacks, whole, strict=True):
             for name, parts in kept.items():
                 self.state[weights[0]][name] = tuple(map(self.ranks.part_of, parts))
@@ -3678,7 +4049,7 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(
     cfg: Config, groups: list[dict], dtype: torch.dtype, ranks: Ranks | None = None
 ) -> list:
-    """AdamW and Muon over the groups of route_parameters; rates are set step by step."""
+    """Make AdamW and Muon for the groups of route_parameters(); train_step() sets their rates."""
     adam, muon = ([g for g in groups if g["optimizer"] == name] for name in ("adam", "muon"))
     return [
         torch.optim.AdamW(adam, lr=0.0, betas=(0.9, cfg.beta2), eps=1e-8, fused=True),
@@ -3687,7 +4058,7 @@ def build_optimizers(
 
 
 def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
-    """Learning-rate scale with `remaining` of the run left, in the unit of `warmdown`."""
+    """The factor of the learning rates with `remaining` of the run left, in `warmdown`'s unit."""
     if warmdown <= 0:
         return 1.0
     linear = min(1.0, max(0.0, remaining) / warmdown)
@@ -3697,14 +4068,14 @@ def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
 
 
 def decay_left(scale: float, shape: str) -> float:
-    """The fraction of the warmdown that is left when the rates have this scale."""
+    """The fraction of the warmdown that is left when decay_scale() is `scale`."""
     if shape == "linear":
         return scale
     return math.acos(1.0 - 2.0 * scale) / math.pi
 
 
 def prefix_scale(remaining: float, whole: float) -> float:
-    """Scale of PREFIX_TARGET: 1 in the first third of the run, 0 at its second third's end."""
+    """The factor of PREFIX_TARGET: 1 for a third of the run, then falling to 0 over another."""
     if whole <= 0:
         return 0.0
     return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
@@ -3726,17 +4097,17 @@ def muon_momentum(cfg: Config, step: int, remaining: float, whole: float) -> flo
 
 @dataclass(frozen=True)
 class Moment:
-    """What the schedules say at one step."""
+    """What the schedules say for one step."""
 
-    lr_scale: float
-    momentum: float  # of Muon
-    qat: bool
-    done: bool  # the run has ended; this step is not made
-    mile_gamma: float = 0.0
-    snapshot: bool = False  # SWA takes one after the step
-    slow_share: float = 0.0  # of Muon's slower momentum
-    prefix_weight: float = 0.0  # of the prefix's nats in the loss
-    looping: bool = True  # layers LOOP_START to LOOP_END are executed again, if there is a loop
+    lr_scale: float  # the factor of all learning rates
+    momentum: float  # Muon's
+    qat: bool  # whether training rounds weights
+    done: bool  # whether the run has ended, so that this step is not made
+    mile_gamma: float = 0.0  # the exponent of the MiLe loss
+    snapshot: bool = False  # whether SWA takes the weights into its mean after the step
+    slow_share: float = 0.0  # the share of Muon's slower momentum
+    prefix_weight: float = 0.0  # the weight of the prefix's nats in the loss
+    looping: bool = True  # whether the layers of a loop are repeated
     longest_document: int | None = None  # in tokens, with ATTN_DOCS; None: as the run ends
 
 
@@ -3750,11 +4121,11 @@ def context_stage(cfg: Config, over: float) -> int:
 class Schedule:
     """Rates and switches at a given step; the same on every rank.
 
-    observe() takes in what was measured, at() answers and changes nothing. The run's clock is
-    what has been spent of its budget, in the budget's unit: seconds, operations or steps. What a
-    step costs is known exactly, but for seconds: there the median of recent steps stands for it,
-    once a few are known, since a slow first step must not look like the end of the run. By it
-    WARMDOWN_ITERS are put into the budget's unit. A warmdown never exceeds the run.
+    observe() takes in what was measured; at() answers and changes nothing. Time is what has been
+    spent of the budget, in the budget's unit: seconds, operations or steps. The cost of a step is
+    known exactly but in seconds. There it is the median of recent steps, once a few are known,
+    since a slow first step must not look like the end of the run. WARMDOWN_ITERS times this cost
+    is the warmdown in the budget's unit; it never exceeds the run.
     """
 
     STEPS_NEEDED = 5  # steps whose seconds must be known before their median counts
@@ -3768,29 +4139,31 @@ class Schedule:
         step_operations: int = 0,
         early_operations: int | None = None,
     ) -> None:
-        """`reserve` of the budget is kept for calibration; `step_operations` a step counts.
+        """reserve: what is kept of the budget for calibration, in the budget's unit.
 
-        `early_operations` is what it counts before layers loop; None: as much.
+        queued_steps: how many steps may wait in a GPU's queue.
+        step_operations: counted operations of a step.
+        early_operations: the same before layers loop; None if there is no difference.
         """
         self.cfg = cfg
         self.unit = cfg.budget_unit
         self.budget = max(cfg.whole_budget - reserve, 0)
-        self.queued_steps = queued_steps  # that a GPU may still have to do
+        self.queued_steps = queued_steps
         self.step_operations = step_operations
         self.early_operations = step_operations if early_operations is None else early_operations
         self.step_seconds: deque[float] = deque(maxlen=self.STEPS_KEPT)
         self.last_spent = 0.0
-        self.qat = False  # whether it has begun
-        self.looping = False  # likewise
-        self.stage = 0  # of DOC_GROWTH
-        self.stage_begun = -cfg.doc_growth_steps  # with which step it began
+        self.qat = False  # whether QAT has begun
+        self.looping = False  # whether looping has begun
+        self.stage = 0  # the stage of DOC_GROWTH
+        self.stage_begun = -cfg.doc_growth_steps  # the step with which it began
 
     def observe(self, step: int, spent: float) -> None:
-        """Take in that step `step` (from 0) is about to begin, `spent` of the budget gone."""
+        """Take in that step `step` (from 0) is about to begin with `spent` of the budget spent."""
         if step > 0:
             self.step_seconds.append(spent - self.last_spent)
         self.last_spent = spent
-        # Late QAT stays on once it is on: the scale is measured and may waver. So do loops.
+        # What has begun never ends, even if the next measurement puts its beginning off again.
         moment = self.at(step, spent)
         self.qat = moment.qat
         self.looping = moment.looping
@@ -3800,15 +4173,15 @@ class Schedule:
             self.stage_begun = step
 
     def at(self, step: int, spent: float) -> Moment:
-        """The schedules at step `step` (from 0), `spent` of the budget gone.
+        """What the schedules say for step `step` (from 0), with `spent` of the budget spent.
 
-        spent: seconds of training or counted operations; a budget of steps goes by `step` alone.
+        spent: seconds of training, or counted operations; unused if the budget is in steps.
         """
         cfg = self.cfg
         remaining, whole = self.remaining_and_whole(step, spent)
         warmdown = self.warmdown(whole)
         slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
-        # Switches go by the scale without its floor, so that each is reached in the end.
+        # Switches go by the scale without the floor MIN_LR, so that each is reached in the end.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
         over = self.over(step, spent)
         stage = max(self.stage, context_stage(cfg, over))
@@ -3827,7 +4200,7 @@ class Schedule:
         )
 
     def position(self, step: int, spent: float) -> float:
-        """How much of the budget is gone, in its unit."""
+        """How much of the budget is spent, in its unit."""
         return step if self.unit == "steps" else spent
 
     def over(self, step: int, spent: float) -> float:
@@ -3841,7 +4214,7 @@ class Schedule:
         return min((step - begun) / steps, 1.0) if steps else 1.0
 
     def remaining_and_whole(self, step: int, spent: float) -> tuple[float, float]:
-        """What is left of the run and how long it is in all, both in the budget's unit."""
+        """How much of the run is left, and its whole length, both in the budget's unit."""
         spent = self.position(step, spent)
         step_cost = self.step_cost()
         whole = float(self.budget)
@@ -3850,14 +4223,14 @@ class Schedule:
         return whole - spent, whole
 
     def warmdown(self, whole: float) -> float:
-        """How much of a run that is so long decays, in the same unit."""
+        """The length of the warmdown in a run of length `whole`, both in the budget's unit."""
         cfg = self.cfg
         if cfg.warmdown_frac:
             return cfg.warmdown_frac * whole
         return min(cfg.warmdown_iters * self.step_cost(), whole)
 
     def step_cost(self) -> float:
-        """What the next step costs; of seconds the median of recent steps, 0 until it is known."""
+        """What a step costs in the budget's unit; 0 while too few steps have been timed."""
         if self.unit == "steps":
             return 1
         if self.unit == "operations":
@@ -3879,15 +4252,16 @@ class Schedule:
         return spent + ahead >= self.budget
 
     def progress(self, step: int, spent: float) -> float:
-        """The fraction of the run that is over, calibration included, from 0 to 1."""
+        """How much of the run is done, calibration included, as a fraction."""
         progress = self.position(step, spent) / self.cfg.whole_budget
         if self.unit == "operations":
             return max(progress, step / self.cfg.iterations)
         return progress
 
     def acting(self, moment: Moment) -> dict[str, bool]:
-        """Each configured technique that the schedule turns on or off: whether it acts now."""
-        cfg, found = self.cfg, {}
+        """For each configured technique that the schedule turns on or off, whether it is on."""
+        cfg = self.cfg
+        found = {}
         if cfg.qat_mode != "off":
             found[f"{cfg.qat_mode}_qat"] = moment.qat
         if cfg.warmdown_iters or cfg.warmdown_frac:
@@ -3909,7 +4283,7 @@ class Schedule:
         return found
 
     def turning_points(self) -> Iterator[tuple[str, float]]:
-        """What changes as the rates decay, and the fraction of the warmdown left at that time."""
+        """Yield what changes as the rates decay, and the fraction of the warmdown left then."""
         cfg = self.cfg
         scales = {f"warmdown ({cfg.warmdown_type})": 1.0}
         if cfg.qat_mode == "late":
@@ -3925,7 +4299,7 @@ class Schedule:
                 yield name, decay_left(scale, cfg.warmdown_type)
 
     def dates(self) -> Iterator[tuple[str, float]]:
-        """What changes at a fixed fraction of the run, and that fraction."""
+        """Yield what changes at a fixed fraction of the run, and that fraction."""
         cfg = self.cfg
         if cfg.muon_momentum_cooldown_frac:
             yield "momentum cool-down", 1.0 - cfg.muon_momentum_cooldown_frac
@@ -3942,32 +4316,32 @@ class Schedule:
 # =================================================================================================
 # Counted work
 # The floating-point operations of a run, counted from shapes and so equal on every machine. Only
-# products count, with 2 m n k operations for one of (m, k) and (k, n): all else is a small part of
-# a run, and how many operations a norm or an exponential has is no fact of mathematics.
+# matrix products count, 2 m n k operations for one of (m, k) by (k, n). All else is a small part of
+# a run, and how many operations a norm or an exponential takes depends on who counts.
 # =================================================================================================
 
 
 def weights_met(model: GPT, prefix: str) -> int:
-    """Weights of the matrices whose names begin so: a token is multiplied by each of them."""
+    """How many weights a token is multiplied by, in matrices and gates whose names begin so."""
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
         if name.startswith(prefix)
         and parameter.ndim == 2
-        and model.kinds[name].fits in (is_matrix, is_gate)
+        and model.kinds[name].fits in (is_matrix, is_gate)  # rows of tables are only looked up
     )
 
 
 def attention_operations(model: GPT, seq_len: int) -> int:
-    """Of a token in one layer of a row this long: scores, and their product with the values.
+    """Operations per token of attention in one layer: scores, and their product with the values.
 
-    Only the causal half of either counts, also where a kernel computes more.
+    Only the causal half counts, even where a kernel computes more.
     """
     return 2 * seq_len * model.cfg.num_heads * model.cfg.head_dim
 
 
 def hidden_operations(model: GPT, seq_len: int, looping: bool = True) -> int:
-    """Of a token up to its last hidden state, in a row this long; before layers loop or after."""
+    """Operations per token up to its last hidden state, in a row of `seq_len` tokens."""
     beside_blocks = weights_met(model, "") - weights_met(model, "blocks.")
     total = 2 * beside_blocks
     if model.cfg.vrl_mode != "off":  # layer 0's values are computed once more
@@ -3979,18 +4353,18 @@ def hidden_operations(model: GPT, seq_len: int, looping: bool = True) -> int:
 
 
 def head_operations(model: GPT) -> int:
-    """Of a token from its hidden state to its logits."""
+    """Operations per token from its last hidden state to its logits."""
     return 2 * model.cfg.vocab_size * model.cfg.model_dim
 
 
 def orthogonalization_operations(rows: int, cols: int, steps: int) -> int:
-    """Of a matrix: A = X X^T, A A and their sum's product with X, in each step."""
+    """Operations to orthogonalize a matrix X: in each step A = X X^T, A A, and a product with X."""
     short, long = min(rows, cols), max(rows, cols)
     return steps * (4 * short * short * long + 2 * short**3)
 
 
 def muon_operations(model: GPT) -> int:
-    """Of one update of all matrices of Muon; once, however many ranks repeat it."""
+    """Operations of one update of all of Muon's matrices, not times the ranks that repeat it."""
     cfg = model.cfg
     total = 0
     for group in route_parameters(cfg, model):
@@ -4002,46 +4376,47 @@ def muon_operations(model: GPT) -> int:
 
 
 def step_operations(model: GPT, looping: bool = True) -> int:
-    """Of a training step of all ranks: forward, twice that backward, and the optimizer."""
+    """Operations of a training step on all ranks: forward, backward as two forwards, and Muon."""
     cfg = model.cfg
     forward = hidden_operations(model, cfg.train_seq_len, looping) + head_operations(model)
     return 3 * forward * cfg.rows_per_step * cfg.train_seq_len + muon_operations(model)
 
 
 def calibration_operations(model: GPT, tokens: int) -> int:
-    """Of Hessians over so many tokens in training rows: the network without its head, and sums."""
+    """Operations to collect Hessians over `tokens`: the network without its head, and the sums."""
     executions = Counter(layer.block for layer in model.plan)
-    a_token = hidden_operations(model, model.cfg.train_seq_len)
+    per_token = hidden_operations(model, model.cfg.train_seq_len)
     for source, width in hessian_widths(model).items():
         block = re.match(r"blocks\.(\d+)\.", source)
         times = executions[int(block[1])] if block else 1
-        a_token += times * 2 * width * width
-    return a_token * tokens
+        per_token += times * 2 * width * width
+    return per_token * tokens
 
 
 def calibration_tokens(cfg: Config) -> int:
-    """Tokens of training rows that calibration takes within the budget."""
+    """How many training tokens calibration processes within the training budget."""
     if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
         return 0
     return cfg.gptq_calib_batches * CALIBRATION_ROWS * cfg.train_seq_len
 
 
 def scoring_operations(model: GPT, spans: np.ndarray, width: int, all_places: bool = True) -> int:
-    """Of scoring windows (start, first scored, end) in strips of `width` targets.
+    """Operations to score windows, whose `spans` are rows (start, first scored, end).
 
-    Each strip takes its whole window up to the hidden states. Logits are made at all its places,
-    or only at those that are scored. Rows that merely fill up a batch are left out.
+    A window is scored in strips of `width` targets, and each strip computes the hidden states of
+    its whole window. Logits are computed at all places of a strip, or only at those that are
+    scored. Rows that merely fill up a batch do not count.
     """
     seq_len = model.cfg.eval_seq_len
     scored = spans[:, 2] - spans[:, 1]
     strips = int((-(-scored // width)).sum())
-    asked = strips * width if all_places else int(scored.sum())
+    num_logits = strips * width if all_places else int(scored.sum())
     hidden = strips * seq_len * hidden_operations(model, seq_len)
-    return hidden + asked * head_operations(model)
+    return hidden + num_logits * head_operations(model)
 
 
 def adaptation_operations(model: GPT, rows: int) -> int:
-    """Of a pass forward and backward over rows of EVAL_SEQ_LEN, whatever learns from it."""
+    """Operations of a forward and backward pass over rows of EVAL_SEQ_LEN tokens."""
     seq_len = model.cfg.eval_seq_len
     forward = hidden_operations(model, seq_len) + head_operations(model)
     return 3 * rows * seq_len * forward
@@ -4060,13 +4435,13 @@ def chunk_operations(model: GPT, batch: Batch, adapted_layers: int, learns: bool
 
 
 def laid_out(cfg: Config) -> GPT:
-    """The network of these settings, without memory for its weights."""
+    """Make the network of these settings without memory for its weights."""
     with torch.device("meta"):
         return GPT(cfg)
 
 
 def refuse_small_budget(cfg: Config) -> None:
-    """Raise Refusal if MAX_TRAIN_TFLOPS does not hold calibration and a step."""
+    """Raise Refusal if MAX_TRAIN_TFLOPS does not suffice for a training step and calibration."""
     if cfg.max_train_tflops == 0:
         return
     model = laid_out(cfg)
@@ -4082,27 +4457,29 @@ def refuse_small_budget(cfg: Config) -> None:
 
 # =================================================================================================
 # Training
-# A step's gradient is that of the mean over the global batch, however many ranks share it. The
-# loss is read back one step late, so that a GPU never waits for it.
+# A step's gradient is that of the mean over the global batch, however many ranks share the batch.
+# The loss is read back one step late, so that the GPU never waits for the CPU.
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Part):
-    """What training minimises beside the mean of the nats."""
+    """What changes the loss from the plain mean of the targets' nats."""
 
     title = "Loss"
     prefixes: ClassVar[tuple[str, ...]] = ("MILE_", "PREFIX_")
 
     mile_gamma: float = training_knob(
-        0.0, (0.0, 10.0), "Exponent of the MiLe weight (1 - e^-entropy)^gamma; 0 turns it off."
+        0.0, (0.0, 10.0), "Weigh tokens by (1 - e^-entropy)^gamma (MiLe) with this gamma; 0: off."
     )
-    mile_clamp_min: float = training_knob(0.1, (0.0, 1.0), "Least MiLe weight of a token.")
+    mile_clamp_min: float = training_knob(
+        0.1, (0.0, 1.0), "Let no token's MiLe weight fall below this."
+    )
     prefix_target: float = training_knob(
         0.0,
         (0.0, 10.0),
-        "Weight in the loss, train_loss too, of the longest token that begins the target, for a "
-        "third of the run; it falls to 0 over the next third. 0 turns it off.",
+        "Add to the loss, and to train_loss, this times the nats of the longest token that is a "
+        "prefix of the target, for a third of the run; the factor falls to 0 over the next third.",
         tries=(0.25,),
     )
 
@@ -4114,24 +4491,32 @@ class AverageSettings(Part):
     title = "Weight averaging"
     prefixes: ClassVar[tuple[str, ...]] = ("EMA_", "SWA_")
 
-    avg_mode: str = training_knob("ema", ("ema", "swa", "swa_of_ema", "none"), "Weights to export.")
+    avg_mode: str = training_knob(
+        "ema",
+        ("ema", "swa", "swa_of_ema", "none"),
+        "Export a moving average (EMA) of the weights, a mean of snapshots (SWA), a mean of the "
+        "EMA's snapshots, or the last weights.",
+    )
     ema_decay: float = training_knob(
-        0.997, (0.0, 0.999999), "Fraction of the moving average (EMA) that a step keeps."
+        0.997, (0.0, 0.999999), "Keep this fraction of the moving average (EMA) at each step."
     )
     swa_start_frac: float = training_knob(
-        0.4, (0.0, 1.0), "Rate scale below which SWA takes snapshots."
+        0.4, (0.0, 1.0), "Take SWA's snapshots once the rates' scale is below this."
     )
-    swa_every: int = training_knob(50, (1, 10**6), "Steps between SWA's snapshots.", tries=(2,))
+    swa_every: int = training_knob(
+        50, (1, 10**6), "Take one of SWA's snapshots every so many steps.", tries=(2,)
+    )
     avg_last_share: float = training_knob(
-        0.0,
-        (0.0, 1.0),
-        "Share of the last weights in what is exported, beside the average's.",
-        tries=(0.4,),
+        0.0, (0.0, 1.0), "Blend this share of the last weights into the average.", tries=(0.4,)
     )
 
 
-REPLICA_CHECK_STEPS = 100  # between proofs that all ranks hold the same weights
-REGION_GAIN, REGION_SECONDS = 0.12, 30.0  # saved by compiled blocks, at least; taken, at most
+LEAST_GAIN = 0.05  # share of a pass that products in bf16 must save
+REPLICA_CHECK_STEPS = 100  # steps between checks that all ranks hold the same weights
+# On a CPU, blocks are compiled if they should save this share of the run's seconds, and that is
+# more than compiling may take.
+COMPILE_GAIN = 0.12
+COMPILE_SECONDS = 30.0
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
 
@@ -4143,7 +4528,7 @@ def training_nats(
     prefix_weight: Tensor | None = None,
     looping: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What GPT.forward gives for a batch, QAT rounding weights to `grids`, if there are any."""
+    """GPT.forward() for a batch, with weights rounded to the `grids` of qat_grids(), if given."""
     inputs = (batch, mile_gamma, prefix_weight, looping)
     if not grids:
         return model(*inputs)
@@ -4152,35 +4537,33 @@ def training_nats(
 
 
 def make_forward(run: Run) -> Forward:
-    """The forward of training and evaluation; compiled, one graph for each shape and for QAT."""
+    """Make the forward of training and evaluation, compiled if the run is: a graph per shape."""
+    if not run.compiled:
+        return training_nats
     torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may leave ten
-    return (
-        torch.compile(training_nats, fullgraph=True, dynamic=False)
-        if run.compiled
-        else training_nats
-    )
+    return torch.compile(training_nats, fullgraph=True, dynamic=False)
 
 
 def micro_batches(cfg: Config, run: Run) -> list[tuple[int, int]]:
-    """This rank's rows of a step's global batch, as (first row, number of rows)."""
-    first, last = (
-        n * cfg.rows_per_step // run.ranks.world_size for n in (run.ranks.rank, run.ranks.rank + 1)
-    )
+    """Divide this rank's rows of a step's global batch: a list of (first row, number of rows)."""
+    rank, world_size = run.ranks.rank, run.ranks.world_size
+    first = rank * cfg.rows_per_step // world_size
+    end = (rank + 1) * cfg.rows_per_step // world_size
     size = run.micro_batch_rows
-    return [(start, min(size, last - start)) for start in range(first, last, size)]
+    return [(start, min(size, end - start)) for start in range(first, end, size)]
 
 
 def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: Run) -> None:
-    """Add up gradients and other tensors over ranks; a rank without rows adds nothing."""
+    """Sum gradients and other tensors over ranks, in place; a rank without rows adds zeros."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     run.ranks.add_up([*others, *(p.grad for p in parameters if p.grad is not None)])
 
 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
-    """Add the gradient of a micro-batch; returns its sum(w nats) and sum(w), over a whole step."""
+    """Add a micro-batch's gradient; returns its parts of the step's mean of w nats and of w."""
     cfg = run.cfg
-    # What changes from step to step is a tensor, or each value would compile a graph of its own.
+    # What changes from step to step is a tensor: each new number would compile another graph.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
     prefix = torch.full((), moment.prefix_weight, device=run.device) if cfg.prefix_target else None
     grids = qat_grids(model) if moment.qat else None
@@ -4191,21 +4574,13 @@ def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Ru
 
 
 def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[list[Tensor]]:
-    """Each group's gradients, summed over ranks as `others` are; Muon's as this rank's shares."""
+    """Sum `others` and each group's gradients over ranks; Muon's come as this rank's parts."""
     muons = [opt for opt in optimizers if isinstance(opt, Muon)]
     for muon in muons:
-        muon.launch()  # travels while the small gradients are packed and summed
-    reduce_gradients(
-        [
-            p
-            for opt in optimizers
-            if opt not in muons
-            for group in opt.param_groups
-            for p in group["params"]
-        ],
-        others,
-        run,
-    )
+        muon.launch()  # these sums are under way while the small gradients are packed and summed
+    plain = [opt for opt in optimizers if opt not in muons]
+    parameters = [p for opt in plain for group in opt.param_groups for p in group["params"]]
+    reduce_gradients(parameters, others, run)
     return [
         opt.gradients(group) if opt in muons else [p.grad for p in group["params"]]
         for opt in optimizers
@@ -4214,16 +4589,13 @@ def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[l
 
 
 def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) -> Tensor:
-    """Norm of each group's gradient, whoever holds its parts."""
-    shared = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
-    squares = torch.stack(
-        [  # what every rank holds whole is counted on one
-            torch.nn.utils.get_total_norm(group).square()
-            * (part or run.ranks.is_main or run.ranks.num_parts == 1)
-            for group, part in zip(gradients, shared, strict=True)
-        ]
-    )
+    """The norm of each group's gradient, over all ranks that hold parts of it."""
+    in_parts = [isinstance(opt, Muon) for opt in optimizers for _ in opt.param_groups]
+    squares = torch.stack([nn.utils.get_total_norm(group).square() for group in gradients])
     if run.ranks.num_parts > 1:
+        for index, part in enumerate(in_parts):
+            if not (part or run.ranks.is_main):
+                squares[index] = 0.0  # every rank holds this group whole, and rank 0 counts it
         run.ranks.add_up([squares])
     return squares.sqrt()
 
@@ -4237,9 +4609,10 @@ def train_step(
     moment: Moment,
     run: Run,
 ) -> Tensor:
-    """One optimizer step; returns [mean loss, then the gradient norm of each group].
+    """Make one optimizer step; returns the mean loss, then the gradient norm of each group.
 
-    The loss is sum(w nats) / sum(w) over the global batch, w = 1 but for MiLe, divided last.
+    The loss is sum(w nats) / sum(w) over the global batch, where all w are 1 unless MiLe is on.
+    Gradients and loss are divided by sum(w) at the end, when all ranks know it.
     """
     cfg = run.cfg
     loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
@@ -4247,7 +4620,7 @@ def train_step(
         first_row = step * cfg.rows_per_step + first
         batch = rows.batch(first_row, count, moment.longest_document)
         torch._foreach_add_([loss, weight], backward(forward, model, batch, moment, run))
-    if cfg.grad_clip_norm and cfg.clip_before_reduce:  # the bound is on each rank's own mean
+    if cfg.grad_clip_norm and cfg.clip_before_reduce:  # bounds the mean over this rank's own rows
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip_norm, norm / weight[0])
     gradients = summed_gradients(optimizers, [loss, weight], run)
@@ -4268,7 +4641,7 @@ def train_step(
 
 
 def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
-    """Raise FloatingPointError naming step and tensors if a loss or gradient is not finite."""
+    """Raise FloatingPointError if a number that train_step() gave is not finite, and name it."""
     if not all(map(math.isfinite, stats)):
         bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
         raise FloatingPointError(
@@ -4279,21 +4652,23 @@ def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None
 def fit_micro_batch(
     forward: Forward, model: GPT, rows: TrainingRows, moment: Moment, run: Run
 ) -> None:
-    """Halve the rows of a forward until every rank's memory holds them and what training keeps.
+    """Halve the rows of a forward until every rank has memory for them and for what training keeps.
 
     Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
     """
-    cfg, most = run.cfg, -(-run.cfg.rows_per_step // run.ranks.world_size)
+    rows_of_a_rank = -(-run.cfg.rows_per_step // run.ranks.world_size)
     while True:
         failed = 1.0
         with contextlib.suppress(torch.OutOfMemoryError):
+            # These four stand for the weight averages and the optimizer's state.
             _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
-            backward(forward, model, rows.batch(0, min(run.micro_batch_rows, most)), moment, run)
+            count = min(run.micro_batch_rows, rows_of_a_rank)
+            backward(forward, model, rows.batch(0, count), moment, run)
             failed = 0.0
         model.zero_grad(set_to_none=True)
-        if not run.ranks.agree(failed, "most"):
+        if not run.ranks.largest(failed):
             return
-        if cfg.micro_batch_seqs or run.micro_batch_rows == 1:
+        if run.cfg.micro_batch_seqs or run.micro_batch_rows == 1:
             raise torch.OutOfMemoryError(
                 f"{run.micro_batch_rows} rows a forward are too many: "
                 "lower MICRO_BATCH_SEQS, or take a smaller model"
@@ -4302,42 +4677,90 @@ def fit_micro_batch(
         run.folder.log(f"out of memory: trying {run.micro_batch_rows} rows a forward")
 
 
+def has_bf16_products() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def multiply_in_bf16(model: GPT, wanted: bool, run: Run) -> None:
+    """Let training's products, and Muon's that are made after this, be of bfloat16, or float32.
+
+    Parameters, their gradients, the stream, norms, softmax and loss stay in float32.
+    """
+    run.products = torch.bfloat16 if wanted else run.dtype
+    for module in model.modules():
+        if isinstance(module, Linear | Table):
+            module.in_bf16 = wanted
+
+
+def pick_products(
+    forward: Forward, model: GPT, rows: TrainingRows, moment: Moment, run: Run
+) -> None:
+    """Choose the type of training's products on a CPU, see CPU_BF16."""
+    wanted = run.cfg.cpu_bf16
+    if run.device.type != "cpu" or run.compiled or wanted == "0":
+        return
+    if wanted == "auto" and (run.cfg.step_driven or not has_bf16_products()):
+        return
+    times: dict[bool, list[float]] = {False: [], True: []}
+    batch = rows.batch(0, min(run.micro_batch_rows, run.cfg.rows_per_step))
+    for in_bf16 in [False, True] * 4:
+        multiply_in_bf16(model, in_bf16, run)
+        start = time.perf_counter()
+        backward(forward, model, batch, moment, run)
+        times[in_bf16].append(time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+    before, after = (min(times[in_bf16]) for in_bf16 in (False, True))
+    quicker = run.ranks.largest(after / before) < 1.0 - LEAST_GAIN
+    multiply_in_bf16(model, quicker or wanted == "1", run)
+    run.folder.log(
+        "products in bf16:{kept} pass:{before:.1f}ms->{after:.1f}ms",
+        "products",
+        kept="yes" if run.products == torch.bfloat16 else "no",
+        before=1e3 * before,
+        after=1e3 * after,
+    )
+
+
 def compile_blocks(
     forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment], run: Run
 ) -> None:
-    """On a CPU, compile one block for the training of all layers, if the run should earn it back.
+    """On a CPU, compile the block for training, and keep that if trial passes become faster.
 
-    Only for runs by the clock, as what times decide does not repeat. Kept if trial passes of all
-    that steps may do take less time with it; a machine without a C++ compiler goes on without.
+    One graph serves all layers. This is only for runs that the clock ends, which do not repeat
+    exactly anyway. A machine without a C++ compiler goes on without.
     """
-    cfg, saving = run.cfg, run.cfg.max_wallclock_seconds * REGION_GAIN
+    cfg = run.cfg
+    saving = cfg.max_wallclock_seconds * COMPILE_GAIN
     if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
         return
-    if saving < REGION_SECONDS:
+    if saving < COMPILE_SECONDS:
         run.folder.log(
-            f"blocks compiled:no, to save {saving:.0f} s it might take {REGION_SECONDS:.0f} s"
+            f"blocks compiled:no, to save {saving:.0f} s it might take {COMPILE_SECONDS:.0f} s"
         )
         return
-    kinds = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
+    passes = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
 
     def trial() -> float:
-        """Seconds of a forward and backward pass of every kind."""
+        """Seconds of one forward and backward pass of each different kind."""
         start = time.perf_counter()
-        for count, moment in kinds:
+        for count, moment in passes:
             batch = rows.batch(0, count, moment.longest_document)
             backward(forward, model, batch, moment, run)
         model.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
-    plain, compiling, why = min(trial(), trial(), trial()), 0.0, ""
+    plain = compiled = min(trial(), trial(), trial())
+    compiling = 0.0
+    why = ""
     model.compiled_block = torch.compile(Block.forward, dynamic=False)
     try:
-        compiling, compiled = trial(), min(trial(), trial(), trial())
+        compiling = trial()
+        compiled = min(trial(), trial(), trial())
     except Exception as error:  # a compiler fails in many ways
-        compiled, why = plain, ": " + str(error).strip().split("\n")[0]
-    if (
-        run.ranks.agree(compiled / plain if kinds else 0.0, "most") >= 1.0
-    ):  # some ranks have no rows
+        why = ": " + str(error).strip().split("\n")[0]
+    ratio = compiled / plain if passes else 0.0  # a rank without rows has no say
+    if run.ranks.largest(ratio) >= 1.0:
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
     run.folder.log(
@@ -4352,40 +4775,47 @@ def compile_blocks(
 
 
 def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[float, float]:
-    """Compile and warm up every path of the run, untimed, and put everything back.
+    """Compile and warm up every path of the run before its clock starts, then undo all changes.
 
-    Trains a few steps with throw-away optimizers, with and without QAT and loops, with documents of
+    Makes a few steps with optimizers of its own, with and without QAT and loops, with documents of
     each length. Returns the measured seconds of one calibration batch and of one evaluation batch.
     """
-    cfg, run.phase = run.cfg, "priming"
+    run.phase = "priming"
+    cfg = run.cfg
     before = copy.deepcopy(model.state_dict())
-    qat_kinds = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
-    loop_kinds = [False, True] if cfg.num_loops else [False]
-    momentum, gamma = cfg.muon_momentum, cfg.mile_gamma
+    qat_states = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
+    loop_states = [False, True] if cfg.num_loops else [False]
     lengths = [length for _, length in cfg.context_stages] if cfg.attn_docs else [None]
+    first = Moment(1.0, cfg.muon_momentum, False, False, cfg.mile_gamma)
     moments = [
-        Moment(1.0, momentum, qat, False, gamma, looping=looping, longest_document=length)
+        replace(first, qat=qat, looping=looping, longest_document=length)
         for length in lengths
-        for looping in loop_kinds
-        for qat in qat_kinds
+        for looping in loop_states
+        for qat in qat_states
     ]
     fit_micro_batch(forward, model, rows, moments[-1], run)
+    pick_products(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(moments)) if run.compiled else len(moments)
-    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.dtype, run.ranks)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.products, run.ranks)
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.folder.log(f"warmup_step:{step + 1}/{steps}")
     model.load_state_dict(before)
-    scored, ids = prime_scoring(forward, model, run), rows.batch(0, CALIBRATION_ROWS).input_ids
+    scoring_seconds = prime_scoring(forward, model, run)
     compile_blocks(forward, model, rows, moments, run)
-    return timed(lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run), scored
+    ids = rows.batch(0, CALIBRATION_ROWS).input_ids
+    calibration_seconds = timed(
+        lambda: collect_hessians(model, lambda n: ids, 1, math.inf, run), run
+    )
+    return calibration_seconds, scoring_seconds
 
 
 def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
-    """Compile and warm up what scoring runs; the measured seconds of an evaluation batch."""
+    """Compile and warm up the forward of scoring; returns the seconds of an evaluation batch."""
     cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
 
-    def blank(rows: int, *widths: int) -> Batch:  # not one tensor twice: it compiles anew
+    def blank(rows: int, *widths: int) -> Batch:
+        """A batch of BOS; each column is a tensor of its own, as shared ones compile anew."""
         batch = Batch(*(torch.full((rows, width), BOS) for width in widths))
         batch = batch.by_document(T) if cfg.attn_docs else batch
         return batch.moved(run.put)
@@ -4393,16 +4823,17 @@ def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
     if cfg.ttt_mode in ("score_first", "train_then_score"):
         forward(model, blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
-    whole, sliding = blank(run.scored_rows, T, T), blank(run.scored_rows, T, strip, strip)
-    scored = timed(lambda: forward(model, whole)[0].sum().item(), run)
+    whole = blank(run.scored_rows, T, T)
+    seconds = timed(lambda: forward(model, whole)[0].sum().item(), run)
     if 0 < strip < T:
-        scored = timed(lambda: forward(model, sliding)[0].sum().item(), run)
-    return scored * cfg.eval_batch_seqs / run.scored_rows
+        sliding = blank(run.scored_rows, T, strip, strip)
+        seconds = timed(lambda: forward(model, sliding)[0].sum().item(), run)
+    return seconds * cfg.eval_batch_seqs / run.scored_rows
 
 
 @torch.no_grad()
 def timed(work: Callable[[], object], run: Run) -> float:
-    """Seconds of the second of two calls: by then all is compiled."""
+    """The seconds of the second of two calls, when all is compiled; rank 0's on every rank."""
     work()
     start = time.perf_counter()
     work()
@@ -4410,18 +4841,18 @@ def timed(work: Callable[[], object], run: Run) -> float:
 
 
 class Averages:
-    """The weight averages of AVG_MODE: EMA, mean of snapshots (SWA), or SWA of the EMA."""
+    """The weight averages that AVG_MODE keeps: "ema", "swa" (a mean of snapshots), or both."""
 
     def __init__(self, model: GPT, cfg: Config) -> None:
         self.model = model
         self.decay = cfg.ema_decay
-        self.snapshots = 0  # that SWA has taken
-        # "swa_of_ema" has both names in it.
-        self.kept = {name: copy.deepcopy(model) for name in ("ema", "swa") if name in cfg.avg_mode}
+        self.snapshots = 0  # how many SWA has taken
+        names = {"ema": ["ema"], "swa": ["swa"], "swa_of_ema": ["ema", "swa"], "none": []}
+        self.kept = {name: copy.deepcopy(model) for name in names[cfg.avg_mode]}
 
     @torch.no_grad()
     def update(self, snapshot: bool) -> None:
-        """Take in the weights of a step, without waiting for a GPU."""
+        """Take the weights of a step into the averages, without waiting for a GPU."""
         if "ema" in self.kept:
             self.move("ema", self.model, 1.0 - self.decay)
         if not snapshot:
@@ -4437,14 +4868,14 @@ class Averages:
         torch._foreach_lerp_(average, list(source.parameters()), share)
 
     def acting(self, snapshot: bool) -> dict[str, bool]:
-        """Each average that is kept: whether the step changed it."""
+        """For each average that is kept, whether the step changed it."""
         changed = {"ema": True, "swa": snapshot}
         return {name: changed[name] for name in self.kept}
 
     def result(self, run: Run) -> GPT:
-        """The model to export. Ask once: AVG_LAST_SHARE moves the average that is kept.
+        """The model to export; call it once, since AVG_LAST_SHARE changes the kept average.
 
-        SWA without any snapshot gives what it would have averaged, the EMA or the last weights.
+        If SWA has no snapshot, it is what SWA would have averaged: the EMA or the last weights.
         """
         if "swa" in self.kept and self.snapshots:
             run.folder.log(
@@ -4464,26 +4895,26 @@ class Averages:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step that a GPU may still be at work on, and that is not in the log yet."""
+    """A step that a GPU may not have finished, and that is not in the log yet."""
 
-    stats: Callable[[], list[float]]  # waits for train_step()'s numbers
+    stats: Callable[[], list[float]]  # waits for the result of train_step() and gives it
     moment: Moment
-    show: bool  # in the log, even if it is not its turn
+    show: bool  # whether to log the step even if TRAIN_LOG_EVERY does not ask for it
 
 
 class Training:
-    """All that training changes, saved and restored whole, whatever the number of ranks."""
+    """Everything that training changes; a checkpoint holds all of it, for any number of ranks."""
 
     def __init__(self, model: GPT, reserve: float, data: list, run: Run) -> None:
-        """`reserve` of the budget, in its unit, is kept for calibration."""
+        """reserve: what is kept of the budget for calibration, in the budget's unit."""
         cfg = run.cfg
         self.model = model
         self.run = run
-        self.data = data  # what a checkpoint's data must be equal to
-        self.step = 0  # steps done
+        self.data = data  # identifies the data: a checkpoint with another value is refused
+        self.step = 0  # how many steps are done
         self.saved_at = 0.0  # seconds of training at the last checkpoint
         groups = route_parameters(cfg, model)
-        self.optimizers = build_optimizers(cfg, groups, run.dtype, run.ranks)
+        self.optimizers = build_optimizers(cfg, groups, run.products, run.ranks)
         self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
         queued_steps = int(run.device.type == "cuda")
@@ -4494,7 +4925,7 @@ class Training:
         )
         self.rounded_matrices = len(qat_grids(model))
         self.pending: Pending | None = None
-        self.last_logged_share = -1  # of the run, in fiftieths
+        self.last_logged_share = -1  # how much of the run was done at the last log line, in 1/50
 
     @property
     def groups(self) -> list[dict]:
@@ -4502,13 +4933,13 @@ class Training:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def spent(self, seconds: float) -> float:
-        """What training has cost, in the budget's unit, `seconds` into it."""
+        """What training has cost after `seconds`, in the budget's unit."""
         if self.schedule.unit == "operations":
             return self.run.ledger.training_operations
         return seconds
 
     def begin_step(self, seconds: float) -> Moment:
-        """What the schedules say of the step that is to be made, `seconds` into training."""
+        """Ask the schedules about the next step, `seconds` after training began."""
         run, schedule = self.run, self.schedule
         spent = self.spent(seconds)
         progress_before = schedule.progress(self.step - 1, schedule.last_spent)
@@ -4522,7 +4953,7 @@ class Training:
         return moment
 
     def end_step(self, stats: Tensor, moment: Moment, seconds: float, show: bool) -> None:
-        """Take in a step that was begun at `seconds`; its own numbers are read one step later."""
+        """Take in a step that began at `seconds`; log the step before, whose numbers are there."""
         run = self.run
         self.averages.update(moment.snapshot)
         self.note_activity(moment)
@@ -4535,7 +4966,7 @@ class Training:
         self.pending = Pending(run.fetch(stats), moment, show)
 
     def note_activity(self, moment: Moment) -> None:
-        """Count, for each technique that acts at some time only, whether it acts in this step."""
+        """Count in the ledger whether each scheduled technique acts in this step."""
         acting = self.schedule.acting(moment) | self.averages.acting(moment.snapshot)
         for name, acts in acting.items():
             if name.endswith("_qat") and not self.rounded_matrices:
@@ -4543,10 +4974,11 @@ class Training:
             self.run.ledger.note(name, acts)
 
     def log_pending(self, seconds: float, show: bool = False) -> None:
-        """Check and log the last finished step; `seconds` have passed since training began."""
+        """Check and log the step that is pending; `seconds` have passed since training began."""
         if self.pending is None:
             return
-        pending, self.pending = self.pending, None
+        pending = self.pending
+        self.pending = None
         loss, *norms = pending.stats()
         refuse_non_finite([loss, *norms], self.step, self.groups)
         iterations = self.run.cfg.iterations
@@ -4572,7 +5004,7 @@ class Training:
         )
 
     def is_due(self, progress: float) -> bool:
-        """Whether it is the last step's turn to be shown in the log."""
+        """Whether the log shows the step that has just been done."""
         every = self.run.cfg.train_log_every
         if self.step <= 10:
             return True
@@ -4581,7 +5013,7 @@ class Training:
         return int(50 * progress) > self.last_logged_share
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint, after `seconds` of training; all ranks take part."""
+        """Write a checkpoint after `seconds` of training; all ranks must call it."""
         run, schedule = self.run, self.schedule
         self.saved_at = seconds
         muon = self.muon.whole_state()
@@ -4610,7 +5042,7 @@ class Training:
         )
 
     def restore(self, saved: dict) -> None:
-        """Go on from a checkpoint; raises RuntimeError if it is of other data."""
+        """Continue from a checkpoint; raises RuntimeError if it was made on other data."""
         run, schedule = self.run, self.schedule
         if saved["data"] != self.data:
             raise RuntimeError(
@@ -4629,9 +5061,8 @@ class Training:
         schedule.qat, schedule.last_spent, step_seconds = saved["schedule"]
         schedule.step_seconds.extend(step_seconds)
         run.ledger.training_operations = saved["operations"]
-        schedule.looping = saved.get("looping", True)
-        if "context_stage" in saved:
-            schedule.stage, schedule.stage_begun = saved["context_stage"]
+        schedule.looping = saved["looping"]
+        schedule.stage, schedule.stage_begun = saved["context_stage"]
         run.ledger.occasions = Counter(saved["occasions"])
         run.ledger.activity = Counter(saved["activity"])
         self.last_logged_share = saved["last_logged_share"]
@@ -4642,17 +5073,15 @@ class Training:
             ms=1e3 * saved["seconds"],
         )
         run.ledger.mark_ineligible(f"resumed from a checkpoint of step {self.step}")
+        for change in run.folder.larger_budgets:
+            run.ledger.mark_ineligible(f"{change}: rates are those of the longer run from here on")
 
     def save_if_asked(self, seconds: float) -> None:
-        """Write a checkpoint if one is due or a signal asks the run to end; then end it."""
-        if self.run.continued:
-            self.run.continued = False
-            self.run.ledger.mark_ineligible(
-                f"stopped and continued before step {self.step + 1}: its clock went on meanwhile"
-            )
+        """Write a checkpoint if one is due, or if a signal asks the run to end, and then end it."""
+        self.run.ledger.tell_pause(f"before step {self.step + 1}")
         every = self.run.cfg.checkpoint_seconds
-        # Not written back to run.signal, which a signal may set while ranks agree.
-        asked = int(self.run.ranks.agree(self.run.signal, "most"))
+        # All ranks use the agreed number: run.signal may change on any of them at any time.
+        asked = int(self.run.ranks.largest(self.run.signal))
         due = every > 0 and seconds - self.saved_at >= every
         if asked or due:
             self.log_pending(seconds)
@@ -4660,7 +5089,7 @@ class Training:
             self.stop(asked)
 
     def stop(self, asked: int) -> None:
-        """End the process, once the checkpoint is written, if signal number `asked` is not 0."""
+        """End the process if a signal has asked for it; `asked` is its number, or 0."""
         if asked:
             name = self.run.folder.path.name if self.run.folder.path is not None else ""
             situation = f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there"
@@ -4670,8 +5099,8 @@ class Training:
 def log_starts(
     state: Training, moment: Moment, qat_begins: bool, loops_begin: bool, documents_grow: bool
 ) -> None:
-    """Log what begins with this step."""
-    run, mode = state.run, state.run.cfg.qat_mode
+    """Log what begins with this step: longer documents, looping, SWA, QAT."""
+    run = state.run
     if documents_grow:
         run.folder.log(
             "documents:grown step:{step} longest:{longest}",
@@ -4688,26 +5117,26 @@ def log_starts(
         )
     if "swa" in state.averages.kept and moment.snapshot and not run.ledger.activity["swa"]:
         run.folder.log(f"swa:start step:{state.step + 1}")
-    if not qat_begins:
-        return
-    run.folder.log(
-        "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
-        f"{mode}_qat",
-        mode=mode,
-        step=state.step,
-        scale=moment.lr_scale,
-        matrices=state.rounded_matrices,
-    )
+    if qat_begins:
+        run.folder.log(
+            "{mode}_qat:enabled step:{step} scale:{scale:.4f} matrices:{matrices}",
+            f"{run.cfg.qat_mode}_qat",
+            mode=run.cfg.qat_mode,
+            step=state.step,
+            scale=moment.lr_scale,
+            matrices=state.rounded_matrices,
+        )
 
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
-    """Train until the budget less the reserve ends; returns the averaged model."""
+    """Train until the budget, less calibration's reserve, is spent; returns the averaged model."""
     run.phase = "training"
     cfg, model, schedule = run.cfg, state.model, state.schedule
     clock = run.ledger.training_clock
     with clock.running(), training_bar(schedule, run) as bar:
         while True:
-            step, seconds = state.step, run.ranks.agree(clock.elapsed())
+            step = state.step
+            seconds = run.ranks.agree(clock.elapsed())
             state.save_if_asked(seconds)
             qat_before = schedule.qat
             looping_before = schedule.looping
@@ -4729,17 +5158,16 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             state.end_step(stats, moment, seconds, show=begins)
             bar.update(schedule.position(state.step, state.spent(seconds)) - bar.n)
         state.log_pending(clock.elapsed(), show=True)
-    state.save(run.ranks.agree(clock.elapsed()))  # off the clock: training has ended
-    run.phase = "calibration"  # a signal ends the run at once from here on
-    state.stop(int(run.ranks.agree(run.signal, "most")))  # a signal that came after the last step
+    state.save(run.ranks.agree(clock.elapsed()))  # the clock has stopped: this costs no budget
+    run.phase = "calibration"  # from here on, a signal ends the run at once
+    state.stop(int(run.ranks.largest(run.signal)))  # one may have come after the last step
     run.ledger.trained_seconds = clock.elapsed()
-    reasons = {
-        "seconds": "stopping_early: wallclock_cap",
-        "operations": "stopping: MAX_TRAIN_TFLOPS holds no further step",
-    }
     reason = "stopping: last step"
     if state.step < cfg.iterations:
-        reason = reasons[schedule.unit]
+        reason = {
+            "seconds": "stopping_early: wallclock_cap",
+            "operations": "stopping: MAX_TRAIN_TFLOPS holds no further step",
+        }[schedule.unit]
     run.folder.log(
         "{reason} train_time:{ms:.0f}ms step:{step}/{iterations}",
         "trained",
@@ -4764,9 +5192,9 @@ def log_gates(model: GPT, run: Run) -> None:
 
 
 def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
-    """Model and run without loops, if training ended before ENABLE_LOOPING_AT; else as they are.
+    """Remove loops from model and run if training ended before ENABLE_LOOPING_AT.
 
-    The weights never met the looped plan. What they are worth is what they were trained for.
+    Otherwise the exported network would repeat layers, for which its weights were never trained.
     """
     if not run.cfg.num_loops or state.schedule.looping:
         return model, run
@@ -4776,12 +5204,13 @@ def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
     plain.penalty = model.penalty
     for name, parameter in plain.named_parameters():
         trained = model.get_parameter(name).detach()
+        # A loop has more skips, and so more rows of their weights.
         parameter.data.copy_(trained[: len(parameter)] if parameter.ndim else trained)
     return plain, run.with_settings(cfg)
 
 
 def training_bar(schedule: Schedule, run: Run) -> tqdm:
-    """The progress bar of training, in the unit that ends the run."""
+    """Make the progress bar of training, in the budget's unit."""
     units = {"steps": "step", "seconds": "s", "operations": "FLOP"}
     return run.folder.progress("training", total=schedule.budget, unit=units[schedule.unit])
 
@@ -4793,21 +5222,24 @@ def training_bar(schedule: Schedule, run: Run) -> tqdm:
 # =================================================================================================
 
 
-ROLES = ("mlp", "attn", "emb", "aux")  # of parameters, in BITS and CLIP_SIGMAS
+ROLES = ("mlp", "attn", "emb", "aux")  # each parameter has one; BITS and CLIP_SIGMAS go by them
 
 
-@functools.lru_cache(8)  # asked for every matrix in every step with fake quantisation
-def values_by_role(name: str, text: str, kind: type, pattern: str, expected: str) -> dict:
-    """The values of a text like mlp:6,attn:6,emb:8,aux:8 of roles and matrices, fp16 as 0."""
+@functools.lru_cache(8)  # asked for every matrix in every step with fake quantization
+def values_by_role(name: str, text: str, number: type, pattern: str, expected: str) -> dict:
+    """The values in a text like mlp:6,attn:6,emb:8,aux:8, by role or tensor name; fp16 is 0.
+
+    Raises Refusal if a part is malformed, or if a role is missing or given twice.
+    """
     found: dict = {}
     for part in text.split(","):
-        role, _, value = part.strip().partition(":")
-        if role in found or not re.fullmatch(r"[\w.]+", role) or not re.fullmatch(pattern, value):
+        owner, _, value = part.strip().partition(":")
+        if owner in found or not re.fullmatch(r"[\w.]+", owner) or not re.fullmatch(pattern, value):
             raise Refusal(
                 f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
                 f"and a colon and {expected}"
             )
-        found[role] = 0 if value == "fp16" else kind(value)
+        found[owner] = 0 if value == "fp16" else number(value)
     if not set(ROLES) <= set(found):
         raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
     return found
@@ -4815,62 +5247,71 @@ def values_by_role(name: str, text: str, kind: type, pattern: str, expected: str
 
 @dataclass(frozen=True, kw_only=True)
 class QatSettings(Part):
-    """Training through the integer grid (quantisation-aware training, QAT)."""
+    """Quantization-aware training (QAT): the forward reads weights rounded to the integer grid."""
 
-    title = "Quantisation-aware training"
+    title = "Quantization-aware training"
     prefixes: ClassVar[tuple[str, ...]] = ("QAT_",)
 
     qat_mode: str = training_knob(
-        "late", ("late", "always", "off"), "When training rounds weights to the integer grid."
+        "late",
+        ("late", "always", "off"),
+        "Round weights to the integer grid in training: from LATE_QAT_THRESHOLD on, always, never.",
     )
     late_qat_threshold: float = training_knob(
-        0.15, (0.0, 1.0), "Rate scale below which QAT_MODE=late starts."
+        0.15, (0.0, 1.0), "Start QAT_MODE=late once the rate falls below this fraction of its peak."
     )
     qat_clip: str = training_knob(
-        "absmax", ("absmax", "quantile"), "End of a row's grid: its maximum, or a quantile."
+        "absmax",
+        ("absmax", "quantile"),
+        "End a row's grid in QAT at its largest magnitude, or at a quantile of them.",
     )
     qat_targets: str = training_knob(
         "stored",
         ("stored", "linears", "blocks", "aux"),
-        "Which linears QAT rounds: those stored as integers, all, those of the blocks, the others.",
+        "Round the linears that are stored as integers, all, those of the blocks, or the others.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridSettings(Part):
-    """Which tensors become integers, of how many bits and in which steps."""
+    """Which tensors become integers, with how many bits and in which steps."""
 
-    title = "Quantisation: grids"
+    title = "Quantization: grids"
 
     bits: str = model_knob(
-        "mlp:6,attn:6,emb:8,aux:8", (), "Bits by role or tensor (tok_emb): 2 to 8, or fp16."
+        "mlp:6,attn:6,emb:8,aux:8",
+        (),
+        "Store matrices of each role, or a tensor by its name (tok_emb:7), in 2 to 8 bits or fp16.",
     )
     int8_keep_float_max_numel: int = model_knob(
-        65536, (0, 1 << 30), "Tensors of up to this many elements are stored as fp16."
+        65536, (0, 1 << 30), "Store tensors of up to this many elements as fp16."
     )
     quant_clip: str = training_knob(
         "percentile",
         ("percentile", "std", "std_published"),
-        "What ends a row's grid: CLIP_SEARCH, or CLIP_SIGMAS; std takes the row's maximum if that "
-        "is farther, and steps that are cheap to code, std_published any fp16.",
+        "End a row's grid where CLIP_SEARCH says, or at CLIP_SIGMAS; std extends that to the "
+        "row's maximum and takes only steps that are cheap to code.",
     )
     clip_sigmas: str = training_knob(
         "mlp:12.85,attn:12.85,emb:10,aux:30",
         (),
-        "Standard deviations of a row at which QUANT_CLIP=std and std_published clip, by role or "
-        "tensor.",
+        "End a row's grid at this many standard deviations under QUANT_CLIP=std and "
+        "std_published, by role or tensor.",
         tries=("mlp:8,attn:8,emb:8,aux:20",),
     )
     gate_storage: str = training_knob(
-        "fp16", ("fp16", "int8"), "How gates of attention are stored; int8 has a scale for a row."
+        "fp16", ("fp16", "int8"), "Store attention gates as fp16, or as int8 with row scales."
     )
     clip_search: str = training_knob(
         "matrix",
         ("absmax", "matrix", "row"),
-        "Clips of QUANT_CLIP=percentile: the maximum, the best quantile of a matrix or a row.",
+        "End a row's grid under QUANT_CLIP=percentile at its maximum, or at the best of a few "
+        "quantiles for its matrix or for itself.",
     )
     q_scale_floor: str = training_knob(
-        "inv_clip", ("inv_clip", "tiny"), "Least step of a grid: 1 / largest integer, or 2^-14."
+        "inv_clip",
+        ("inv_clip", "tiny"),
+        "Keep a grid's step at least 1 / its largest integer (inv_clip), or 2^-14 (tiny).",
     )
 
     @property
@@ -4880,12 +5321,12 @@ class GridSettings(Part):
 
     @property
     def bits_by_role(self) -> dict[str, int]:
-        """Bits of each role's integers, or of a tensor's by its name; 0 for fp16."""
+        """BITS, by role or tensor name; 0 for fp16."""
         return values_by_role("BITS", self.bits, int, r"[2-8]|fp16", "2 to 8 or fp16")
 
     @property
     def sigmas_by_role(self) -> dict[str, float]:
-        """Standard deviations of a row at which its grid ends, by role or tensor."""
+        """CLIP_SIGMAS, by role or tensor name."""
         return values_by_role(
             "CLIP_SIGMAS",
             self.clip_sigmas,
@@ -4896,7 +5337,7 @@ class GridSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Tensors named in BITS and CLIP_SIGMAS are of the model."""
+        """BITS and CLIP_SIGMAS name only tensors that the model has."""
         for name, given in (("BITS", cfg.bits_by_role), ("CLIP_SIGMAS", cfg.sigmas_by_role)):
             layers = [int(number) for role in given for number in re.findall(r"\d+", role)]
             yield (
@@ -4905,40 +5346,48 @@ class GridSettings(Part):
             )
             for tensor in set(given) - set(ROLES):
                 yield (
-                    f"{tensor}.weight" in kinds_within(cfg),
+                    f"{tensor}.weight" in kinds_for(cfg),
                     f"{name} names {tensor!r}, which is no tensor of the model",
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GptqSettings(Part):
-    """Rounding that takes the inputs of a matrix into account, and what is pruned."""
+    """Rounding that takes the inputs of a matrix into account, and pruning."""
 
-    title = "Quantisation: GPTQ and pruning"
+    title = "Quantization: GPTQ and pruning"
     prefixes: ClassVar[tuple[str, ...]] = ("GPTQ_", "PRUNE_")
 
     gptq_variant: str = training_knob(
-        "full", ("full", "simple", "off"), "Form of GPTQ; off rounds to nearest."
+        "full",
+        ("full", "simple", "off"),
+        "Round matrices by GPTQ, by the GPTQ of #1361 (simple), or to nearest (off).",
     )
-    gptq_actorder: bool = training_knob(True, (), "Round columns of large activations first.")
+    gptq_actorder: bool = training_knob(
+        True, (), "Round the columns with the largest activations first."
+    )
     gptq_select: str = training_knob(
-        "mse", ("mse", "hessian"), "Error by which GPTQ chooses a clip."
+        "mse",
+        ("mse", "hessian"),
+        "Choose the clip of least squared error, or of least error weighted by the Hessian.",
     )
     gptq_calib: str = training_knob(
         "train",
         ("train", "selfgen", "train_after_cap"),
-        "Text for calibration: training data within the budget, text the model draws (slow), "
-        "training data after the budget (not eligible).",
+        "Calibrate GPTQ on training text within the budget, on text that the model samples "
+        "(slow), or on training text after the budget (not eligible).",
     )
-    gptq_calib_batches: int = training_knob(256, (1, 10**6), "Calibration batches, of 8 rows each.")
+    gptq_calib_batches: int = training_knob(
+        256, (1, 10**6), "Calibrate GPTQ on this many batches of 8 rows."
+    )
     gptq_block_size: int = training_knob(
-        128, (1, 1 << 16), "Columns that GPTQ rounds between updates of all later ones."
+        128, (1, 1 << 16), "Round this many columns between updates of all later ones."
     )
     prune_frac: float = training_knob(
-        0.0, (0.0, 0.99), "Fraction of each large matrix that is zeroed before export."
+        0.0, (0.0, 0.99), "Zero this fraction of each large matrix before rounding."
     )
     prune_pct: float = training_knob(
-        0.0, (0.0, 0.99), "Fraction of the integers below 8 bits that is zeroed at export."
+        0.0, (0.0, 0.99), "Zero this fraction of the integers below 8 bits after rounding."
     )
 
 
@@ -4947,45 +5396,57 @@ MAX_RANK = 64  # of a correction, by settings and in an artifact
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionSettings(Part):
-    """What is stored beside a matrix's integers where they cost most."""
+    """What is stored beside the integers of the matrices that lose most by rounding."""
 
-    title = "Quantisation: corrections"
+    title = "Quantization: corrections"
     prefixes: ClassVar[tuple[str, ...]] = ("LQER_", "AWQ_")
 
     lqer_top_k: int = training_knob(
-        0, (0, 64), "Matrices of largest rounding error that get a low-rank correction; 0 is off."
+        0, (0, 64), "Correct this many matrices of largest rounding error; 0 is off."
     )
-    lqer_rank: int = training_knob(4, (1, MAX_RANK), "Rank of such a correction.")
+    lqer_rank: int = training_knob(
+        4, (1, MAX_RANK), "Give corrections, which are low-rank matrices, this rank."
+    )
     lqer_group: int = training_knob(
-        64, (1, 1 << 16), "Numbers of its right factor that share a scale."
+        64, (1, 1 << 16), "Let this many numbers of a correction's right factor share a scale."
     )
     awq_columns: int = training_knob(
-        0, (0, 1 << 16), "Columns of the one group of inputs that GPTQ gives 8 bits; 0 is off."
+        0, (0, 1 << 16), "Give this many columns 8 bits, where they matter most; 0 is off."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A group with bits of its own is a matter of GPTQ with one candidate a row."""
+        """Only GPTQ with one clip candidate per row can give some columns bits of their own."""
         yield (
             cfg.awq_columns == 0 or (cfg.clips_by_deviation and cfg.gptq_variant == "full"),
             "AWQ_COLUMNS needs QUANT_CLIP=std or std_published and GPTQ_VARIANT=full",
         )
 
 
-CALIBRATION_ROWS, TEMPERATURE = 8, 0.8  # rows a calibration batch; of rows the model draws
-CLIP_QUANTILES, QAT_QUANTILE, INT8_QUANTILE = (0.999, 0.9995, 0.9999, 0.99999), 0.9995, 0.9999984
-TINY_STEP = 2.0**-14  # smallest normal fp16
-SCALES_AN_OCTAVE = 8  # of QUANT_CLIP=std
-DAMPING, DAMPING_TRIES = 0.01, 5
+# Quantiles of a row's magnitudes at which its grid may end.
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)  # candidates of CLIP_SEARCH, beside the maximum
+QAT_QUANTILE = 0.9995  # QAT_CLIP=quantile
+INT8_QUANTILE = 0.9999984  # grids of 8 bits without GPTQ
+
+TINY_STEP = 2.0**-14  # the smallest normal fp16
 LEAST_HALF = 2.0**-24  # the smallest positive fp16
-INT8_TOP = 127  # of a grid of 8 bits
-LEFT_RANGE, RIGHT_RANGE = (-2, 1), (-8, 7)  # of the integers of a correction's factors
-LEFT_DIVISOR, RIGHT_DIVISOR = 1.5, 7.5  # the largest magnitude lands half a step past the end
+INT8_TOP = 127  # the largest integer of 8 bits
+SCALES_AN_OCTAVE = 8  # QUANT_CLIP=std takes only scales 2^(n / 8)
+
+CALIBRATION_ROWS = 8  # of a batch
+TEMPERATURE = 0.8  # of calibration rows that the model samples
+DAMPING = 0.01  # of the Hessian's mean diagonal; each further try takes ten times as much
+DAMPING_TRIES = 5
+
+# Ranges of the integers of a correction's factors. The divisors set the scales so that the largest
+# magnitude lies half a step past the end of its range.
+LEFT_RANGE, RIGHT_RANGE = (-2, 1), (-8, 7)
+LEFT_DIVISOR, RIGHT_DIVISOR = 1.5, 7.5
 
 
 @dataclass(frozen=True)
 class Protected:
-    """Columns of a matrix (r, c) with steps of their own, finer than those of its other columns."""
+    """Columns of a matrix (r, c) that have 8 bits and row scales of their own."""
 
     start: int
     width: int
@@ -4993,23 +5454,23 @@ class Protected:
 
     @property
     def columns(self) -> slice:
-        """The columns."""
+        """The place of the columns."""
         return slice(self.start, self.start + self.width)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A correction A B of a quantised matrix (r, c), of rank k, in integers.
+    """A correction A B of rank k, in integers, that is added to a quantized matrix (r, c).
 
-    Low-rank quantisation error reconstruction (LQER): arXiv:2402.02446; the grids are those of
+    Low-rank quantization error reconstruction (LQER): arXiv:2402.02446; the grids are those of
     pull request 1855.
     """
 
     left: Tensor  # int8 (r, k), within LEFT_RANGE
     right: Tensor  # int8 (k, c), within RIGHT_RANGE
     left_scale: Tensor  # fp16 ()
-    right_scales: Tensor  # fp16, one for each group of the right factor by rows
-    group: int
+    right_scales: Tensor  # fp16, one for each group of the right factor in row-major order
+    group: int  # numbers of the right factor that share a scale
 
     def product(self) -> Tensor:
         """The correction, float32 (r, c)."""
@@ -5029,7 +5490,7 @@ class Stored:
 
     @property
     def kind(self) -> str:
-        """Its storage kind, of STORAGE_KINDS."""
+        """How it is stored: one of STORAGE_KINDS."""
         if self.values.dtype == torch.uint8:
             return "packed"
         if self.scale is None:
@@ -5039,7 +5500,7 @@ class Stored:
         return f"grid{protected}{low_rank}"
 
     def numbers(self) -> list[int]:
-        """The numbers of its row in the header, from which the shapes of its arrays follow."""
+        """What the header says of it beside name and kind; the shapes of its arrays follow."""
         numbers = [*self.values.shape]
         if self.protected is not None:
             numbers += [self.protected.start, self.protected.width]
@@ -5048,7 +5509,7 @@ class Stored:
         return numbers
 
     def arrays(self) -> list[Tensor]:
-        """Its streams in the artifact, integers before floats."""
+        """Its arrays in the order in which the artifact holds them, integers before floats."""
         integers, floats = [self.values], []
         if self.scale is not None:
             floats.append(self.scale)
@@ -5061,7 +5522,7 @@ class Stored:
 
     @classmethod
     def of(cls, kind: str, numbers: list[int], arrays: list[Tensor]) -> Stored:
-        """The tensor that has this kind, these numbers and these arrays."""
+        """The tensor of this kind, these numbers() and these arrays()."""
         parts = iter(arrays)
         values = next(parts)
         is_corrected = "low_rank" in kind
@@ -5074,6 +5535,10 @@ class Stored:
             left, right = factors
             low_rank = LowRank(left, right, next(parts), next(parts), numbers[-1])
         return cls(values, scale, protected, low_rank)
+
+    def cpu(self) -> Stored:
+        """The same tensor in host memory."""
+        return Stored.of(self.kind, self.numbers(), [array.cpu() for array in self.arrays()])
 
     def restore(self) -> Tensor:
         """The float32 tensor that the values stand for."""
@@ -5091,12 +5556,12 @@ class Stored:
 
 
 def setting_of(model: GPT, name: str, by_role: dict):
-    """What BITS or CLIP_SIGMAS says of a parameter, by its own name or by its role."""
+    """What BITS or CLIP_SIGMAS gives a parameter: its own value, or that of its role."""
     return by_role.get(name.removesuffix(".weight"), by_role[model.kinds[name].role])
 
 
 def bits_of(model: GPT, name: str) -> int:
-    """Bits of a parameter's integers; 0 for fp16, as all but large matrices are stored."""
+    """Bits of a parameter's integers, or 0 for floats: only large matrices become integers."""
     parameter = model.get_parameter(name)
     small = parameter.ndim != 2 or parameter.numel() <= model.cfg.int8_keep_float_max_numel
     if small or not model.kinds[name].may_be_integers:
@@ -5105,17 +5570,18 @@ def bits_of(model: GPT, name: str) -> int:
 
 
 def largest_integer(bits: int) -> int:
-    """The top of a symmetric grid: 31 at 6 bits, 127 at 8."""
+    """The end of a symmetric grid: 31 at 6 bits, 127 at 8."""
     return 2 ** (bits - 1) - 1
 
 
-def row_scales(clip: Tensor, levels: int, floor: str) -> Tensor:
-    """The step of each row's grid whose top is at `clip`, but no less than Q_SCALE_FLOOR says.
+def row_scales(clip: Tensor, top: int, floor: str) -> Tensor:
+    """Steps with which rows' grids of integers up to `top` end at `clip`, any shape.
 
-    inv_clip keeps rows of small numbers coarse, and so cheap to code.
+    No step is smaller than Q_SCALE_FLOOR says: inv_clip keeps rows of small numbers coarse, and so
+    cheap to code.
     """
-    least = 1.0 / levels if floor == "inv_clip" else TINY_STEP
-    return (clip / levels).clamp_min(least)
+    least = 1.0 / top if floor == "inv_clip" else TINY_STEP
+    return (clip / top).clamp_min(least)
 
 
 def fp16_scale(scale: Tensor) -> Tensor:
@@ -5123,19 +5589,19 @@ def fp16_scale(scale: Tensor) -> Tensor:
     return scale.half().clamp_min(LEAST_HALF)
 
 
-def deviation_scales(W: Tensor, levels: int, sigmas: float) -> Tensor:
-    """Row scales that put `sigmas` deviations at the grid's top: (r, c), c >= 2 -> fp16 (r,).
+def deviation_scales(W: Tensor, top: int, sigmas: float) -> Tensor:
+    """Row scales with which grids end at `sigmas` deviations: (r, c), c >= 2 -> fp16 (r,).
 
-    s = fp16(k std(row) / top), std with n - 1, as the pull request 1855 has it. The step is
-    k / top deviations, so that k sets the integers' entropy.
+    s = fp16(k std(row) / top), std with n - 1, as in pull request 1855. A step is k / top
+    deviations, so that k sets the integers' entropy.
     """
-    return fp16_scale(sigmas * W.std(dim=1) / levels)
+    return fp16_scale(sigmas * W.std(dim=1) / top)
 
 
 def qat_grids(model: GPT) -> dict[str, int]:
-    """Name and bits of each linear weight that QAT reaches.
+    """The linear weights that QAT rounds, and their bits.
 
-    What is stored as fp16 is rounded to the bits of its role in the blocks, to 6 elsewhere.
+    One that is stored as floats is rounded to the bits of its role in the blocks, to 6 elsewhere.
     """
     grids = {}
     for name, kind in model.kinds.items():
@@ -5151,55 +5617,61 @@ def qat_grids(model: GPT) -> dict[str, int]:
 
 
 def row_quantile(x: Tensor, q: float) -> Tensor:
-    """torch.quantile of rows, (r, c) -> (r, 1), by the few largest: quick, and it compiles."""
+    """torch.quantile of each row, (r, c) -> (r, 1), fast for q near 1 and compilable."""
     place = q * (x.size(1) - 1)
-    top = x.topk(x.size(1) - int(place), dim=1).values
-    return torch.lerp(top[:, -1:], top[:, -2:][:, :1], place - int(place))
+    largest = x.topk(x.size(1) - int(place), dim=1).values  # in descending order
+    above = largest[:, -2:][:, :1]  # of the last and the one before it, if there is one
+    return torch.lerp(largest[:, -1:], above, place - int(place))
 
 
 def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
-    """The weights of `grids` on their grids, clamp(round(W / s)) s, where s is by QAT_CLIP.
+    """The weights named in `grids` (name: bits), rounded to clamp(round(W / s)) s.
 
-    Gradients pass as if nothing had been rounded.
+    The scales s follow QAT_CLIP. Gradients pass as if nothing had been rounded.
     """
-    seen = {}
+    rounded = {}
     for name, bits in grids.items():
         weight = model.get_parameter(name)
-        levels = largest_integer(bits)
+        top = largest_integer(bits)
         magnitude = weight.detach().abs()
         if model.cfg.qat_clip == "quantile":
             clip = row_quantile(magnitude, QAT_QUANTILE)
         else:
             clip = magnitude.amax(dim=1, keepdim=True)
-        scale = row_scales(clip, levels, model.cfg.q_scale_floor)
-        grid = torch.round(weight.detach() / scale).clamp(-levels, levels) * scale
-        seen[name] = weight + (grid - weight.detach())
-    return seen
+        scale = row_scales(clip, top, model.cfg.q_scale_floor)
+        on_grid = torch.round(weight.detach() / scale).clamp(-top, top) * scale
+        rounded[name] = weight + (on_grid - weight.detach())
+    return rounded
 
 
 def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Tensor:
-    """Row scales to choose from, the row maximum's last: (r, c) -> float32 (candidates, r).
+    """Row scales to choose from, coarsest last: (r, c) -> float32 (candidates, r).
 
-    QUANT_CLIP=std has only one: the row's grid ends at `sigmas` standard deviations, or at its
-    maximum where that is farther. The scale is rounded to a logarithmic grid, which costs nothing
-    in error and leaves few different scales to be coded. std_published has deviation_scales(), but
-    for a single column, which has no deviation: there a grid ends at the maximum.
+    percentile has a candidate for each of CLIP_QUANTILES and one for the row's maximum. std has
+    only one: a row's grid ends at `sigmas` standard deviations, or at its maximum where that is
+    farther, and its scale is rounded to a logarithmic grid, which costs nothing in error and leaves
+    few different scales to code. std_published has deviation_scales() alone; in a matrix of one
+    column, which has no deviation, the grid ends at the maximum.
     """
+    top = largest_integer(bits)
     if cfg.quant_clip == "std_published" and W.size(1) > 1:
-        return deviation_scales(W, largest_integer(bits), sigmas).float()[None]
+        return deviation_scales(W, top, sigmas).float()[None]
     clips = W.abs().amax(dim=1)[None]
     if cfg.quant_clip == "std":
         clips = torch.maximum(clips, sigmas * W.std(dim=1, correction=0))
-        octaves = torch.round(SCALES_AN_OCTAVE * (clips / largest_integer(bits)).log2())
+        octaves = torch.round(SCALES_AN_OCTAVE * (clips / top).log2())
         return torch.exp2(octaves / SCALES_AN_OCTAVE).clamp_min(TINY_STEP)
     if cfg.clip_search != "absmax":
         quantiles = torch.tensor(CLIP_QUANTILES, device=W.device)
         clips = torch.cat([torch.quantile(W.abs(), quantiles, dim=1), clips])
-    return row_scales(clips, largest_integer(bits), cfg.q_scale_floor)
+    return row_scales(clips, top, cfg.q_scale_floor)
 
 
-def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
-    """The candidate of least error: (n, r), (n, r, c), (n, r) -> by matrix, or by row."""
+def pick_clip(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
+    """The integers and scales of least error, chosen for the whole matrix or for each row.
+
+    Of n candidates: errors (n, r), integers Q (n, r, c), scales (n, r).
+    """
     rows = torch.arange(errors.size(1), device=errors.device)
     best = errors.argmin(0)
     if cfg.clip_search != "row":
@@ -5210,7 +5682,10 @@ def pick(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
 def grids_of(
     scales: Tensor, bits: int, num_columns: int, protected: Protected | None
 ) -> tuple[Tensor, Tensor]:
-    """Steps, (n, r, 1) or where they differ by column (n, r, c), and largest integers, (c,)."""
+    """Steps (n, r, 1), or (n, r, c) with protected columns, and largest integers (c,).
+
+    scales: those of n candidates, (n, r).
+    """
     steps = scales.float().unsqueeze(-1)
     tops = torch.full((num_columns,), float(largest_integer(bits)), device=scales.device)
     if protected is not None:
@@ -5221,7 +5696,7 @@ def grids_of(
 
 
 def protect(W: Tensor, group: slice | None, cfg: Config, sigmas: float) -> Protected | None:
-    """A group of columns on a grid of 8 bits that ends where their rows' own do."""
+    """A group of columns with grids of 8 bits that end where their rows' other grids do."""
     if group is None:
         return None
     scale = clip_candidates(W, 8, cfg, sigmas)[-1].half()
@@ -5231,32 +5706,36 @@ def protect(W: Tensor, group: slice | None, cfg: Config, sigmas: float) -> Prote
 def round_to_nearest(
     W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, group: slice | None = None
 ) -> Stored:
-    """Nearest integers at the clip of least squared error; `group` are columns of 8 bits."""
+    """The nearest integers, at the clip of least squared error; `group` gets 8 bits."""
     scales = clip_candidates(W, bits, cfg, sigmas).half()
     protected = protect(W, group, cfg, sigmas)
     step, tops = grids_of(scales, bits, W.size(1), protected)
     Q = torch.round(W / step).clamp(-tops, tops)
-    made = pick((W - Q * step).square().mean(dim=2), Q, scales, cfg)
+    made = pick_clip((W - Q * step).square().mean(dim=2), Q, scales, cfg)
     return replace(made, protected=protected)
 
 
 def int8_rows(W: Tensor) -> Stored:
-    """Embedding tables: nearest of +-127 steps of a row's INT8_QUANTILE / 127."""
+    """Nearest integers of 8 bits, in rows whose grids end at their INT8_QUANTILE: (r, c)."""
     clip = torch.quantile(W.abs(), INT8_QUANTILE, dim=1)
-    scale = row_scales(clip, 127, "inv_clip")
-    q = torch.round(W.clamp(-clip[:, None], clip[:, None]) / scale[:, None]).clamp(-127, 127)
+    scale = row_scales(clip, INT8_TOP, "inv_clip")
+    clamped = W.clamp(-clip[:, None], clip[:, None])
+    q = torch.round(clamped / scale[:, None]).clamp(-INT8_TOP, INT8_TOP)
     return Stored(q.to(torch.int8), scale.half())
 
 
 def gate_rows(W: Tensor) -> Stored:
-    """Gates by GATE_STORAGE=int8: nearest of +-127 steps of fp16(max |row| / 127)."""
+    """GATE_STORAGE=int8: nearest integers of 8 bits, in steps of fp16(max |row| / 127)."""
     scale = fp16_scale(W.abs().amax(dim=1) / INT8_TOP)
     q = torch.round(W / scale.float()[:, None]).clamp(-INT8_TOP, INT8_TOP)
     return Stored(q.to(torch.int8), scale)
 
 
 def inverse_factor(H: Tensor) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1, (c, c); damping grows in tries, then LinAlgError."""
+    """The upper triangular U with U^T U = (H + damping)^-1: (c, c).
+
+    The damping grows until H is positive definite; raises LinAlgError after DAMPING_TRIES.
+    """
     identity = torch.eye(H.size(0), device=H.device)
     damping = DAMPING * H.diagonal().mean().clamp_min(1e-12)
     for _ in range(DAMPING_TRIES):
@@ -5272,9 +5751,9 @@ def gptq(
 ) -> Stored:
     """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
 
-    W: (r, c), H: (c, c), float32. arXiv:2210.17323: the rounding error of a column is made up for
-    in the columns that are not rounded yet. All clip candidates are tried, and the one of the
-    least error is taken, squared or by the Hessian (GPTQ_SELECT). `group` are columns of 8 bits.
+    W: (r, c), H: (c, c), float32. arXiv:2210.17323: the columns that are not rounded yet make up
+    for the rounding error of each column. All clip candidates are tried, and the one of least
+    error is taken, squared or weighted by the Hessian (GPTQ_SELECT). `group` gets 8 bits.
     """
     scales = clip_candidates(W, bits, cfg, sigmas).half()
     protected = protect(W, group, cfg, sigmas)
@@ -5290,8 +5769,8 @@ def gptq(
         step = step[..., order]
     Q = feed_back(W, step, inverse_factor(H), tops[order], cfg)
     error = W - Q * step
-    weighed = error @ H if cfg.gptq_select == "hessian" else error
-    made = pick((weighed * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+    weighted = error @ H if cfg.gptq_select == "hessian" else error
+    made = pick_clip((weighted * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
     return replace(made, protected=protected)
 
 
@@ -5299,18 +5778,21 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> 
     """GPTQ's loop over columns i: e = (w_i - q_i s) / U_ii, then w_j <- w_j - e U_ij for j > i.
 
     W: (r, c), step: (n, r, 1) or (n, r, c) of n candidates, U: (c, c), tops: (c,), the largest
-    integers -> Q: (n, r, c).
+    integers -> Q: (n, r, c). Columns after the current block of GPTQ_BLOCK_SIZE are updated once
+    a block, by one matrix product.
     """
-    levels, diagonal = tops.tolist(), U.diagonal().tolist()
-    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes lies together
+    top = tops.tolist()
+    diagonal = U.diagonal().tolist()
+    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes is contiguous
     steps = step.permute(2, 0, 1).reshape(step.size(2), -1).expand_as(rest)
     Q = torch.empty_like(rest)
     for start in range(0, len(rest), cfg.gptq_block_size):
-        stop, errors = min(start + cfg.gptq_block_size, len(rest)), []
+        stop = min(start + cfg.gptq_block_size, len(rest))
+        errors: list[Tensor] = []
         for col in range(start, stop):
             column = rest[col]
             q = torch.div(column, steps[col], out=Q[col]).round_()
-            q.clamp_(-levels[col], levels[col])
+            q.clamp_(-top[col], top[col])
             errors.append((column - q * steps[col]).div_(diagonal[col]))
             rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
         rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
@@ -5320,28 +5802,30 @@ def feed_back(W: Tensor, step: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> 
 def protected_group(
     matrices: dict[str, Tensor], activation_rms: dict[str, Tensor], width: int
 ) -> tuple[str, slice]:
-    """Of all aligned groups of input columns the one worth most bits: matrix and columns.
+    """The group of `width` aligned input columns that matters most, as matrix name and columns.
 
-    AWQ-lite of pull request 1945, after arXiv:2306.00978: the score is the sum over the group of
-    the root mean square of a column's activations times its mean |w|. A remainder of columns is
-    no group. The name is "" where no matrix has a whole group.
+    AWQ-lite of pull request 1945, after arXiv:2306.00978: a group's score is the sum over its
+    columns of the root mean square of the column's activations times its mean |w|. Columns left
+    over at a matrix's end are no group. The name is "" if no matrix has a whole group.
     """
-    best, best_score = ("", slice(0, 0)), -math.inf
+    best = ("", slice(0, 0))
+    best_score = -math.inf
     for name, W in matrices.items():
         salience = activation_rms[name] * W.abs().mean(dim=0)
         whole = len(salience) // width * width
         scores = salience[:whole].view(-1, width).sum(dim=1)
         if whole and float(scores.max()) > best_score:
+            best_score = float(scores.max())
             start = width * int(scores.argmax())
-            best, best_score = (name, slice(start, start + width)), float(scores.max())
+            best = (name, slice(start, start + width))
     return best
 
 
 def quantize_factors(A: Tensor, B: Tensor, group: int) -> LowRank:
-    """Factors (r, k) and (k, c) on a correction's grids.
+    """Factors (r, k) and (k, c) rounded to a correction's grids.
 
-    A has one scale, max |A| / 1.5; B has one for each `group` values in row-major order, max / 7.5.
-    The last group may be shorter.
+    A has one scale; B has one for each `group` values in row-major order, of which the last may be
+    shorter.
     """
     left_scale = fp16_scale(A.abs().max() / LEFT_DIVISOR)
     left = torch.round(A / left_scale.float()).clamp(*LEFT_RANGE)
@@ -5354,7 +5838,7 @@ def quantize_factors(A: Tensor, B: Tensor, group: int) -> LowRank:
 
 
 def low_rank_correction(error: Tensor, rank: int, group: int) -> LowRank:
-    """The correction of rank `rank` that takes most of an error (r, c): A = U S, B = V^T."""
+    """The correction of this rank that leaves least of an error (r, c): A = U S, B = V^T."""
     U, S, Vh = torch.linalg.svd(error, full_matrices=False)
     return quantize_factors(U[:, :rank] * S[:rank], Vh[:rank], group)
 
@@ -5367,10 +5851,10 @@ def largest_errors(errors: dict[str, Tensor], count: int) -> list[str]:
 
 @torch.no_grad()
 def order_hidden_units(model: GPT) -> None:
-    """Put each MLP's hidden units in the order of their rows' deviation, which changes no output.
+    """Sort each MLP's hidden units by their rows' standard deviation; no output changes.
 
-    Rows of fc and columns of proj are permuted alike. The range coder tells scales that ascend by
-    their differences, so that the log2(u!) bits of an order are saved and nothing is stored.
+    Rows of fc and columns of proj are permuted alike. The range coder codes ascending scales by
+    their differences, which saves the log2(u!) bits of the order of u units.
     """
     for module in model.modules():
         if isinstance(module, MLP):
@@ -5386,20 +5870,21 @@ def weighted_error(W: Tensor, stored: Stored, H: Tensor) -> float:
 
 
 def hessian_source(model: GPT, name: str) -> str:
-    """The module by whose inputs a matrix is rounded: its own, or one with the same inputs."""
-    module, beside = name.removesuffix(".weight"), model.kinds[name].inputs_of
-    if not beside:
+    """The module whose inputs give a matrix its Hessian: its own, or one with the same inputs."""
+    module = name.removesuffix(".weight")
+    sibling = model.kinds[name].inputs_of
+    if not sibling:
         return module
-    return f"{module.rpartition('.')[0]}.{beside}"
+    return f"{module.rpartition('.')[0]}.{sibling}"
 
 
 def head_name(model: GPT) -> str:
-    """The module whose weights make logits."""
+    """The module whose weights make logits: with tied embeddings, that of the tokens."""
     return "tok_emb" if model.lm_head is None else "lm_head"
 
 
 def hessian_widths(model: GPT) -> dict[str, int]:
-    """The modules whose inputs make a Hessian, and how many channels these have.
+    """The modules whose inputs are collected into a Hessian, and how many channels they have.
 
     The matrix that makes logits is among them only where CLIP_SIGMAS sets the steps.
     """
@@ -5414,10 +5899,10 @@ def hessian_widths(model: GPT) -> dict[str, int]:
 
 @torch.no_grad()
 def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
-    """A batch the model draws itself after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
+    """A batch that the model samples after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((CALIBRATION_ROWS, seq_len), BOS)
-    for at in range(1, seq_len):  # whole rows: their length sets the rotary base
+    for at in range(1, seq_len):  # the model sees whole rows: their length sets the rotary base
         on_device = ids.to(device)
         last = model.hidden(on_device)[:, at - 1 : at]
         logits = model.logits(last, on_device[:, at - 1 : at])[:, 0]
@@ -5430,10 +5915,10 @@ def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Te
 def collect_hessians(
     model: GPT, batch_of: Callable[[int], Tensor], num_batches: int, deadline: float, run: Run
 ) -> dict[str, Tensor]:
-    """Mean x x^T of the inputs of each linear that becomes integers: {name: float32 (c, c)}.
+    """Mean x x^T over the inputs of the modules of hessian_widths(): {name: float32 (c, c)}.
 
-    batch_of(n) gives the ids (B, T) of batch n. Ranks take a batch each until for any of them
-    another could end after `deadline` seconds of its clock.
+    batch_of(n) gives the ids (B, T) of batch n. Each rank takes one batch a round. No round begins
+    that might end after `deadline` seconds of any rank's training clock.
     """
     head = head_name(model)
     sums = {
@@ -5452,10 +5937,10 @@ def collect_hessians(
         )
         for name in sums.keys() - {head}
     ]
-    rounds = range(
-        run.ranks.rank, num_batches + run.ranks.rank, run.ranks.world_size
-    )  # as many on every rank
-    for batch in run.folder.progress("calibrating", iterable=rounds, unit="batch"):
+    # All ranks count equally many rounds, since they must agree in each; in the last one a rank
+    # may find no batch left.
+    own = range(run.ranks.rank, num_batches + run.ranks.rank, run.ranks.world_size)
+    for batch in run.folder.progress("calibrating", iterable=own, unit="batch"):
         start = run.ledger.training_clock.elapsed()
         if batch < num_batches:
             input_ids = batch_of(batch)
@@ -5465,7 +5950,7 @@ def collect_hessians(
             seen += input_ids.numel()
         run.settle()
         end = run.ledger.training_clock.elapsed()
-        if run.ranks.agree(float(end + 2 * (end - start) > deadline), "most"):
+        if run.ranks.largest(float(end + 2 * (end - start) > deadline)):
             break
     for hook in hooks:
         hook.remove()
@@ -5475,19 +5960,19 @@ def collect_hessians(
 
 
 def budget_reserve(model: GPT, batch_seconds: float, run: Run) -> float:
-    """What of the training budget to keep for collecting Hessians, in the budget's unit."""
+    """The part of the training budget to keep for collecting Hessians, in the budget's unit."""
     if run.cfg.budget_unit == "operations":
         return calibration_operations(model, calibration_tokens(run.cfg))
     return calibration_reserve(batch_seconds, run)
 
 
 def calibration_reserve(batch_seconds: float, run: Run) -> float:
-    """Seconds of the training budget to keep for collecting Hessians, from the measured cost."""
+    """Seconds to keep for collecting Hessians, given what a batch took when it was measured."""
     cfg = run.cfg
     if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
         return 0.0
-    share = math.ceil(cfg.gptq_calib_batches / run.ranks.world_size)
-    reserve = min(1.2 * share * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
+    rounds = math.ceil(cfg.gptq_calib_batches / run.ranks.world_size)
+    reserve = min(1.2 * rounds * batch_seconds, 0.5 * cfg.max_wallclock_seconds)
     run.folder.log(
         "calibration reserve:{seconds:.1f}s batches:{batches}",
         "reserve",
@@ -5498,33 +5983,38 @@ def calibration_reserve(batch_seconds: float, run: Run) -> float:
 
 
 def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str, Tensor]:
-    """Hessians: inside the training budget on the next training rows, outside it on drawn ones.
+    """The Hessians that GPTQ needs, of the training rows after the last step or of sampled rows.
 
-    Hidden units are put in order first where the codec makes use of it.
+    GPTQ_CALIB=train counts as training, in time and in operations. Hidden units are sorted first if
+    the codec profits from it, so that Hessians are those of the sorted units.
     """
-    cfg, run.phase, inside = run.cfg, "calibration", run.cfg.gptq_calib == "train"
+    cfg = run.cfg
+    run.phase = "calibration"
     if cfg.orders_hidden_units:
         order_hidden_units(model)
     if cfg.gptq_variant == "off":
         return {}
-
-    def batch_of(n: int, /) -> Tensor:
-        return rows.batch(
-            steps * cfg.rows_per_step + n * CALIBRATION_ROWS, CALIBRATION_ROWS
-        ).input_ids
-
+    sampled: dict[int, Tensor] = {}
     if cfg.gptq_calib == "selfgen":
-        mine = range(run.ranks.rank, cfg.gptq_calib_batches, run.ranks.world_size)
-        batch_of = {
-            n: sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
-            for n in run.folder.progress("drawing rows", iterable=mine, unit="batch")
-        }.__getitem__
-    with run.ledger.training_clock.running() if inside else contextlib.nullcontext():
-        deadline = cfg.max_wallclock_seconds if inside and not cfg.step_driven else math.inf
+        own = range(run.ranks.rank, cfg.gptq_calib_batches, run.ranks.world_size)
+        for n in run.folder.progress("sampling rows", iterable=own, unit="batch"):
+            sampled[n] = sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
+
+    def batch_of(n: int) -> Tensor:
+        if sampled:
+            return sampled[n]
+        first = steps * cfg.rows_per_step + n * CALIBRATION_ROWS
+        return rows.batch(first, CALIBRATION_ROWS).input_ids
+
+    counts_as_training = cfg.gptq_calib == "train"
+    deadline = math.inf
+    if counts_as_training and not cfg.step_driven:
+        deadline = cfg.max_wallclock_seconds
+    with run.ledger.training_clock.running(counts_as_training):
         hessians = collect_hessians(model, batch_of, cfg.gptq_calib_batches, deadline, run)
-    if inside:
-        used_tokens = run.ledger.calibration_tokens
-        run.ledger.training_operations += calibration_operations(model, used_tokens)
+    if counts_as_training:
+        tokens = run.ledger.calibration_tokens
+        run.ledger.training_operations += calibration_operations(model, tokens)
     used = run.ranks.agree(run.ledger.training_clock.elapsed())
     run.folder.log(
         "gptq:calibrated source:{source} tokens:{tokens} train_time:{ms:.0f}ms",
@@ -5537,35 +6027,40 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
 
 
 def prune_stored(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Zero what PRUNE_PCT asks for."""
-    low = {name: s for name, s in stored.items() if 0 < bits_of(model, name) < 8}
-    share = model.cfg.prune_pct
-    if share and low:
+    """Zero the fraction PRUNE_PCT of the integers with fewer than 8 bits, in place."""
+    low = {name: tensor for name, tensor in stored.items() if 0 < bits_of(model, name) < 8}
+    if model.cfg.prune_pct and low:
         run.folder.log(
             "prune:zeroed {zeroed} of {of} integers below 8 bits",
             "pruned",
-            zeroed=prune_integers(low, share),
-            of=sum(s.values.numel() for s in low.values()),
+            zeroed=prune_integers(low, model.cfg.prune_pct),
+            of=sum(tensor.values.numel() for tensor in low.values()),
         )
 
 
-def prune_integers(stored: dict[str, Stored], share: float) -> int:
-    """Zero `share` of all integers, of those not zero yet the smallest |q s|; returns how many."""
-    sizes = [s.values.numel() for s in stored.values()]
-    cost = torch.cat([s.restore().abs().flatten() for s in stored.values()])
-    count = min(int(share * len(cost)), int(cost.count_nonzero()))
-    cost[cost == 0] = math.inf
-    doomed = torch.zeros(len(cost), dtype=torch.bool)
-    doomed[cost.topk(count, largest=False).indices] = True
-    for s, mask in zip(stored.values(), doomed.split(sizes), strict=True):
-        s.values[mask.view_as(s.values)] = 0
+def prune_integers(stored: dict[str, Stored], fraction: float) -> int:
+    """Zero this fraction of all integers, those of smallest |q s| that are not 0; returns how many.
+
+    If fewer are left that are not 0, all of them become 0.
+    """
+    sizes = [tensor.values.numel() for tensor in stored.values()]
+    magnitude = torch.cat([tensor.restore().abs().flatten() for tensor in stored.values()])
+    count = min(int(fraction * len(magnitude)), int(magnitude.count_nonzero()))
+    magnitude[magnitude == 0] = math.inf
+    is_pruned = torch.zeros(len(magnitude), dtype=torch.bool)
+    is_pruned[magnitude.topk(count, largest=False).indices] = True
+    for tensor, mask in zip(stored.values(), is_pruned.split(sizes), strict=True):
+        tensor.values[mask.view_as(tensor.values)] = 0
     return count
 
 
 def to_integers(
     W: Tensor, H: Tensor | None, bits: int, cfg: Config, sigmas: float, group: slice | None
 ) -> tuple[Stored, bool]:
-    """A matrix on its grid, by GPTQ where there is a Hessian; and whether GPTQ had to give up."""
+    """A matrix on its grid, by GPTQ if it has a Hessian; and whether GPTQ had to give up.
+
+    Embedding tables have none: where CLIP_SIGMAS does not say, they end at a quantile of their own.
+    """
     if H is None and bits == 8 and not cfg.clips_by_deviation:
         return int8_rows(W), False
     if H is None:
@@ -5581,7 +6076,7 @@ def to_integers(
 def pick_protected(
     model: GPT, hessians: dict[str, Tensor], run: Run
 ) -> tuple[str, slice] | tuple[None, None]:
-    """The matrix and the columns that AWQ_COLUMNS gives 8 bits, of all that have a Hessian."""
+    """The matrix and the columns that AWQ_COLUMNS gives 8 bits; only one with a Hessian can be."""
     width = model.cfg.awq_columns
     matrices, activation_rms = {}, {}
     for name in model.kinds:
@@ -5605,7 +6100,7 @@ def pick_protected(
 
 
 def correct_largest_errors(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Give the LQER_TOP_K matrices of largest error a low-rank correction of it, in place."""
+    """Give the LQER_TOP_K matrices of largest rounding error a low-rank correction, in place."""
     cfg = model.cfg
     if not cfg.lqer_top_k:
         return
@@ -5630,7 +6125,7 @@ def correct_largest_errors(model: GPT, stored: dict[str, Stored], run: Run) -> N
 
 
 def store_floats(model: GPT, name: str, W: Tensor) -> Stored:
-    """A parameter that BITS does not make integers: fp16, or a gate's rows of int8."""
+    """A parameter that BITS leaves as floats: fp16, but for gates under GATE_STORAGE=int8."""
     is_gate_matrix = model.kinds[name] == GATE and W.ndim == 2
     if is_gate_matrix and model.cfg.gate_storage == "int8":
         return gate_rows(W.cpu())
@@ -5643,19 +6138,19 @@ def quantize(
 ) -> dict[str, Stored]:
     """Every parameter as the artifact will hold it: integers where BITS says so, else fp16.
 
-    What PRUNE_FRAC and PRUNE_PCT ask for is zeroed. `factor` multiplies CLIP_SIGMAS. Raises
+    PRUNE_FRAC and PRUNE_PCT zero some of them. `factor` multiplies CLIP_SIGMAS. Raises
     FloatingPointError, naming the parameter, if one is not finite or too large for fp16.
     """
     run.phase = "quantization"
     cfg = model.cfg
     stored: dict[str, Stored] = {}
-    fallbacks, objective = 0, 0.0
-    # Factorisations and float64 sums are not to be had on every other device.
+    fallbacks = 0
+    objective = 0.0
+    # Devices other than these may lack Cholesky factors or float64.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
     protected_name, group = pick_protected(model, hessians, run)
-    for name, p in run.folder.progress(
-        "quantizing", iterable=[*model.named_parameters()], unit="tensor"
-    ):
+    parameters = list(model.named_parameters())
+    for name, p in run.folder.progress("quantizing", iterable=parameters, unit="tensor"):
         W = p.detach().float().to(device)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
@@ -5673,9 +6168,8 @@ def quantize(
         made, fell_back = to_integers(W, H, bits, cfg, sigmas, own_group)
         if H is not None:
             objective += weighted_error(W, made, H)
-        fallbacks += fell_back
-        arrays = [array.cpu() for array in made.arrays()]
-        stored[name] = Stored.of(made.kind, made.numbers(), arrays)
+        fallbacks += int(fell_back)
+        stored[name] = made.cpu()
     prune_stored(model, stored, run)
     correct_largest_errors(model, stored, run)
     run.folder.log(
@@ -5693,7 +6187,7 @@ def quantize(
 # =================================================================================================
 # Artifact
 # One file: an uncompressed prelude (magic, version, codec, body length, sha256 of the rest), then
-# one compressed body of JSON header, then all integers, then all floats. A reader trusts none of
+# one compressed body: a JSON header, all integers, all floats, packed text. A reader trusts none of
 # it. records/ARTIFACT.md describes the format for other programs.
 # =================================================================================================
 
@@ -5707,23 +6201,23 @@ class ArtifactSettings(Part):
     artifact_target_bytes: int = training_knob(
         0,
         (0, 1 << 40),
-        "With QUANT_CLIP=std or std_published, bytes of code and artifact to end just below; 0 "
-        "aims only when they are over the limit.",
+        "End code and artifact just below this many bytes, if QUANT_CLIP is std or std_published; "
+        "0 aims below the limit, and only if they would be over it.",
     )
     codec: str = training_knob(
         "zstd",
         ("zstd", "lzma", "brotli", "range", "best"),
-        "Compression of the artifact; best is the smallest of zstd, lzma and range.",
+        "Compress the artifact by this codec; best takes the smallest of zstd, lzma and range.",
     )
 
     @property
     def orders_hidden_units(self) -> bool:
-        """Whether the codec makes use of an order of hidden units; best leaves weights alone."""
+        """Whether hidden units are sorted for the codec; best does not know its codec so early."""
         return self.codec == "range"
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """A target above the limit could not be met."""
+        """The target lies within the limit."""
         yield (
             cfg.artifact_target_bytes <= cfg.artifact_limit_bytes,
             "ARTIFACT_TARGET_BYTES must be at most ARTIFACT_LIMIT_BYTES",
@@ -5731,14 +6225,14 @@ class ArtifactSettings(Part):
 
 
 ARTIFACT_MAGIC = b"TINYGPT\n"
-ARTIFACT_VERSION = 2  # what is written; version 1 is read as well
+ARTIFACT_VERSION = 3  # what is written; versions 1 and 2 are read as well
 PRELUDE = struct.Struct("<8sHHQ32s")  # magic, version, codec, bytes of the body, sha256 of the rest
 CODECS = {"zstd": 1, "lzma": 2, "brotli": 3, "range": 4}
 BEST_OF = ("zstd", "lzma", "range")  # what CODEC=best tries
 
 ZSTD_LEVEL = 22
 ZSTD_SHORTEST_MATCHES = (6, 4, 3)  # bytes; all are tried, since no rule says which packs best
-LONG_BODY = 1 << 22  # bytes from which only the first of them is tried, for time
+LONG_BODY = 1 << 22  # bytes; a longer body is packed with the first of them only, to save time
 LZMA_PRESET = 6
 LZMA_MEMORY = 1 << 26  # bytes that the decompressor may take; LZMA_PRESET needs 9 MiB
 
@@ -5747,7 +6241,8 @@ MAX_ARTIFACT_BYTES = 1 << 28
 MAX_BODY_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 20
 
-# Settings that the first artifacts named. What came later says what its absence means.
+# The settings that every artifact names, the first ones included. A setting that was added later
+# declares what an artifact without it means; see Knob.absent.
 VERSION_1_SETTINGS = frozenset(
     """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult mlp_act leaky_slope
     tie_embeddings logit_softcap qk_gain_init rope_base rope_dims rope_ntk_ref xsa_last_n vrl_mode
@@ -5761,15 +6256,15 @@ VERSION_1_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class Stream:
-    """One array of equal numbers that a stored tensor consists of."""
+    """One array of a stored tensor, as the body holds it."""
 
     dtype: str  # as numpy names it, little-endian
-    shape: Callable[[list[int]], Shape]  # from the numbers of the tensor's row in the header
+    shape: Callable[[list[int]], Shape]  # from the tensor's numbers in the header
 
 
 @dataclass(frozen=True)
 class StorageKind:
-    """A way to store a tensor: how many numbers its row may have, and its streams."""
+    """A way to store a tensor: how many numbers the header may give it, and its streams."""
 
     numbers: tuple[int, ...]
     streams: tuple[Stream, ...]
@@ -5777,30 +6272,32 @@ class StorageKind:
 
 # The body holds all streams of the first type, tensor by tensor, then all of the second, ...
 STREAM_TYPES = ("<i1", "<f2", "|u1")
-ROW_SCALES = Stream("<f2", lambda row: (row[0],))
-GRID_STREAMS = (Stream("<i1", lambda row: (row[0], row[1])), ROW_SCALES)
-# A correction's row ends with its rank and its group.
-LEFT_FACTOR = Stream("<i1", lambda row: (row[0], row[-2]))
-RIGHT_FACTOR = Stream("<i1", lambda row: (row[-2], row[1]))
-CORRECTED_STREAMS = (GRID_STREAMS[0], LEFT_FACTOR, RIGHT_FACTOR, ROW_SCALES)
-FACTOR_SCALES = (
-    Stream("<f2", lambda row: ()),
-    Stream("<f2", lambda row: (-(-row[-2] * row[1] // row[-1]),)),
-)
-# After a tensor's own (rows, columns) comes where protected columns start and how many they are.
+
+# The numbers of a grid are its rows and columns; then, if it has protected columns, the first of
+# them and how many they are; then, if it has a correction, its rank and its group.
+INTEGERS = Stream("<i1", lambda numbers: (numbers[0], numbers[1]))
+ROW_SCALES = Stream("<f2", lambda numbers: (numbers[0],))
+LEFT_FACTOR = Stream("<i1", lambda numbers: (numbers[0], numbers[-2]))
+RIGHT_FACTOR = Stream("<i1", lambda numbers: (numbers[-2], numbers[1]))
+LEFT_SCALE = Stream("<f2", lambda numbers: ())
+RIGHT_SCALES = Stream("<f2", lambda numbers: (-(-numbers[-2] * numbers[1] // numbers[-1]),))
+
+GRID = (INTEGERS, ROW_SCALES)
+CORRECTED_GRID = (INTEGERS, LEFT_FACTOR, RIGHT_FACTOR, ROW_SCALES)
+FACTOR_SCALES = (LEFT_SCALE, RIGHT_SCALES)
 STORAGE_KINDS = {
     "float": StorageKind((0, 1, 2), (Stream("<f2", tuple),)),
-    "grid": StorageKind((2,), GRID_STREAMS),
-    "grid_protected": StorageKind((4,), (*GRID_STREAMS, ROW_SCALES)),
-    "grid_low_rank": StorageKind((4,), (*CORRECTED_STREAMS, *FACTOR_SCALES)),
-    "grid_protected_low_rank": StorageKind((6,), (*CORRECTED_STREAMS, ROW_SCALES, *FACTOR_SCALES)),
+    "grid": StorageKind((2,), GRID),
+    "grid_protected": StorageKind((4,), (*GRID, ROW_SCALES)),
+    "grid_low_rank": StorageKind((4,), (*CORRECTED_GRID, *FACTOR_SCALES)),
+    "grid_protected_low_rank": StorageKind((6,), (*CORRECTED_GRID, ROW_SCALES, *FACTOR_SCALES)),
     "packed": StorageKind((1,), (Stream("|u1", tuple),)),
 }
 TRAINING_TEXT = "training_text"  # the name of the packed tokens that COUNTS reads
 
 
 def artifact_header(cfg: Config, val: Validation) -> dict:
-    """What rebuilding the model and repeating its evaluation takes."""
+    """What is needed to rebuild the model and to repeat its evaluation."""
     return {
         "settings": environment_of(cfg, "model", "scoring"),
         "tokenizer": val.tokenizer_sha256,
@@ -5809,7 +6306,7 @@ def artifact_header(cfg: Config, val: Validation) -> dict:
 
 
 def environment_of(cfg: Config, *reaches: str) -> dict[str, str]:
-    """The settings of these reaches as the environment would give them."""
+    """The settings of these reaches by name, as text that the environment could hold."""
     values = {name.upper(): getattr(cfg, name) for name in settings_of_reach(*reaches)}
     return {
         name: value if isinstance(value, str) else show_setting(value)
@@ -5841,7 +6338,7 @@ def compress(body: bytes, codec: str) -> bytes:
 
 
 def compress_with_zstd(body: bytes) -> bytes:
-    """The shortest of a few zstd frames, which differ in the shortest match they look for."""
+    """The smallest of a few zstd frames, each with another bound on the shortest match."""
     tries = 1 if len(body) > LONG_BODY else len(ZSTD_SHORTEST_MATCHES)
     frames = []
     for shortest in ZSTD_SHORTEST_MATCHES[:tries]:
@@ -5854,18 +6351,29 @@ def compress_with_zstd(body: bytes) -> bytes:
 
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
-    """What compress() was given, `size` bytes; never holds more. Raises Refusal otherwise."""
+    """The `size` bytes that compress() was given; raises Refusal if there are fewer or more.
+
+    However many bytes the packed ones would expand to, no more than size + 1 are ever held.
+    """
     try:
         body = decompress_within(packed, codec, size)
-    except (zstandard.ZstdError, lzma.LZMAError) as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+    except Refusal:
+        raise
+    except (zstandard.ZstdError, lzma.LZMAError, *MALFORMED) as error:
+        raise Refusal(
+            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
+        ) from None
     if body is None or len(body) != size:
         raise Refusal("the artifact's body does not end where its prelude says")
     return body
 
 
 def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
-    """The body, if it ends where the packed bytes end and `size` bounds it; else None or more."""
+    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does.
+
+    Raises Refusal if the codec is not installed, and its own error or one of MALFORMED if it cannot
+    read the packed bytes.
+    """
     if codec == "zstd":
         if zstandard.frame_content_size(packed) != size:
             return None
@@ -5882,12 +6390,12 @@ def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
     try:
         body = brotli_reader.process(packed, output_buffer_limit=size + 1)
     except brotli.error as error:
-        raise Refusal(f"the artifact's body does not decompress ({error})") from None
+        raise ValueError(error) from None
     return body if brotli_reader.is_finished() else None
 
 
 def by_place_in_layer(name: str) -> tuple[str, list[int]]:
-    """A sort key that puts the same matrix of all layers side by side, which compresses best."""
+    """A sort key that puts the same matrix of all blocks side by side, which compresses best."""
     return re.sub(r"\d+", "", name), [int(number) for number in re.findall(r"\d+", name)]
 
 
@@ -5904,7 +6412,7 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
 
 
 def pack_body(body: bytes, codec: str) -> bytes:
-    """The artifact of a body: the prelude, then the body under the codec, or the best one."""
+    """The artifact of a body: the prelude, then the body as the codec packs it."""
     codecs = BEST_OF if codec == "best" else (codec,)
     packed_by = {name: compress(body, name) for name in codecs}
     codec = min(packed_by, key=lambda name: len(packed_by[name]))
@@ -5915,7 +6423,7 @@ def pack_body(body: bytes, codec: str) -> bytes:
 
 
 def unpack_body(blob: bytes) -> tuple[int, bytes]:
-    """Format version and body of an artifact; raises Refusal before trusting any length in it."""
+    """Format version and body of an artifact; raises Refusal if they cannot be trusted."""
     if len(blob) < PRELUDE.size or blob[:8] != ARTIFACT_MAGIC:
         raise Refusal("not an artifact of train_gpt.py (its first bytes are wrong)")
     _, version, number, size, digest = PRELUDE.unpack_from(blob)
@@ -5935,7 +6443,7 @@ def unpack_body(blob: bytes) -> tuple[int, bytes]:
 
 
 def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
-    """Header and tensors of an artifact; raises Refusal before trusting any length in it."""
+    """Header and tensors of an artifact; raises Refusal if it is damaged or malformed."""
     version, body = unpack_body(blob)
     try:
         header, rows, end = header_of(body, version)
@@ -5946,11 +6454,11 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         ) from None
 
 
-TensorRow = tuple[str, str, list[int]]  # name, storage kind, its numbers: the shape comes first
+TensorRow = tuple[str, str, list[int]]  # in the header: name, storage kind, numbers (shape first)
 
 
 def header_of(body: bytes, version: int) -> tuple[dict, list[TensorRow], int]:
-    """A body's header, the rows of its tensors, and where it ends; raises one of MALFORMED."""
+    """A body's header, its rows of tensors, and where it ends; or one of MALFORMED is raised."""
     (header_bytes,) = struct.unpack_from("<I", body)
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
@@ -5966,9 +6474,9 @@ def header_of(body: bytes, version: int) -> tuple[dict, list[TensorRow], int]:
 
 
 def tensor_row(row: list, version: int) -> TensorRow:
-    """A tensor of the header, [name, kind, *numbers], checked; raises ValueError or TypeError.
+    """Check a row of the header, [name, kind, *numbers]; raises ValueError or TypeError.
 
-    Version 1 has 0 for floats and 1 for a grid in the place of the kind's name.
+    Version 1 writes 0 for floats and 1 for a grid in place of the kind's name.
     """
     name, kind, *numbers = row
     if version == 1:
@@ -5985,7 +6493,7 @@ def tensor_row(row: list, version: int) -> TensorRow:
 
 
 def check_grid_numbers(kind: str, numbers: list[int]) -> None:
-    """Raise ValueError where protected columns or a correction's rank cannot be."""
+    """Raise ValueError for protected columns or a correction that a matrix cannot have."""
     if "protected" in kind:
         columns, start, width = numbers[1:4]
         if width < 1 or start + width > columns:
@@ -5997,7 +6505,7 @@ def check_grid_numbers(kind: str, numbers: list[int]) -> None:
 
 
 def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
-    """Name, type and shape of every stream, in the order in which the body holds them."""
+    """Tensor name, type and shape of every stream, in the order in which the body holds them."""
     for dtype in STREAM_TYPES:
         for name, kind, numbers in rows:
             for stream in STORAGE_KINDS[kind].streams:
@@ -6008,7 +6516,10 @@ def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
 def arrays_in_body(
     body: bytes, start: int, rows: list[TensorRow]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Name, type and numbers of all streams, which fill the body from `start`, or ValueError."""
+    """Tensor name, type and content of each stream; ValueError unless they fill the body exactly.
+
+    start: where the header ends.
+    """
     place = start
     for name, dtype, shape in streams_in_body(rows):
         flat = np.frombuffer(body, dtype, math.prod(shape), place)
@@ -6019,10 +6530,10 @@ def arrays_in_body(
 
 
 def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Stored]:
-    """The tensors whose streams fill the body from `start` to its end, or ValueError."""
+    """The tensors of a body, whose header ends at `start`; ValueError if they do not fill it."""
     arrays: dict[str, list[Tensor]] = {name: [] for name, _, _ in rows}
-    for name, dtype, numbers in arrays_in_body(body, start, rows):
-        native = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
+    for name, dtype, content in arrays_in_body(body, start, rows):
+        native = torch.from_numpy(content.astype(content.dtype.newbyteorder("=")))
         if dtype == "<f2" and not native.isfinite().all():
             raise ValueError(f"tensor {name!r} is not finite")
         arrays[name].append(native)
@@ -6030,10 +6541,10 @@ def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Sto
 
 
 def settings_in_header(header: dict) -> dict[str, str]:
-    """Every model and scoring setting of an artifact by name, as text; raises Refusal.
+    """Every model and scoring setting of an artifact by name, as text.
 
-    An artifact from before a setting was added does not name it: the setting says itself what
-    that means. A name that is not known here is refused.
+    An artifact that is older than a setting does not name it, and means Knob.absent by that. Raises
+    Refusal for a name that is not known here, or if a name is missing.
     """
     named = dict(header["settings"])
     ours = {name.upper(): SETTINGS[name] for name in settings_of_reach("model", "scoring")}
@@ -6053,13 +6564,16 @@ def settings_in_header(header: dict) -> dict[str, str]:
 
 
 def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str]]:
-    """An artifact's settings, then those of `env`, and notes for the log; or Refusal."""
-    travelled = settings_in_header(header)
+    """An artifact's settings, overridden by those in `env`, and notes for the log.
+
+    Raises Refusal for a setting in `env` that decides what the model is: only the artifact may.
+    """
+    in_artifact = settings_in_header(header)
     given, notes = translate_names(env, {name.upper(): f for name, f in SETTINGS.items()})
     of_model = {name.upper() for name in settings_of_reach("model")}
     if repeated := sorted(of_model & set(given)):
         raise Refusal(f"{repeated[0]} is set, but the artifact says what its model is: unset it")
-    return Config.from_env({**travelled, **given})[0], notes
+    return Config.from_env({**in_artifact, **given})[0], notes
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -6077,13 +6591,14 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
 def rebuild_model(
     cfg: Config, stored: dict[str, Stored], run: Run, kernel: AttentionKernel | None = None
 ) -> GPT:
-    """The model an artifact holds, on the run's device; raises Refusal if it holds another.
+    """The model of an artifact's tensors, on the run's device.
 
-    kernel: its attention kernel; None takes that of the settings.
+    kernel: its attention kernel; None takes that of the settings. Raises Refusal if the tensors are
+    not those of the model that `cfg` describes.
     """
     if kernel is None:
-        kernel = pick_attention(cfg, run.device)[1]
-    # The empty model is laid out without memory, so that a lying header allocates nothing.
+        kernel = pick_attention(cfg, run.ranks).kernel
+    # The meta device lays the model out without memory: a header that lies allocates nothing.
     with torch.device("meta"):
         model = GPT(cfg, kernel, run.dtype)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -6097,8 +6612,13 @@ def rebuild_model(
 
 # =================================================================================================
 # Range coder
-# Integers of matrices to bytes and back. The coder is interleaved rANS; the model is that an
-# integer's expected magnitude is the product of a matrix's, a row's and a column's.
+# Integers of matrices to bytes and back. The coder is interleaved rANS (asymmetric numeral
+# systems). Its probabilities come from adaptive tables, of which an integer's expected magnitude
+# chooses one: the product of a factor for its matrix, one for its row and one for its column.
+#
+# Columns of tables with many rows, token embeddings above all, are correlated. There a regression
+# on the columns before it says what to expect of an integer, whose difference from that is coded.
+# The regression is fitted to the rows before, which a decoder has by then.
 # =================================================================================================
 
 TOTAL_FREQUENCY = 1 << 16  # of each table
@@ -6108,24 +6628,41 @@ LANE_SHARE = 16  # there are sqrt(integers) / LANE_SHARE lanes: each costs 4 byt
 MAX_INTEGERS, MAX_LINES, MAX_MATRICES = 1 << 27, 1 << 22, 1 << 12
 MAX_CHUNK = 1 << 20  # integers coded at once
 
-# A level is LEVELS_AN_OCTAVE times log2 of an expected magnitude, from 2^LOWEST_OCTAVE on.
+# The level of an expected magnitude m is LEVELS_AN_OCTAVE (log2(m) - LOWEST_OCTAVE), rounded. Every
+# LEVELS_A_TABLE levels share a table.
 LEVELS_AN_OCTAVE, LOWEST_OCTAVE, HIGHEST_OCTAVE = 16, -8, 7
 LEVELS_A_TABLE = 2
 TABLES = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * LEVELS_AN_OCTAVE // LEVELS_A_TABLE
-PRIOR_SAMPLES, COUNT_UNIT = 512, 256  # integers that a fresh table counts; one integer's count
-FIRST_CHUNK, CHUNK_SHARE = 512, 8  # tables learn after each chunk, of this share of all so far
+PRIOR_SAMPLES = 512  # integers that a fresh table counts as if it had seen them
+COUNT_UNIT = 256  # what an integer adds to a count, so that counts of the prior can be fractions
+# Tables learn after each chunk of integers, which is 1 / CHUNK_SHARE of all they coded before.
+FIRST_CHUNK, CHUNK_SHARE = 512, 8
 
-PROFILE_TOP, PROFILE_PASSES, MAX_SHIFT, LEAST_MEAN = 63, 6, 6, 1e-4
+PROFILE_TOP = 63  # the largest step of a row or column in a profile
+PROFILE_PASSES = 6  # of fitting rows to columns and columns to rows
+LEAST_MEAN = 1e-4  # of magnitudes: a row may be all zeros
+MAX_SHIFT = 6  # a profile's step is at most 2^MAX_SHIFT levels
 STEP_IN_ERRORS = 3.5  # a profile's step in standard errors: finer ones cost more than they save
-TWIN_COSINE, TWIN_CANDIDATES = 0.9, 256
+TWIN_COSINE = 0.9  # from which a row is coded by its difference from another
+TWIN_CANDIDATES = 256  # rows that are tried as that other one
+
+# Coefficients and innovations are whole numbers of these parts of 1: sums of their products are
+# exact in float64, in any order, and every machine predicts alike.
+COEFFICIENT_PARTS, INNOVATION_PARTS = 1 << 10, 1 << 6
+LARGEST_COEFFICIENT = 16
+RIDGE = 512  # rows that speak for no correlation at all
+FIRST_BLOCK, BLOCK_SHARE = 64, 4  # rows predicted at once: so many, or this share of those before
+# A regression takes columns^3 / 3 operations a block, so these bound a decoder's time.
+MAX_PREDICTED_COLUMNS, MAX_PREDICTED_MATRICES, ROWS_A_COLUMN = 512, 8, 8
+LEAST_SAVED_BITS = 0.01  # an integer, for which a matrix is predicted
 
 
 class RangeEncoder:
     """Interleaved rANS (arXiv:1311.2540, section 2.3): one state a lane, words of 16 bits.
 
-    A symbol of frequency f, above others of frequencies F in all, takes the state x of its lane
-    to (x // f) 2^16 + x % f + F. Decoding runs backwards, so the stream is written from its end.
-    Facts are bytes that a decoder is told outright.
+    A symbol of frequency f, whose smaller symbols have frequencies F in all, takes the state x of
+    its lane to (x // f) 2^16 + x % f + F. A decoder undoes the last step first, so the stream is
+    written from its end. Facts are bytes that a decoder reads as they are.
     """
 
     def __init__(self) -> None:
@@ -6133,7 +6670,7 @@ class RangeEncoder:
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Note symbols, each of its own table; returns them.
+        """Note symbols to be coded, each by its own table; returns them.
 
         ends: int64 (tables, symbols + 1), running sums of frequencies from 0 to TOTAL_FREQUENCY.
         """
@@ -6180,7 +6717,7 @@ class RangeDecoder:
         return part
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """The next symbols, each of its own table; of those given only the number counts."""
+        """The next symbols, each by its own table; those given only say how many there are."""
         bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
         widths = np.diff(ends).ravel().astype(np.uint64)
         found = np.empty(len(tables), np.int64)
@@ -6234,7 +6771,7 @@ def prior_counts(top: int) -> np.ndarray:
 
 
 class AdaptiveTables:
-    """Tables of the integers within +-top, one for each two levels, that learn what is coded."""
+    """Frequencies of the integers within +-top, a table for every two levels; they adapt."""
 
     def __init__(self, top: int) -> None:
         self.top = top
@@ -6251,9 +6788,10 @@ class AdaptiveTables:
         return np.pad(frequencies.cumsum(axis=1), ((0, 0), (1, 0)))
 
     def code(self, coder: Coder, matrix: np.ndarray, level: int, rows, columns) -> None:
-        """Code a matrix (r, c) in place, levels being level + rows[i] + columns[j].
+        """Code a matrix (r, c) in place, the element (i, j) at level + rows[i] + columns[j].
 
-        Chunks go by share of what these tables coded so far, so that the decoder learns alike.
+        The size of a chunk depends on what was coded before alone, so that a decoder's tables learn
+        at the same places.
         """
         values = matrix.reshape(-1)  # a view
         start = 0
@@ -6276,16 +6814,16 @@ class AdaptiveTables:
 
 
 def level_of(magnitude: float) -> int:
-    """The level of an expected magnitude, within a byte."""
+    """The level of an expected magnitude, at most 255."""
     octaves = math.log2(max(magnitude, 2.0**LOWEST_OCTAVE)) - LOWEST_OCTAVE
     return min(round(octaves * LEVELS_AN_OCTAVE), 255)
 
 
 @dataclass
 class Profile:
-    """What the model says of a matrix (r, c): its level, and levels above it by row and column.
+    """The expected magnitudes of a matrix (r, c): its level, plus steps for each row and column.
 
-    The latter are whole steps of 2^n levels.
+    A step is 2^row_shift or 2^column_shift levels.
     """
 
     level: int
@@ -6295,17 +6833,17 @@ class Profile:
     column_shift: int
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Levels of rows and of columns, to be added to the matrix's."""
+        """Levels of the rows (r,) and of the columns (c,), to be added to the matrix's."""
         return self.rows << self.row_shift, self.columns << self.column_shift
 
 
 def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
-    """Logarithms of mean magnitudes, less their average, in steps of 2^n levels: int64, and n.
+    """Logarithms of mean magnitudes, less their average, in steps of 2^k levels: int64, and k.
 
-    A mean m of n samples has a logarithm of variance chance = (0.57 + (1/m - 1)^+) / n, as for
-    normal integers if large and rare ones if small. Each logarithm is drawn to the average as far
-    as the share of chance in the variance of all says (James and Stein). A step is the power of
-    two near STEP_IN_ERRORS of the standard error that is left.
+    The logarithm of a mean m of n samples has about the variance chance = (0.57 + (1/m - 1)^+) / n:
+    that of normal integers if m is large, of rare ones if it is small. Each logarithm is shrunk
+    towards the average by the part of chance in the variance of all (James and Stein). A step is
+    the power of two near STEP_IN_ERRORS standard errors.
     """
     means = np.maximum(means, 0.5 / samples)
     chance = (0.57 + np.maximum(1 / means - 1, 0)) / samples
@@ -6320,8 +6858,10 @@ def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
 
 
 def fit_profile(matrix: np.ndarray) -> Profile:
-    """The profile by which an integer matrix (r, c) codes well: alternating means fit |q_ij| by
-    m a_i b_j, a and b of mean 1."""
+    """The profile with which an integer matrix (r, c) takes few bytes.
+
+    |q_ij| is fitted by m a_i b_j, where a and b have mean 1, by alternating between the two.
+    """
     magnitudes = np.abs(matrix).astype(np.float64)
     mean = max(float(magnitudes.mean()), LEAST_MEAN)
     columns = np.ones(matrix.shape[1])
@@ -6342,7 +6882,7 @@ def fit_profile(matrix: np.ndarray) -> Profile:
 
 
 def grid_top(largest: int) -> int:
-    """The end 2^n - 1 of a symmetric grid that holds `largest`; 128 for int8's own end."""
+    """The least 2^n - 1 that is no less than `largest`, or 128 for int8's lower end."""
     return top_of_bits(min(largest, 128).bit_length())
 
 
@@ -6354,16 +6894,16 @@ def top_of_bits(bits: int) -> int:
 
 
 def wrap_integers(integers: np.ndarray, top: int) -> np.ndarray:
-    """Integers modulo 2 top + 1, within +-top."""
+    """The integers within +-top that are equal to these modulo 2 top + 1."""
     return (integers + top) % (2 * top + 1) - top
 
 
 def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
-    """Rows of (r, c) that are best told as differences from one of them, and that one: bool (r,).
+    """Rows of (r, c) that are best coded as differences from another row: bool (r,), and that row.
 
-    Unused tokens have them: nothing but weight decay and the head's common pull acts on their
-    rows. They are those of cosine above TWIN_COSINE with the one of up to TWIN_CANDIDATES rows,
-    evenly taken, that has most such.
+    Tokens that the text never uses have such rows: only weight decay and the head's common pull act
+    on them. Of up to TWIN_CANDIDATES rows, evenly spaced, the one with most rows of a cosine above
+    TWIN_COSINE is taken.
     """
     exact = matrix.astype(np.float64)
     candidates = exact[:: len(exact) // TWIN_CANDIDATES + 1]
@@ -6373,7 +6913,7 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
     twins = near[near.sum(axis=1).argmax()]
     first = int(twins.argmax())
     twins[first] = False
-    # A magnitude m takes some log2(m + 1/2) bits, and telling twins takes one for each row.
+    # A magnitude m takes about log2(m + 1/2) bits, and naming the twins takes a bit for each row.
     own = np.log2(np.abs(exact[twins]) + 0.5).sum()
     as_differences = np.log2(np.abs(exact[twins] - exact[first]) + 0.5).sum()
     if own - as_differences < len(exact):
@@ -6381,12 +6921,83 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
     return twins, first
 
 
+def regression_of(known: np.ndarray) -> np.ndarray:
+    """What a column takes of those before it: float64 (c + 1, c + 1), in COEFFICIENT_PARTS.
+
+    known: integers (c, n), columns as far as they are known; a constant 1 goes before them.
+    Entry [j, k] is the share of column k's innovation, what it has beyond its own expectation, in
+    the expectation of column j. This is the L of L D L^T, the matrix of products with a ridge.
+    Products are whole and below 2^53; the rest is + - * / of float64 (see prior_counts).
+    """
+    rows = np.ones((len(known) + 1, known.shape[1]))
+    rows[1:] = known
+    rest = rows @ rows.T
+    ridge = np.full(len(rest), RIDGE * (1 + rest.diagonal()[1:].mean()) / (1 + known.shape[1]))
+    ridge[0] = 1
+    rest += np.diag(ridge)
+    lower = np.zeros_like(rest)
+    for j in range(len(rest)):
+        lower[j:, j] = rest[j:, j] / rest[j, j]
+        rest[j:, j:] -= np.outer(lower[j:, j], rest[j, j:])
+    most = LARGEST_COEFFICIENT * COEFFICIENT_PARTS
+    return np.rint(lower * COEFFICIENT_PARTS).clip(-most, most)
+
+
+def blocks_of(rows: int) -> Iterator[slice]:
+    """The blocks of rows that are predicted at once, from all rows before them."""
+    start = 0
+    while start < rows:
+        stop = min(rows, start + max(FIRST_BLOCK, start // BLOCK_SHARE))
+        yield slice(start, stop)
+        start = stop
+
+
+def predict(lines: np.ndarray, alone: np.ndarray, top: int, settle: SettleLine) -> None:
+    """Call settle(j, block, expected) for the columns of each block of rows in turn.
+
+    lines: integers (columns, rows), of which settle() makes lines[j, block] known if they are not.
+    alone: bool (rows,), rows that are not predicted, nor learned from; 0 is expected of them.
+    """
+    for block in blocks_of(lines.shape[1]):
+        learned = lines[:, : block.start][:, ~alone[: block.start]]
+        regression = regression_of(learned)
+        innovations = np.full((len(regression), block.stop - block.start), INNOVATION_PARTS, float)
+        for j, line in enumerate(lines):
+            shares = regression[j + 1, : j + 1] @ innovations[: j + 1]
+            fine = np.floor(shares / COEFFICIENT_PARTS + 0.5)
+            fine = fine.clip(-top * INNOVATION_PARTS, top * INNOVATION_PARTS)
+            fine[alone[block]] = 0
+            settle(j, block, np.floor(fine / INNOVATION_PARTS + 0.5).astype(np.int64))
+            innovations[j + 1] = INNOVATION_PARTS * line[block] - fine
+
+
+def differences(matrix: np.ndarray, alone: np.ndarray, top: int) -> np.ndarray:
+    """An integer matrix (r, c) less what is expected of it, modulo 2 top + 1."""
+    lines = matrix.T.copy()
+    left = np.empty_like(lines)
+
+    def settle(j: int, block: slice, expected: np.ndarray) -> None:
+        left[j, block] = wrap_integers(lines[j, block] - expected, top)
+
+    predict(lines, alone, top, settle)
+    return left.T.copy()
+
+
+SettleLine = Callable[[int, slice, np.ndarray], None]
+
+
 @dataclass
 class IntegerModel:
-    """All tables of an artifact: those of profiles, and those of integers by their top."""
+    """All tables of an artifact: those of profiles, and those of integers by the grid's end."""
 
     profiles: AdaptiveTables = field(default_factory=lambda: AdaptiveTables(PROFILE_TOP))
     integers: dict[int, AdaptiveTables] = field(default_factory=dict)
+    predicted: int = 0  # matrices so far
+
+    def may_predict(self, rows: int, columns: int) -> bool:
+        """Whether a matrix of this shape may be predicted."""
+        fits = columns <= MAX_PREDICTED_COLUMNS and rows >= ROWS_A_COLUMN * columns
+        return fits and self.predicted < MAX_PREDICTED_MATRICES
 
     def tables(self, top: int) -> AdaptiveTables:
         """The tables of integers within +-top."""
@@ -6404,26 +7015,44 @@ class IntegerModel:
 def encode_matrix(encoder: RangeEncoder, model: IntegerModel, matrix: np.ndarray) -> None:
     """Code an integer matrix (r, c) of at least one element within +-128.
 
-    Facts: bits of its grid, the highest bit set where there are twins; level; shifts and
-    spreads of rows and of columns; with twins a bit for each row and the row they differ from.
+    Facts: bits of its grid, the two highest bits set where there are twins and where it is
+    predicted; level; shifts and spreads of rows and of columns; with twins a bit for each row and
+    the row they differ from.
     """
     top = grid_top(int(np.abs(matrix).max()))
     twins, first = find_twins(matrix)
     coded = matrix.copy()
     coded[twins] = wrap_integers(coded[twins] - coded[first], top)
+    is_predicted = False
+    if model.may_predict(*coded.shape):
+        left = differences(coded, twins, top)
+        # As in find_twins().
+        saved = np.log2(np.abs(coded) + 0.5).sum() - np.log2(np.abs(left) + 0.5).sum()
+        is_predicted = saved > LEAST_SAVED_BITS * coded.size
+        coded = left if is_predicted else coded
     profile = fit_profile(coded)
     spreads = [
         1 + level_of(float(np.abs(steps).mean())) if steps.any() else 0
         for steps in (profile.rows, profile.columns)
     ]
-    kind = top.bit_length() | bool(twins.any()) << 7
+    kind = top.bit_length() | is_predicted << 6 | bool(twins.any()) << 7
     shifts = profile.row_shift | profile.column_shift << 4
     encoder.facts += bytes([kind, profile.level, shifts, *spreads])
     if twins.any():
         encoder.facts += np.packbits(twins).tobytes() + first.to_bytes(4, "little")
     model.code_steps(encoder, profile.rows, spreads[0])
     model.code_steps(encoder, profile.columns, spreads[1])
-    model.tables(top).code(encoder, coded, profile.level, *profile.levels())
+    tables = model.tables(top)
+    row_levels, column_levels = profile.levels()
+    if not is_predicted:
+        tables.code(encoder, coded, profile.level, row_levels, column_levels)
+        return
+    model.predicted += 1
+    lines = coded.T.copy()
+    for block in blocks_of(len(coded)):
+        for j, line in enumerate(lines):
+            levels = column_levels[j : j + 1], row_levels[block]
+            tables.code(encoder, line[None, block], profile.level, *levels)
 
 
 def decode_matrix(
@@ -6431,7 +7060,10 @@ def decode_matrix(
 ) -> np.ndarray:
     """The next matrix, int16 (rows, columns); raises ValueError where there cannot be one."""
     kind, level, shifts, row_spread, column_spread = decoder.told(5)
-    top = top_of_bits(kind & 127)
+    top = top_of_bits(kind & 63)
+    is_predicted = bool(kind & 64)
+    if is_predicted and not model.may_predict(rows, columns):
+        raise ValueError(f"a matrix of {rows:,} rows and {columns:,} columns is predicted")
     twins: np.ndarray = np.zeros(rows, bool)
     first = 0
     if kind >> 7:
@@ -6446,20 +7078,34 @@ def decode_matrix(
     model.code_steps(decoder, column_steps, column_spread)
     matrix = np.zeros((rows, columns), np.int16)
     profile = Profile(level, row_steps, column_steps, shifts & 15, shifts >> 4)
-    model.tables(top).code(decoder, matrix, level, *profile.levels())
+    tables = model.tables(top)
+    row_levels, column_levels = profile.levels()
+
+    def settle(j: int, block: slice, expected: np.ndarray) -> None:
+        line = lines[j, block]  # a view
+        tables.code(decoder, line[None], level, column_levels[j : j + 1], row_levels[block])
+        line[:] = wrap_integers(line + expected, top)
+
+    if is_predicted:
+        model.predicted += 1
+        lines = matrix.T.copy()
+        predict(lines, twins, top, settle)
+        matrix = lines.T.copy()
+    else:
+        tables.code(decoder, matrix, level, row_levels, column_levels)
     matrix[twins] = wrap_integers(matrix[twins] + matrix[first], top)
     return matrix
 
 
 def lanes_for(integers: int) -> int:
-    """How many lanes code so many integers."""
+    """The number of lanes that code this many integers."""
     return max(1, math.isqrt(integers) // LANE_SHARE)
 
 
 def encode_integers(matrices: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
-    """Pack integer matrices within +-128: facts, which a general codec shortens, and a stream.
+    """Pack integer matrices within +-128 into facts, which LZMA can shorten, and a stream.
 
-    The same matrices always give the same bytes. Raises ValueError where a decoder would refuse.
+    The same matrices always give the same bytes. Raises ValueError for what no decoder would read.
     """
     check_shapes([matrix.shape for matrix in matrices])
     encoder, model, integers = RangeEncoder(), IntegerModel(), 0
@@ -6504,15 +7150,15 @@ def check_shapes(shapes: Sequence[Shape]) -> None:
 # LZMA packs everything else of a body: its header, its floats, its packed text, and the facts
 # that go with the integers.
 FACTS_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "pb": 0}]
-RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text; of all that LZMA packs
+RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text, and of what LZMA made
 MAX_FACTS = 1 << 20  # bytes of facts and flags, which the body itself does not hold
 
 
 def float_planes(floats: Sequence[np.ndarray]) -> bytes:
     """fp16 tensors as bytes: a flag for each, then all high bytes, then all low bytes.
 
-    The flag says that the bit patterns ascend, as sorted scales do, and that their differences
-    are told in their place.
+    The flag is 1 if the tensor's bit patterns ascend, as sorted scales do; then their differences
+    are written instead.
     """
     flags = bytearray()
     words: list[np.ndarray] = [np.empty(0, np.uint16)]
@@ -6561,19 +7207,9 @@ def pack_by_range(body: bytes) -> bytes:
 
 
 def unpack_by_range(packed: bytes, size: int) -> bytes:
-    """The body of `size` bytes that pack_by_range() was given; raises Refusal otherwise."""
-    try:
-        return read_range(packed, size)
-    except MALFORMED as error:
-        raise Refusal(
-            f"the artifact's body does not decompress ({type(error).__name__}: {error})"
-        ) from None
+    """The body of `size` bytes that pack_by_range() was given; or one of MALFORMED is raised.
 
-
-def read_range(packed: bytes, size: int) -> bytes:
-    """As unpack_by_range(), but raises one of MALFORMED.
-
-    Before integers are read, what the header promises has been found to be `size` bytes in all.
+    What the header promises is checked to be `size` bytes in all before any integer is decoded.
     """
     header_size, facts_size, text_size, packed_size = RANGE_LENGTHS.unpack_from(packed)
     end = RANGE_LENGTHS.size + packed_size
@@ -6595,7 +7231,7 @@ def read_range(packed: bytes, size: int) -> bytes:
 
 
 def unpack_lzma(packed: bytes, most: int) -> bytes:
-    """What LZMA packed, at most `most` bytes; raises ValueError otherwise."""
+    """What LZMA packed, if it is at most `most` bytes; raises ValueError if not."""
     reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FACTS_FILTERS)
     try:
         plain = reader.decompress(packed, max_length=most)
@@ -6608,23 +7244,24 @@ def unpack_lzma(packed: bytes, most: int) -> bytes:
 
 # =================================================================================================
 # Size
-# The artifact has a budget of bytes as training has one of seconds. Steps by CLIP_SIGMAS have one
-# knob, a factor of all of them: coarser steps take fewer bytes. It is solved for.
+# The artifact has a budget of bytes as training has one of seconds. Where CLIP_SIGMAS sets the
+# steps of grids, one factor makes all of them coarser, and so the artifact smaller; the smallest
+# factor that meets the budget is searched for.
 # =================================================================================================
 
-SIZE_FORESEEN_AT = 0.1  # of the run: when the log says what the artifact will take
-FACTOR_BYTES = 0.2  # a number of LQER's factors
-LEAST_CODED = 0.96  # of the integers' entropy: what a codec takes at least
+SIZE_FORESEEN_AT = 0.1  # of the run, when the log predicts the artifact's size
+FACTOR_BYTES = 0.2  # for each number of a correction's factors, about
+LEAST_CODED = 0.96  # of the integers' entropy is what a codec takes at least
 
-SOLVER_PASSES = 8
+SOLVER_PASSES = 8  # of quantizing and packing the whole model
 SOLVER_OCTAVES = (-4.0, 4.0)  # binary logarithms of the finest and the coarsest factor
-SOLVER_HALVINGS = 12
-SOLVER_AIM = 0.997  # of the target: what a pass aims at
-SOLVER_LEAST = 0.99  # of ARTIFACT_TARGET_BYTES: what a pass must reach
+SOLVER_HALVINGS = 12  # of that range, by estimates
+SOLVER_AIM = 0.997  # of the target is what a pass aims at
+SOLVER_LEAST = 0.99  # of ARTIFACT_TARGET_BYTES is what a pass must reach
 
 
 def entropy_bytes(integers: Tensor) -> float:
-    """Order-0 entropy of int8 values of any shape, in bytes."""
+    """Bytes that int8 values of any shape take by the entropy of their histogram."""
     frequencies = torch.bincount(integers.flatten().int() + 128).double() / integers.numel()
     nats = float(torch.special.entr(frequencies).sum()) * integers.numel()
     return nats / math.log(256)
@@ -6632,22 +7269,25 @@ def entropy_bytes(integers: Tensor) -> float:
 
 @torch.no_grad()
 def estimated_bytes(model: GPT, factor: float) -> float:
-    """Entropy of all matrices' nearest integers at the largest clips, CLIP_SIGMAS by `factor`."""
+    """Entropy in bytes of all matrices, rounded to nearest at their coarsest clip candidates.
+
+    factor: what CLIP_SIGMAS is multiplied by.
+    """
     total = 0.0
     for name, parameter in model.named_parameters():
         bits = bits_of(model, name)
         if bits == 0:
             continue
         weight = parameter.detach().float()
-        levels = largest_integer(bits)
+        top = largest_integer(bits)
         sigmas = factor * setting_of(model, name, model.cfg.sigmas_by_role)
         step = clip_candidates(weight, bits, model.cfg, sigmas)[-1]
-        total += entropy_bytes(torch.round(weight / step[:, None]).clamp_(-levels, levels))
+        total += entropy_bytes(torch.round(weight / step[:, None]).clamp_(-top, top))
     return total
 
 
 def solve_factor(model: GPT, goal: float) -> float:
-    """The least factor of CLIP_SIGMAS, the finest steps, whose estimate is at most `goal` bytes."""
+    """The smallest factor of CLIP_SIGMAS, so the finest steps, estimated to take `goal` bytes."""
     finest, coarsest = SOLVER_OCTAVES
     for _ in range(SOLVER_HALVINGS):
         middle = 0.5 * (finest + coarsest)
@@ -6659,7 +7299,7 @@ def solve_factor(model: GPT, goal: float) -> float:
 
 
 def correction_bytes(model: GPT) -> float:
-    """About what LQER's factors and their scales take: those of the largest matrices."""
+    """About what low-rank corrections take, if it is the largest matrices that get them."""
     cfg = model.cfg
     matrices = [model.get_parameter(name) for name in model.kinds if bits_of(model, name)]
     largest = sorted(matrices, key=Tensor.numel, reverse=True)[: cfg.lqer_top_k]
@@ -6672,11 +7312,11 @@ def correction_bytes(model: GPT) -> float:
 
 
 def foresee_size(model: GPT, step: int, run: Run) -> None:
-    """Log what code and artifact of the present weights would take, and warn of a vain target.
+    """Log what code and artifact of the present weights would take; warn if they will not fit.
 
-    The estimate knows neither Hessians nor codec and is rather too low: integers near their
-    entropy, floats at a byte. It holds early in a run because CLIP_SIGMAS go by the shape of rows,
-    which they keep as they grow.
+    The estimate knows neither Hessians nor codec and is rather too low: it takes integers near
+    their entropy, and a byte for each float. It holds early in a run because CLIP_SIGMAS are
+    relative to the rows' deviations, so that rows may grow without taking more bytes.
     """
     cfg = run.cfg
     coarsest_octaves = 0.0  # percentile clips cannot be made coarser
@@ -6709,20 +7349,20 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
 class SizeSolver:
     """Finds the factor of CLIP_SIGMAS at which code and artifact end just below a target.
 
-    A pass that misses tells how far the estimate is off, two passes how much of its change is
-    real; the next pass takes the factor that is solved with both. Two factors on either side of
-    the target bound the next one, since a codec's size is not a smooth function.
+    It is the secant method on estimated_bytes(): one pass tells how far the estimate is off, two
+    passes how many bytes follow a byte of estimate. Once passes lie on both sides of the target,
+    the next factor lies between theirs, since a codec's size is not a smooth function.
     """
 
     def __init__(self, model: GPT, target: int) -> None:
         self.model = model
         self.target = target
-        self.largest_over = 0.0  # factors whose artifact is over the target, and those that fit
-        self.smallest_fitting = math.inf
+        self.largest_over = 0.0  # of the factors whose artifact is over the target
+        self.smallest_fitting = math.inf  # of the factors whose artifact fits
         self.totals: dict[float, int] = {}  # bytes by their estimate
 
     def next_factor(self, factor: float, total: int) -> float:
-        """The factor to try after one that gave `total` bytes; the same at the scale's end."""
+        """The factor to try after one that gave `total` bytes; the same at the range's end."""
         if total > self.target:
             self.largest_over = max(self.largest_over, factor)
         else:
@@ -6738,7 +7378,7 @@ class SizeSolver:
         return solved
 
     def slope(self, estimate: float, total: int) -> float:
-        """Real bytes a byte of estimate, from the last other pass; within 0.5 and 2."""
+        """Real bytes for each byte of estimate, by this and the last other pass; 0.5 to 2."""
         slopes = [
             (total - other_total) / (estimate - other)
             for other, other_total in self.totals.items()
@@ -6750,10 +7390,11 @@ class SizeSolver:
 def fit_artifact(
     model: GPT, hessians: dict[str, Tensor], packed_text: bytes, header: dict, run: Run
 ) -> tuple[dict[str, Stored], bytes]:
-    """Quantised tensors and their artifact, the largest below the target that few passes find.
+    """Quantize and pack until the artifact fits; returns the tensors and the artifact's bytes.
 
-    Where CLIP_SIGMAS sets the steps, the target is ARTIFACT_TARGET_BYTES, which a pass must come
-    close to, or without one the limit. Other clips have no knob: there is one pass.
+    Where CLIP_SIGMAS sets the steps, a pass must end just below ARTIFACT_TARGET_BYTES if that is
+    set, and anywhere below the limit if not. Of up to SOLVER_PASSES passes the largest artifact
+    that fits is kept, or else the smallest. Other clips have no factor: there is one pass.
     """
     cfg = run.cfg
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
@@ -6776,9 +7417,10 @@ def fit_artifact(
         )
         if not cfg.clips_by_deviation or least <= total <= target:
             break
-        last, factor = factor, solver.next_factor(factor, total)
-        if factor == last:
+        following = solver.next_factor(factor, total)
+        if following == factor:
             break
+        factor = following
     fitting = [one for one in tries if one[0] <= target]
     if fitting:
         return max(fitting, key=lambda one: one[0])[1:]
@@ -6788,7 +7430,7 @@ def fit_artifact(
 def export(
     model: GPT, hessians: dict[str, Tensor], packed_text: bytes, val: Validation, run: Run
 ) -> bytes:
-    """Quantise on rank 0, write artifact.bin, and return what can be read back, on all ranks."""
+    """Quantize on rank 0 and write artifact.bin; returns its bytes as read back, on all ranks."""
     if run.folder.path is None:  # only rank 0 has one
         return run.ranks.broadcast(b"")
     cfg = run.cfg
@@ -6824,7 +7466,7 @@ def export(
 
 
 def stored_text(packed_text: bytes) -> dict[str, Stored]:
-    """Training text as the artifact holds it, if there is any."""
+    """Packed training text as a tensor of the artifact; nothing if there is none."""
     if not packed_text:
         return {}
     content = np.frombuffer(packed_text, np.uint8).copy()
@@ -6832,9 +7474,9 @@ def stored_text(packed_text: bytes) -> dict[str, Stored]:
 
 
 def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Log what each role takes: elements, and the order-0 entropy of its integers in bytes.
+    """Log what each role takes: its integers, their entropy in bytes, and its floats.
 
-    A role's corrections are among its integers, by a histogram of their own, and its floats.
+    The factors of corrections are integers with a histogram of their own.
     """
     for role in ROLES:
         tensors = [tensor for name, tensor in stored.items() if model.kinds[name].role == role]
@@ -6864,7 +7506,7 @@ def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
 
 
 def grid_label(model: GPT, stored: dict[str, Stored]) -> str:
-    """How log lines call the artifact's block matrices."""
+    """What log lines call the artifact's grid, by its MLP matrices: int6 or the like."""
     mlps = [stored[name] for name, kind in model.kinds.items() if kind.role == "mlp"]
     if any(tensor.scale is not None for tensor in mlps):
         return f"int{model.cfg.bits_by_role['mlp']}"
@@ -6885,7 +7527,7 @@ MAX_ORDER = 16  # tokens of the longest n-gram
 
 @dataclass(frozen=True, kw_only=True)
 class CountSettings(Part):
-    """Which texts are counted, and how their distributions join the network's."""
+    """Which texts are counted, and how the counts are mixed with the network."""
 
     title = "Counts"
     prefixes: ClassVar[tuple[str, ...]] = ("COUNT_",)
@@ -6893,53 +7535,33 @@ class CountSettings(Part):
     counts: str = scoring_knob(
         "off",
         ("off", "scored", "artifact", "both"),
-        "Texts whose n-grams are mixed with the network: those that are scored already, training "
-        "text in the artifact, both.",
+        "Mix the network with n-gram counts of the text that is scored already, of training text "
+        "that the artifact carries, or of both.",
         absent="off",
     )
     count_bytes: int = training_knob(
-        4_000_000, (1, 1 << 40), "Bytes of the artifact for the training text that is counted."
+        4_000_000, (1, 1 << 40), "Put training text of up to this many bytes into the artifact."
     )
     count_orders: str = scoring_knob(
-        "2,8",
-        (),
-        "Orders of the n-grams of training and scored text.",
-        absent="2,8",
-        tries=("2,3",),
+        "2,8", (), "Count n-grams of these orders in all the text.", absent="2,8", tries=("2,3",)
     )
     count_scored_orders: str = scoring_knob(
-        "2,6",
-        (),
-        "Orders of the n-grams of the scored text alone; may be none.",
-        absent="2,6",
-        tries=("2",),
+        "2,6", (), "Count n-grams of these orders in scored text alone.", absent="2,6", tries=("2",)
     )
     count_recent_tokens: int = scoring_knob(
-        128,
-        (0, 1 << 20),
-        "Last tokens that are expected to come again; 0: none.",
-        absent=128,
-        tries=(8,),
+        128, (0, 1 << 20), "Expect this many last tokens again; 0 is off.", absent=128, tries=(8,)
     )
     count_longest_match: int = scoring_knob(
-        32,
-        (0, 256),
-        "Tokens of context that are compared to find repeats; 0: no repeats.",
-        absent=32,
-        tries=(4,),
+        32, (0, 256), "Find repeats of up to this many tokens; 0 is off.", absent=32, tries=(4,)
     )
     count_chunk_tokens: int = scoring_knob(
-        64,
-        (1, 4096),
-        "Targets that are scored before the counts learn from them.",
-        absent=64,
-        tries=(7,),
+        64, (1, 4096), "Learn whenever this many targets are scored.", absent=64, tries=(7,)
     )
     count_gate_rate: float = scoring_knob(
-        0.02, (0.0, 10.0), "Learning rate of the mixture's weights; 0 keeps them.", absent=0.02
+        0.02, (0.0, 10.0), "Train the mixture's weights at this rate; 0 keeps them.", absent=0.02
     )
     count_match_rate: float = scoring_knob(
-        0.4, (0.0, 10.0), "Learning rate of the biases for repeats; 0 keeps them.", absent=0.4
+        0.4, (0.0, 10.0), "Train the biases for repeats at this rate; 0 keeps them.", absent=0.4
     )
 
     @property
@@ -6966,7 +7588,7 @@ class CountSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Orders are small numbers, and counting goes along sliding windows."""
+        """Orders are small numbers, and counting needs a text that is scored in order."""
         orders = (*cfg.orders_of_texts, *cfg.orders_of_scored)
         yield (
             all(2 <= order <= MAX_ORDER for order in orders),
@@ -7065,7 +7687,10 @@ class TextIndex:
         keys: np.ndarray,
         num_contexts: int,
     ) -> None:
-        """Keep the numbers of the next order: of the grams ending at `places`; a key for each."""
+        """Keep the numbers `grams` of the next order's grams, which end at `places`.
+
+        keys: of each gram by number, its context's number * MAX_VOCABULARY + its last token.
+        """
         gram_at = np.full(len(self.tokens), -1, np.int32)
         gram_at[places] = grams
         first_anywhere = np.ones(len(self.tokens), bool)  # a gram without a number occurs once
@@ -7095,7 +7720,7 @@ class TextIndex:
 
 
 class MatchModel:
-    """What followed the longest repeat of the tokens before each target, the latest such place."""
+    """For each target, the latest place that follows the longest repeat of the tokens before it."""
 
     def __init__(self, targets: int) -> None:
         self.length = np.zeros(targets, np.int16)  # tokens that agree; 0: none does
@@ -7290,7 +7915,7 @@ class Continuations:
         seen.continuations[is_known] = kinds[is_known]
 
 
-# Weights before any lesson, rounded from what they came to on a hold-out of the training text. The
+# Weights before anything is learned, rounded from what was learned on held-out training text. The
 # shortest order's is negative: what is likely in any context counts less as evidence.
 START_NETWORK = 0.6
 START_LONGEST_ORDER = 0.4
@@ -7371,7 +7996,7 @@ class Mixture:
             self.matches.append((index.match.length, predictions))
 
     def start_weight(self, source: str, order: int) -> float:
-        """The plain constant that a distribution's weight begins with."""
+        """The constant with which the weight of a distribution begins."""
         if source == "network":
             return START_NETWORK
         if source == "recent":
@@ -7413,7 +8038,8 @@ class Mixture:
     def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
         """Log-probabilities (n, V) of the next targets, which must lie in one chunk."""
         n = len(network)
-        # What the mask forbids has no probability in the mixture; its experts stay finite.
+        # What the mask forbids has no probability in the mixture. The network's own row is finite
+        # until then, as -inf times a weight of 0 is nan.
         forbidden = network == -math.inf
         network = network.masked_fill(forbidden, -1e4)
         rows = [network]
@@ -7563,9 +8189,9 @@ class AdagradTable:
         self.values -= self.rate * total / self.squares.sqrt()
 
 
-# Training tokens in the artifact:
-# A little-endian uint32, the number of tokens, and then the tokens as uint16 in a raw LZMA2 stream.
-# Coding them with the counts would save a tenth, but decode one token after the other.
+# Training text is stored in the artifact as a little-endian uint32, the number of tokens, and then
+# the tokens as uint16 in a raw LZMA2 stream. Coding them with the counts themselves would save a
+# tenth, but decoding would take one token after the other.
 
 PACKED_COUNT = struct.Struct("<I")
 MAX_PACKED_TOKENS = 100_000_000  # an unpacked text takes two bytes a token
@@ -7616,7 +8242,7 @@ def text_of_artifact(stored: dict[str, Stored], cfg: Config) -> np.ndarray:
 def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
     """On rank 0, training text of at most COUNT_BYTES for the artifact; empty without COUNTS.
 
-    It counts as training. Only the first tokens are looked at, several times what can fit.
+    The time counts as training. Only the first tokens are considered, several times what can fit.
     """
     cfg = run.cfg
     if not cfg.counts_training_text or not run.ranks.is_main:
@@ -7636,11 +8262,11 @@ def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
 
 
 def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
-    """The documents of a text, those first that predict most tokens of a hold-out per own token.
+    """The documents of a text, most useful first: by the held-out tokens predicted per own token.
 
-    A document is credited with each token of the hold-out that the longest repeat before it,
-    when that repeat lies in the document, predicts rightly. The hold-out's own documents are
-    taken to be of average worth.
+    Every HOLDOUT_EVERY-th document is held out. Each of its tokens that is predicted rightly by the
+    longest repeat of what precedes it counts for the document which holds that repeat. Held-out
+    documents are taken to be of average worth.
     """
     documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
     held_out = documents[::HOLDOUT_EVERY]
@@ -7662,7 +8288,7 @@ def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
-    """As much of the training text as `limit` bytes hold, the worthiest documents, packed.
+    """The most useful documents of a training text, packed, as many as `limit` bytes hold.
 
     Raises Refusal if not even the first document fits.
     """
@@ -7676,7 +8302,7 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
         kept = int(np.searchsorted(ends, limit / bytes_per_token, side="right"))
         if not kept:
             raise Refusal(f"COUNT_BYTES={limit} holds none of the training documents: allow more")
-        # The worthiest come last, so that the latest of equal repeats lies in them.
+        # The most useful come last: of equal repeats the latest is the one that predicts.
         packed = pack_tokens(np.concatenate(documents[:kept][::-1]))
         if len(packed) <= limit:
             return packed
@@ -7685,14 +8311,15 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
 
 # =================================================================================================
 # N-gram tilt
-# Long passages of a validation text occur twice. What followed the same tokens before has its
-# logit raised: a distribution that is fixed before the target is seen. (parameter-golf #2135)
+# Long passages of a validation text occur twice. The token that followed the same context before
+# has its logit raised, which fixes the distribution before the target is seen (parameter-golf
+# #2135).
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class TiltSettings(Part):
-    """Where repeats of the scored text raise a token's probability, and how much."""
+    """When a repeat in the scored text raises a token's probability, and by how much."""
 
     title = "N-gram tilt"
     prefixes: ClassVar[tuple[str, ...]] = ("NGRAM_",)
@@ -7700,20 +8327,20 @@ class TiltSettings(Part):
     ngram_tilt: float = scoring_knob(
         0.0,
         (0.0, 20.0),
-        "What is added to the logit of the token that followed the same context; 0 is off.",
+        "Add this to the logit of the token that followed the same context before; 0 is off.",
         absent=0.0,
         tries=(2.625,),
     )
     ngram_order: int = scoring_knob(
-        16, (2, 16), "Tokens of the context and its follower.", absent=16
+        16, (2, 16), "Let a context and the token after it be this many tokens.", absent=16
     )
     ngram_threshold: float = scoring_knob(
-        0.8, (0.0, 1.0), "Share of the follower in a context, at least.", absent=0.8
+        0.8, (0.0, 1.0), "Require that it followed this fraction of the contexts.", absent=0.8
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """The counts have repeats of their own."""
+        """The tilt and the counts would both raise what repeats."""
         yield (
             cfg.ngram_tilt == 0 or cfg.counts == "off",
             "NGRAM_TILT and COUNTS both expect repeats: one of them must be off",
@@ -7730,22 +8357,22 @@ PAIR_FACTOR = 1000003
 
 @dataclass(frozen=True)
 class Hints:
-    """For each target, what followed its context most often before it: (N,) each."""
+    """For each target, the token that followed its context most often before it: (N,) each."""
 
     tokens: np.ndarray  # int64; 0 where the context is new
-    shares: np.ndarray  # float32, of the times the context was followed by it; 0 where it is new
+    shares: np.ndarray  # float32, how often it was this token, from 0 to 1; 0 where it is new
 
     def gates(self, threshold: float) -> np.ndarray:
-        """Where a hint is sure enough: bool (N,)."""
+        """The targets whose hint is sure enough: bool (N,)."""
         return (self.shares > 0) & (self.shares >= np.float32(threshold))
 
 
 def context_keys(targets: np.ndarray, order: int) -> np.ndarray:
     """Hashes of the order - 1 tokens before each target that has so many: uint64.
 
-    The first target counts as its own predecessor, so the first that has them is order - 2. The
-    hash is the published one, of about 37 bits: on streams of many millions contexts do collide,
-    which makes a hint worse but never non-causal.
+    As published, the first target stands in for the BOS before it, so that target order - 2 is the
+    first to have enough. The hash has about 37 bits: on streams of many million tokens contexts do
+    collide, which makes a hint worse but never non-causal.
     """
     length = order - 1
     stream = np.concatenate([targets[:1], targets]).astype(np.uint64)
@@ -7776,10 +8403,10 @@ def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
-    """The hints of all targets: (N,) token ids, the stream without its first BOS.
+    """The hints of all targets (N,), which are the stream's token ids without its first BOS.
 
-    Equal to the sequential pass that looks a context up first and then counts the target: the best
-    token of a context is the last whose count exceeded all counts there before.
+    They are those of a sequential pass that looks a context up and then counts its target. A
+    context's hint is the token that was the last to exceed all counts there.
     """
     hints = np.zeros(len(targets), np.int64)
     shares = np.zeros(len(targets), np.float32)
@@ -7794,14 +8421,15 @@ def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
     by_context, new = grouped(keys)
     counts = counts[by_context]
     places = np.arange(len(keys))
-    # A group's offset is above all counts of the groups before it.
+    # Each group of equal contexts gets an offset above all counts of the groups before it, so that
+    # one running maximum serves all groups.
     offsets = np.cumsum(new) * (len(keys) + 1)
     best = np.maximum.accumulate(counts + offsets)
     leads = np.ones(len(keys), bool)
     leads[1:] = best[1:] > best[:-1]
     leaders = np.maximum.accumulate(np.where(leads, places, 0))
     starts = np.maximum.accumulate(np.where(new, places, 0))
-    # What a target finds is what the one before it in its group left.
+    # A target's hint is the state of its group after the target before it.
     found = np.flatnonzero(~new)
     before = found - 1
     at = by_context[found] + first
@@ -7814,9 +8442,9 @@ def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
 def tilted_nats(
     nats: Tensor, hint_nats: Tensor, is_hint: Tensor, gates: Tensor, beta: float
 ) -> Tensor:
-    """Nats of targets under the tilted distribution, from those of target and hint: (...).
+    """Nats of targets under the tilted distribution, given those of target and hint, any shape.
 
-    Only the score is tilted; a loss that is trained on takes the plain nats.
+    p'(w) = p(w) exp(beta [w is the hint]) / (1 + p(hint) (exp(beta) - 1)) where the gate is open.
     """
     growth = torch.expm1(torch.tensor(beta, dtype=torch.float64)).to(nats.dtype)
     normaliser = torch.log1p(torch.exp(-hint_nats) * growth)
@@ -7824,10 +8452,10 @@ def tilted_nats(
 
 
 def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.ndarray | None:
-    """The hint of each target, -1 where its gate is closed: int64 (N,); None without NGRAM_TILT.
+    """The hint of each target, int64 (N,), -1 where its gate is closed; None without NGRAM_TILT.
 
-    order: the targets (N,) in the order in which they are scored, as no hint may come from what is
-    scored later; None for that of the text.
+    order: the targets (N,) in the order in which they are scored; None for that of the text. No
+    hint comes from what is scored later.
     """
     cfg = run.cfg
     if cfg.ngram_tilt == 0:
@@ -7845,11 +8473,11 @@ def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.nd
 
 
 def nats_and_scores(
-    model: GPT, batch: Batch, beta: float, adapters: Adapters | None = None
+    model: GPT, batch: Batch, beta: float, row_deltas: RowDeltas | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nats of the targets, to learn from, and what is scored: tilted by beta to the hints."""
-    hidden, input_ids = model.asked(batch, adapters=adapters)
-    head = None if adapters is None else adapters.head
+    """Nats of the targets (B, T) to learn from, and those to score: tilted by beta to the hints."""
+    hidden, input_ids = model.hidden_at_targets(batch, row_deltas=row_deltas)
+    head = None if row_deltas is None else row_deltas.head
     logits = model.logits(hidden, input_ids, head).flatten(0, 1)
     targets = batch.target_ids.flatten()
     nats = F.cross_entropy(logits, targets, reduction="none")
@@ -7863,8 +8491,9 @@ def nats_and_scores(
 
 # =================================================================================================
 # Evaluation
-# Windows are data: (start, first scored, end of scored), in targets. One loop scores any of
-# them. Batches are formed before they are dealt to ranks, so no world size changes the score.
+# A target is a token to predict: target n is token n + 1 of the text. A window is a row of three
+# targets: its start, the first that it scores, and the end of those. One loop scores any windows.
+# Batches are formed before they are dealt to ranks, so the number of ranks never changes a score.
 # =================================================================================================
 
 
@@ -7877,23 +8506,23 @@ class EvaluationSettings(Part):
 
     title = "Evaluation"
 
-    eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "Tokens of a validation window.")
+    eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "Score windows of this many tokens.")
     eval_stride: int = scoring_knob(
-        64, (0, 1 << 20), "Targets from one window to the next; 0 scores chunks only."
+        64, (0, 1 << 20), "Start a window every so many targets; 0 lays windows side by side."
     )
     sliding: str = scoring_knob(
         "cover",
         ("cover", "published_s1", "published_s3"),
-        "Windows: cover scores every target once; the others print a second, labelled line.",
+        "Score every target once (cover), or add a score in a published system's windows.",
     )
-    eval_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Windows a forward.")
+    eval_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Score this many windows in a batch.")
     eval_truncate: bool = scoring_knob(
         False, (), "Leave out the targets after the last full window."
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Windows overlap or touch; a forward's size is bounded, as a header may ask for any."""
+        """Windows leave no gap, and no header of an artifact can ask for too large a forward."""
         yield cfg.eval_stride <= cfg.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
         yield (
             cfg.eval_seq_len * cfg.eval_batch_seqs <= MAX_BATCH_TOKENS,
@@ -7911,20 +8540,22 @@ class AdaptationSettings(Part):
     ttt_mode: str = scoring_knob(
         "off",
         ("off", "score_first", "lora", "train_then_score"),
-        "Adapt to text that was scored, as a whole or document by document (lora); "
-        "train_then_score trains first and is no legal score.",
+        "Adapt to text that is scored, as a whole or each document for itself (lora); "
+        "train_then_score trains first and gives no legal score.",
     )
-    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Learning rate of the adaptation (SGD).")
-    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Momentum of the adaptation.")
-    ttt_epochs: int = scoring_knob(3, (1, 1000), "Passes over the text that is adapted to.")
+    ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Adapt by SGD at this peak learning rate.")
+    ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Adapt by SGD with this momentum.")
+    ttt_epochs: int = scoring_knob(3, (1, 1000), "Pass over each scored chunk this many times.")
     ttt_chunk_tokens: int = scoring_knob(
-        32768, (1, 1 << 30), "Targets that are scored before each adaptation."
+        32768, (1, 1 << 30), "Adapt whenever this many targets are scored."
     )
-    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Rows of an adaptation step.")
+    ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Adapt on this many rows a step.")
     ttt_grad_clip: float = scoring_knob(
-        1.0, (0.0, 1e6), "Largest norm of the adaptation's gradient; 0 sets no bound."
+        1.0, (0.0, 1e6), "Clip the adaptation's gradient to this norm; 0 sets no bound."
     )
-    ttt_freeze_blocks: int = scoring_knob(2, (0, 64), "Number of first blocks that do not adapt.")
+    ttt_freeze_blocks: int = scoring_knob(
+        2, (0, 64), "Keep this many of the first blocks from adapting."
+    )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -7944,60 +8575,61 @@ class AdaptationSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(Part):
-    """TTT_MODE=lora: each document has deltas of low rank that learn from what is scored of it."""
+    """TTT_MODE=lora: each document has low-rank deltas that learn from what is scored of it."""
 
     title = "Adaptation by document"
     prefixes: ClassVar[tuple[str, ...]] = ("LORA_",)
 
-    lora_rank: int = scoring_knob(80, (1, 1024), "Rank r of a delta.", absent=80)
+    lora_rank: int = scoring_knob(80, (1, 1024), "Give a delta B A this rank.", absent=80)
     lora_alpha: float = scoring_knob(
-        144.0, (0.0, 1e6), "A delta counts LORA_ALPHA / LORA_RANK times.", absent=144.0
+        144.0, (0.0, 1e6), "Add a delta LORA_ALPHA / LORA_RANK times.", absent=144.0
     )
     lora_places: str = scoring_knob(
         "q,k,v,o,mlp,head",
         (),
-        "Where a layer takes deltas (q, k, v, o, mlp), and the head, comma-separated.",
+        "Add deltas at these places: in each layer q, k, v, o and mlp, and at the head.",
         absent="q,k,v,o,mlp,head",
         tries=("q,head",),
     )
-    lora_lr: float = scoring_knob(1e-4, (0.0, 1.0), "Learning rate of AdamW.", absent=1e-4)
-    lora_beta2: float = scoring_knob(
-        0.99, (0.0, 0.99999), "Decay of AdamW's mean of squares; beta 1 is 0.", absent=0.99
+    lora_lr: float = scoring_knob(
+        1e-4, (0.0, 1.0), "Train deltas by AdamW at this rate.", absent=1e-4
     )
-    lora_decay: float = scoring_knob(0.5, (0.0, 100.0), "Weight decay of AdamW.", absent=0.5)
+    lora_beta2: float = scoring_knob(
+        0.99, (0.0, 0.99999), "Let AdamW's mean of squares decay by this; beta 1 is 0.", absent=0.99
+    )
+    lora_decay: float = scoring_knob(
+        0.5, (0.0, 100.0), "Train deltas with this weight decay.", absent=0.5
+    )
     lora_chunk_tokens: int = scoring_knob(
-        48, (1, 1 << 20), "Targets of a document that are scored before each step.", absent=48
+        48, (1, 1 << 20), "Train deltas whenever this many targets are scored.", absent=48
     )
     lora_short_chunks: str = scoring_knob(
         "",
         (),
-        "Chunks of batches without longer documents, such as 256:8,2000:24 (#2014).",
+        "Take other chunks by a batch's longest document: 256:8 means 8 up to 256 (#2014).",
         absent="",
         tries=("256:8,2000:24",),
     )
     lora_batch_docs: int = scoring_knob(
-        64, (1, 4096), "Documents of like length in step.", absent=64
+        64, (1, 4096), "Score this many documents of like length in step.", absent=64
     )
     lora_lanes: int = scoring_knob(
-        8, (1, 256), "Queues of batches, each with deltas of its own; no more ranks work.", absent=8
+        8, (1, 256), "Deal batches to this many lanes, and each lane to one rank.", absent=8
     )
     lora_phases: int = scoring_knob(
-        0,
-        (0, 100),
-        "How often all weights learn from the shortest documents that are scored.",
-        absent=0,
+        0, (0, 100), "Train all weights this many times on documents that are scored.", absent=0
     )
     lora_phase_docs: int = scoring_knob(
-        2500, (1, 1 << 30), "Documents scored before the last of LORA_PHASES.", absent=2500
+        2500, (1, 1 << 30), "End LORA_PHASES once this many documents are scored.", absent=2500
     )
     lora_phase_lr: float = scoring_knob(
-        1e-3, (0.0, 1.0), "Learning rate of LORA_PHASES; TTT_MOMENTUM goes with it.", absent=1e-3
+        1e-3, (0.0, 1.0), "Train all weights at this peak rate, with TTT_MOMENTUM.", absent=1e-3
     )
     lora_phase_chunk_tokens: int = scoring_knob(
-        32768, (2, 1 << 30), "Targets of a step of LORA_PHASES.", absent=32768
+        32768, (2, 1 << 30), "Train all weights on this many targets a step.", absent=32768
     )
     lora_phase_row_tokens: int = scoring_knob(
-        0, (0, 1 << 20), "Tokens of a row there; 0 takes EVAL_SEQ_LEN.", absent=0
+        0, (0, 1 << 20), "Train all weights on rows of this many tokens; 0: EVAL_SEQ_LEN.", absent=0
     )
 
     @property
@@ -8077,9 +8709,9 @@ class EvalResult:
 def windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows over `num_targets` targets as rows (start, first scored, end): int64 (windows, 3).
 
-    They start at 0, stride, 2 stride, ... and the last is anchored at the end. The first scores
-    all its targets, each later one those that are not scored yet. Stride 0 gives chunks side by
-    side instead, of which the last may be short.
+    They start at 0, stride, 2 stride, ..., but none so late that it would pass the end. The first
+    scores all its targets, each later one those that are not scored yet. Stride 0 lays windows
+    side by side instead, and the last may be short.
     """
     starts: np.ndarray = np.arange(0, num_targets, stride or seq_len)
     if stride > 0:
@@ -8097,10 +8729,11 @@ def window_batch(
     cfg: Config,
     hints: np.ndarray | None = None,
 ) -> Batch:
-    """The windows `spans`, padded to `size` rows; of each the strip that holds what it scores.
+    """The windows `spans`, padded to `size` rows, each with a strip of `width` places to predict.
 
-    Places, targets, bytes and what is scored are (size, width). There are no places where the
-    strip is the whole window. Padding scores nothing, and causality keeps it harmless.
+    The strip holds all that the window scores. Places, targets, bytes and what is scored are
+    (size, width); places are None where the strip is the whole window. Padding scores nothing, and
+    since attention is causal, no scored place sees any.
     """
     T = cfg.eval_seq_len
     last = val.num_targets(cfg) - 1
@@ -8110,10 +8743,6 @@ def window_batch(
     scored = (start + places >= first) & (start + places < end)
     inputs = np.minimum(start + np.arange(T), last)
     targets = np.minimum(start + places, last)
-
-    def ints(column: np.ndarray) -> Tensor:
-        return torch.from_numpy(column.astype(np.int64))
-
     batch = Batch(
         input_ids=ints(val.tokens[inputs]),
         target_ids=ints(val.tokens[targets + 1]),
@@ -8123,6 +8752,18 @@ def window_batch(
         hint_ids=None if hints is None else ints(hints[targets]),
     )
     return batch.by_document(T) if cfg.attn_docs else batch
+
+
+def ints(numbers: np.ndarray) -> Tensor:
+    """An array as a tensor of int64."""
+    return torch.from_numpy(numbers.astype(np.int64))
+
+
+def scored_sums(nats: Tensor, batch: Batch) -> Tensor:
+    """Nats, targets and bytes of what a batch scores, float64 (3,), given all its nats (B, T)."""
+    assert batch.scored is not None and batch.target_bytes is not None
+    counted = (nats.cpu().double(), batch.scored, batch.target_bytes)
+    return torch.stack([(numbers * batch.scored).sum().double() for numbers in counted])
 
 
 def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -8152,14 +8793,10 @@ def score_windows(
         for rows in in_batches(batches[index], run.scored_rows):
             batch = window_batch(val, rows, run.scored_rows, width, cfg, hints)
             if hints is None:
-                nats = forward(model, batch.moved(run.put))[0].cpu().double()
+                nats, _ = forward(model, batch.moved(run.put))
             else:
-                scores = nats_and_scores(model, batch.moved(run.put), cfg.ngram_tilt)[1]
-                nats = scores.cpu().double()
-            scored, num_bytes = batch.scored, batch.target_bytes
-            assert scored is not None and num_bytes is not None
-            counted = [(x * scored).sum().double() for x in (nats, scored, num_bytes)]
-            sums[index] += torch.stack(counted)
+                _, nats = nats_and_scores(model, batch.moved(run.put), cfg.ngram_tilt)
+            sums[index] += scored_sums(nats, batch)
         bar.update(run.ranks.world_size)
     run.ranks.add_up([sums])
     return sums.sum(0)
@@ -8175,10 +8812,10 @@ def score_mixed(
     run: Run,
     bar: tqdm,
 ) -> Tensor:
-    """As score_windows(), by the mixture of the model's distributions and the counts'.
+    """As score_windows(), but by the mixture of the model's distributions and the counts'.
 
-    Ranks share out the batches; the mixture sees all of them, in the order of the text, on every
-    rank, since it learns from what was scored before.
+    Each rank asks the model for every world_size-th batch. The mixture learns from what it has
+    scored, so each rank shows it all batches, in the order of the text.
     """
     cfg, ranks = run.cfg, run.ranks
     batches = in_batches(strips_of(spans, width), cfg.eval_batch_seqs)
@@ -8197,19 +8834,19 @@ def score_mixed(
                 nats = mixture.score(log_probs).sum()
             sums += torch.stack([nats, torch.tensor(targets), torch.tensor(num_bytes)]).double()
             bar.update()
-    # Where processors differ, rank 0's sums are those of all ranks.
+    # The ranks' sums are equal unless their processors round differently; then rank 0's hold.
     return torch.tensor([ranks.agree(x) for x in sums.tolist()], dtype=torch.float64)
 
 
 def log_probabilities(
     model: GPT, val: Validation, strips: np.ndarray, width: int, run: Run
 ) -> Tensor:
-    """The model's log-probabilities of what the strips score, in their order: float32 (n, V)."""
+    """The model's distributions for all targets that the strips score, in order: float32 (n, V)."""
     rows = []
     for few in in_batches(strips, run.scored_rows):
         batch = window_batch(val, few, run.scored_rows, width, run.cfg).moved(run.put)
         assert batch.scored is not None
-        hidden, input_ids = model.asked(batch)
+        hidden, input_ids = model.hidden_at_targets(batch)
         scored = batch.scored.bool()
         logits = model.logits(hidden[scored], input_ids[scored])
         rows.append(torch.log_softmax(logits, dim=-1).cpu())
@@ -8217,9 +8854,10 @@ def log_probabilities(
 
 
 def strips_of(spans: np.ndarray, width: int) -> np.ndarray:
-    """Windows as strips of at most `width` targets: rows (start, first scored, end).
+    """Windows, each repeated until no row scores more than `width` targets: (rows, 3).
 
-    Only a strip of a window meets the head; a window that scores more is shown again.
+    The head makes logits for a strip of `width` places only, so that a window which scores more,
+    as the first does, is shown to the model once a strip.
     """
     return np.array(
         [
@@ -8231,7 +8869,7 @@ def strips_of(spans: np.ndarray, width: int) -> np.ndarray:
 
 
 class Learner(Protocol):
-    """What learns from validation text; evaluate() shows it only text that has been scored."""
+    """Learns from validation text; evaluate() shows it only text that has been scored."""
 
     chunk_targets: int  # how many targets are scored before it learns from them
     operations: int  # counted, of its learning so far
@@ -8242,7 +8880,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """A stretch of targets that has just been scored, and how the scoring stands."""
+    """A run of neighbouring targets that has just been scored, and how far the scoring is."""
 
     number: int  # of this chunk, from 0
     num_chunks: int
@@ -8268,11 +8906,11 @@ def evaluate(
     learner: Learner | None = None,
     hints: np.ndarray | None = None,
 ) -> EvalResult:
-    """Score the validation split in windows of EVAL_SEQ_LEN, chunks side by side at stride 0.
+    """Score the validation split in windows of EVAL_SEQ_LEN, `stride` targets apart; see windows().
 
-    The loop is the rule of a legal score: a chunk of targets is scored, by the model's
-    distributions, their tilt to `hints` or their mixture with the counts', and only then may a
-    learner learn from it. `spans` replaces the windows by others.
+    The loop is the rule of a legal score: a chunk of targets is scored, and only then may a learner
+    learn from it. Scores are by the model's distributions, by their tilt to `hints`, or by their
+    mixture with the counts'. `spans` replaces the windows by others.
     """
     cfg = run.cfg
     started = time.perf_counter()
@@ -8289,12 +8927,12 @@ def evaluate(
     with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
             of_chunk = spans[chunk_of == chunk]
-            if len(of_chunk) == 0:  # a window may be longer than a chunk
-                pass
-            elif mixture is not None:
-                sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
-            else:
-                sums += score_windows(forward, model, val, of_chunk, width, run, bar, hints)
+            # A window may score several chunks, and then only the first of them has a window.
+            if len(of_chunk) > 0:
+                if mixture is not None:
+                    sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
+                else:
+                    sums += score_windows(forward, model, val, of_chunk, width, run, bar, hints)
             if learner is not None and chunk < num_chunks - 1:
                 seconds = time.perf_counter() - started
                 first, end = chunk * size, (chunk + 1) * size
@@ -8375,7 +9013,7 @@ class Adapter:
 
 
 def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
-    """The parameters that do not adapt."""
+    """The parameters that stay as they are while the others adapt."""
     frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
     if cfg.ttt_mode == "train_then_score":
         for module in (model.tok_emb, model.bigram, model.smear):
@@ -8388,7 +9026,7 @@ def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
 
 
 def documents_of(val: Validation, cfg: Config) -> np.ndarray:
-    """Documents by their targets, as rows (first, end): from one BOS to the next, included."""
+    """Documents as rows (first target, end of targets); a document's last is the next one's BOS."""
     num_targets = val.num_targets(cfg)
     begins = np.flatnonzero(val.tokens[:num_targets] == BOS)
     firsts = np.union1d(begins, [0]).astype(np.int64)
@@ -8396,7 +9034,7 @@ def documents_of(val: Validation, cfg: Config) -> np.ndarray:
 
 
 def document_queue(val: Validation, cfg: Config) -> list[np.ndarray]:
-    """Batches of documents of like length, the longest first; in each, the shortest first."""
+    """Batches of documents of like length, the longest batch first; in one, the shortest first."""
     documents = documents_of(val, cfg)
     lengths = documents[:, 1] - documents[:, 0]
     by_length = documents[np.argsort(lengths, kind="stable")]
@@ -8411,10 +9049,10 @@ def chunk_batch(
     cfg: Config,
     hints: np.ndarray | None,
 ) -> Batch:
-    """Of each document the targets at to at + width - 1, in a window that ends with them.
+    """A batch with the targets `at` to at + width - 1 of each document, which end its window.
 
-    A window has up to EVAL_SEQ_LEN tokens of the document, from its row's start. Rows are padded;
-    padding scores nothing, and causality keeps it harmless.
+    A window has up to EVAL_SEQ_LEN tokens of the document and begins its row. The rest of a row is
+    padding, which scores nothing and which attention, being causal, never shows to a scored place.
     """
     first, end = np.split(documents, 2, axis=1)
     asked = first + at
@@ -8424,10 +9062,6 @@ def chunk_batch(
     targets = asked + np.arange(width)
     scored = targets < stop
     targets = np.minimum(targets, stop - 1)
-
-    def ints(column: np.ndarray) -> Tensor:
-        return torch.from_numpy(column.astype(np.int64))
-
     return Batch(
         input_ids=ints(np.where(inputs < stop, val.tokens[np.minimum(inputs, stop - 1)], 0)),
         target_ids=ints(val.tokens[targets + 1]),
@@ -8510,7 +9144,7 @@ class DocumentDeltas:
             weight_decay=self.cfg.lora_decay,
         )
 
-    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> Adapters:
+    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> RowDeltas:
         """The deltas of some of the batch's documents, as the network takes them."""
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
 
@@ -8520,7 +9154,7 @@ class DocumentDeltas:
             return down[first:end].to(dtype), (scale * up[first:end]).to(dtype)
 
         layers = [{name: given(delta) for name, delta in own.items()} for own in self.layers]
-        return Adapters(tuple(layers), None if self.head is None else given(self.head))
+        return RowDeltas(tuple(layers), None if self.head is None else given(self.head))
 
     def learn(self, loss: Tensor) -> None:
         """A step down the gradient of the loss."""
@@ -8589,9 +9223,9 @@ class DocumentBudget:
 class DocumentScorer:
     """Scores documents, each with deltas of its own that learn from what is scored of it.
 
-    Documents of like length go in step. One forward scores a chunk of each and gives the gradient
-    of an AdamW step, unless the chunk is its document's last. When the rest of the budget just
-    holds the scoring of what is left, that goes on in wide chunks, without learning.
+    Documents of like length advance together. One forward scores a chunk of each and gives the
+    gradient of an AdamW step, unless the chunk is its document's last. When the rest of the budget
+    is just enough to score what is left, scoring goes on in wide chunks, without learning.
     (parameter-golf #1855)
     """
 
@@ -8621,7 +9255,7 @@ class DocumentScorer:
             self.is_late = self.budget.is_short(np.zeros(2))
 
     def measure(self, documents: np.ndarray) -> None:
-        """Find what scoring in wide chunks takes, on the longest of these documents."""
+        """Measure what scoring in wide chunks takes, on the longest of these documents."""
         cfg, run = self.run.cfg, self.run
 
         @torch.no_grad()
@@ -8636,7 +9270,7 @@ class DocumentScorer:
         self.budget.measure(forward)
 
     def deltas_for(self, lane: int, rows: int) -> DocumentDeltas:
-        """The lane's deltas for a new batch: its last ones, if the batch has as many rows."""
+        """The lane's deltas for a new batch: those of its last batch, if that had as many rows."""
         if lane not in self.generators:
             seed = self.phase * self.run.cfg.lora_lanes + lane
             self.generators[lane] = torch.Generator().manual_seed(seed)
@@ -8684,30 +9318,27 @@ class DocumentScorer:
         rows: tuple[int, int],
         learns: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Nats, targets and bytes (3,) of a chunk of each document, and its nats, to learn from.
+        """Nats, targets and bytes (3,) of a chunk of each document; and the nats to learn from.
 
-        rows: where the documents stand in the batch to which the deltas belong, from and to.
+        rows: the first and the end of these documents in the batch to which the deltas belong.
         """
         cfg, run = self.run.cfg, self.run
         batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
         with torch.set_grad_enabled(learns):
-            adapters = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
+            row_deltas = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
             nats, scores = nats_and_scores(
-                self.model, batch.moved(run.put), cfg.ngram_tilt, adapters
+                self.model, batch.moved(run.put), cfg.ngram_tilt, row_deltas
             )
-        scored, num_bytes = batch.scored, batch.target_bytes
-        assert scored is not None and num_bytes is not None
-        counted = [(x * scored).sum().double() for x in (scores.cpu().double(), scored, num_bytes)]
-        depth = 0 if adapters is None else len(adapters.layers)
+        depth = 0 if row_deltas is None else len(row_deltas.layers)
         self.operations += chunk_operations(self.model, batch, depth, learns)
-        return torch.stack(counted), nats
+        return scored_sums(scores, batch), nats
 
     def score_and_learn(
         self, documents: np.ndarray, first: int, at: int, chunk: int, deltas: DocumentDeltas
     ) -> Tensor:
-        """Score a chunk of the documents from the first on, then learn of those that go on: (3,).
+        """Score a chunk of the documents from `first` on: nats, targets and bytes (3,).
 
-        A chunk's score is final before its nats are learned from.
+        Then the deltas of documents that go on learn from it; its score is final by then.
         """
         run = self.run
         documents = documents[first:]
@@ -8730,7 +9361,7 @@ class DocumentScorer:
         return sums
 
     def learn_together(self, documents: np.ndarray) -> None:
-        """SGD of all weights on documents that are scored, as training sees text; a new phase.
+        """Train all weights by SGD on documents that have been scored; a new phase begins.
 
         Their tokens are laid end to end and cut into chunks, of which the last is left out; each
         chunk is a step, at a rate that falls as a cosine. (phased global SGD, parameter-golf #1855)
@@ -8787,7 +9418,7 @@ class DocumentScorer:
 
 @contextlib.contextmanager
 def at_rest(model: GPT, row_length: int) -> Iterator[None]:
-    """Weights that have no gradient, and positions of rows of this length, which may be cut."""
+    """Inside, weights have no gradient, and positions are those of rows of this length."""
     model.requires_grad_(False)
     model.row_place = (0, row_length)
     try:
@@ -8802,9 +9433,9 @@ def evaluate_documents(
 ) -> EvalResult:
     """Score the validation split document by document, each of which adapts to itself.
 
-    Batches go to LORA_LANES lanes in the order of the queue, and a lane to the rank that its number
-    says, so that what a document finds depends on the text alone. No hint comes from a document
-    that is scored later.
+    Batches go to LORA_LANES lanes in the order of the queue, and each lane to one rank, so that the
+    deltas with which a document begins depend on the text alone. No hint comes from a document that
+    is scored later.
     """
     cfg, ranks = run.cfg, run.ranks
     started = time.perf_counter()
@@ -8848,7 +9479,7 @@ def evaluate_documents(
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
-    """Log a score under what was scored; raises FloatingPointError if it is not finite."""
+    """Log a score under the name of what was scored; FloatingPointError if it is not finite."""
     if not math.isfinite(result.nats):
         raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
     run.folder.log(
@@ -8883,27 +9514,27 @@ class ArtifactScores:
         if run.cfg.token_mask != "0":
             mask_tokens(self.model, val, run.device)
         self.run = run.with_settings(run.cfg.for_scoring())
-        self.label = grid_label(self.model, stored)
+        self.grid = grid_label(self.model, stored)
         self.results: list[EvalResult] = []
 
-    def keep(self, result: EvalResult, tag: str, legal: bool = True) -> EvalResult:
-        """A score, logged and kept."""
-        report(tag, result, self.run, legal=legal)
+    def keep(self, result: EvalResult, label: str, legal: bool = True) -> EvalResult:
+        """Log a score under this label and add it to the results; returns it."""
+        report(label, result, self.run, legal=legal)
         self.results.append(result)
         return result
 
-    def score(self, name: str, tag: str, *, legal: bool = True, **how: Any) -> EvalResult:
-        """One evaluation in windows, logged and kept."""
+    def score(self, name: str, label: str, *, legal: bool = True, **how: Any) -> EvalResult:
+        """Evaluate in windows, log the score and keep it; `how` are arguments of evaluate()."""
         result = evaluate(name, self.forward, self.model, self.val, self.run, **how)
-        return self.keep(result, tag, legal)
+        return self.keep(result, label, legal)
 
     def in_chunks(self, **how: Any) -> EvalResult:
-        """The score in chunks side by side."""
-        return self.score("artifact_chunked", f"final_{self.label}_roundtrip_exact", **how)
+        """The score in windows side by side."""
+        return self.score("artifact_chunked", f"final_{self.grid}_roundtrip_exact", **how)
 
     def diagnostics(self) -> None:
         """Scores beside the headline: in chunks, in published windows, without each addition."""
-        cfg, label, stride = self.run.cfg, self.label, self.run.cfg.eval_stride
+        cfg, grid, stride = self.run.cfg, self.grid, self.run.cfg.eval_stride
         if stride > 0 or cfg.ttt_mode == "lora":  # else it is the headline
             self.in_chunks()
         if stride == 0:
@@ -8911,8 +9542,8 @@ class ArtifactScores:
         if cfg.sliding != "cover":
             num_targets = self.val.num_targets(cfg)
             spans = published_windows(num_targets, cfg.eval_seq_len, stride, cfg.sliding)
-            name = f"{label}_{cfg.sliding}"
-            self.score(f"artifact_{cfg.sliding}", f"final_{name}", stride=stride, spans=spans)
+            name = cfg.sliding
+            self.score(f"artifact_{name}", f"final_{grid}_{name}", stride=stride, spans=spans)
         without = {
             "no_ttt": cfg.ttt_mode in ("score_first", "lora"),
             "no_counts": cfg.counts != "off",
@@ -8920,7 +9551,7 @@ class ArtifactScores:
         }
         for name, differs in without.items():
             if differs:
-                self.score(f"artifact_sliding_{name}", f"final_{label}_{name}", stride=stride)
+                self.score(f"artifact_sliding_{name}", f"final_{grid}_{name}", stride=stride)
 
     def headline(self) -> EvalResult:
         """The score by which runs are compared, with all that the settings add."""
@@ -8934,13 +9565,13 @@ class ArtifactScores:
             return self.in_chunks(hints=hints)
         mixture = make_mixture(self.stored, val, run)
         learner = None
-        tag = f"final_{self.label}_sliding_window_exact"
+        label = f"final_{self.grid}_sliding_window_exact"
         if cfg.ttt_mode == "score_first":
             learner = Adapter(self.forward, self.model, val, run)
-            tag = "legal_ttt_exact"
+            label = "legal_ttt_exact"
         return self.score(
             "artifact_sliding",
-            tag,
+            label,
             stride=cfg.eval_stride,
             mixture=mixture,
             learner=learner,
@@ -8948,7 +9579,7 @@ class ArtifactScores:
         )
 
     def after_training_on_it(self, scoring_seconds: float) -> None:
-        """The score that is not legal: the model learns from the text before it is asked."""
+        """The score that is not legal: the model has trained on the text that it predicts."""
         train_then_score(Adapter(self.forward, self.model, self.val, self.run), scoring_seconds)
         name = "artifact_sliding_train_then_score"
         self.score(name, "illegal_ttt", stride=self.run.cfg.eval_stride, legal=False)
@@ -8957,7 +9588,7 @@ class ArtifactScores:
 def score_artifact(
     stored: dict[str, Stored], val: Validation, forward: Forward, run: Run, diagnostics: bool
 ) -> list[EvalResult]:
-    """Score the model of an artifact; the last score is the headline, which is timed."""
+    """Score an artifact's model; the last result is the headline, whose seconds are bounded."""
     scores = ArtifactScores(stored, val, forward, run)
     cfg, ledger = scores.run.cfg, run.ledger
     if diagnostics:
@@ -8970,12 +9601,11 @@ def score_artifact(
     seconds, budget = ledger.scoring_clock.elapsed(), cfg.eval_wallclock_seconds
     if seconds > budget:
         ledger.mark_ineligible(f"scoring took {seconds:.0f} s, EVAL_WALLCLOCK_SECONDS={budget:.0f}")
-    scores.results.remove(headline)
-    return [*scores.results, headline]
+    return [*(result for result in scores.results if result is not headline), headline]
 
 
 def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixture | None:
-    """The counts of an artifact, ready to score the split; None if COUNTS is off."""
+    """The mixture that scores the split with an artifact's counts; None if COUNTS is off."""
     cfg = run.cfg
     if cfg.counts == "off":
         return None
@@ -8997,7 +9627,7 @@ def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixtur
 
 
 def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
-    """Warn before scoring starts if the measured speed says that it will pass its budget."""
+    """Log how long scoring should take at the measured speed; warn if that is over its budget."""
     cfg, budget = run.cfg, run.cfg.eval_wallclock_seconds
     num_windows = len(windows(val.num_targets(cfg), cfg.eval_seq_len, cfg.eval_stride))
     seconds = batch_seconds * math.ceil(num_windows / (cfg.eval_batch_seqs * run.ranks.world_size))
@@ -9011,8 +9641,8 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
 
 # =================================================================================================
 # Sampling
-# Text that the model of an artifact draws itself, token by token, through the same forward that
-# is trained and scored. Keys and values of earlier positions are kept by the attention kernel.
+# Text that an artifact's model draws token by token, through the same forward that is trained and
+# scored. The attention kernel keeps the keys and values of earlier positions.
 # =================================================================================================
 
 
@@ -9023,54 +9653,55 @@ class SampleSettings(Part):
     title = "Sampling"
     prefixes: ClassVar[tuple[str, ...]] = ("SAMPLE_",)
 
-    sample_tokens: int = run_knob(256, (1, 1 << 20), "Tokens that --sample draws at most.")
+    sample_tokens: int = run_knob(256, (1, 1 << 20), "Draw up to this many tokens.")
     sample_temperature: float = run_knob(
-        0.8, (0.0, 100.0), "Temperature of the draw; 0 always takes the likeliest token."
+        0.8, (0.0, 100.0), "Divide logits by this; 0 always takes the likeliest token."
     )
     sample_top_p: float = run_knob(
-        0.95, (0.0, 1.0), "Draw from the likeliest tokens that have this probability together."
+        0.95, (0.0, 1.0), "Draw from the likeliest tokens of this total probability."
     )
 
 
-# Tokens before a new one that its input depends on: SmearGate takes in the one before, whose
-# BigramHash takes in one more.
+# How many earlier tokens the input at a position depends on: SmearGate mixes in the embedding of
+# the one before, and that one's BigramHash reads one more.
 LOOKS_BACK = 2
 
 
 class CachedAttention:
     """A causal attention kernel that keeps keys and values of a row's earlier positions.
 
-    It is asked by one execution of a layer after the other, in the same order in every forward.
-    Of each forward only the last `new` positions are new, and only their outputs mean something.
+    All layers call it, in the same order in every forward, so that the number of a call tells which
+    layer's keys and values to take. Of a forward's positions only the last `new` are new; at the
+    others its output is 0, which nothing reads.
     """
 
     def __init__(self) -> None:
-        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (1, t, G, K), by execution
-        self.execution = 0
+        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (1, t, G, K), by call
+        self.calls = 0  # in this forward
         self.new = 0
 
     def begin(self, new: int, forget: bool = False) -> None:
-        """Before a forward with `new` new positions; the first of a row forgets what was kept."""
-        self.execution = 0
+        """Start a forward with `new` new positions; the first of a row forgets what was kept."""
+        self.calls = 0
         self.new = new
         if forget:
             self.kept = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, T, H, K), k and v (1, T, G, K) -> (1, T, H, K)."""
-        if self.execution == len(self.kept):  # the first forward of a row
+        call = self.calls
+        self.calls += 1
+        if call == len(self.kept):  # the first forward of a row
             self.kept.append((k, v))
-            self.execution += 1
             return sdpa_attention(q, k, v)
-        earlier_k, earlier_v = self.kept[self.execution]
+        earlier_k, earlier_v = self.kept[call]
         keys = torch.cat([earlier_k, k[:, -self.new :]], dim=1)
         values = torch.cat([earlier_v, v[:, -self.new :]], dim=1)
-        self.kept[self.execution] = keys, values
-        self.execution += 1
+        self.kept[call] = keys, values
         groups = q.size(2) // k.size(2)
         query = q[:, -self.new :].transpose(1, 2)
         keys, values = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (keys, values))
-        # One new position may see all that is kept: no mask.
+        # A single new position may see all that is kept, so it needs no mask.
         y = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
         return torch.cat([torch.zeros_like(q[:, : -self.new]), y], dim=1)
 
@@ -9079,14 +9710,15 @@ class CachedAttention:
 def draw_tokens(
     model: GPT, cache: CachedAttention, ids: list[int], cfg: Config, device: torch.device
 ) -> Iterator[int]:
-    """Tokens that the model draws after `ids`, up to and without the next BOS or SAMPLE_TOKENS.
+    """Up to SAMPLE_TOKENS tokens that the model draws after `ids`; BOS ends the text before them.
 
-    A row is EVAL_SEQ_LEN tokens at most; a full one goes on with its second half.
+    The model sees less than EVAL_SEQ_LEN tokens; once a row is full, it goes on with its second
+    half.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     T = cfg.eval_seq_len
     row = ids[-(T - 1) :]
-    begins = True
+    begins = True  # whether nothing of the row is cached
     for _ in range(cfg.sample_tokens):
         shown = row if begins else row[-1 - LOOKS_BACK :]
         cache.begin(new=len(row) if begins else 1, forget=begins)
@@ -9103,14 +9735,14 @@ def draw_tokens(
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token from logits (V,), of the likeliest ones that have `top_p` together."""
+    """One token from logits (V,), among the likeliest ones of total probability `top_p`."""
     if temperature == 0:
         return int(logits.argmax())
-    shares, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    is_beyond = shares.cumsum(0) - shares >= top_p
+    probs, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    is_beyond = probs.cumsum(0) - probs >= top_p
     is_beyond[0] = False
-    shares = shares.masked_fill(is_beyond, 0.0)
-    return int(tokens[torch.multinomial(shares, 1, generator=generator)])
+    probs = probs.masked_fill(is_beyond, 0.0)
+    return int(tokens[torch.multinomial(probs, 1, generator=generator)])
 
 
 def stream_text(
@@ -9123,7 +9755,7 @@ def stream_text(
     for token in drawn:
         ids.append(token)
         longer = decode_text(tokenizer, ids)
-        if longer.endswith("\ufffd"):  # the first bytes of a character
+        if longer.endswith("\ufffd"):  # a character whose last bytes are still to come
             continue
         write_text(longer[len(text) :])
         text = longer
@@ -9139,13 +9771,13 @@ def write_text(text: str) -> None:
 
 # =================================================================================================
 # Faster on a CPU
-# Functions with a derivative of their own, in fewer passes over memory than torch takes on a CPU.
-# Each says which plain expression it stands for; a GPU's compiler fuses that itself.
+# Functions with hand-written derivatives that take fewer passes over memory than torch's on a CPU.
+# Each says which plain expression it stands for; on a GPU the compiler fuses that by itself.
 # =================================================================================================
 
 
 class RmsNorm(torch.autograd.Function):
-    """rms_norm in half the passes that torch takes on a CPU, of which it makes separate ones."""
+    """rms_norm in half the passes over memory that torch's separate operations take on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float | Tensor) -> Tensor:
@@ -9164,8 +9796,138 @@ class RmsNorm(torch.autograd.Function):
         return torch.addcmul(grad, along, x, value=-1).mul_(ctx.scale * r), None
 
 
+class HeadsAttention(torch.autograd.Function):
+    """What Attention does between its products, on a CPU, with few passes over memory.
+
+    Of a head's query x: z = R x / rms(x), with R the rotation, and q = gain z / sqrt(K). Keys are
+    the same without gain and 1 / sqrt(K). P = softmax(q k^T) up to a query's own place, o = P v,
+    and y = o - a v, a = o.v / v.v, where attention is exclusive. See rotate(), sdpa_attention() and
+    exclude_own_value(). Channels that rotate together are neighbours here, one complex number.
+
+    Queries go through in blocks, each with the keys up to its end. P is kept for the backward, so
+    that memory grows with T^2: LONGEST bounds T.
+    """
+
+    QUERIES, LONGEST = 64, 512
+
+    @staticmethod
+    def takes(x: Tensor, kernel: AttentionKernel) -> bool:
+        """Whether it stands in for this kernel at a layer's inputs (B, T, D)."""
+        return trains_on_cpu(x) and kernel is sdpa_attention and x.size(1) <= HeadsAttention.LONGEST
+
+    @staticmethod
+    def forward(
+        ctx,
+        qk: Tensor,
+        v: Tensor,
+        gains: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        exclusive: bool,
+        products: torch.dtype,
+    ) -> Tensor:
+        """Queries and keys (B, T, H + G, K), v (B, T, G, K), gains (H,) -> (B, T, H, K).
+
+        cos and sin: of rotary_tables(); channels of qk are as pairs_together() has them. Matrices
+        are multiplied, and P is kept, in the type `products`.
+        """
+        B, T, G, K = v.shape
+        H = len(gains)
+        pairs = cos.size(-1) // 2
+        turns = torch.complex(cos[:, :pairs], -sin[:, :pairs])
+        turns = F.pad(turns, (0, K // 2 - pairs), value=1.0).unsqueeze(1)
+        norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
+        r = torch.rsqrt(norm.square() / K + RMS_EPS)
+        z = times_complex(qk * r, turns)
+        scales = torch.cat([gains / math.sqrt(K), gains.new_ones(G)]).unsqueeze(1)
+        q = by_key_head(z[:, :, :H] * scales[:H], G, products)
+        k, values = by_key_head(z[:, :, H:], G, products), by_key_head(v, G, products)
+        o, shares = torch.empty_like(q), []
+        mask = q.new_full((HeadsAttention.QUERIES,) * 2, -math.inf).triu(1)
+        mask = mask.repeat_interleave(H // G, dim=0)
+        for first, last, rows in query_blocks(T, H // G):
+            logits = q[:, rows] @ k[:, :last].mT
+            size = last - first
+            logits[:, :, first:] += mask[: len(logits[0]), :size]
+            P = torch.softmax(logits, -1)
+            torch.bmm(P, values[:, :last], out=o[:, rows])
+            shares.append(P)
+        y = by_place(o, G, T).to(v.dtype)
+        own, square, along = v, y.new_zeros(()), y.new_zeros(())
+        if exclusive:
+            own = v.repeat_interleave(H // G, dim=2)
+            square = torch.linalg.vector_norm(own, dim=-1, keepdim=True).clamp_min(1e-12).square()
+            along = (y * own).sum(-1, keepdim=True) / square
+            y.addcmul_(along, own, value=-1)
+        ctx.save_for_backward(z, r, scales, q, k, values, y, turns, own, square, along, *shares)
+        ctx.exclusive = exclusive
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of queries and keys, of values, and of gains.
+
+        With g the gradient of y, that of o is f = g - b v, b = g.v / v.v, and v takes -(b y + a f)
+        beside what it has from P v. With d that of z, that of x is R^T (d - z mean(d z)) / rms(x).
+        """
+        z, r, scales, q, k, values, y, turns, own, square, along, *shares = ctx.saved_tensors
+        T, H, K = y.shape[1:]
+        G = z.size(2) - H
+        of_own = None
+        if ctx.exclusive:
+            part = (grad * own).sum(-1, keepdim=True) / square
+            grad = torch.addcmul(grad, part, own, value=-1)
+            of_own = torch.addcmul(part * y, along, grad).unflatten(2, (G, -1)).sum(3)
+        g, of_q = by_key_head(grad, G, q.dtype), torch.empty_like(q)
+        of_k, of_v = (torch.zeros(k.shape, dtype=grad.dtype) for _ in range(2))
+        for (_, last, rows), P in zip(query_blocks(T, H // G), shares, strict=True):
+            of_v[:, :last] += P.mT @ g[:, rows]
+            of_P = g[:, rows] @ values[:, :last].mT
+            of_logits = torch._softmax_backward_data(of_P, P, -1, P.dtype)
+            torch.bmm(of_logits, k[:, :last], out=of_q[:, rows])
+            of_k[:, :last] += of_logits.mT @ q[:, rows]
+        d = torch.cat([by_place(of_q, G, T).to(z.dtype), by_place(of_k, G, T)], dim=2)
+        dots = (d * z).sum(-1, keepdim=True)
+        of_gains = dots[:, :, :H].sum((0, 1, 3)) / math.sqrt(K)
+        d = torch.addcmul(d, dots / K, z, value=-1).mul_(scales * r)
+        of_values = by_place(of_v, G, T)
+        if of_own is not None:
+            of_values = of_values - of_own
+        return times_complex(d, turns.conj()), of_values, of_gains, *[None] * 4
+
+
+def query_blocks(T: int, queries: int) -> Iterator[tuple[int, int, slice]]:
+    """Blocks of places: the first, the last plus 1, and the rows of so many queries of each."""
+    for first in range(0, T, HeadsAttention.QUERIES):
+        last = min(first + HeadsAttention.QUERIES, T)
+        yield first, last, slice(first * queries, last * queries)
+
+
+def by_key_head(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
+    """(B, T, H, K) -> (B G, T H/G, K): what has the same key head together, place by place."""
+    return x.to(dtype).unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def by_place(x: Tensor, G: int, T: int) -> Tensor:
+    """(B G, T H/G, K) -> (B, T, H, K), as before by_key_head()."""
+    return x.unflatten(1, (T, -1)).unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)
+
+
+@functools.cache
+def pairs_together(R: int, K: int) -> Tensor:
+    """The order of a head's K channels in which those of a pair of rotate() are neighbours."""
+    turned = torch.arange(R).view(2, -1).t().flatten()
+    return torch.cat([turned, torch.arange(R, K)])
+
+
+def times_complex(x: Tensor, factors: Tensor) -> Tensor:
+    """Real pairs (B, T, N, K) times complex factors (T, 1, K / 2): (B, T, N, K)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factors).flatten(-2)
+
+
 class SquaredLeaky(torch.autograd.Function):
-    """leaky_relu(u)^2 in fewer passes on a CPU, and with one tensor kept for the backward."""
+    """leaky_relu(u)^2 in fewer passes on a CPU; it keeps one tensor for the backward."""
 
     @staticmethod
     def forward(ctx, u: Tensor, slope: float) -> Tensor:
@@ -9183,11 +9945,11 @@ class SquaredLeaky(torch.autograd.Function):
 
 
 class HeadNats(torch.autograd.Function):
-    """Nats of the targets at capped logits, and their weights; it keeps one matrix (B*T, V).
+    """Nats of the targets under capped logits, and their weights in the loss.
 
-    That is the derivative of each target's nats by its row of logits before the cap, found while
-    the row is in the processor's cache. What multiplies it in the loss is known only in the
-    backward, and multiplies rows of width D there instead of V.
+    For the backward it keeps one matrix (B*T, V): the derivative of each target's nats by its row
+    of logits before the cap, computed while the row is in the processor's cache. The gradient of
+    the nats, known only in the backward, then multiplies rows of width D instead of V.
     """
 
     ROWS = 128  # of logits, at a time
@@ -9204,22 +9966,25 @@ class HeadNats(torch.autograd.Function):
         input_ids: Tensor,
         penalty: Tensor | None,
         prefixes: tuple[Tensor, Tensor] | None = None,
+        products: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of hidden (B, T, D), head (V, D), targets and inputs (B, T): what GPT.forward gives.
+        """What GPT.forward returns for hidden (B, T, D), head (V, D), targets and inputs (B, T).
 
         penalty: the token mask (V, V), or None without it.
         prefixes: what GPT.prefix_targets() gives, second targets (B, T) and their weights (B, T).
+        products: type in which the backward multiplies; logits keep that of hidden.
         """
         shape = targets.shape
         hidden = hidden.flatten(0, 1)
-        pull = hidden.new_empty(len(hidden), len(head))  # that derivative
-        nats, weights = [], []
+        bends = hidden.new_empty(HeadNats.ROWS, len(head))
+        pull = torch.empty(len(hidden), len(head), dtype=products or hidden.dtype)
+        nats, weights, one = [], [], hidden.new_ones(())
         columns = [hidden, targets.reshape(-1, 1), input_ids.flatten(), pull]
         columns += [column.reshape(-1, 1) for column in prefixes or ()]
         blocks = zip(*(column.split(HeadNats.ROWS) for column in columns), strict=True)
-        # Rows of `pull` hold tanh(z / cap) first, here `bent`, and the derivative at the end.
-        for own, at, before, bent, *second in blocks:
-            torch.mm(own, head.t(), out=bent).div_(cap).tanh_()
+        for own, at, before, pulled, *second in blocks:
+            bent = bends[: len(own)]  # tanh(z / cap)
+            torch.addmm(bent, own, head.t(), beta=0, alpha=1 / cap, out=bent).tanh_()
             logits = cap * bent
             if penalty is not None:
                 logits += penalty.index_select(0, before)
@@ -9228,14 +9993,15 @@ class HeadNats(torch.autograd.Function):
                 other, share = second
                 # By how many nats the second target is less likely than the first.
                 farther = logits.gather(1, at) - logits.gather(1, other)
-            own_nats, p = nats_and_shares(logits, at, penalty is not None)
+            own_nats, p = nats_and_shares(logits, at, cap, penalty is not None)
             excess = p
             if second:
                 own_nats = own_nats + share * (own_nats + farther)
                 excess = p.mul_(1.0 + share).scatter_add_(1, other, -share)
             nats.append(own_nats)
             excess.scatter_add_(1, at, p.new_full(at.shape, -1.0))
-            bent.square_().neg_().add_(1.0).mul_(excess)  # (1 - tanh^2) (p - [target])
+            slope = torch.addcmul(one, bent, bent, value=-1, out=bent)
+            torch.mul(slope, excess, out=pulled)
         ctx.save_for_backward(hidden, head, pull)
         of_loss = torch.cat(weights).view(shape)
         ctx.mark_non_differentiable(of_loss)
@@ -9243,20 +10009,25 @@ class HeadNats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Of hidden and head, the only inputs that have one."""
+        """Gradients of hidden and head; the other inputs have none."""
         hidden, head, pull = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(-1, 1)
-        of_hidden = (grad * (pull @ head)).view(*shape, -1)
-        of_head = pull.t() @ (grad * hidden)
-        return of_hidden, of_head, *[None] * 7
+        of_hidden = (grad * (pull @ head.to(pull.dtype))).view(*shape, -1)
+        of_head = pull.t() @ (grad * hidden).to(pull.dtype)
+        return of_hidden, of_head.to(head.dtype), *[None] * 8
 
 
 LOG2_E = math.log2(math.e)
 
 
-def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which are lost."""
+def nats_and_shares(
+    logits: Tensor, targets: Tensor, cap: float, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which it overwrites."""
+    if cap < 40 and not masked:  # no share is so small that float32 has no logarithm of it
+        shares = torch.softmax(logits, -1)
+        return -shares.gather(1, targets).log(), shares
     if masked:
         log_shares = torch.log_softmax(logits, -1)
         nats = -log_shares.gather(1, targets)
@@ -9277,29 +10048,26 @@ def nats_and_shares(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tens
 def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
     """The GPTQ of #1361: it never updates the inverse of H, and so corrects too much.
 
-    It rounds by scales that are not yet fp16, and chooses the clip by nearest rounding.
+    Its scales are not yet fp16 when it rounds, and it chooses the clip by the error of rounding to
+    nearest.
     """
-    levels = largest_integer(bits)
+    top = largest_integer(bits)
     U = inverse_factor(H)
     inverse = U.mT @ U
     scales = clip_candidates(W, bits, cfg, sigmas)
     step = scales.unsqueeze(-1)
-    tops = torch.full((W.size(1),), float(levels))
+    tops = torch.full((W.size(1),), float(top))
     Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], tops, cfg)
-    error = W - torch.round(W / step).clamp(-levels, levels) * step
-    return pick(error.square().mean(dim=2), Q, scales.half(), cfg)
-
-
-def decayed_rate(rate: float, decay: float) -> float:
-    """Muon's rate under MUON_WD_ORDER=after: decay that follows the step decays the step too."""
-    return rate * decay
+    error = W - torch.round(W / step).clamp(-top, top) * step
+    return pick_clip(error.square().mean(dim=2), Q, scales.half(), cfg)
 
 
 def published_windows(num_targets: int, seq_len: int, stride: int, form: str) -> np.ndarray:
-    """Windows of published systems, like those of windows(): int64 (windows, 3).
+    """Windows of published systems, as rows like those of windows(): int64 (windows, 3).
 
-    published_s1 has a window for every stride, of which the last are short, published_s3 full
-    windows only. Each scores its last `stride` targets, the first all of its.
+    published_s1 begins a window every `stride` targets to the end, so the last ones are short;
+    published_s3 has full windows only. The first scores all its targets, the others their last
+    `stride`, which may have been scored before.
     """
     starts: np.ndarray = np.arange(0, num_targets, stride)
     if form == "published_s3":
@@ -9310,9 +10078,9 @@ def published_windows(num_targets: int, seq_len: int, stride: int, form: str) ->
 
 
 def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
-    """Train on the whole split, of which `scoring_seconds` of the budget are then scored again.
+    """Train on the whole validation split; the score that follows is not legal.
 
-    This is no legal evaluation: the model has seen what it is asked.
+    scoring_seconds: of the budget, are left for that score.
     """
     cfg, run = adapter.run.cfg, adapter.run
     end = adapter.val.num_targets(cfg)
@@ -9326,8 +10094,8 @@ def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
     )
 
 
-# Published names of settings we call otherwise: (our name, {published value: ours}), where no
-# table of values means that the value carries over as it is.
+# Published names of settings that have another name here: (our name, {published value: ours}).
+# Without a table of values, values are the same; the value None leaves our setting as it is.
 ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
     "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
@@ -9354,58 +10122,45 @@ ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     },
 }
 
-# Published names of techniques that are not here: the values at which they are off. None marks
-# a name that has no effect on anything here, whatever its value.
+# Published names that are no settings here: the values that change nothing, since a technique is
+# off by them or a constant is the same. None accepts any value, since nothing here would read it.
 RETIRED: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys(
-        (
-            "DTG_ENABLED",
-            "GATED_ATTENTION",
-            "LATE_K_FP16",
-            "LAWA_ENABLED",
-            "MTP_NUM_HEADS",
-            "TARGET_MB",
-        ),
-        ("0",),
-    ),
-    **dict.fromkeys(
-        (
-            "GPTQ_CALIB_SAMPLES",
-            "GPTQ_RESERVE_MS",
-            "LAWA_FREQ",
-            "LAWA_K",
-            "MTP_LOSS_WEIGHT",
-            "MUON_BETA2",
-            "VAL_BATCH_SIZE",
-        )
-    ),
-    **dict.fromkeys(
-        (
-            "CONTROL_TENSOR_NAME_PATTERNS",
-            "FP16_KEEP_NAME_PATTERNS",
-            "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
-        ),
-        ("",),
-    ),
+    "DTG_ENABLED": ("0",),
+    "GATED_ATTENTION": ("0",),
+    "LATE_K_FP16": ("0",),
+    "LAWA_ENABLED": ("0",),
+    "LAWA_FREQ": None,
+    "LAWA_K": None,
+    "MTP_NUM_HEADS": ("0",),
+    "MTP_LOSS_WEIGHT": None,
+    "TARGET_MB": ("0",),
+    "TARGET_BYTES": ("0",),
+    "GPTQ_CALIB_SAMPLES": None,
+    "GPTQ_RESERVE_MS": None,
+    "MUON_BETA2": None,
+    "VAL_BATCH_SIZE": None,
+    "CONTROL_TENSOR_NAME_PATTERNS": ("",),
+    "FP16_KEEP_NAME_PATTERNS": ("",),
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": ("",),
     "ADAM_EPS": ("1e-8", "1e-08"),
     "BETA1": ("0.9",),
-    "TARGET_BYTES": ("0",),
     "MUON_QUANT_BLOCK_SIZE": ("256",),
     "QAT_CLIP_PCT": ("0.9995",),
     "Q_SYMMETRIC": ("1",),
     "AUX_PROJ_MUP": ("1",),
+    # BITS stands for all of these.
     "MLP_BITS": ("6",),
     "ATTN_BITS": ("6",),
     "EMB_BITS": ("8",),
-    "AUX_EMB_BITS": ("8",),  # BITS has them all
+    "AUX_EMB_BITS": ("8",),
 }
 
 
 def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -> Iterator[str]:
     """Add to `given` what published names in `env` mean, with a note for each; or Refusal.
 
-    A published switch that is off gives way to another one that is on for the same setting:
-    EMA_ENABLED=0 SWA_ENABLED=1 means AVG_MODE=swa. So those that are on come first.
+    Of two published switches for one setting, the one that is on wins: EMA_ENABLED=0 SWA_ENABLED=1
+    means AVG_MODE=swa. So those that are on are read first.
     """
     translated = set()
     for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
@@ -9429,7 +10184,7 @@ def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -
 
 
 def retired_names(env: dict[str, str]) -> Iterator[str]:
-    """A note for each name in `env` of a technique that is not here and off; or Refusal."""
+    """A note for each of RETIRED in `env`; raises Refusal if its value asks for something."""
     for name in sorted(set(RETIRED) & set(env)):
         off = RETIRED[name]
         if off is not None and env[name] not in off:
@@ -9439,9 +10194,9 @@ def retired_names(env: dict[str, str]) -> Iterator[str]:
 
 # =================================================================================================
 # Configuration
-# All parts of the settings put together, the presets, and how the environment is read. Every name,
-# value and contradiction that can be known to be wrong is refused here, in one line, before any
-# work. Environment names are the upper-case names of the fields.
+# All parts of the settings put together, the presets, and how the environment is read. Every wrong
+# name or value and every contradiction that can be known before a run is refused here, in one line.
+# Environment names are the upper-case names of the fields.
 # =================================================================================================
 
 
@@ -9486,7 +10241,7 @@ class Config(
 
     @property
     def has_input_gates(self) -> bool:
-        """Whether some gate looks at GATE_WINDOW channels."""
+        """Whether some gate reads the first GATE_WINDOW channels of its input."""
         smears = self.smear_enabled and self.smear_form == "input"
         return smears or self.attn_gate != "none"
 
@@ -9512,7 +10267,7 @@ class Config(
         return self.adam_wd if self.embed_wd < 0 else self.embed_wd
 
     def __post_init__(self) -> None:
-        """Raise Refusal for settings that contradict each other, with the values of those named."""
+        """Raise Refusal for settings that contradict each other, naming them and their values."""
         refuse_bad_declarations()
         for part in PARTS:
             for holds, complaint in part.checks(self):
@@ -9530,16 +10285,19 @@ class Config(
         return re.sub(r"\b[A-Z][A-Z_0-9]+\b(?!=)", with_value, complaint)
 
     def for_model(self) -> Config:
-        """The settings that the network may read; reading another one is refused."""
+        """A view of the settings that the network may read; reading another one is refused."""
         return cast(Config, LimitedSettings(self, ("model",), "the model"))
 
     def for_scoring(self) -> Config:
-        """The settings that scoring an artifact may read; reading another one is refused."""
+        """A view of the settings that scoring may read; reading another one is refused."""
         return cast(Config, LimitedSettings(self, ("run", "model", "scoring"), "scoring"))
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> tuple[Config, list[str]]:
-        """Settings from defaults, then PRESET, then `env`, and notes for the log; or Refusal."""
+        """Settings by the defaults, overridden by PRESET, then by `env`; and notes for the log.
+
+        Raises Refusal for a name, value or combination that is wrong.
+        """
         known = {name.upper(): setting for name, setting in SETTINGS.items()}
         given, notes = translate_names(env, known)
         values: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
@@ -9549,8 +10307,8 @@ class Config(
         for name, text in given.items():
             values[name.lower()] = parse_setting(name, text, known[name])
         if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
-            values["warmdown_frac"] = 0.0  # a preset's fraction gives way to what was asked for
-        # A budget that was asked for takes the place of one that was not.
+            values["warmdown_frac"] = 0.0  # a preset's fraction would win over what was asked for
+        # A run has one budget: the one asked for replaces that of the defaults or a preset.
         if values["max_train_tflops"] and "MAX_WALLCLOCK_SECONDS" not in given:
             values["max_wallclock_seconds"] = 0.0
         elif "MAX_WALLCLOCK_SECONDS" in given and "MAX_TRAIN_TFLOPS" not in given:
@@ -9558,7 +10316,7 @@ class Config(
         return cls(**values), notes
 
     def listing(self) -> Iterator[str]:
-        """Lines of --help and of the log's head: settings, * where they differ from defaults."""
+        """The settings as --help and the log show them, marked * if they differ from defaults."""
         for part in PARTS:
             yield f"{part.title}:"
             for name in settings_of(part):
@@ -9591,7 +10349,7 @@ def settings_of(part: type[Part]) -> list[str]:
 
 
 def settings_of_reach(*reaches: str) -> list[str]:
-    """Names of the settings of these reaches, in order: "model", "scoring" or both."""
+    """Names of the settings of these reaches, in the order of their declaration."""
     return [
         name
         for part in PARTS
@@ -9606,8 +10364,8 @@ def refuse_bad_declarations() -> None:
     for name, setting in SETTINGS.items():
         if not isinstance(setting.metadata.get("knob"), Knob):
             raise Refusal(f"{name.upper()} is declared without a knob: use training_knob or so")
-        silent = knob_of(setting).absent is UNSAID and name not in VERSION_1_SETTINGS
-        if knob_of(setting).travels and silent:
+        is_silent = knob_of(setting).absent is UNSAID and name not in VERSION_1_SETTINGS
+        if knob_of(setting).travels and is_silent:
             raise Refusal(
                 f"{name.upper()} travels in artifacts and does not say what its absence in an "
                 "older one means: add absent=..., the value at which nothing changes"
@@ -9615,7 +10373,7 @@ def refuse_bad_declarations() -> None:
 
 
 def preset_names(text: str) -> list[str]:
-    """The names in PRESET; raises Refusal for an unknown one, or if a scale is not the last."""
+    """The names in PRESET; raises Refusal for an unknown one, or if mini is not the last."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PRESETS:
@@ -9626,14 +10384,14 @@ def preset_names(text: str) -> list[str]:
 
 
 def scaled(before: Any, value: Any) -> Any:
-    """A preset's value; a fraction is of what the setting would be without the preset."""
+    """A preset's value; a Fraction is of the value before, at least 1 unless that was 0."""
     if not isinstance(value, Fraction):
         return value
     return before and max(1, round(before * value))
 
 
-# What all five published systems share: no masks at document starts, text in stream order, the
-# last short validation row dropped.
+# What the first five published systems share: no masks at document starts, text in stream order,
+# the last short validation row dropped.
 PUBLISHED = {
     "loader": "sequential",
     "smear_bos_mask": False,
@@ -9641,7 +10399,7 @@ PUBLISHED = {
     "eval_truncate": True,
 }
 
-# #1855 as it ran; #2135 differs in few settings. The text has its capitals as marks (CaseOps).
+# #1855 as it ran; #2135 differs in few settings. The capitals of their text are marks (CaseOps).
 FRONTIER = {
     "data_path": "./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
     "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
@@ -9678,7 +10436,7 @@ FRONTIER = {
     "clip_sigmas": "mlp:11.5,attn:13,emb:14,aux:13",
     "lqer_top_k": 3,
     "gate_storage": "int8",
-    "codec": "range",  # in place of ZPAQ by kinds of matrices
+    "codec": "range",  # in place of ZPAQ
     "bits": "mlp:6,attn:6,emb:7,aux:8",
     "gptq_calib_batches": 16,
     "eval_truncate": True,
@@ -9712,8 +10470,9 @@ PRESETS: dict[str, dict] = {
         "qat_targets": "linears",
         "qat_clip": "quantile",
         "bits": "mlp:6,attn:6,emb:8,aux:6",
+        # Asked for, but there the threshold came out as 0, so that nothing was pruned.
         "prune_pct": 0.02,
-    },  # at a threshold of 0, so that nothing was pruned
+    },
     "pr703": PUBLISHED
     | {
         "bigram_vocab_size": 1536,
@@ -9732,8 +10491,8 @@ PRESETS: dict[str, dict] = {
         "mile_gamma": 1.1,
         "codec": "lzma",
         "sliding": "published_s1",
-        "qat_targets": "aux",
-    },  # its late QAT reached no other linear
+        "qat_targets": "aux",  # its late QAT reached no other linears
+    },
     "pr334": PUBLISHED
     | {
         "mlp_act": "relu2",
@@ -9817,8 +10576,8 @@ PRESETS: dict[str, dict] = {
         "lora_phases": 1,
         "ngram_tilt": 2.625,
     },
-    # A scale, not a system: two CPU cores, the built-in corpus, five minutes. Goes last; fractions
-    # are of the system's own value.
+    # Scales any system down to two CPU cores, the built-in corpus and five minutes. It goes last;
+    # fractions are of the value that the presets before it give.
     "mini": {
         "data_path": "./data/datasets/docs_sp1024",
         "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
@@ -9851,7 +10610,7 @@ PRESETS: dict[str, dict] = {
 
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
-    """The settings named in `env` under our names, and a note for each translation, or Refusal."""
+    """The settings in `env` under our names, and notes on names that are not; or Refusal."""
     given = {name: env[name] for name in known if name in env}
     notes = [
         *translate_aliases(env, given, known),
@@ -9862,9 +10621,9 @@ def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], l
 
 
 def misspelled_names(env: dict[str, str], known: dict) -> Iterator[str]:
-    """Refuse a name that is almost one of ours, if its value fits a setting that it resembles.
+    """Raise Refusal for a name like that of a setting, if its value could be the setting's.
 
-    A value that does not fit is taken for another program's variable: it gets a note.
+    If it could not, the name is taken for another program's variable and gets a note.
     """
     excused = {name.strip() for name in env.get("NOT_OURS", "").split(",")}
     for name in sorted(env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys() - excused):
@@ -9880,17 +10639,17 @@ def misspelled_names(env: dict[str, str], known: dict) -> Iterator[str]:
 
 def resembled_names(name: str, known: dict) -> list[str]:
     """Settings and aliases that a name could be meant for, the likeliest first."""
-    # Short names lie close to words of other programs (SPEED, SEED): they must differ less.
+    # Short names must be closer: other programs have many a short name (SPEED is not SEED).
     cutoff = 0.88 if len(name) > 8 else 0.92
     if near := difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff):
         return near
-    ours = [prefix for part in PARTS for prefix in part.prefixes if name.startswith(prefix)]
-    family = [setting for setting in known if setting.startswith(tuple(ours))] if ours else []
+    ours = tuple(prefix for part in PARTS for prefix in part.prefixes if name.startswith(prefix))
+    family = [setting for setting in known if setting.startswith(ours)]
     return difflib.get_close_matches(name, family, n=len(family) or 1, cutoff=0.0)
 
 
 def value_fits(name: str, text: str, known: dict) -> bool:
-    """Whether a text can be the value of a setting or alias; a path only if it is there."""
+    """Whether a text could be the value of a setting or alias; a path only if it exists."""
     name, values = ALIASES.get(name, (name, None))
     if values is not None:
         return text in values
@@ -9905,16 +10664,52 @@ def value_fits(name: str, text: str, known: dict) -> bool:
 
 # =================================================================================================
 # Main
-# The story of a run, and the verbs that do less.
+# verb_train() is the story of a run. What follows are its steps that have no other section, the
+# verbs that do less than train, and main().
 # =================================================================================================
 
 
-def look(
-    cfg: Config, device: torch.device
-) -> tuple[TrainingRows, Validation, str, AttentionKernel]:
-    """What a run takes from outside itself: data, kernel and its name; or Refusal."""
+def verb_train(cfg: Config, notes: list[str]) -> int:
+    """Train, export, and score the exported model; returns the exit code."""
+    with Run.start(cfg) as run:
+        with run.ranks.together():
+            rows, val = load_inputs(cfg, run.device)
+            weights = initial_weights(cfg, val)
+        attention = pick_attention(cfg, run.ranks)
+        run.folder.open()
+        run.log_header(notes)
+        model = make_model(attention.kernel, val, weights, run)
+        log_work(model, rows, val, attention, run)
+        forward = make_forward(run)
+        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
+        reserve = budget_reserve(model, calibration_seconds, run)
+        state = Training(model, reserve, origin(rows, val, cfg), run)
+        if saved := run.folder.last_checkpoint():
+            state.restore(saved)
+        packed_text = pack_training_text(rows, run)
+        averaged = train(forward, state, rows, val, run)
+        log_gates(averaged, run)
+        model, run = as_trained(averaged, state, run)
+        hessians = calibrate(model, rows, state.step, run)
+        float_result = score_float_model(forward, model, val, run)
+        blob = export(model, hessians, packed_text, val, run)
+        announce_scoring(eval_seconds, val, run)
+        scores = score_export(blob, forward, val, run)
+        run.ledger.log_activity()
+        return log_summary(model, state.step, len(blob), [float_result, *scores], run)
+
+
+def load_inputs(cfg: Config, device: torch.device) -> tuple[TrainingRows, Validation]:
+    """Load training rows and validation split; raises Refusal for all that can be known to fail."""
     if cfg.codec == "brotli":
         brotli_module()
+    if cfg.log_to == "tensorboard":
+        tensorboard_writer()
+    if cfg.cpu_bf16 == "1" and device.type == "cpu" and not has_bf16_products():
+        raise Refusal(
+            "CPU_BF16=1: this processor has no products of bfloat16 (avx512_bf16 or AMX); "
+            "use CPU_BF16=auto"
+        )
     refuse_small_budget(cfg)
     rows = TrainingRows(cfg)
     val = load_validation(cfg)
@@ -9922,52 +10717,111 @@ def look(
         for number, path in enumerate(rows.shards):
             tokens = rows.tokens_of(number)[: rows.scan_tokens]
             refuse_forbidden_pairs(tokens, val.forbidden, str(path))
-    return rows, val, *pick_attention(cfg, device)
+    return rows, val
 
 
-def verb_train(cfg: Config, notes: list[str]) -> int:
-    """Train, export, and score the exported model; returns the exit code."""
-    with Run.start(cfg) as run:
-        with run.ranks.together():
-            rows, val, kernel_name, kernel = look(cfg, run.device)
-        run.folder.open()
-        run.log_header(notes)
-        model = GPT(cfg, kernel, run.dtype)
-        initialize(model, cfg)
-        run.ranks.copy_from_main(model.to(run.device))
-        if cfg.token_mask == "1":
-            mask_tokens(model, val, run.device)
-        if val.prefixes is not None:
-            model.prefixes = torch.from_numpy(val.prefixes).to(run.device)
-        log_work(model, rows, val, kernel_name, run)
-        forward = make_forward(run)
-        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
-        reserve = budget_reserve(model, calibration_seconds, run)
-        state = Training(model, reserve, [val.fingerprint, rows.num_tokens], run)
-        if saved := run.folder.last_checkpoint():
-            state.restore(saved)
-        packed_text = pack_training_text(rows, run)
-        model, steps = train(forward, state, rows, val, run), state.step
-        log_gates(model, run)
-        model, run = as_trained(model, state, run)
-        hessians = calibrate(model, rows, steps, run)
-        run.phase = "scoring the float model"
-        float_result = evaluate("float_chunked", forward, model, val, run)
-        report("DIAGNOSTIC" + f" post_{cfg.avg_mode}" * (cfg.avg_mode != "none"), float_result, run)
-        blob = export(model, hessians, packed_text, val, run)
-        announce_scoring(eval_seconds, val, run)
-        run.phase = "scoring the artifact"
-        header, stored = decode_artifact(blob)
-        scoring_cfg, _ = settings_within(header, environment_of(cfg, "run"))
-        scoring = run.with_settings(scoring_cfg)
-        scores = score_artifact(stored, val, forward, scoring, diagnostics=True)
-        run.ledger.log_activity()
-        return log_summary(model, steps, len(blob), [float_result, *scores], run)
+def initial_weights(cfg: Config, val: Validation) -> dict[str, Tensor]:
+    """Read the weights in INIT_FROM, by parameter; empty without it.
+
+    The file may be a stranger's: nothing in it is executed, and no shape is trusted. Raises
+    Refusal if it cannot be read, or holds another model or the model of another tokenizer.
+    """
+    if not cfg.init_from:
+        return {}
+    path = Path(cfg.init_from)
+    if not path.is_file():
+        raise Refusal(f"INIT_FROM={path}: no such file; expected an artifact.bin or a checkpoint")
+    with open(path, "rb") as file:
+        is_artifact = file.read(len(ARTIFACT_MAGIC)) == ARTIFACT_MAGIC
+    if is_artifact:
+        header, stored = read_artifact(path)
+        if header["tokenizer"] != val.tokenizer_sha256:
+            raise Refusal(f"INIT_FROM={path}: its model reads the tokens of another tokenizer")
+        weights = {
+            name: tensor.restore() for name, tensor in stored.items() if tensor.kind != "packed"
+        }
+    else:
+        weights = weights_of_checkpoint(path)
+    expected = {name: tuple(weight.shape) for name, weight in laid_out(cfg).named_parameters()}
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if given.get(name) != expected.get(name):
+            raise Refusal(
+                f"INIT_FROM={path}: {name} is {given.get(name, 'not there')}, and in the model of "
+                f"these settings {expected.get(name, 'not there')}: give both runs the same shape"
+            )
+        if not weights[name].isfinite().all():
+            raise Refusal(f"INIT_FROM={path}: {name} holds numbers that are not finite")
+    return weights
 
 
-def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: Run) -> None:
-    """Log what is about to be trained, on what."""
-    cfg, first_xsa = run.cfg, run.cfg.num_layers - run.cfg.xsa_last_n
+def weights_of_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read the model's weights in a checkpoint; raises Refusal if the file is none."""
+    try:
+        content = io.BytesIO(read_checkpoint(path))
+        weights = torch.load(content, "cpu", weights_only=True)["model"]
+        for name, weight in weights.items():
+            kind = (weight.dtype, weight.layout, weight.device.type)
+            if kind != (torch.float32, torch.strided, "cpu") or not isinstance(name, str):
+                raise ValueError(f"{name} is {kind}")
+        return weights
+    except Exception as error:  # torch.load does not document what it raises
+        raise Refusal(
+            f"INIT_FROM={path}: neither an artifact nor a checkpoint that can be read ({error})"
+        ) from None
+
+
+def origin(rows: TrainingRows, val: Validation, cfg: Config) -> list:
+    """Identify by content what a run learns from, to recognise its own checkpoints."""
+    initial = [sha256_of(Path(cfg.init_from))] if cfg.init_from else []
+    return [val.fingerprint, rows.num_tokens, *initial]
+
+
+def make_model(
+    kernel: AttentionKernel, val: Validation, weights: dict[str, Tensor], run: Run
+) -> GPT:
+    """The model with its initial weights, the same on all ranks, and what it knows of tokens.
+
+    weights: those to start from instead of random ones; may be empty.
+    """
+    cfg = run.cfg
+    model = GPT(cfg, kernel, run.dtype)
+    initialize(model, cfg)
+    if weights:
+        model.load_state_dict(weights)
+    run.ranks.copy_from_main(model.to(run.device))
+    if cfg.token_mask == "1":
+        mask_tokens(model, val, run.device)
+    if val.prefixes is not None:
+        model.prefixes = torch.from_numpy(val.prefixes).to(run.device)
+    return model
+
+
+def score_float_model(forward: Forward, model: GPT, val: Validation, run: Run) -> EvalResult:
+    """The score of the trained weights before they are quantized, in windows side by side."""
+    run.phase = "scoring the float model"
+    result = evaluate("float_chunked", forward, model, val, run)
+    label = "DIAGNOSTIC"
+    if run.cfg.avg_mode != "none":
+        label += f" post_{run.cfg.avg_mode}"
+    report(label, result, run)
+    return result
+
+
+def score_export(blob: bytes, forward: Forward, val: Validation, run: Run) -> list[EvalResult]:
+    """The scores of an artifact's bytes, headline last: by its own settings alone, as --eval."""
+    run.phase = "scoring the artifact"
+    header, stored = decode_artifact(blob)
+    cfg, _ = settings_within(header, environment_of(run.cfg, "run"))
+    return score_artifact(stored, val, forward, run.with_settings(cfg), diagnostics=True)
+
+
+def log_work(
+    model: GPT, rows: TrainingRows, val: Validation, attention: ChosenAttention, run: Run
+) -> None:
+    """Log what is about to be trained, and on what; note what keeps the run from being a record."""
+    cfg = run.cfg
+    first_xsa = cfg.num_layers - cfg.xsa_last_n
     machine = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
     if "H100" not in machine or run.ranks.world_size != 8:
         run.ledger.mark_ineligible(
@@ -10008,8 +10862,7 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
                 f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
                 f"world_size:{run.ranks.world_size} rows_per_step:{cfg.rows_per_step} "
                 f"micro_batch_rows:{most}",
-                f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
-                f"kernel:{kernel}",
+                *attention_lines(attention, cfg),
                 f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
                 f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
                 f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f} "
@@ -10024,8 +10877,18 @@ def log_work(model: GPT, rows: TrainingRows, val: Validation, kernel: str, run: 
     )
 
 
+def attention_lines(attention: ChosenAttention, cfg: Config) -> Iterator[str]:
+    """Say which kernel attends, and what its trial was."""
+    yield (
+        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
+        f"kernel:{attention.name}"
+    )
+    if attention.trial:
+        yield f"attention tried: {attention.trial}"
+
+
 def plan_lines(model: GPT) -> Iterator[str]:
-    """The layers in the order in which they are executed, and the order before they loop."""
+    """One line a layer in the order of execution, after the blocks' order before layers loop."""
     if model.cfg.num_loops:
         before = ",".join(str(layer.block) for layer in model.plan_before_looping)
         yield f"before ENABLE_LOOPING_AT={model.cfg.enable_looping_at:g}, blocks: {before}"
@@ -10034,7 +10897,7 @@ def plan_lines(model: GPT) -> Iterator[str]:
 
 
 def repeats(run: Run) -> str:
-    """Whether another run of these settings, this seed included, gives the same bits."""
+    """Whether another run with these settings, seed included, would give the same bits."""
     if run.device.type != "cpu":
         return "no, whatever the settings: a GPU's attention sums its gradients in no fixed order"
     if not run.cfg.step_driven:
@@ -10043,7 +10906,7 @@ def repeats(run: Run) -> str:
 
 
 def routing_table(cfg: Config, model: GPT) -> Iterator[str]:
-    """One line a parameter group: how many parameters learn how."""
+    """One line a parameter group: how many parameters it has and how they learn."""
     for group in route_parameters(cfg, model):
         yield (
             f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
@@ -10052,7 +10915,7 @@ def routing_table(cfg: Config, model: GPT) -> Iterator[str]:
 
 
 def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult], run: Run) -> int:
-    """The last lines of the log: what was trained, its size, its scores; returns the exit code."""
+    """Log at the end what was trained, its size and its scores; returns the exit code."""
     cfg = run.cfg
     if run.device.type == "cuda":
         run.folder.log(
@@ -10067,6 +10930,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     )
     if (used := run.ledger.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
         run.ledger.mark_ineligible(f"training and calibration took {used:.1f} s")
+    run.ledger.tell_pause("after training")
     run.folder.log(
         "eligible:{eligible} {reasons}",
         "eligibility",
@@ -10111,7 +10975,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
 
 
 def log_counted_work(run: Run) -> None:
-    """Log the operations of training with calibration and of scoring, and the counts' seconds."""
+    """Log the operations of training and of scoring, and the processor time of the counts."""
     run.folder.log(
         "work training:{tflops:.6f} TFLOP scoring:{eval_tflops:.6f} TFLOP "
         "tables:{table_seconds:.1f} CPU seconds",
@@ -10136,15 +11000,19 @@ def static_ineligibility(cfg: Config) -> list[str]:
                 "GPTQ_CALIB=train_after_cap: training data was used after the budget",
             ),
             (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
+            (cfg.init_from, "INIT_FROM: the run began with the weights of another"),
         )
         if wrong
     ]
 
 
 def verb_check(cfg: Config, notes: list[str]) -> int:
-    """Look at settings, data and tokenizer as a run would, and do nothing else."""
-    rows, val, *_ = look(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """Check settings, data and tokenizer as a run would, and do nothing else."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, val = load_inputs(cfg, device)
+    pick_attention(cfg, Ranks(device=device))
     laid_out(cfg)
+    initial_weights(cfg, val)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(
             f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
@@ -10160,7 +11028,7 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
 
 
 def verb_plan(cfg: Config, notes: list[str]) -> int:
-    """Say what a run would do, without data and without training: plan.py is run, and says it."""
+    """Say what a run would do, without data and without training, by running plan.py."""
     script = Path(__file__).resolve().with_name("plan.py")
     if not script.is_file():
         raise Refusal("--plan needs plan.py, which stands beside train_gpt.py in its repository")
@@ -10170,21 +11038,29 @@ def verb_plan(cfg: Config, notes: list[str]) -> int:
 
 
 def locate_validation(cfg: Config, header: dict) -> Config:
-    """Settings pointing at the split and tokenizer an artifact was scored on, or Refusal."""
+    """The settings with the paths of the split and tokenizer an artifact was scored on; or Refusal.
+
+    They are known by their fingerprints: first those of the settings are tried, then all in data/.
+    """
     for folder in (cfg.data_path, *map(str, sorted(Path("data/datasets").glob("*")))):
         with contextlib.suppress(Refusal):
             if read_sidecar(folder)["fingerprint"] == header["validation"]:
                 break
     else:
+        also = ""
+        try:
+            locate_tokenizer(cfg, header)
+        except Refusal as refusal:  # all that is missing is said at once
+            also = f"; and {refusal}"
         raise Refusal(
             f"no validation split with fingerprint {header['validation'][:12]} in "
-            f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py"
+            f"DATA_PATH={cfg.data_path} or data/datasets/*; make it with data/prepare.py{also}"
         )
     return replace(locate_tokenizer(cfg, header), data_path=folder)
 
 
 def locate_tokenizer(cfg: Config, header: dict) -> Config:
-    """Settings pointing at the tokenizer of an artifact's text, or Refusal."""
+    """The settings with the path of an artifact's tokenizer, known by its sha256; or Refusal."""
     for path in (Path(cfg.tokenizer_path), *sorted(Path("data/tokenizers").glob("*.model"))):
         if path.is_file() and sha256_of(path) == header["tokenizer"]:
             return replace(cfg, tokenizer_path=str(path))
@@ -10195,7 +11071,7 @@ def locate_tokenizer(cfg: Config, header: dict) -> Config:
 
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
-    """Score an artifact again: the model comes from its header alone."""
+    """Score an artifact again, by what it holds alone; returns the exit code."""
     header, stored = read_artifact(path)
     cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)
@@ -10249,13 +11125,14 @@ VERBS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the command line asks; returns the exit code, having said in one line what failed."""
+    """Do what the command line asks, or say in one line what failed; returns the exit code."""
     open_standard_streams()
     try:
-        return do(arguments)
+        return run_verb(arguments)
     except Refusal as refusal:
         code, said = EXIT_REFUSED, str(refusal)
-    except BrokenPipeError:  # who read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        lead_nowhere(sys.stdout)
         return EXIT_FAILED
     except OSError as error:
         code, said = EXIT_FAILED, str(error)
@@ -10266,8 +11143,8 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def do(arguments: list[str]) -> int:
-    """Find the verb, and read the settings; returns the verb's exit code."""
+def run_verb(arguments: list[str]) -> int:
+    """Find the verb, read the settings and run it; returns the verb's exit code."""
     if arguments[:1] == ["--eval"] and len(arguments) == 2:
         return verb_eval(Path(arguments[1]), dict(os.environ))
     if arguments[:1] == ["--sample"] and len(arguments) in (2, 3):
@@ -10285,6 +11162,6 @@ def do(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    # All is done, and as Python exits no handler can say anything any more.
+    # All is done, and while Python exits a handler could not say anything any more.
     handle_end_signals(lambda number, frame: None)
     sys.exit(exit_code)

@@ -56,8 +56,7 @@ def network_rows(trainer, folder: Path, cfg, tokens: np.ndarray) -> np.ndarray:
     """The artifact's log-probabilities of tokens[1:] in sliding windows: float16 (N - 1, V)."""
     _, stored = trainer.read_artifact(folder / "artifact.bin")
     with torch.device("meta"):
-        kernel = trainer.pick_attention(cfg, torch.device("cpu"))[1]
-        model = trainer.GPT(cfg, kernel, torch.float32)
+        model = trainer.GPT(cfg)
     model.load_state_dict({name: s.restore() for name, s in stored.items()}, assign=True)
     targets, T = len(tokens) - 1, cfg.eval_seq_len
     rows = np.empty((targets, cfg.vocab_size), np.float16)

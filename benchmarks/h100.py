@@ -243,7 +243,7 @@ def trials(cfg: t.Config, tokens: int, device: torch.device) -> Iterator[tuple[s
             for a, b, n in shapes
         ]
         yield name, lambda calls=calls: [call() for call, n in calls for _ in range(n)]
-    kernel = t.pick_attention(cfg, device)[1]
+    kernel = t.pick_attention(cfg, t.Ranks(device=device)).kernel
     q, k, v = (
         some(rows, cfg.train_seq_len, heads, cfg.head_dim) for heads in (cfg.num_heads, kv, kv)
     )

@@ -19,6 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
 
+CPU = torch.device("cpu")
+
 
 def settings(name: str) -> dict[str, str]:
     """The environment of configuration P, of NAME=value pairs, or of a preset by its name."""
@@ -33,23 +35,28 @@ def settings(name: str) -> dict[str, str]:
 class Bench:
     """One process's run of a configuration, at its initial weights."""
 
-    def __init__(self, name: str, *changes: str) -> None:
+    def __init__(self, name: str, *changes: str, device: torch.device = CPU) -> None:
         self.name = name
         self.cfg, _ = t.Config.from_env(
             settings(name) | dict(change.split("=", 1) for change in changes)
         )
-        self.rows, self.run = t.TrainingRows(self.cfg), t.Run(self.cfg, 0, 1, torch.device("cpu"))
-        self.model = t.GPT(self.cfg, t.pick_attention(self.cfg, self.run.device)[1])
+        self.rows, self.run = t.TrainingRows(self.cfg), t.Run(self.cfg, 0, 1, device)
+        self.attention = t.pick_attention(self.cfg, self.run.ranks)
+        self.model = t.GPT(self.cfg, self.attention.kernel, self.run.dtype)
         t.initialize(self.model, self.cfg)
-        groups = t.route_parameters(self.cfg, self.model)
-        self.optimizers = t.build_optimizers(self.cfg, groups, torch.float32, self.run.ranks)
+        self.model.to(device)
+        self.forward = t.make_forward(self.run)
         self.moment = t.Moment(lr_scale=1.0, momentum=0.9, qat=False, done=False)
-        t.compile_blocks(t.training_nats, self.model, self.rows, [self.moment], self.run)
+        t.pick_products(self.forward, self.model, self.rows, self.moment, self.run)
+        groups = t.route_parameters(self.cfg, self.model)
+        self.optimizers = t.build_optimizers(self.cfg, groups, self.run.products, self.run.ranks)
+        t.compile_blocks(self.forward, self.model, self.rows, [self.moment], self.run)
 
-    def step(self, number: int) -> torch.Tensor:
+    def step(self, number: int, moment: t.Moment | None = None) -> torch.Tensor:
         """The numbered training step; returns what train_step returns."""
+        now = moment or self.moment
         return t.train_step(
-            t.training_nats, self.model, self.optimizers, self.rows, number, self.moment, self.run
+            self.forward, self.model, self.optimizers, self.rows, number, now, self.run
         )
 
 

@@ -74,7 +74,10 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     stacks = [torch.randn(len(weights), *weights[0].shape) for _, weights in muon.stacks]
 
     def attend(x: torch.Tensor) -> torch.Tensor:
-        return block.attn(x, context.rotation, None, first_v)
+        return block.attn(x, block.attn_scale, context.rotation, None, first_v)
+
+    def think(x: torch.Tensor) -> torch.Tensor:
+        return block.mlp(x, block.mlp_scale)
 
     def adamw() -> None:
         for group in adam.param_groups:
@@ -90,7 +93,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
         "forward": lambda: t.training_nats(model, batch),
         "embedding, both ways": embed,
         f"attention x {cfg.num_layers}, both ways": both_ways(attend, x),
-        f"mlp x {cfg.num_layers}, both ways": both_ways(block.mlp, x),
+        f"mlp x {cfg.num_layers}, both ways": both_ways(think, x),
         "head and loss, both ways": both_ways(loss, x),
         "orthogonalisation": lambda: [
             t.orthogonalize(stack, cfg.muon_backend_steps, cfg.muon_ns) for stack in stacks

@@ -872,7 +872,11 @@ def adopt(folder: Path, tokenizer_path: Path) -> None:
             before = read_json(folder / SIDECAR)
             damage = f"{folder / SIDECAR}: damaged"
             if before:
-                damage = dataset_damage(folder, tokenizer_path.parent, before)
+                sha256 = entry(before, "tokenizer", "sha256")
+                given = {"file": tokenizer_path.name, "sha256": sha256}
+                damage = dataset_damage(
+                    folder, tokenizer_path.parent, {**before, "tokenizer": given}
+                )
             if damage or not before:
                 raise BadInput(f"{damage}; if the shards are right, move {SIDECAR} away first")
             return say_complete(folder, before)

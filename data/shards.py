@@ -435,8 +435,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such tokenizer file")
+    model = path.read_bytes()
+    if model.lstrip().startswith(b"{"):
+        raise BadInput(
+            f"{path}: a tokenizer in JSON, as of Hugging Face; only a SentencePiece model will do, "
+            "whose pieces say how many bytes a token stands for and whose BOS is id 1: without "
+            "--tokenizer one is trained on your text"
+        )
     try:
-        tokenizer = Tokenizer(path.read_bytes(), path.name)
+        tokenizer = Tokenizer(model, path.name)
     except BadInput:
         raise BadInput(f"{path}: not a SentencePiece model") from None
     if not tokenizer.byte.any():

@@ -131,7 +131,36 @@ def read_run(folder: Path) -> Run:
     seed = settings.get("seed")
     if not isinstance(seed, int):
         raise Wrong(f"{folder / 'settings.json'}: seed is {seed!r}, expected a whole number")
-    return Run(folder / "metrics.jsonl", seed, read_events(folder / "metrics.jsonl"), settings)
+    events = as_one_training(read_events(folder / "metrics.jsonl"))
+    return Run(folder / "metrics.jsonl", seed, events, settings)
+
+
+def as_one_training(events: list[dict]) -> list[dict]:
+    """The events of a run's last process, after what it went on from of the processes before.
+
+    A process begins with its versions. One that was resumed kept the steps and scores up to its
+    checkpoint; whatever else was there, it did again.
+    """
+    kept: list[dict] = []
+    steps: list[dict] = []  # and scores on the way, of all processes so far, as far as they count
+    began_anew = True
+    for event in events:
+        kind: Any = event.get("event")
+        step: Any = event.get("step")
+        if kind == "versions":
+            kept = []
+            began_anew = True
+        elif kind == "resumed" and tracks.is_number(step):
+            steps = [earlier for earlier in steps if earlier["step"] <= step]
+            kept = [*steps, *kept]
+            began_anew = False
+        elif kind in ("step", "eval") and tracks.is_number(step) and step > 0:
+            if began_anew:
+                steps = []
+                began_anew = False
+            steps.append(event)
+        kept.append(event)
+    return kept
 
 
 def read_entry(folder: Path) -> list[Run]:

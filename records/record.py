@@ -7,12 +7,13 @@
     python records/record.py compare runs/*         runs that differ in SEED alone are one side
     python records/record.py plot runs/A runs/B     finished or live
     python records/record.py show ENTRY | RUN | ARTIFACT
+    python records/record.py repeat ENTRY [--seed N]        train a seed again, compare the score
     python records/record.py board
 
 An entry is trusted as far as its files go: `check` looks whether no file was exchanged, whether
 the numbers that the trainer wrote add up to what is claimed, and whether the rules of the track
 are kept. That the score is real is proved by `--rescore`, which runs the entry's own train_gpt.py
-on its artifact; without it nothing that a folder holds is run.
+on its artifact. Only that and `repeat` run anything that a folder holds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 import comparison
 import pack
 import pages
+import repeating
 import tracks
 from checking import (
     MALFORMED,
@@ -316,6 +318,13 @@ def show_artifact(path: Path, plot: Path | None) -> int:
     return 0
 
 
+def verb_repeat(args: argparse.Namespace) -> int:
+    """Train a seed of an entry again, and say whether its score came out again."""
+    same, words = repeating.repeat(args.folder, args.seed, args.runs)
+    print(words)
+    return int(not same)
+
+
 def verb_board(args: argparse.Namespace) -> int:
     """Write records/README.md, the tracks' pages and board.png from the entries that pass."""
     root = args.root
@@ -384,6 +393,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     plot.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="runs or entries")
     plot.add_argument("--by", choices=("steps", "seconds", "tflops"), default="steps")
     plot.add_argument("--out", type=Path, default=Path("plot.png"), help="default: %(default)s")
+    again = verbs.add_parser("repeat", help="train a seed of an entry again, compare the score")
+    again.add_argument("folder", type=Path, metavar="ENTRY")
+    again.add_argument("--seed", type=int, help="default: the entry's first")
+    again.add_argument("--runs", type=Path, default=ROOT / "runs", help="default: runs")
     board = verbs.add_parser("board", help="write records/README.md and board.png")
     for verb in (new, board):
         verb.add_argument("--root", type=Path, default=RECORDS, help=argparse.SUPPRESS)
@@ -393,6 +406,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         (one, verb_show),
         (two, verb_compare),
         (plot, verb_plot),
+        (again, verb_repeat),
         (board, verb_board),
     ):
         verb.set_defaults(do=function)

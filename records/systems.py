@@ -554,7 +554,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
             "in documents of flat rows",
         ),
         "ATTENTION",
-        {"": "auto takes FlashAttention-3 where it works", "pr703": "its script required it"},
+        {"": "auto takes the quickest that works", "pr703": "its script required it"},
     ),
     (
         "off in every script",

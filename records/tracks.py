@@ -62,6 +62,7 @@ here that differs between machines, so its limit is generous.
 
 Two runs of one seed on one machine with as many threads are equal to the bit. On another machine
 a run takes the same steps at the same rates, and its score agrees as far as sums of floats do.
+`python records/record.py repeat ENTRY` trains a seed of an entry again and says which it was.
 """
 
 TRACKS: dict[str, Track] = {
@@ -191,6 +192,8 @@ def against_settings(rules: Track, settings: Settings) -> Iterator[str]:
             yield f"{setting.upper()}={given}: the track allows {limit:,}"
         elif given == 0 and limit_name.startswith("max_train"):
             yield f"{setting.upper()}=0: the track's budget does not end the run"
+    if begun_with := settings.get("init_from"):
+        yield f"INIT_FROM={begun_with}: the run began with the weights of another"
     for (setting, value), reason in ILLEGAL.items():
         if settings.get(setting) == value:
             yield f"{setting.upper()}={value}: {reason}"

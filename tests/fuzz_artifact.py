@@ -1,12 +1,15 @@
 """Hostile artifacts of under 4 kB through the reader, all in one process.
 
     python tests/fuzz_artifact.py 1000000       so many mutations of tiny artifacts of every codec
+    python tests/fuzz_artifact.py 500000 --codec range   of the range coder alone
+    python tests/fuzz_artifact.py 200000 --counts        of artifacts that hold training text
     python tests/fuzz_artifact.py --guided 600  ten minutes guided by coverage, through atheris
 
-The reader is what --eval does before it looks for data: header and tensors, settings, model. An
-input may be read or be refused in one short line. Anything else ends the script with status 1 and
-the input's bytes: another exception, more than SECONDS of processor time, more than MEMORY of
-address space above what the process had before the first input.
+The reader is what --eval does before it looks for data: header and tensors, settings, model, and
+training text, whose counts are made if it is short. An input may be read or be refused in one short
+line. Anything else ends the script with status 1 and the input's bytes: another exception, more
+than SECONDS of processor time, more than MEMORY of address space above what the process had before
+the first input.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,7 @@ from train_gpt import ARTIFACT_MAGIC, ARTIFACT_VERSION, CODECS, GPT, PRELUDE, Co
 
 INPUT_BYTES, LINE = 4095, 1000  # most bytes of an input, most characters of a refusal
 SECONDS, MEMORY = 5.0, 1536 << 20
+SHORT_TEXT = 4096  # tokens that are counted; longer texts take time, as they may
 TINY = {
     "vocab_size": 8,
     "num_layers": 1,
@@ -65,6 +69,7 @@ VARIANTS = (
     },
     {"quant_clip": "std", "smear_enabled": False},
     {"quant_clip": "std_published", "lqer_top_k": 2, "lqer_rank": 2, "lqer_group": 5},
+    {"vocab_size": 64},  # a table that the range coder predicts, see bodies()
 )
 NUMBERS = (
     0,
@@ -190,11 +195,11 @@ def as_version_1(body: bytes) -> bytes:
     return PLACE.pack(len(text)) + text + body[4 + length :]
 
 
-def bodies() -> list[bytes]:
-    """Bodies of real tiny models: length of the header, the header, integers, floats."""
+def bodies(counts: str = "off") -> list[bytes]:
+    """Bodies of real tiny models: length of the header, the header, integers, floats, text."""
     made = []
     for seed, changes in enumerate(VARIANTS):
-        cfg = Config(**{**TINY, **changes})
+        cfg = Config(**{**TINY, **changes, "counts": counts})
         torch.manual_seed(seed)
         run = Run(cfg, 0, 1, torch.device("cpu"))
         split = train_gpt.Validation(
@@ -206,7 +211,13 @@ def bodies() -> list[bytes]:
             recorded_bytes=0,
         )
         run.folder.log = run.folder.progress = lambda *a, iterable=None, **k: iterable
-        stored = train_gpt.quantize(GPT(cfg), {}, run)
+        model = GPT(cfg)
+        table = model.tok_emb.weight
+        table.data += table.data.std() * torch.randn(len(table), 1)  # columns that are correlated
+        stored = train_gpt.quantize(model, {}, run)
+        if cfg.counts_training_text:
+            tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, 200)
+            stored |= train_gpt.stored_text(train_gpt.pack_tokens(tokens))
         blob = train_gpt.encode_artifact(train_gpt.artifact_header(cfg, split), stored)
         size = PRELUDE.unpack_from(blob)[3]
         made.append(train_gpt.decompress(blob[PRELUDE.size :], "zstd", size))
@@ -290,7 +301,7 @@ def mutated_body(rng: random.Random, body: bytes) -> bytes:
     return PLACE.pack(len(text)) + text + payload
 
 
-def bombs(body: bytes, largest: int) -> list[bytes]:
+def bombs(body: bytes, largest: int, codecs: list[tuple[str, int]]) -> list[bytes]:
     """Artifacts of few bytes that stand for many: zeros, a long text, the largest of models."""
     (length,) = PLACE.unpack_from(body)
     header, made = json.loads(body[4 : 4 + length]), []
@@ -316,21 +327,28 @@ def bombs(body: bytes, largest: int) -> list[bytes]:
         whole = PLACE.pack(len(text)) + text.encode() + bytes(rows * 4064 + 2 * floats)
         blanks = PLACE.pack(1 << 20) + b" " * (1 << 20)
         for content in (whole, bytes(size), blanks.ljust(size, b"[")):
-            for codec, number in CODECS.items():
+            for codec, number in codecs:
                 packed = fast(content, codec)
                 for claim in (len(content), 1 << 20, len(content) - 1, 1 << 30, (1 << 64) - 1):
                     made.append(sealed(packed, number, claim))
     return [bomb for bomb in made if len(bomb) <= INPUT_BYTES]
 
 
-def inputs(seed: int, largest: int) -> Callable[[], bytes]:
+def inputs(
+    seed: int, largest: int, only: Sequence[str] = tuple(CODECS), counts: str = "off"
+) -> Callable[[], bytes]:
     """A function that makes the next hostile input; bombs stand for up to `largest` bytes."""
-    rng, real = random.Random(seed), bodies()
-    explosive, codecs = bombs(real[0], largest), list(CODECS.items())
+    rng, real = random.Random(seed), bodies(counts)
+    codecs = [(codec, CODECS[codec]) for codec in only]
+    explosive = bombs(real[0], largest, codecs)
     packs = [(fast(body, codec), number, len(body)) for body in real for codec, number in codecs]
-    old = as_version_1(real[0])
     whole = [sealed(*pack) for pack in packs]
-    whole.append(sealed(fast(old, "zstd"), CODECS["zstd"], len(old), 1))
+    if "zstd" in only and counts == "off":  # version 1 knows no text
+        old = as_version_1(real[0])
+        whole.append(sealed(fast(old, "zstd"), CODECS["zstd"], len(old), 1))
+
+    # The range coder is slow to pack: alone, it reads more changes of what it has packed.
+    share_of_packs = 0.85 if only == ("range",) else 0.35
 
     def draw() -> bytes:
         share = rng.random()
@@ -338,7 +356,7 @@ def inputs(seed: int, largest: int) -> Callable[[], bytes]:
             return rng.choice(explosive)
         if share < 0.1:
             return damaged(rng, rng.choice(whole))
-        if share < 0.35:
+        if share < share_of_packs:
             packed, codec, size = rng.choice(packs)
             size += rng.choice((0, 0, 0, 1, -1, 1 << 20, -size, (1 << 63)))
             if codec == CODECS["range"] and rng.random() < 0.6:
@@ -346,7 +364,9 @@ def inputs(seed: int, largest: int) -> Callable[[], bytes]:
             codec = rng.choice((codec, codec, codec, 0, 1, 2, 3, 4, 5, 65535))
             return sealed(rng.choice((packed, damaged(rng, packed))), codec, size)
         body, (codec, number) = mutated_body(rng, rng.choice(real)), rng.choice(codecs)
-        return sealed(fast(body, codec), number, len(body), rng.choice((2, 2, 2, 1, 3)))
+        return sealed(
+            fast(body, codec), number, len(body), rng.choice((3, 3, 3, 3, 3, 3, 2, 2, 1, 4))
+        )
 
     return draw
 
@@ -360,6 +380,10 @@ def read(blob: bytes, run: Run) -> str:
         header, stored = train_gpt.decode_artifact(blob)
         cfg, _ = train_gpt.settings_within(header, {})
         train_gpt.rebuild_model(cfg, stored, run)
+        if cfg.counts_training_text:
+            text = train_gpt.text_of_artifact(stored, cfg)
+            if len(text) <= SHORT_TEXT:
+                train_gpt.Mixture(cfg, text, np.zeros(9, np.uint16), cfg.vocab_size)
         train_gpt.locate_validation(cfg, header)
     except Refusal as refusal:
         line = str(refusal)
@@ -382,15 +406,24 @@ def run_in_empty_folder() -> Run:
     return Run(Config(**TINY), 0, 1, torch.device("cpu"))
 
 
-def fuzz(count: int, seed: int) -> int:
-    """Put `count` inputs through the reader and print what came of them; the exit status."""
-    draw, run = inputs(seed, 1 << 28 if count >= 100_000 else 1 << 23), run_in_empty_folder()
+def fuzz(
+    count: int,
+    seed: int,
+    only: Sequence[str] = tuple(CODECS),
+    counts: str = "off",
+    most_seconds: float = math.inf,
+) -> int:
+    """Put `count` inputs through the reader, or fewer, and print what came of them; the status."""
+    largest = 1 << 28 if count >= 100_000 else 1 << 23
+    draw, run = inputs(seed, largest, only, counts), run_in_empty_folder()
     kinds, slowest, begin = Counter(), 0.0, time.perf_counter()
     limit = address_space() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for done in range(count):
+        seconds = time.perf_counter() - begin
+        if seconds > most_seconds:
+            break
         if done % 100_000 == 0:
-            seconds = time.perf_counter() - begin
             print(f"{done:,} done, {seconds:.0f} s", file=sys.stderr, flush=True)
         if done % 1000 == 0:
             faulthandler.dump_traceback_later(600, exit=True)  # a hang inside a library
@@ -408,13 +441,13 @@ def fuzz(count: int, seed: int) -> int:
             print(f"input {done} of seed {seed}, kept as {path}: {error!r:.400}")
             return 1
         slowest = max(slowest, took)
-    seconds = time.perf_counter() - begin
     for kind, number in kinds.most_common():
         print(f"{number:9,}  {kind}")
     print(
-        f"{count:,} inputs of up to {INPUT_BYTES:,} bytes in {seconds:.0f} s: {kinds['read']:,} "
-        f"read, the others refused in {len(kinds) - 1} ways; slowest {slowest:.2f} s of "
-        f"{SECONDS:g}; address space never {MEMORY >> 20:,} MiB above the start"
+        f"{kinds.total():,} inputs of up to {INPUT_BYTES:,} bytes in {seconds:.0f} s: "
+        f"{kinds['read']:,} read, the others refused in {len(kinds) - 1} ways; "
+        f"slowest {slowest:.2f} s of {SECONDS:g}; "
+        f"address space never {MEMORY >> 20:,} MiB above the start"
     )
     return 0
 
@@ -487,7 +520,7 @@ def instrument(patch_code: Callable) -> None:
         train_gpt.tensor_row,
         train_gpt.cut_payload,
         train_gpt.decompress,
-        train_gpt.read_range,
+        train_gpt.unpack_by_range,
         train_gpt.decode_matrix,
         train_gpt.settings_within,
         train_gpt.rebuild_model,
@@ -516,6 +549,13 @@ if __name__ == "__main__":
     )
     parser.add_argument("count", type=int, nargs="?", default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--codec", choices=CODECS, help="no other codec")
+    parser.add_argument("--counts", action="store_true", help="with training text")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no longer")
     parser.add_argument("--guided", type=int, metavar="SECONDS")
     options = parser.parse_args()
-    sys.exit(guided(options.guided) if options.guided else fuzz(options.count, options.seed))
+    if options.guided:
+        sys.exit(guided(options.guided))
+    codecs = (options.codec,) if options.codec else tuple(CODECS)
+    counts = "both" if options.counts else "off"
+    sys.exit(fuzz(options.count, options.seed, codecs, counts, options.seconds))

@@ -18,10 +18,10 @@ from test_model import random_ids
 
 import train_gpt
 from train_gpt import (
+    COMPILE_GAIN,
+    COMPILE_SECONDS,
     GPT,
     PRESETS,
-    REGION_GAIN,
-    REGION_SECONDS,
     Batch,
     Block,
     Config,
@@ -30,6 +30,7 @@ from train_gpt import (
     Training,
     TrainingRows,
     artifact_header,
+    attention_by_length,
     compile_blocks,
     encode_artifact,
     evaluate,
@@ -182,6 +183,36 @@ def test_more_shapes_than_a_compiler_expects_are_compiled() -> None:
     assert graphs() == 14
 
 
+@torch.library.custom_op("tests::by_length", mutates_args=())
+def by_length(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Stands in for the kernel of a GPU: an operator that takes documents by their boundaries."""
+    return attention_by_length(q, k, v, ends).contiguous()
+
+
+by_length.register_fake(lambda q, k, v, ends: torch.empty_like(q))
+
+
+def test_any_number_of_documents_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a graph takes their boundaries: how many there are, no priming knows."""
+    monkeypatch.setattr(train_gpt, "attention_by_length", by_length)
+    monkeypatch.setattr(train_gpt, "what_attention_sees", lambda documents, ends, in_graph: ends)
+    cfg = Config(**SYSTEMS["pr1855"])
+    run, model = compiled_run(cfg), GPT(cfg)
+    forward, sizes = make_forward(run), set()
+    for step in (2, 5, 11):
+        ids = torch.full((2, 257), train_gpt.BOS + 1)
+        ids[:, ::step] = train_gpt.BOS
+        batch = Batch(ids[:, :-1], ids[:, 1:]).by_document(64).moved(run.put)
+        sizes.add(len(batch.boundaries))
+        with torch.no_grad():
+            found = [function(model, batch)[0] for function in (forward, training_nats)]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert len(sizes) == 3
+    assert graphs() == 1
+
+
 def test_scoring_an_artifact_again_compiles_before_its_clock(
     tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +315,7 @@ def failing(block: Block, x: torch.Tensor, *given) -> torch.Tensor:
     raise RuntimeError("no C++ compiler\nat all")
 
 
-EARNED = 1.01 * REGION_SECONDS / REGION_GAIN
+EARNED = 1.01 * COMPILE_SECONDS / COMPILE_GAIN
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,16 @@ import train_gpt
 from train_gpt import (
     BOS,
     GPT,
+    KERNELS,
     MLP,
     PRESETS,
     Adapter,
     Averages,
     Batch,
+    ChosenAttention,
     Config,
     Moment,
+    Ranks,
     Refusal,
     Run,
     Validation,
@@ -50,6 +53,7 @@ from train_gpt import (
     sample_rows,
     score_windows,
     sdpa_attention,
+    seconds_of_kernels,
     train_step,
     training_nats,
     windows,
@@ -60,9 +64,8 @@ SYSTEMS = {"defaults": {}, **{name: PRESETS[name] for name in PRESETS if name !=
 SMALL = {"num_layers": 2, "xsa_last_n": 2, "ve_layers": "1", "train_batch_tokens": 4096 * 8}
 GPUS, TOKENS_ON_A_REAL_GPU = 8, 8192
 
-CUDA = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-)
+NO_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_DEVICE])
 clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
 
 
@@ -615,7 +618,8 @@ def test_a_host_tensor_in_scoring_is_noticed() -> None:
         training_nats(build(cfg, device, trainable=False), Batch(*blank(device)))
 
 
-# FlashAttention-3, which comes as flash_attn_interface or through the kernels package
+# Kernels of attention: FlashAttention-3, as flash_attn_interface or through the kernels package,
+# those of torch, and which of them is taken
 
 
 def documented(
@@ -692,10 +696,25 @@ def install(
     return asked
 
 
-def picked(attention: str = "auto", where: str = "fake cuda") -> tuple[str, Callable]:
+# Seconds that a trial is said to have taken where nothing can be timed.
+SECONDS = {"fa3": 0.001, "sdpa": 0.002, "cudnn": 0.003, "flash": 0.004}
+
+
+def picked(
+    attention: str = "auto",
+    where: str = "fake cuda",
+    seconds: dict[str, float] = SECONDS,
+    **changed: object,
+) -> ChosenAttention:
     train_gpt.find_attention.cache_clear()
-    with at(where) as device:
-        return pick_attention(Config(attention=attention), device)
+
+    def said(works: dict, ranks: Ranks) -> dict[str, float]:
+        return {name: seconds[name] if name in works else math.inf for name in KERNELS}
+
+    with at(where) as device, contextlib.ExitStack() as stack:
+        if where != "cuda":
+            stack.enter_context(mock.patch("train_gpt.seconds_of_kernels", said))
+        return pick_attention(Config(attention=attention, **changed), Ranks(device=device))
 
 
 def queries_keys_values(cfg: Config) -> list[Tensor]:
@@ -713,7 +732,7 @@ def test_flash_attention_is_torchs_attention(
 ) -> None:
     """Values and gradients, for either source and either form of the result."""
     asked = install(monkeypatch, **{"hub" if source == "kernels" else "interface": function})
-    name, kernel = picked()
+    name, kernel, _ = picked()
     assert name == f"fa3/{source}"
     assert asked == ["kernels-community/flash-attn3"] * (source == "kernels")
     found = []
@@ -738,9 +757,9 @@ def test_a_wrong_flash_attention_is_noticed() -> None:
 def test_the_interface_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is asked of the hub, and with ATTENTION=sdpa nothing of either."""
     asked = install(monkeypatch, interface=documented, hub=documented)
-    assert picked()[0] == picked("fa3")[0] == "fa3/flash_attn_interface"
-    assert picked("sdpa") == ("sdpa", sdpa_attention)
-    assert picked(where="fake cpu") == ("sdpa", sdpa_attention)
+    assert picked().name == picked("fa3").name == "fa3/flash_attn_interface"
+    assert picked("sdpa") == ("sdpa", sdpa_attention, "")
+    assert picked(where="fake cpu") == ("sdpa", sdpa_attention, "")
     assert asked == []
 
 
@@ -764,7 +783,9 @@ def test_without_flash_attention_torchs_is_taken(
 ) -> None:
     installed, reasons = FAILURES[failure]
     install(monkeypatch, **installed)
-    assert picked() == ("sdpa", sdpa_attention)
+    name, kernel, trial = picked()
+    assert (name, kernel) == ("sdpa", sdpa_attention)
+    assert all(reason.rstrip(",") in trial for reason in reasons), trial
     with pytest.raises(Refusal, match="^ATTENTION=fa3: ") as refusal:
         picked("fa3")
     text = str(refusal.value)
@@ -774,12 +795,111 @@ def test_without_flash_attention_torchs_is_taken(
 
 def test_a_broken_interface_gives_way_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, interface=failing(RuntimeError("broken")), hub=documented)
-    assert picked()[0] == picked("fa3")[0] == "fa3/kernels"
+    assert picked().name == picked("fa3").name == "fa3/kernels"
 
 
-def test_fa3_without_a_device_is_refused() -> None:
-    with pytest.raises(Refusal, match="=fa3: there is no CUDA device; use ATTENTION=auto$"):
-        picked("fa3", "fake cpu")
+@pytest.mark.parametrize("attention", ["fa3", "cudnn", "flash"])
+def test_a_kernel_of_gpus_is_refused_without_one(attention: str) -> None:
+    with pytest.raises(
+        Refusal, match=f"={attention}: there is no CUDA device; use ATTENTION=auto$"
+    ):
+        picked(attention, "fake cpu")
+
+
+def test_documents_have_a_kernel_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No trial of kernels that would not be called; none of those is promised either."""
+    assert picked(attn_docs=True) == ("varlen", sdpa_attention, "")
+    assert picked("sdpa", "fake cpu", attn_docs=True) == ("sdpa", sdpa_attention, "")
+    with pytest.raises(Refusal, match="^ATTENTION=cudnn: inside documents .*ATTENTION=auto$"):
+        picked("cudnn", attn_docs=True)
+
+
+@pytest.mark.parametrize("quickest", KERNELS)
+def test_the_quickest_kernel_is_taken(quickest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log has its name and what all of them took."""
+    install(monkeypatch, interface=documented)
+    name, kernel, trial = picked(seconds={**SECONDS, quickest: 0.0005})
+    assert name.split("/")[0] == quickest
+    assert trial.count(" ms") == len(KERNELS)
+    assert f"{quickest} 0.50 ms" in trial
+    if quickest in train_gpt.TORCH_BACKENDS:
+        assert kernel.args == (train_gpt.TORCH_BACKENDS[quickest],)
+
+
+class Clock:
+    """Stands still but for the work that says it took some time."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def work(self, *passes: float) -> Callable[[], None]:
+        """Work that takes each of these times in turn, and fails after them."""
+        times = iter(passes)
+
+        def work() -> None:
+            self.seconds += next(times)
+
+        return work
+
+
+def test_a_kernels_time_is_the_least_after_the_first() -> None:
+    clock, passes = Clock(), train_gpt.TRIAL_PASSES
+    works = {
+        "cudnn": clock.work(100.0, 5.0, 4.0, 6.0),
+        "sdpa": clock.work(1.0, 7.0, 7.0, 7.0),
+        "flash": clock.work(1.0, 2.0),  # fails in its third call
+    }
+    found = seconds_of_kernels(works, Ranks(), lambda: clock.seconds)
+    assert found == {
+        "fa3": math.inf,
+        "cudnn": 4.0 / passes,
+        "flash": math.inf,
+        "sdpa": 7.0 / passes,
+    }
+
+
+class Pair(Ranks):
+    """One of two ranks; what the other says is given."""
+
+    def __init__(self, others: list[float]) -> None:
+        super().__init__()
+        self.others = iter(others)
+
+    def largest(self, value: float) -> float:
+        return max(value, next(self.others))
+
+
+def test_ranks_take_the_kernel_that_is_quickest_on_the_slowest_of_them() -> None:
+    """One that another rank lacks or fails at is not taken, whatever this rank has."""
+    clock, passes = Clock(), train_gpt.TRIAL_PASSES
+    works = {"fa3": clock.work(*4 * [1.0]), "cudnn": clock.work(*4 * [2.0])}
+    ranks = Pair([math.inf, 3.0, 0.1, 5.0])
+    found = seconds_of_kernels(works, ranks, lambda: clock.seconds)
+    assert found == {"fa3": math.inf, "cudnn": 3.0, "flash": math.inf, "sdpa": math.inf}
+    assert found["cudnn"] > 2.0 / passes
+    assert [*ranks.others] == []  # every kernel was spoken of, those that are not here too
+
+
+@pytest.mark.parametrize("backend", ["flash", "sdpa"])
+def test_a_forced_kernel_of_torch_is_one_graph(backend: str) -> None:
+    """Values and gradients; on a CPU, which has torch's flash kernel too."""
+    kernel, found = train_gpt.kernel_from(backend), []
+    torch._dynamo.reset()
+    for attend in (torch.compile(kernel, fullgraph=True, backend="aot_eager"), sdpa_attention):
+        inputs = [x.detach().float().requires_grad_() for x in queries_keys_values(Config())]
+        y = attend(*inputs)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y, *(x.grad for x in inputs)])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_that_torch_lacks_is_refused_by_its_name() -> None:
+    """This torch has no cuDNN on a CPU: what it says is the reason."""
+    with pytest.raises(Refusal, match="^cudnn: .*backend"):
+        train_gpt.working_kernel("cudnn", (4, 2, 16), torch.device("cpu"))
+    assert train_gpt.working_kernel("flash", (4, 2, 16), torch.device("cpu"))[0] == "flash"
+    assert train_gpt.working_kernel("sdpa", (4, 2, 16), torch.device("cpu"))[0] == "sdpa/flash"
 
 
 def test_the_model_calls_it_as_documented(
@@ -788,23 +908,29 @@ def test_the_model_calls_it_as_documented(
     """A full-size batch on CUDA; the log names the kernel."""
     install(monkeypatch, interface=documented)
     cfg, notes = share_of("defaults", "fake cuda"), Notes()
-    name, kernel = picked()
+    attention = picked()
     with at("fake cuda") as device, torch.no_grad():
-        model = build(cfg, device, notes.of("attention", kernel), trainable=False)
+        model = build(cfg, device, notes.of("attention", attention.kernel), trainable=False)
         nats, _ = training_nats(model, Batch(*(x.to(device) for x in vars(Rows(cfg)).values())))
     shape = cfg.micro_batch_seqs, cfg.train_seq_len
     assert kind(nats) == (FP32, shape)
     assert notes["attention"] == {(BF16, (*shape, cfg.num_heads, cfg.head_dim))}
     run = Run(cfg, 0, 1, torch.device("cpu"))
     val = make_validation(cfg.eval_seq_len + 1, cfg.vocab_size)
-    log_work(model, SimpleNamespace(shards=[], num_tokens=0), val, name, run)
-    assert " kernel:fa3/flash_attn_interface\n" in capsys.readouterr().out
+    log_work(model, SimpleNamespace(shards=[], num_tokens=0), val, attention, run)
+    said = capsys.readouterr().out
+    assert " kernel:fa3/flash_attn_interface\nattention tried: fa3 1.00 ms, cudnn" in said
 
 
 @pytest.mark.parametrize("where", [CUDA])
-def test_the_kernel_of_this_gpu_is_torchs_attention(where: str) -> None:
+@pytest.mark.parametrize("attention", ["auto", *KERNELS])
+def test_the_kernel_of_this_gpu_is_torchs_attention(attention: str, where: str) -> None:
     """Whatever is installed here, with its gradients."""
-    name, kernel = picked(where=where)
+    try:
+        name, kernel, _ = picked(attention, where)
+    except Refusal as refusal:
+        assert attention not in ("auto", "sdpa")
+        pytest.skip(str(refusal))
     found = []
     for attend in (kernel, sdpa_attention):
         inputs = [x.detach().cuda().requires_grad_() for x in queries_keys_values(Config())]

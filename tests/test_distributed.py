@@ -168,11 +168,9 @@ def test_what_muon_keeps_is_whole_whatever_the_number_of_ranks(packed: bool, mor
 def differing_replicas(rank: int) -> bool:
     """Whether check_replicas sees one weight of rank 1 off by its last bit."""
     run, model = Run(Config(), rank, 2, torch.device("cpu")), nn.Linear(4, 4)
-    answers = {"first": 0.0}
+    answers: dict[str, float] = {}
 
-    def agree(value: float, op: str = "first") -> float:
-        if op == "most":
-            return value
+    def agree(value: float) -> float:
         answers.setdefault("bits", value)
         return answers["bits"]
 
@@ -180,6 +178,7 @@ def differing_replicas(rank: int) -> bool:
     nn.init.normal_(model.weight)
     nn.init.zeros_(model.bias)
     run.ranks.agree = agree
+    run.ranks.largest = lambda value: value
     run.ranks.check_replicas(model, 1)
     with torch.no_grad():
         model.weight[1, 2] = torch.nextafter(model.weight[1, 2], torch.tensor(9.0))

@@ -218,7 +218,7 @@ def scored_by(
 ) -> tuple[train_gpt.EvalResult, Run]:
     """A copy of the model scored document by document, and the run."""
     run = Run(cfg, rank, ranks, CPU)
-    run.ranks.agree = lambda value, op="first": value
+    run.ranks.agree = lambda value: value
     run.ranks.add_up = lambda tensors: None
     run.ledger.scoring_clock = train_gpt.Clock(time.perf_counter)
     with run.ledger.scoring_clock.running():
@@ -442,8 +442,8 @@ class LearnsFirst(DocumentScorer):
         goes_on = torch.from_numpy(own[:, 1] - own[:, 0] > at + chunk)
         if goes_on.any():
             batch = train_gpt.chunk_batch(self.val, own, at, chunk, self.run.cfg, self.hints)
-            adapters = deltas.of_rows(first, first + len(own), torch.float32)
-            nats, _ = train_gpt.nats_and_scores(self.model, batch, 0.0, adapters)
+            row_deltas = deltas.of_rows(first, first + len(own), torch.float32)
+            nats, _ = train_gpt.nats_and_scores(self.model, batch, 0.0, row_deltas)
             deltas.learn((nats * goes_on[:, None]).sum() / chunk)
         return self.score_chunk(own, at, chunk, deltas, (first, first + len(own)))[0]
 

@@ -64,6 +64,7 @@ class PlainReader:
         lanes = max(1, math.isqrt(sum(r * c for r, c in shapes)) // 16)
         self.states = [sum(self.words.pop(0) << 16 * k for k in range(3)) for _ in range(lanes)]
         self.sets: dict[object, list] = {}
+        self.predicted = 0
 
     def first_counts(self, top: int) -> list[list[int]]:
         """120 tables of 2 top + 1 counts."""
@@ -113,11 +114,51 @@ class PlainReader:
         self.sets[key] = [tables, coded]
         return made
 
+    def shares(self, known: list[list[int]], columns: int) -> list[list[int]]:
+        """The rounded L of the products of rows that are known, without twins."""
+        vectors = [[1, *row] for row in known]
+        size = columns + 1
+        M = [[float(sum(v[i] * v[j] for v in vectors)) for j in range(size)] for i in range(size)]
+        ridge = 512 * (1 + sum(M[j][j] for j in range(1, size)) / columns) / (1 + len(known))
+        for j in range(size):
+            M[j][j] += ridge if j else 1
+        L = [[0.0] * size for _ in range(size)]
+        for j in range(size):
+            before = list(M[j])
+            for i in range(j, size):
+                L[i][j] = M[i][j] / before[j]
+                for k in range(j, size):
+                    M[i][k] -= L[i][j] * before[k]
+        return [[max(-16384, min(16384, round(1024 * x))) for x in row] for row in L]
+
+    def expected(self, top: int, levels: list[list[int]], twins: set[int]) -> np.ndarray:
+        """A predicted matrix, its twins as they are read."""
+        rows, columns = len(levels), len(levels[0])
+        made = [[0] * columns for _ in range(rows)]
+        start = 0
+        while start < rows:
+            block = range(start, min(rows, start + max(64, start // 4)))
+            known = [made[i] for i in range(start) if i not in twins]
+            L = self.shares(known, columns)
+            v = {i: [64] for i in block}
+            for j in range(columns):
+                read = self.values(top, top, [levels[i][j] for i in block])
+                for i, integer in zip(block, read, strict=True):
+                    total = sum(L[j + 1][k] * v[i][k] for k in range(j + 1))
+                    E = max(-64 * top, min(64 * top, (total + 512) // 1024))
+                    E = 0 if i in twins else E
+                    whole = integer + (E + 32) // 64
+                    made[i][j] = (whole + top) % (2 * top + 1) - top
+                    v[i].append(64 * made[i][j] - E)
+            start = block.stop
+        return np.array(made)
+
     def matrix(self, rows: int, columns: int) -> np.ndarray:
         """The next matrix."""
         kind, level, shifts, *spreads = (self.facts.pop(0) for _ in range(5))
-        top = min(2 ** (kind & 127) - 1, 128)
-        twins = []
+        top = min(2 ** (kind & 63) - 1, 128)
+        twins: list[int] = []
+        first = 0
         if kind >= 128:
             bits = [self.facts.pop(0) for _ in range((rows + 7) // 8)]
             twins = [i for i in range(rows) if bits[i // 8] >> (7 - i % 8) & 1]
@@ -126,11 +167,16 @@ class PlainReader:
         for size, spread in zip((rows, columns), spreads, strict=True):
             steps.append(self.values("steps", 63, [spread - 1] * size) if spread else [0] * size)
         levels = [
-            level + (row << (shifts & 15)) + (column << (shifts >> 4))
+            [level + (row << (shifts & 15)) + (column << (shifts >> 4)) for column in steps[1]]
             for row in steps[0]
-            for column in steps[1]
         ]
-        made = np.array(self.values(top, top, levels)).reshape(rows, columns)
+        if kind & 64:
+            self.predicted += 1
+            need(self.predicted <= 8 and columns <= 512 and rows >= 8 * columns, "prediction")
+            made = self.expected(top, levels, set(twins))
+        else:
+            made = np.array(self.values(top, top, [n for row in levels for n in row]))
+        made = made.reshape(rows, columns)
         for i in twins:
             made[i] = (made[i] + made[first] + top) % (2 * top + 1) - top
         return made
@@ -166,8 +212,8 @@ def header_of(text: bytes, version: int) -> tuple[dict, list[tuple[str, str, lis
     need(all(type(text) is str for text in texts), "texts")
     entries = []
     for name, kind, *sizes in header["tensors"]:
-        need(type(kind) is (str if version == 2 else int) and type(name) is str, "types")
-        named = kind if version == 2 else ("float", "grid")[range(2).index(kind)]
+        need(type(kind) is (int if version == 1 else str) and type(name) is str, "types")
+        named = kind if version > 1 else ("float", "grid")[range(2).index(kind)]
         need(all(type(n) is int and 0 <= n <= LARGEST for n in sizes), "sizes")
         streams_of(named, sizes)
         entries.append((name, named, sizes))
@@ -225,8 +271,8 @@ def tensors_of(blob: bytes) -> tuple[dict, dict[str, tuple[str, list, list[np.nd
     """Header, and by name kind, sizes and arrays, or an error."""
     need(52 <= len(blob) <= LARGEST, "size of the file")
     magic, version, codec, size = struct.unpack("<8sHHQ", blob[:20])
-    need(magic == b"TINYGPT\n" and version in (1, 2) and codec in (1, 2, 3, 4), "kind of file")
-    need(version == 2 or codec < 4, "codec of version 1")
+    need(magic == b"TINYGPT\n" and version in (1, 2, 3) and codec in (1, 2, 3, 4), "kind of file")
+    need(version > 1 or codec < 4, "codec of version 1")
     need(hashlib.sha256(blob[52:]).digest() == blob[20:52], "sha256")
     need(size <= LARGEST, "bound of the body")
     body = unpacked(codec, blob[52:], size)
@@ -330,6 +376,34 @@ def test_a_reader_made_from_the_page_reads_the_same_tensors(codec: str, settings
     assert restored(*found[name]).tobytes() == stored[name].restore().numpy().tobytes()
 
 
+def correlated(rows: int, columns: int, twins: int, seed: int) -> np.ndarray:
+    """An int8 matrix whose columns are correlated, with a mean, some of its rows alike."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((rows, 2)) @ rng.standard_normal((2, columns))
+    made = 9 * common + 4 * rng.standard_normal((rows, columns)) + rng.integers(-9, 9, columns)
+    made[rng.permutation(rows)[:twins]] = made[0]
+    return np.rint(made).clip(-128, 127).astype(np.int8)
+
+
+@pytest.mark.parametrize(
+    "shape", [(400, 3, 0), (150, 9, 60), (64, 8, 0), (8, 1, 0), (1500, 5, 900)]
+)
+def test_it_reads_predicted_matrices(shape: tuple[int, int, int], monkeypatch) -> None:
+    matrices = [correlated(*shape, seed) for seed in range(2)]
+    header = {"settings": {}, "tokenizer": "", "validation": ""}
+    stored = {
+        f"table{i}": Stored(torch.from_numpy(q), torch.ones(len(q)).half())
+        for i, q in enumerate(matrices)
+    }
+    monkeypatch.setattr(train_gpt, "LEAST_SAVED_BITS", -math.inf)  # predicted in any case
+    blob = train_gpt.encode_artifact(header, stored, "range")
+    assert same(stored, tensors_of(blob)[1])
+    found = train_gpt.decode_artifact(blob)[1]
+    assert all(torch.equal(found[name].values, tensor.values) for name, tensor in stored.items())
+    monkeypatch.setattr(train_gpt, "MAX_PREDICTED_MATRICES", 0)
+    assert blob != train_gpt.encode_artifact(header, stored, "range")
+
+
 def test_it_reads_the_record_as_the_trainer_does() -> None:
     header, found = tensors_of(RECORD.read_bytes())
     read_header, stored = train_gpt.read_artifact(RECORD)
@@ -376,8 +450,17 @@ def test_the_page_states_the_bounds_and_numbers_of_the_file() -> None:
     assert train_gpt.PRELUDE.size == 52
     assert "unsigned: 1 zstd, 2 xz (LZMA), 3 brotli, 4 range coder" in page
     assert CODECS == {"zstd": 1, "lzma": 2, "brotli": 3, "range": 4}
-    assert train_gpt.ARTIFACT_VERSION == 2
-    assert "version 2." in page
+    assert train_gpt.ARTIFACT_VERSION == 3
+    assert "version 3." in page
+    for number in (
+        train_gpt.MAX_PREDICTED_COLUMNS,
+        train_gpt.ROWS_A_COLUMN,
+        train_gpt.MAX_PREDICTED_MATRICES,
+        train_gpt.FIRST_BLOCK,
+        train_gpt.COEFFICIENT_PARTS,
+        train_gpt.INNOVATION_PARTS,
+    ):
+        assert f" {number}" in page
 
 
 # The same bytes

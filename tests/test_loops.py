@@ -81,9 +81,9 @@ def test_a_run_loops_from_its_date_on_and_in_all_that_follows(
     seen: list[tuple[str, bool]] = []
     hidden = GPT.hidden
 
-    def noting(self, input_ids, documents=None, boundaries=None, looping=True, adapters=None):
+    def noting(self, input_ids, documents=None, boundaries=None, looping=True, row_deltas=None):
         seen.append(("grad" if torch.is_grad_enabled() else "no grad", looping))
-        return hidden(self, input_ids, documents, boundaries, looping, adapters)
+        return hidden(self, input_ids, documents, boundaries, looping, row_deltas)
 
     monkeypatch.setattr(GPT, "hidden", noting)
     given_settings = {

@@ -421,9 +421,14 @@ def test_rms_norm_is_its_equation_for_small_and_large_rows() -> None:
     np.testing.assert_allclose(rms_norm(x).numpy(), naive_rms(x.numpy()), rtol=1e-12)
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-def test_attention_is_its_equation(heads: tuple[int, int], exclusive: bool) -> None:
+def test_attention_is_its_equation(
+    heads: tuple[int, int], exclusive: bool, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it scores, and in training, where HeadsAttention stands in for the parts."""
+    monkeypatch.setattr(train_gpt.HeadsAttention, "QUERIES", 3)
     cfg = Config(**{**SIZES, "num_heads": heads[0], "num_kv_heads": heads[1]})
     torch.manual_seed(0)
     cfg = replace(cfg, xsa_last_n=cfg.num_layers if exclusive else 0)
@@ -433,10 +438,74 @@ def test_attention_is_its_equation(heads: tuple[int, int], exclusive: bool) -> N
     nn.init.normal_(attention.q_gain, mean=1.0)
     h = torch.randn(1, 8, 32, dtype=torch.float64)
     extra_v = torch.randn(1, 8, heads[1] * cfg.head_dim, dtype=torch.float64)
-    y = attention(h, rotary_tables(cfg, 8, h.device), extra_v, None)[0].detach().numpy()
+    gain = torch.randn(32, dtype=torch.float64)
+    with torch.set_grad_enabled(trains):
+        y = attention(h, gain, rotary_tables(cfg, 8, h.device), extra_v, None)[0].detach().numpy()
     v = (attention.c_v(h) + extra_v)[0].detach().numpy()
     expected = naive_attention(arrays(attention), h[0].numpy(), v, exclusive, cfg)
-    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(y, expected * gain.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def plain_heads(
+    qk: torch.Tensor,
+    v: torch.Tensor,
+    gains: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    exclusive: bool,
+) -> torch.Tensor:
+    """What HeadsAttention stands for, by the functions that scoring uses."""
+    order = train_gpt.pairs_together(cos.size(-1), qk.size(-1)).argsort()
+    q, k = qk[..., order].tensor_split([len(gains)], dim=2)
+    q = rotate(rms_norm(q), (cos, sin)) * gains[:, None]
+    y = train_gpt.sdpa_attention(q, rotate(rms_norm(k), (cos, sin)), v)
+    return train_gpt.exclude_own_value(y, v) if exclusive else y
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("T", [1, 6, 7])
+def test_heads_attention_is_the_plain_expression_and_so_are_its_gradients(
+    T: int, heads: tuple[int, int], exclusive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, and gradients against finite differences, with blocks that end inside a row."""
+    monkeypatch.setattr(train_gpt.HeadsAttention, "QUERIES", 3)
+    torch.manual_seed(T)
+    (H, G), K, R = heads, 6, 4
+    angles = torch.randn(T, R // 2, dtype=torch.float64)
+    tables = angles.cos().repeat(1, 2), torch.cat([angles.sin(), -angles.sin()], dim=-1)
+    shapes = [(2, T, H + G, K), (2, T, G, K), (H,)]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    apply = train_gpt.HeadsAttention.apply
+    torch.testing.assert_close(
+        apply(*leaves, *tables, exclusive), plain_heads(*leaves, *tables, exclusive)
+    )
+    assert torch.autograd.gradcheck(lambda *given: apply(*given, *tables, exclusive), leaves)
+
+
+@pytest.mark.parametrize("where", ["scoring", "long rows", "another kernel"])
+def test_heads_attention_is_for_training_in_short_rows(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere the plain functions run, and a gradient still arrives."""
+    calls = []
+    apply = train_gpt.HeadsAttention.apply
+    monkeypatch.setattr(
+        train_gpt.HeadsAttention, "apply", lambda *given: calls.append(1) or apply(*given)
+    )
+    cfg = Config(**SIZES)
+    kernel = train_gpt.sdpa_attention
+    attention = train_gpt.Attention(cfg, train_gpt.plan_layers(cfg)[0], kernel)
+    given = torch.randn(1, 8, 32), torch.ones(32), rotary_tables(cfg, 8, torch.device("cpu"))
+    attention(*given, None, None).sum().backward()
+    assert calls == [1]
+    if where == "long rows":
+        monkeypatch.setattr(train_gpt.HeadsAttention, "LONGEST", 7)
+    if where == "another kernel":
+        attention.kernel = functools.partial(kernel)
+    with torch.set_grad_enabled(where != "scoring"):
+        attention(*given, None, None)
+    assert calls == [1]
 
 
 def test_exclusive_attention_leaves_nothing_along_the_own_value() -> None:

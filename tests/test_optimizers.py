@@ -27,7 +27,7 @@ from train_gpt import (
     MuonSettings,
     Refusal,
     build_optimizers,
-    known,
+    of_kind,
     orthogonalize,
     pack_momentum,
     route_parameters,
@@ -200,12 +200,12 @@ def test_every_route_is_in_use() -> None:
     [
         (nn.Parameter(torch.ones(1)), "parameter blocks.0.attn.odd has no kind"),
         (
-            known(ATTENTION_MATRIX, nn.Parameter(torch.ones(4, 12))),
+            of_kind(ATTENTION_MATRIX, nn.Parameter(torch.ones(4, 12))),
             "blocks.0.attn.odd is declared as attention matrix",
         ),
-        (known(GAIN, nn.Parameter(torch.ones(32, 32))), "blocks.0.attn.odd is declared as gain"),
-        (known(TABLE, nn.Parameter(torch.ones(5, 32))), "blocks.0.attn.odd is declared as table"),
-        (known(GATE, nn.Parameter(torch.ones(32, 32))), "blocks.0.attn.odd is declared as gate"),
+        (of_kind(GAIN, nn.Parameter(torch.ones(32, 32))), "blocks.0.attn.odd is declared as gain"),
+        (of_kind(TABLE, nn.Parameter(torch.ones(5, 32))), "blocks.0.attn.odd is declared as table"),
+        (of_kind(GATE, nn.Parameter(torch.ones(32, 32))), "blocks.0.attn.odd is declared as gate"),
     ],
 )
 def test_a_parameter_without_a_kind_or_of_a_wrong_one_is_refused(

@@ -998,6 +998,13 @@ def test_adopted_shards_are_counted(elsewhere, tmp_path, capsys):
     assert {key for key in made if sidecar[key] != made[key]} == unknown
     assert "nothing to do" in run_main(capsys, *argv)[1]
     assert "nothing to do" in run_main(capsys, "adopt", elsewhere, *argv[3:])[1]
+    # By content: a copy of the tokenizer is as good, and another one of its name is not.
+    copy = tmp_path / "copy.model"
+    copy.write_bytes((tmp_path / "given.model").read_bytes())
+    assert "nothing to do" in run_main(capsys, "adopt", elsewhere, "--tokenizer", copy)[1]
+    copy.write_bytes(copy.read_bytes() + b"\xc0\x3e\x01")  # a field that means nothing
+    outcome = run_main(capsys, "adopt", elsewhere, "--tokenizer", copy)
+    assert_one_error(outcome, 2, str(copy), "not the bytes")
 
 
 def edit_token(path: Path, number: int, token: int) -> None:

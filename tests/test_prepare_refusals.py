@@ -566,6 +566,7 @@ CASES: dict[str, Callable[[Place], str]] = {
     "--vocab-size ...: SentencePiece said ...": broken_trainer,
     "--vocab-size ...: ... has ...": lambda p: p.text(p.good, "--vocab-size", 999),
     "...: no such tokenizer file": with_model(None),
+    "...: a tokenizer in JSON, as of Hugging Face": with_model(b'{"model": {"type": "BPE"}}'),
     "...: not a SentencePiece model": with_model(b"no model"),
     "...: has no byte pieces": other_model(bos_id=1, unk_id=0),
     "...: its BOS is id ...; shards need id ...": other_model(

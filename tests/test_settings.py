@@ -173,7 +173,7 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
         ({"NUM_LAYERS": "65"}, ["NUM_LAYERS=65", "1 <= value <= 64"]),
         ({"SEED": ""}, ["SEED=", "a whole number"]),
         ({"TIE_EMBEDDINGS": "False"}, ["TIE_EMBEDDINGS=False", "0 or 1"]),
-        ({"ATTENTION": "flash"}, ["ATTENTION=flash", "auto, fa3, sdpa"]),
+        ({"ATTENTION": "flash2"}, ["ATTENTION=flash2", "auto, fa3, cudnn, flash, sdpa"]),
         ({"PRESET": "pr1362"}, ["PRESET=pr1362", "pr1361, pr569"]),
         ({"PRESET": "mini,pr1361"}, ["PRESET=mini,pr1361", "last"]),
         # Contradictions

@@ -203,6 +203,51 @@ def test_without_a_target_only_the_limit_counts() -> None:
     assert 0.9 * limit < len(squeezed) <= limit
 
 
+ROLES = ("mlp", "attn", "emb", "aux")
+KNOBS = st.fixed_dictionaries(
+    {
+        "quant_clip": st.sampled_from(["std", "std_published"]),
+        "bits": st.tuples(*[st.integers(2, 8)] * 4),
+        "clip_sigmas": st.tuples(*[st.floats(1, 40)] * 4),
+        "lqer_top_k": st.integers(0, 5),
+        "lqer_rank": st.integers(1, 5),
+        "lqer_group": st.integers(1, 70),
+        "awq_columns": st.integers(0, 8),
+        "codec": st.sampled_from(["zstd", "lzma", "range"]),
+    }
+)
+
+
+@given(knobs=KNOBS, share=st.floats(0.02, 1.2), as_target=st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_no_knob_lets_the_solver_end_over_what_it_could_meet(
+    knobs: dict, share: float, as_target: bool
+) -> None:
+    """What the coarsest clips can meet is met, the limit or a target; else there is no smaller."""
+    by_role = {
+        name: ",".join(f"{role}:{x}" for role, x in zip(ROLES, knobs[name], strict=True))
+        for name in ("bits", "clip_sigmas")
+    }
+    shape = {"num_layers": 2, "ve_layers": "1", "model_dim": 32, "int8_keep_float_max_numel": 64}
+    changed = {**shape, **knobs, **by_role}
+    model = random_model(**changed)
+    run = run_of(model, **changed)
+    ids = torch.randint(2, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
+    hessians = collect_hessians(model, lambda n: ids, 1, math.inf, run)
+
+    def bytes_at(factor: float) -> int:
+        stored = train_gpt.quantize(model, hessians, run, factor)
+        return len(train_gpt.encode_artifact(HEADER, stored, run.cfg.codec))
+
+    plain, coarsest = bytes_at(1.0), bytes_at(2.0 ** train_gpt.SOLVER_OCTAVES[1])
+    limit = int(coarsest + share * (plain - coarsest))
+    bound = {"artifact_limit_bytes": limit}
+    if as_target:
+        bound["artifact_target_bytes"] = limit
+    run = run_of(model, **changed, **bound)
+    assert len(fit_artifact(model, hessians, b"", HEADER, run)[1]) <= max(limit, coarsest)
+
+
 def test_what_cannot_be_met_gives_the_smallest_that_was_tried() -> None:
     model = random_model()
     sizes, encode = [], train_gpt.encode_artifact

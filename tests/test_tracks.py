@@ -61,6 +61,7 @@ BROKEN = [
     ("track_10min_16mb", {"artifact_limit_bytes": 16_000_001}, {}),
     ("track_10min_16mb", {"gptq_calib": "train_after_cap"}, {}),
     ("track_10min_16mb", {"ttt_mode": "train_then_score"}, {}),
+    ("track_10min_16mb", {"init_from": "runs/a/artifact.bin"}, {}),
     ("track_10min_16mb", {}, {"machine": {"world_size": 4}}),
     ("track_10min_16mb", {}, {"machine": {"name": "NVIDIA A100"}}),
     ("track_10min_16mb", {}, {"machine": CPU_MACHINE}),

@@ -544,9 +544,9 @@ def test_what_cannot_fit_is_an_error(setting, asked: int, tried: list[int]) -> N
 
 
 def test_one_rank_without_room_lowers_the_rows_of_all(setting) -> None:
-    """Another rank, which agree() speaks for, has no room until 3 rows are left."""
+    """Another rank, which largest() speaks for, has no room until 3 rows are left."""
     _, model, rows, run = setting()
     run.micro_batch_rows, seen = 6, []
-    run.ranks.agree = lambda failed, op: max(failed, float(run.micro_batch_rows > 3))
+    run.ranks.largest = lambda failed: max(failed, float(run.micro_batch_rows > 3))
     train_gpt.fit_micro_batch(forward_with_room_for(99, seen), model, rows, MOMENT, run)
     assert (seen, run.micro_batch_rows) == ([6, 3], 3)

@@ -299,6 +299,37 @@ def resumed(damage: Callable[[Place], object], code: int = 2, **changed: str) ->
     return case
 
 
+def begun_with(
+    name: str, damage: Callable[[Place], object] = lambda place: None, code: int = 2, **changed: str
+) -> Case:
+    """Train, change something, and begin another run with the weights in this file."""
+
+    def case(place: Place) -> str:
+        damage(trained(place))
+        weights = str(place.run_folder / name)
+        return place.main(code=code, RUN_ID="another", INIT_FROM=weights, **changed)
+
+    return case
+
+
+def other_tokenizer(place: Place) -> None:
+    """The data now belong to a tokenizer of as many pieces, of another content."""
+    place.give_tokenizer(place.tokenizer.read_bytes() + b"\x9a\x06\x01\x00")
+
+
+def spoil_checkpoint(place: Place) -> None:
+    path = place.run_folder / "checkpoint_1.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"]["tok_emb.weight"][3] = float("nan")
+    torch.save(state, path)
+
+
+def curves_that_fail(place: Place) -> None:
+    """A writer of tensorboard's that cannot be made."""
+    stub = SimpleNamespace(SummaryWriter=raises(OSError(errno.EROFS, "Read-only file system")))
+    place.patch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+
+
 def at_work(place: Place) -> None:
     """Another process, or this one through another descriptor, holds the folder."""
     holder = os.open(place.run_folder, os.O_RDONLY)
@@ -406,7 +437,7 @@ def replicas_differ(place: Place) -> None:
     """The other of two ranks has another sum of bits."""
     two = SimpleNamespace(
         world_size=2,
-        agree=lambda value, op="first": value * (op == "most"),
+        agree=lambda value: 0.0,
         any_of=lambda condition: condition,
     )
     original = train_gpt.Ranks.check_replicas
@@ -720,6 +751,21 @@ CASES: dict[str, Case] = {
     "misspelled verb": lambda place: place.main("--chekc"),
     "plan without its file": no_plan,
     "attention that is not here": check(ATTENTION="fa3"),
+    "curves without tensorboard": check(
+        lambda p: p.patch.setitem(sys.modules, "torch.utils.tensorboard", None),
+        LOG_TO="tensorboard",
+    ),
+    "curves that cannot be written": during(curves_that_fail, code=0, LOG_TO="tensorboard"),
+    "weights of no file": check(INIT_FROM="not/here"),
+    "weights of no kind of file": check(
+        lambda p: p.patch.chdir(p.folder) or (p.folder / "weights").write_bytes(b"text"),
+        INIT_FROM="weights",
+    ),
+    "weights of another run": begun_with("artifact.bin", code=0),
+    "weights of another shape": begun_with("artifact.bin", MODEL_DIM="48"),
+    "weights of another tokenizer": begun_with("artifact.bin", other_tokenizer),
+    "weights that are not finite": begun_with("checkpoint_1.pt", spoil_checkpoint),
+    "attention in rows only": check(ATTENTION="cudnn", ATTN_DOCS="1"),
     "codec that is not here": check(
         lambda p: p.patch.setitem(sys.modules, "brotli", None), CODEC="brotli"
     ),
@@ -739,6 +785,7 @@ CASES: dict[str, Case] = {
     "sidecar of nothing": check(lambda p: p.sidecar.write_text("{}")),
     "no tokenizer": check(lambda p: p.tokenizer.unlink()),
     "another tokenizer": check(lambda p: p.tokenizer.write_bytes(b"another")),
+    "a tokenizer of another program": check(lambda p: p.tokenizer.write_text('{"model": {}}')),
     "no tokenizer's content": check(lambda p: p.give_tokenizer(b"no model")),
     "tokenizer of another size": check(VOCAB_SIZE="512"),
     "another validation text": check(lambda p: overwrite(p.shard("val"), 2000, b"\5\0\5\0")),
@@ -755,6 +802,7 @@ CASES: dict[str, Case] = {
     ),
     "another process at work": resumed(at_work),
     "resuming with another setting": resumed(lambda p: None, SEED="7"),
+    "resuming with a larger budget": resumed(lambda p: None, code=0, ITERATIONS="2"),
     "resuming without settings": resumed(
         lambda p: (p.run_folder / "settings.json").write_text("[1]")
     ),

@@ -35,6 +35,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from conftest import ROOT, make_documents, make_tiny_data
 from jobs import BARE_ENVIRONMENT, FORKS, TRAINER, events, snapshot, tiny_job
@@ -183,6 +184,46 @@ def small_memory(rows: int) -> None:
     train_gpt.training_nats = planted
 
 
+def no_locks(code: int) -> None:
+    """A file system that has no locks, and says so in this way."""
+    import fcntl
+
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    fcntl.flock = refuse
+
+
+def few_descriptors(spare: int) -> None:
+    """Room for so many more open files than there are."""
+    most = len(os.listdir("/proc/self/fd")) + spare
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def cpu_limit(seconds: int) -> None:
+    """A limit of processor time, which the kernel announces by SIGXCPU every second."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + seconds, int(used) + 60))
+
+
+def console(kind: str, step: int) -> None:
+    """stdout and stderr go somewhere that goes away before a training step, or was never there."""
+    if kind == "nowhere":
+        sys.stdout = sys.stderr = None
+        os.close(1)
+        os.close(2)
+        return
+    if kind == "full":
+        writer = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+        at_call(train_gpt, "train_step", step + 2, lambda: os.close(reader))
+        os.set_blocking(writer, False)  # nobody reads it, and it fills
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+    os.close(writer)
+
+
 PLANTS = {
     f.__name__: f
     for f in (
@@ -196,6 +237,10 @@ PLANTS = {
         slow,
         pause_before,
         small_memory,
+        no_locks,
+        few_descriptors,
+        cpu_limit,
+        console,
     )
 }
 
@@ -215,7 +260,8 @@ def child(rank: int, settings: dict[str, str], out: Path, plants: tuple[tuple, .
         code = train_gpt.main([])
     except SystemExit as ended:
         code = ended.code
-    sys.stdout.flush()
+    with contextlib.suppress(AttributeError, OSError):  # a console that has gone away
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -298,7 +344,7 @@ class Bench:
 
     place: Path
     data: object = None
-    expected: dict[int, str] = field(default_factory=dict)
+    expected: dict[int | str, str] = field(default_factory=dict)
     offsets: dict[str, float] = field(default_factory=dict)
     kept: dict[str, bytes | None] = field(default_factory=dict)
 
@@ -338,6 +384,7 @@ class Bench:
         ranks: int = 1,
         fresh: bool = False,
         out: str = "",
+        odd: dict[str, str] | None = None,
         **changed: str,
     ) -> Job:
         """Start a run: forked, or the real command in a new process."""
@@ -359,6 +406,7 @@ class Bench:
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
+            **(odd or {}),
         }
         started = [
             FORKS.Process(target=child, args=(rank, job, where, plants)) for rank in range(ranks)
@@ -381,6 +429,14 @@ class Bench:
             json.loads((folder / "settings.json").read_text())
         if (folder / "train_gpt.py").is_file():
             assert (folder / "train_gpt.py").read_bytes() == TRAINER.read_bytes()
+
+    def is_undisturbed(self, job: Job) -> None:
+        """Assert that a run said nothing, logged all of it, and gave the undisturbed artifact."""
+        assert job.said() == ""
+        assert sha_of(job.folder) == self.expected[1]
+        logs = [folder / "metrics.jsonl" for folder in (job.folder, self.place / "whole1")]
+        kinds = [[json.loads(line)["event"] for line in log.open()] for log in logs]
+        assert kinds[0] == kinds[1]
 
     def resume(self, name: str, ranks: int = 1, **changed: str) -> Job:
         """Assert that RESUME=1 gives the artifact of the undisturbed run and a tidy folder."""
@@ -437,10 +493,21 @@ def free_port() -> int:
 # The faults: each takes the bench, a name for its run, a generator and its number
 
 
-def a_signal(bench: Bench, name: str, rng: random.Random, number: int, fresh: bool = False) -> str:
+FIRST_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+MORE_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU, signal.SIGUSR2)
+
+
+def a_signal(
+    bench: Bench,
+    name: str,
+    rng: random.Random,
+    number: int,
+    fresh: bool = False,
+    signals: tuple[signal.Signals, ...] = FIRST_SIGNALS,
+) -> str:
     """SIGKILL, SIGTERM or SIGINT at a random time of a phase, perhaps of a run begun before."""
     phase, wave = list(PHASES)[number % 7], number // 7
-    number_of = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[wave % 3]
+    number_of = signals[wave % len(signals)]
     again = phase in ("calibration", "quantization", "export", "scoring") and wave % 2
     for attempt in range(8):
         if again:  # the artifact of an earlier end is there, and its last checkpoint
@@ -485,6 +552,214 @@ def a_signal(bench: Bench, name: str, rng: random.Random, number: int, fresh: bo
 def a_fresh_signal(bench: Bench, name: str, rng: random.Random, number: int) -> str:
     """The same, to python train_gpt.py in a process of its own."""
     return a_signal(bench, name, rng, number, fresh=True)
+
+
+def another_signal(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """The same with what a closed terminal, a scheduler or a limit of processor time sends."""
+    return a_signal(bench, name, rng, number, signals=MORE_SIGNALS)
+
+
+def another_fresh_signal(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """The same, to python train_gpt.py in a process of its own."""
+    return a_signal(bench, name, rng, number, fresh=True, signals=MORE_SIGNALS[number % 4 :])
+
+
+def a_signal_at_the_start(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """A signal while Python still imports: nothing was begun, and the same command does it all."""
+    number_of = (*MORE_SIGNALS, *FIRST_SIGNALS[1:])[number % 6]
+    job = bench.start(name, fresh=True)
+    status = Path(f"/proc/{job.processes[0].pid}/status")
+    bit = 1 << (number_of - 1)
+    while job.alive:  # until a handler stands: before it, a signal is the system's matter
+        caught = re.search(r"^SigCgt:\s*(\w+)", status.read_text(), re.M)
+        if caught and int(caught[1], 16) & bit and number_of != signal.SIGINT:
+            break
+        if "torch" in Path(f"/proc/{job.processes[0].pid}/maps").read_text():
+            break  # Python itself catches SIGINT
+    time.sleep(rng.uniform(0, 0.3))
+    job.processes[0].send_signal(number_of)
+    said = job.ends(128 + number_of, rf"^error: {number_of.name} during starting; ")
+    assert not job.folder.exists() or not list(job.folder.glob("checkpoint_*"))
+    bench.resume(name)
+    return said
+
+
+def a_closed_console(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """Output goes into a closed pipe, a full device, a terminal that goes away, or nowhere."""
+    kind = ("closed pipe", "full", "terminal", "nowhere")[number % 4]
+    job = bench.start(name, ("console", kind, rng.randrange(1, STEPS)))
+    assert job.wait() == [0], job.log[-600:]
+    bench.is_undisturbed(job)
+    return f"{kind}: all of it is in log.txt"
+
+
+def a_stop(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """The process is stopped at a random time of a phase, and goes on later."""
+    phase = list(PHASES)[number % 7]
+    job = bench.start(name)
+    if not job.wait_for(PHASES[phase].format(step=rng.randrange(1, STEPS - 2))):
+        return "not injected: it had ended"
+    os.kill(job.processes[0].pid, signal.SIGSTOP)
+    ended = re.search("^eligible:", job.log, re.M)
+    time.sleep(rng.uniform(0.1, 0.5))
+    os.kill(job.processes[0].pid, signal.SIGCONT)
+    assert job.wait() == [0], job.said()
+    assert job.said() == ""
+    assert sha_of(job.folder) == bench.expected[1]
+    if not ended:
+        assert re.search("^eligible:0 .*stopped and continued", job.log, re.M)
+    return f"stopped in {phase}"
+
+
+def no_file_locks(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """The file system of the runs has no locks: a warning, and the same run."""
+    code = (errno.ENOLCK, errno.ENOSYS, errno.EBADF, 524)[number % 4]
+    job = bench.start(name, ("no_locks", code))
+    assert job.wait() == [0], job.said()
+    bench.is_undisturbed(job)
+    assert "cannot be locked" in job.log
+    return f"errno {code}: went on"
+
+
+def few_open_files(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """More shards than the process may open files: it reads them all."""
+    mine, spare = bench.own_data(name), (24, 48, 96)[number % 3]
+    shards = sorted(Path(mine["DATA_PATH"]).glob("fineweb_train_*"))
+    tokens = b"".join(path.read_bytes()[1024:] for path in shards)
+    size = len(tokens) // (60 + 40 * number) // 2 * 2
+    for at, begin in enumerate(range(0, len(tokens), size)):
+        header = np.zeros(256, "<i4")
+        part = tokens[begin : begin + size]
+        header[:3] = 20240520, 1, len(part) // 2
+        path = Path(mine["DATA_PATH"], f"fineweb_train_{at:06d}.bin")
+        path.write_bytes(header.tobytes() + part)
+    job = bench.start(name, ("few_descriptors", spare), **mine)
+    assert job.wait() == [0], job.said()
+    free = bench.start(f"{name}-free", **mine)
+    assert free.wait() == [0], free.said()
+    assert sha_of(job.folder) == sha_of(free.folder)
+    return f"{at + 1} shards, {spare} files"
+
+
+def a_cpu_limit(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """The kernel's own SIGXCPU, which comes again every second until the run has ended."""
+    job = bench.start(name, ("cpu_limit", 1 + number % 2), ITERATIONS="100000")
+    said = job.ends(128 + signal.SIGXCPU, r"^error: SIGXCPU (after step \d+|during )")
+    bench.whole(job.folder)
+    if step := re.search(r"after step (\d+)", said):
+        assert (job.folder / f"checkpoint_{step[1]}.pt").is_file()
+    return said
+
+
+def a_longer_run(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """A run that has ended goes on with a larger budget and is ended again: nothing is lost."""
+    budget = {"ITERATIONS": str(STEPS + 8)}
+    with PORT_LOCK:
+        if not bench.expected.get("longer"):
+            folder = bench.finished_copy("longer")
+            assert bench.start("longer", RESUME="1", **budget).wait() == [0]
+            bench.expected["longer"] = sha_of(folder)
+    folder = bench.finished_copy(name)
+    before = (folder / "artifact.bin").read_bytes()
+    number_of = (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)[number % 3]
+    step = STEPS + rng.randrange(1, 6)
+    pause = ("pause_before", step - STEPS + 1, 0.2)
+    job = bench.start(name, pause, RESUME="1", **budget)
+    assert job.wait_for(f"^step:{step}/")
+    os.kill(job.processes[0].pid, number_of)
+    code = -number_of if number_of == signal.SIGKILL else 128 + number_of
+    said = job.ends(code, lines=int(code > 0))
+    assert (folder / "artifact.bin").read_bytes() == before
+    bench.start(name, out=f"{name}.less", RESUME="1").ends(2, "ITERATIONS=.*only a budget may grow")
+    again = bench.start(name, out=f"{name}.again", RESUME="1", **budget)
+    assert again.wait() == [0], again.said()
+    assert sha_of(folder) == bench.expected["longer"]
+    return f"{number_of.name} after step {step}: {said or 'killed'}"
+
+
+def bad_first_weights(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """What INIT_FROM names is cut, emptied, something else, or has a bit wrong."""
+    kind = ("artifact.bin", f"checkpoint_{STEPS}.pt")[number % 2]
+    content = bytearray((bench.place / "whole1" / kind).read_bytes())
+    damage = ("cut", "empty", "noise", "bit")[number // 2 % 4]
+    content[rng.randrange(len(content) // 4, len(content) // 2)] ^= 1 << rng.randrange(8)
+    path = bench.place / f"data-{name}"
+    path.mkdir()
+    path = path / kind
+    path.write_bytes(
+        {
+            "cut": content[: rng.randrange(1, len(content))],
+            "empty": b"",
+            "noise": rng.randbytes(5000),
+            "bit": content,
+        }[damage]
+    )
+    job = bench.start(name, INIT_FROM=str(path))
+    if damage == "bit" and job.wait() == [0]:
+        return f"{damage} of {kind}: in the padding between tensors"
+    said = job.ends(2, f"^error: (INIT_FROM=)?{re.escape(str(path))}")
+    assert not job.folder.exists()
+    return f"{damage} of {kind}: {said}"
+
+
+def an_odd_launcher(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """A launcher that contradicts itself: one line before any work."""
+    odd = (
+        {"WORLD_SIZE": "two"},
+        {"LOCAL_WORLD_SIZE": "4"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"},
+    )[number % 4]
+    job = bench.start(name, odd=odd)
+    said = job.ends(2, "^error: .*WORLD_SIZE")
+    assert not job.folder.exists()
+    return said
+
+
+def a_move(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """A run that was ended goes on elsewhere: data, tokenizer and run folder lie in new places."""
+    mine = bench.own_data(name)
+    job = bench.start(name, ("pause_before", 6, 0.2), **mine)
+    assert job.wait_for("^step:4/")
+    number_of = (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL, signal.SIGHUP)[number % 4]
+    os.kill(job.processes[0].pid, number_of)
+    job.wait()
+    target = bench.place / f"data-{name}" / "elsewhere"
+    shutil.move(bench.place / name, target / f"{name}-moved")
+    for old in list(mine.values()):
+        shutil.move(old, target / Path(old).name)
+    moved = {key: str(target / Path(old).name) for key, old in mine.items()}
+    again = bench.start(
+        f"{name}-moved", out=f"{name}.again", RESUME="1", RUNS_DIR=str(target), **moved
+    )
+    assert again.wait() == [0], again.said()
+    assert sha_of(target / f"{name}-moved") == bench.expected[1]
+    return f"{number_of.name}, moved, went on"
+
+
+def a_draw_cut(bench: Bench, name: str, rng: random.Random, number: int) -> str:
+    """--sample is ended, or who read its output has seen enough: at most a line, no traceback."""
+    number_of = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, 0)[number % 4]
+    process = subprocess.Popen(
+        [PYTHON, str(TRAINER), "--sample", str(bench.place / "whole1" / "artifact.bin"), "an"],
+        env={
+            **BARE_ENVIRONMENT,
+            "TOKENIZER_PATH": str(bench.data.tokenizer_path),
+            "SAMPLE_TOKENS": "100000",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.read(2) == "an"
+    time.sleep(rng.uniform(0, 0.3))
+    process.stdout.close() if number_of == 0 else process.send_signal(number_of)
+    said = process.stderr.read()
+    code = process.wait(TIMEOUT)
+    assert code == (1 if number_of == 0 else 128 + number_of), (code, said)
+    assert said.count("\n") <= (number_of != 0), said
+    return said.strip() or "ended quietly"
 
 
 def a_kill_in_a_write(bench: Bench, name: str, rng: random.Random, number: int) -> str:
@@ -794,7 +1069,7 @@ def a_preparation_cut(bench: Bench, name: str, rng: random.Random, number: int) 
             began = time.monotonic()
             assert prepare(text, bench.place / "prepared").wait() == 0
             bench.offsets["preparation"] = time.monotonic() - began
-    ends = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    ends = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *MORE_SIGNALS[1:])
     number_of = ends[number % len(ends)]
     out, whole = bench.place / name, bench.offsets["preparation"]
     for attempt in range(8):
@@ -877,9 +1152,22 @@ KINDS = {
     for kind, many, few in (
         (a_fresh_signal, 21, 1),
         (two_fresh_at_once, 3, 0),
-        (a_preparation_cut, 12, 0),
+        (a_preparation_cut, 14, 0),
         (an_evaluation_cut, 4, 0),
+        (another_fresh_signal, 7, 0),
+        (a_signal_at_the_start, 6, 0),
+        (a_draw_cut, 4, 0),
         (a_signal, 63, 7),
+        (another_signal, 28, 2),
+        (a_closed_console, 8, 1),
+        (a_stop, 7, 1),
+        (no_file_locks, 4, 1),
+        (few_open_files, 3, 1),
+        (a_cpu_limit, 2, 0),
+        (a_longer_run, 6, 1),
+        (bad_first_weights, 8, 2),
+        (an_odd_launcher, 4, 1),
+        (a_move, 4, 1),
         (a_kill_in_a_write, 12, 2),
         (a_full_disk, 18, 3),
         (a_small_disk, 6, 1),
@@ -899,7 +1187,15 @@ KINDS = {
         (a_bad_checkpoint, 8, 1),
     )
 }
-FRESH = ("a_fresh_signal", "two_fresh_at_once", "a_preparation_cut", "an_evaluation_cut")
+FRESH = (
+    "a_fresh_signal",
+    "two_fresh_at_once",
+    "a_preparation_cut",
+    "an_evaluation_cut",
+    "another_fresh_signal",
+    "a_signal_at_the_start",
+    "a_draw_cut",
+)
 
 
 @contextlib.contextmanager
