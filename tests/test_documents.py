@@ -218,7 +218,7 @@ def scored_by(
 ) -> tuple[train_gpt.EvalResult, Run]:
     """A copy of the model scored document by document, and the run."""
     run = Run(cfg, rank, ranks, CPU)
-    run.ranks.agree = lambda value: value
+    run.ranks.agree = run.ranks.largest = lambda value: value
     run.ranks.add_up = lambda tensors: None
     run.ledger.scoring_clock = train_gpt.Clock(time.perf_counter)
     with run.ledger.scoring_clock.running():
@@ -233,6 +233,8 @@ def naive_nats(
     drawn: the A of every new set of deltas, in the order in which sets are made, by place and name.
     """
     model = copy.deepcopy(model).requires_grad_(False)
+    for block in model.blocks:  # another kernel, so that every matrix is a module that is called
+        block.attn.kernel = lambda *qkv: train_gpt.sdpa_attention(*qkv)
     tokens = torch.from_numpy(val.tokens.astype(int))
     starts = [*np.flatnonzero(val.tokens[:-1] == BOS).tolist(), len(tokens) - 1]
     documents = sorted(zip(starts, starts[1:], strict=False), key=lambda d: d[1] - d[0])
@@ -317,8 +319,13 @@ def with_dense_deltas(model: GPT, downs: dict, ups: dict, cfg: Config) -> None:
         at["place"] += 1
 
     def of(name: str):
-        # Before the first layer, layer 0's values are asked for by themselves.
-        return lambda module, given, y: y + given[0] @ dense(name, max(at["place"], 0)).T
+        def added(module, given, y):
+            # Before the first layer, layer 0's values are asked for by themselves.
+            delta = given[0] @ dense(name, max(at["place"], 0)).T
+            gain = given[1] if name in ("o", "mlp") else 1.0  # of what a layer adds to the stream
+            return y + gain * delta
+
+        return added
 
     for block in model.blocks:
         HOOKS.append(block.register_forward_pre_hook(begins))
