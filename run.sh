@@ -220,24 +220,27 @@ has_data() { [ -f "data/datasets/$1/fineweb_val.json" ] && [ -f "data/tokenizers
 
 # Data are prepared unless they are there or DATA_PATH names others.
 prepare_data() {
-    local gpus=$1 preset=${PRESET:-}
+    local gpus=$1 preset=${PRESET:-} pieces
     if [ -n "${DATA_PATH:-}" ]; then
         return
     fi
     case ",${preset// /}," in
-    *,mini,*) set -- docs_sp1024 docs_1024_bpe.model docs ;;
-    *) set -- fineweb10B_sp1024 fineweb_1024_bpe.model fineweb --variant sp1024 ;;
+    *,cpu,*) set -- 4096 docs_sp4096 docs_4096_bpe.model docs --vocab-size 4096 ;;
+    *,mini,*) set -- 1024 docs_sp1024 docs_1024_bpe.model docs ;;
+    *) set -- 1024 fineweb10B_sp1024 fineweb_1024_bpe.model fineweb --variant sp1024 ;;
     esac
+    pieces=$1
+    shift
     if has_data "$1" "$2"; then
         return
     fi
     if [ "$3" = fineweb ] && [ "$gpus" = 0 ]; then
-        warn "no GPU and a PRESET without mini: data is not prepared, set DATA_PATH"
+        warn "no GPU, and PRESET has neither cpu nor mini: data is not prepared, set DATA_PATH"
         return
     fi
-    if [ "${VOCAB_SIZE:-1024}" != 1024 ]; then
-        die "VOCAB_SIZE=$VOCAB_SIZE, but the data prepared here have 1024 pieces; set DATA_PATH" \
-            "and TOKENIZER_PATH too"
+    if [ "${VOCAB_SIZE:-$pieces}" != "$pieces" ]; then
+        die "VOCAB_SIZE=$VOCAB_SIZE, but the data prepared here have $pieces pieces; set" \
+            "DATA_PATH and TOKENIZER_PATH too"
     fi
     # A bad setting is refused before the minutes that data takes.
     "$python" train_gpt.py --help >/dev/null
@@ -326,7 +329,7 @@ case "${1:-}" in
 esac
 gpus=$(count_gpus)
 if [ "$gpus" = 0 ]; then
-    export PRESET="${PRESET-mini}"
+    export PRESET="${PRESET-cpu}"
     tune_for_cpu
 fi
 if [ $# -gt 0 ]; then

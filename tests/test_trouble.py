@@ -679,6 +679,7 @@ CASES: dict[str, Case] = {
     "published name beside ours": env(LATE_QAT="0", QAT_MODE="late"),
     "retired technique": env(MTP_NUM_HEADS="2"),
     "scale before a system": env(PRESET="mini,pr1361"),
+    "recipe for a CPU beside a system": env(PRESET="pr1361,cpu"),
     "a layer named twice": env(VE_LAYERS="9,9"),
     "bits of nothing": env(BITS="mlp:9"),
     "bits without a role": env(BITS="mlp:6,attn:6,emb:8"),
