@@ -712,7 +712,7 @@ CASES: dict[str, Case] = {
     "documents beside counts": env(TTT_MODE="lora", COUNTS="scored"),
     "an order of counts twice": env(COUNT_ORDERS="2,2"),
     "an order of one": env(COUNT_ORDERS="1,2"),
-    "an order that is no number": env(COUNT_SCORED_ORDERS="x"),
+    "an order that is no number": env(COUNT_ORDERS="x"),
     "counts without windows": env(COUNTS="scored", EVAL_STRIDE="0"),
     "embeddings with half a decay": env(EMBED_WD="-0.5"),
     "two budgets": env(MAX_TRAIN_TFLOPS="1", MAX_WALLCLOCK_SECONDS="60"),
