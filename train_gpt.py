@@ -7834,7 +7834,7 @@ class Hint:
         first = len(self.start)
         for row in (network, main):
             bits = row.gather(1, tokens.clamp_min(0)[:, None])[:, 0] / -math.log(2)
-            buckets.append(first + bits.long().clamp(0, PROBABILITY_CLASSES - 1))
+            buckets.append(first + bits.clamp(0, PROBABILITY_CLASSES - 1).long())
             first += PROBABILITY_CLASSES
         return tokens, torch.stack(buckets)
 
@@ -8014,6 +8014,8 @@ class Mixture:
         self.start = torch.tensor(starts, dtype=torch.float64)
         shapes = [(size, len(starts)) for size in self.gate_sizes()]
         self.gates = [AdagradTable(shape, cfg.count_gate_rate) for shape in shapes]
+        if self.hints and starts == [START_NETWORK] and cfg.count_gate_rate == 0:
+            self.gates = []  # a lone weight that is kept: hints alone tilt the network, see tilt()
         self.biases = [hint.biases(cfg.count_match_rate) for hint in self.hints]
         self.pending: list[Lesson] = []
 
@@ -8037,8 +8039,7 @@ class Mixture:
             self.hints = [hint_of_match(each, longest) for each in indices]
             if cfg.counts_scored_text:
                 self.hints.append(hint_past_differences(self.tokens, self.matches[-1], longest))
-        if cfg.count_recent_tokens and cfg.counts_scored_text:
-            self.hints.append(hint_of_last_follower(self.tokens, self.previous, self.gaps))
+                self.hints.append(hint_of_last_follower(self.tokens, self.previous, self.gaps))
 
     def start_of_order(self, order: int) -> float:
         """The weight of an order's distribution before anything is learned."""
@@ -8071,15 +8072,35 @@ class Mixture:
         nats = [torch.zeros(0, dtype=torch.float64)]
         while len(network):
             n = min(chunk - self.scored % chunk, len(network))
-            log_probs, lesson = self.mix(network[:n].to(self.dtype))
-            target = self.tokens[self.scored + 1 : self.scored + n + 1].astype(np.int64)
-            nats.append(-log_probs.gather(1, torch.from_numpy(target)[:, None])[:, 0].double())
-            self.pending.append(lesson.graded(torch.from_numpy(target)))
+            tokens = self.tokens[self.scored + 1 : self.scored + n + 1]
+            target = torch.from_numpy(tokens.astype(np.int64))
+            if self.gates:
+                log_probs, lesson = self.mix(network[:n].to(self.dtype))
+                nats.append(-log_probs.gather(1, target[:, None])[:, 0].double())
+                self.pending.append(lesson.graded(target))
+            else:
+                nats.append(self.tilt(network[:n], target))
             self.scored += n
             network = network[n:]
             if self.scored % chunk == 0:
                 self.learn()
         return torch.cat(nats)
+
+    def tilt(self, network: Tensor, target: Tensor) -> Tensor:
+        """Nats (n,) of the next targets if the network is mixed with hints alone."""
+        # One target of a chunk is enough to see what the network's rows sum to.
+        self.note_sums(network[:1].double().exp())
+        lesson = Lesson([], torch.zeros(0, len(target), dtype=torch.int64))
+        targets = slice(self.scored + 1, self.scored + 1 + len(target))
+        for hint in self.hints:
+            lesson.take_hint(*hint.at(targets, network, network))
+        self.pending.append(lesson)
+        return lesson.tilted(network, target, [table.values for table in self.biases])
+
+    def note_sums(self, probs: Tensor) -> None:
+        """Keep the largest difference between 1 and a sum of probs (n, V)."""
+        sum_error = float((probs.sum(1) - 1).abs().max())
+        self.largest_sum_error = max(self.largest_sum_error, sum_error)
 
     def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
         """Log-probabilities (n, V) of the next targets, which must lie in one chunk."""
@@ -8103,8 +8124,7 @@ class Mixture:
             logits.scatter_add_(1, lesson.hinted[m][:, None], bias[:, None].to(self.dtype))
         log_probs = logits.masked_fill(forbidden, -math.inf).log_softmax(1)
         lesson.probs = log_probs.exp()
-        sum_error = float((lesson.probs.sum(1) - 1).abs().max())
-        self.largest_sum_error = max(self.largest_sum_error, sum_error)
+        self.note_sums(lesson.probs)
         return log_probs, lesson
 
     def distributions(self, network: Tensor) -> tuple[list[Tensor], Evidence]:
@@ -8199,6 +8219,32 @@ class Lesson:
         self.rows = []
         self.probs = torch.zeros(0)
         return self
+
+    def tilted(self, network: Tensor, target: Tensor, biases: list[Tensor]) -> Tensor:
+        """Nats (n,) of the targets if hints alone tilt the network's log-probabilities (n, V).
+
+        With b(w) the biases of all hints at w,
+
+            p(w) = p_network(w) exp(b(w)) / Z,  Z = 1 + sum_hinted p_network(w) (exp(b(w)) - 1),
+
+        which takes no sum over the vocabulary. Keeps the gradients of the biases.
+        """
+        token = torch.stack(self.hinted)  # (hints, n)
+        is_hinted = torch.stack(self.is_hinted)
+        chosen = [values[of] for values, of in zip(biases, self.bias_buckets, strict=True)]
+        bias = torch.stack([of_hint.sum(0) for of_hint in chosen]) * is_hinted
+        log_probs = network.gather(1, token.T).T.double()
+        is_same = token[:, None] == token  # (hints, hints, n)
+        tilted = log_probs + (is_same * bias).sum(1)
+        is_earlier = torch.ones(len(token), len(token), dtype=torch.bool).tril(-1)[..., None]
+        is_first = is_hinted & ~(is_same & is_hinted & is_earlier).any(1)
+        total = 1 + ((tilted.exp() - log_probs.exp()) * is_first).sum(0)
+        is_right = (token == target) & is_hinted
+        gradients = (tilted.exp() / total - is_right.double()) * is_hinted
+        self.bias_gradients = list(gradients)
+        self.weight_gradients = torch.zeros(len(target), 0, dtype=torch.float64)
+        of_target = network.gather(1, target[:, None])[:, 0].double() + (bias * is_right).sum(0)
+        return total.log() - of_target
 
 
 class AdagradTable:

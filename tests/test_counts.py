@@ -157,18 +157,20 @@ def mixture_of(mode: str, validation: np.ndarray, **given: str) -> train_gpt.Mix
 
 
 MODES = ("scored", "artifact", "both")
+ALONE = {"COUNT_ORDERS": "", "COUNT_RECENT_TOKENS": "0", "COUNT_GATE_RATE": "0"}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cut", [1, 63, 64, 65, 150])
-def test_later_tokens_change_no_earlier_nats(mode, cut):
+@pytest.mark.parametrize("given", [{}, ALONE], ids=["all", "hints alone"])
+def test_later_tokens_change_no_earlier_nats(mode, cut, given):
     text = words(2, 300)
     other = np.append(text[: cut + 1], words(3, 300 - cut - 1))
     network = network_rows(299)
     changed = network.clone()
     changed[cut:] = network_rows(400)[-(299 - cut) :]
-    nats = mixture_of(mode, text).score(network)
-    again = mixture_of(mode, other).score(changed)
+    nats = mixture_of(mode, text, **given).score(network)
+    again = mixture_of(mode, other, **given).score(changed)
     assert torch.equal(nats[:cut], again[:cut])
     assert not torch.equal(nats[cut:], again[cut:])
 
@@ -205,6 +207,32 @@ def test_matches_alone_tilt_the_network():
     alone = -network.gather(1, target[:, None]).squeeze(1)
     assert len(mixture.start) == 1  # the network's
     assert nats[700:].mean() < 0.8 * alone[700:].mean()
+
+
+@pytest.mark.parametrize("mode", ["scored", "both"])
+def test_tilting_by_hints_is_the_mixture_of_weight_one(mode):
+    text = words(2, 700)
+    network = network_rows(699)
+    tilting, mixing = (mixture_of(mode, text, **ALONE) for _ in range(2))
+    assert not tilting.gates
+    # A mixture over the whole vocabulary, whose only weight is 1 and stays so.
+    mixing.gates = [train_gpt.AdagradTable((size, 1), 0.0) for size in mixing.gate_sizes()]
+    mixing.start = torch.ones(1, dtype=torch.float64)
+    rows = network.double().log_softmax(1)
+    torch.testing.assert_close(tilting.score(rows), mixing.score(rows), rtol=0, atol=1e-9)
+    for one, two in zip(tilting.biases, mixing.biases, strict=True):
+        torch.testing.assert_close(one.values, two.values, rtol=0, atol=1e-9)
+    assert any(table.values.abs().max() > 1 for table in tilting.biases)
+
+
+def test_tilting_costs_and_gains_nothing_without_hints():
+    text = words(2, 100)
+    mixture = mixture_of("scored", text, COUNT_LONGEST_MATCH="0", **ALONE)
+    rows = network_rows(99).double().log_softmax(1)
+    mixture.start[:] = 1
+    target = torch.from_numpy(text[1:].astype(np.int64))
+    alone = -rows.gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(mixture.score(rows), alone, rtol=0, atol=1e-9)
 
 
 def test_both_texts_beat_either():
