@@ -8006,9 +8006,7 @@ class Mixture:
         self.matches: list[MatchModel] = []  # of the texts that are read
         self.hints: list[Hint] = []
         self.read_texts(training_tokens)
-        starts = [START_NETWORK]
-        if self.model:
-            starts += [self.start_of_order(order) for order in self.model.orders]
+        starts = [START_NETWORK, *(start_of_order(order, cfg.orders) for order in cfg.orders)]
         if cfg.count_recent_tokens:
             starts += [START_RECENT, START_FOLLOWERS]
         self.start = torch.tensor(starts, dtype=torch.float64)
@@ -8041,27 +8039,12 @@ class Mixture:
                 self.hints.append(hint_past_differences(self.tokens, self.matches[-1], longest))
                 self.hints.append(hint_of_last_follower(self.tokens, self.previous, self.gaps))
 
-    def start_of_order(self, order: int) -> float:
-        """The weight of an order's distribution before anything is learned."""
-        assert self.model is not None
-        if order == max(self.model.orders):
-            return START_LONGEST_ORDER
-        if order == min(self.model.orders):
-            return START_SHORTEST_ORDER
-        return 0.0
-
     def gate_sizes(self) -> list[int]:
         """Buckets of each gate, in the order of gate_buckets()."""
-        counts = 1 + MAX_LOG2_COUNT
-        lengths = 1 + len(MATCH_CLASSES)
+        varieties = (1 + MAX_LOG2_COUNT) ** 2
+        lengths = (1 + len(MATCH_CLASSES)) ** len(self.matches)
         agreements = 8
-        return [
-            counts * counts,
-            lengths ** len(self.matches),
-            GAP_CLASSES,
-            agreements,
-            self.vocab_size,
-        ]
+        return [varieties, lengths, GAP_CLASSES, agreements, self.vocab_size]
 
     def score(self, network: Tensor) -> Tensor:
         """Nats of the next n targets, float64 (n,), given the network's log-probabilities (n, V).
@@ -8184,6 +8167,15 @@ def log2_class(counts: np.ndarray, most: int = MAX_LOG2_COUNT) -> np.ndarray:
     """floor(log2(count)) up to `most`, 0 for a count of 0: int64."""
     exponent = np.frexp(np.maximum(counts, 1).astype(np.float64))[1] - 1
     return np.minimum(exponent, most).astype(np.int64)
+
+
+def start_of_order(order: int, orders: tuple[int, ...]) -> float:
+    """The weight of an order's distribution before anything is learned."""
+    if order == max(orders):
+        return START_LONGEST_ORDER
+    if order == min(orders):
+        return START_SHORTEST_ORDER
+    return 0.0
 
 
 class Lesson:
