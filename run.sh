@@ -220,31 +220,32 @@ has_data() { [ -f "data/datasets/$1/fineweb_val.json" ] && [ -f "data/tokenizers
 
 # Data are prepared unless they are there or DATA_PATH names others.
 prepare_data() {
-    local gpus=$1 preset=${PRESET:-}
+    local gpus=$1 preset=${PRESET:-} pieces marked
     if [ -n "${DATA_PATH:-}" ]; then
         return
     fi
     case ",${preset// /}," in
+    *,cpu,*) set -- 4096 docs_sp4096 docs_4096_bpe.model docs --vocab-size 4096 ;;
     *,mini,*) set -- 1024 docs_sp1024 docs_1024_bpe.model docs ;;
     *,pr1855,* | *,pr2135,*)
-        local marked=lossless_caps_caseops_v1_reserved
+        marked=lossless_caps_caseops_v1_reserved
         set -- 8192 "fineweb10B_sp8192_$marked" "fineweb_8192_bpe_$marked.model" \
             fineweb --variant sp8192 --caseops
         ;;
     *) set -- 1024 fineweb10B_sp1024 fineweb_1024_bpe.model fineweb --variant sp1024 ;;
     esac
-    local pieces=$1
+    pieces=$1
     shift
     if has_data "$1" "$2"; then
         return
     fi
     if [ "$3" = fineweb ] && [ "$gpus" = 0 ]; then
-        warn "no GPU and a PRESET without mini: data is not prepared, set DATA_PATH"
+        warn "no GPU, and PRESET has neither cpu nor mini: data is not prepared, set DATA_PATH"
         return
     fi
     if [ "${VOCAB_SIZE:-$pieces}" != "$pieces" ]; then
-        die "VOCAB_SIZE=$VOCAB_SIZE, but the data prepared here have $pieces pieces; set DATA_PATH" \
-            "and TOKENIZER_PATH too"
+        die "VOCAB_SIZE=$VOCAB_SIZE, but the data prepared here have $pieces pieces; set" \
+            "DATA_PATH and TOKENIZER_PATH too"
     fi
     # A bad setting is refused before the minutes that data takes.
     "$python" train_gpt.py --help >/dev/null
@@ -333,7 +334,7 @@ case "${1:-}" in
 esac
 gpus=$(count_gpus)
 if [ "$gpus" = 0 ]; then
-    export PRESET="${PRESET-mini}"
+    export PRESET="${PRESET-cpu}"
     tune_for_cpu
 fi
 if [ $# -gt 0 ]; then

@@ -1,7 +1,7 @@
 """Train a tiny language model under a byte and a time budget, and score its artifact.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py    8 GPUs, FineWeb, the defaults
-    PRESET=mini python train_gpt.py                          two CPU cores, built-in corpus
+    PRESET=cpu python train_gpt.py                           two CPU cores, built-in corpus
     python train_gpt.py --help                               every setting
     python train_gpt.py --check                              check settings and data, then stop
     python train_gpt.py --plan                               what a run would do and cost
@@ -7543,13 +7543,14 @@ class CountSettings(Part):
         4_000_000, (1, 1 << 40), "Put training text of up to this many bytes into the artifact."
     )
     count_orders: str = scoring_knob(
-        "2,8", (), "Count n-grams of these orders in all the text.", absent="2,8", tries=("2,3",)
-    )
-    count_scored_orders: str = scoring_knob(
-        "2,6", (), "Count n-grams of these orders in scored text alone.", absent="2,6", tries=("2",)
+        "2,8", (), "Count n-grams of these orders; none may be.", absent="2,8", tries=("2,3",)
     )
     count_recent_tokens: int = scoring_knob(
-        128, (0, 1 << 20), "Expect this many last tokens again; 0 is off.", absent=128, tries=(8,)
+        2048,
+        (0, 1 << 20),
+        "Expect tokens and pairs of this many last tokens again; 0 is off.",
+        absent=2048,
+        tries=(8,),
     )
     count_longest_match: int = scoring_knob(
         32, (0, 256), "Find repeats of up to this many tokens; 0 is off.", absent=32, tries=(4,)
@@ -7561,20 +7562,15 @@ class CountSettings(Part):
         0.02, (0.0, 10.0), "Train the mixture's weights at this rate; 0 keeps them.", absent=0.02
     )
     count_match_rate: float = scoring_knob(
-        0.4, (0.0, 10.0), "Train the biases for repeats at this rate; 0 keeps them.", absent=0.4
+        0.2, (0.0, 10.0), "Train the biases for repeats at this rate; 0 keeps them.", absent=0.2
     )
 
     @property
-    def orders_of_texts(self) -> tuple[int, ...]:
-        """COUNT_ORDERS as numbers; or Refusal."""
-        return parse_orders("COUNT_ORDERS", self.count_orders)
-
-    @property
-    def orders_of_scored(self) -> tuple[int, ...]:
-        """COUNT_SCORED_ORDERS as numbers, perhaps none; or Refusal."""
-        if not self.count_scored_orders:
+    def orders(self) -> tuple[int, ...]:
+        """COUNT_ORDERS as numbers, perhaps none; or Refusal."""
+        if not self.count_orders:
             return ()
-        return parse_orders("COUNT_SCORED_ORDERS", self.count_scored_orders)
+        return parse_orders("COUNT_ORDERS", self.count_orders)
 
     @property
     def counts_scored_text(self) -> bool:
@@ -7589,10 +7585,9 @@ class CountSettings(Part):
     @staticmethod
     def checks(cfg: Config) -> Checks:
         """Orders are small numbers, and counting needs a text that is scored in order."""
-        orders = (*cfg.orders_of_texts, *cfg.orders_of_scored)
         yield (
-            all(2 <= order <= MAX_ORDER for order in orders),
-            f"COUNT_ORDERS and COUNT_SCORED_ORDERS must be from 2 to {MAX_ORDER}",
+            all(2 <= order <= MAX_ORDER for order in cfg.orders),
+            f"COUNT_ORDERS must be from 2 to {MAX_ORDER}",
         )
         yield (
             cfg.counts == "off" or cfg.eval_stride > 0,
@@ -7915,28 +7910,186 @@ class Continuations:
         seen.continuations[is_known] = kinds[is_known]
 
 
+# Hints: tokens that may come next, by rules that read earlier tokens alone
+
+PROBABILITY_CLASSES = 10  # of a hint's token, by powers of two
+START_BIAS = 0.1  # for each token of a repeat
+GAP_CLASSES = 17
+FOLLOWED_FROM = 6  # tokens of a repeat from which on it is followed
+FOLLOWED_SURELY = 16  # tokens that agree, from which on no other repeat is better
+FOLLOWED_MISSES = 8  # tokens that differ, of the last 16, with which it is given up
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A token that may come at each place of a text, and how much speaks for it."""
+
+    tokens: np.ndarray  # int32 (N,): the token, -1 where the rule knows none
+    strength: np.ndarray  # int16 (N,): a class of evidence for it
+    start: np.ndarray  # float64 (classes,): the bias of each class before anything is learned
+
+    def biases(self, rate: float) -> AdagradTable:
+        """Its biases: by strength, then by two classes of probability."""
+        table = AdagradTable((len(self.start) + 2 * PROBABILITY_CLASSES,), rate)
+        table.values[: len(self.start)] = torch.from_numpy(self.start)
+        return table
+
+    def at(self, places: slice, network: Tensor, main: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens at n places (n,), -1 for none, and which three biases count (3, n).
+
+        network and main are log-probabilities (n, V), which class the tokens.
+        """
+        tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
+        buckets = [torch.from_numpy(self.strength[places].astype(np.int64))]
+        first = len(self.start)
+        for row in (network, main):
+            bits = row.gather(1, tokens.clamp_min(0)[:, None])[:, 0] / -math.log(2)
+            buckets.append(first + bits.clamp(0, PROBABILITY_CLASSES - 1).long())
+            first += PROBABILITY_CLASSES
+        return tokens, torch.stack(buckets)
+
+
+def hint_of_match(index: TextIndex, longest: int) -> Hint:
+    """What followed the longest repeat, by its length."""
+    match = index.match
+    tokens = np.where(match.length > 0, index.tokens[match.source].astype(np.int32), -1)
+    return Hint(tokens, match.length, START_BIAS * np.arange(longest + 1))
+
+
+def hint_past_differences(tokens: np.ndarray, match: MatchModel, longest: int) -> Hint:
+    """What follows a repeat that is followed on past tokens that differ.
+
+    Its strength tells how many tokens agreed since one differed, and how many of 16 differed.
+    """
+    hinted = np.full(len(tokens), -1, np.int32)
+    strength = np.zeros(len(tokens), np.int16)
+    text = np.ascontiguousarray(tokens, np.uint16).data
+    lengths, sources = match.length.data, match.source.data
+    source = -1  # the place whose token is expected
+    agreed = 0
+    differed = 0  # a bit for each of the last 16 tokens
+    for place in range(1, len(tokens)):
+        if source >= 0:
+            is_right = text[source] == text[place - 1]
+            agreed = min(agreed + 1, longest) if is_right else 0
+            differed = (differed << 1 | (not is_right)) & 0xFFFF
+            source += 1
+            if differed.bit_count() >= FOLLOWED_MISSES:
+                source = -1
+        length = lengths[place]
+        is_better = source < 0 or agreed < min(length, FOLLOWED_SURELY)
+        if length >= FOLLOWED_FROM and is_better:
+            source = sources[place]
+            agreed = length
+            differed = 0
+        if source >= 0:
+            hinted[place] = text[source]
+            strength[place] = agreed * FOLLOWED_MISSES + differed.bit_count()
+    start = START_BIAS * np.repeat(np.arange(longest + 1), FOLLOWED_MISSES)
+    return Hint(hinted, strength, start)
+
+
+def previous_places(tokens: np.ndarray) -> np.ndarray:
+    """Of each place, the latest earlier one with the same token, or -1: int32 (N,)."""
+    order = np.argsort(tokens, kind="stable").astype(np.int32)
+    is_same = tokens[order[1:]] == tokens[order[:-1]]
+    previous = np.full(len(tokens), -1, np.int32)
+    previous[order[1:][is_same]] = order[:-1][is_same]
+    return previous
+
+
+def gap_classes(previous: np.ndarray) -> np.ndarray:
+    """How far before each place its token came, by powers of two, 0 if it is new: int16 (N,)."""
+    gap = np.arange(len(previous), dtype=np.int32) - previous
+    classes = 1 + log2_class(gap, GAP_CLASSES - 2)
+    return np.where(previous >= 0, classes, 0).astype(np.int16)
+
+
+def hint_of_last_follower(tokens: np.ndarray, previous: np.ndarray, gaps: np.ndarray) -> Hint:
+    """What followed the last token the last time, by how long ago that was."""
+    hinted = np.full(len(tokens), -1, np.int32)
+    followers = tokens[previous[:-1] + 1].astype(np.int32)
+    hinted[1:] = np.where(previous[:-1] >= 0, followers, -1)
+    return Hint(hinted, np.append(np.int16(0), gaps[:-1]), np.zeros(GAP_CLASSES))
+
+
+# What came lately
+
+RECENT_DECAY = 0.99  # a token counts so much less than the one after it
+RECENT_NETWORK = 20.0  # tokens that the network's distribution counts as among recent ones
+FOLLOWERS = 32  # latest places of the last token whose next tokens count
+FOLLOWER_DECAY = 0.9
+FOLLOWERS_NETWORK = 3.0
+
+
+def expect_recent(tokens: np.ndarray, first: int, W: int, network: np.ndarray) -> np.ndarray:
+    """The last W tokens before places, each counted RECENT_DECAY times the one after it.
+
+    The network's distribution (n, V) of the places from `first` on counts as RECENT_NETWORK tokens.
+    float64 (n, V).
+    """
+    n, V = network.shape
+    ages = np.arange(min(first, W))[::-1]
+    counts = np.empty((n, V))
+    counts[0] = np.bincount(tokens[first - len(ages) : first], RECENT_DECAY**ages, V)
+    for row in range(1, n):
+        place = first + row
+        counts[row] = RECENT_DECAY * counts[row - 1]
+        counts[row, tokens[place - 1]] += 1
+        if place > W:
+            counts[row, tokens[place - 1 - W]] -= RECENT_DECAY**W
+    total = counts.sum(1, keepdims=True) + RECENT_NETWORK
+    return (counts + RECENT_NETWORK * network) / total
+
+
+def expect_followers(
+    tokens: np.ndarray, previous: np.ndarray, first: int, W: int, network: np.ndarray
+) -> np.ndarray:
+    """What followed the last token each time in the last W, the latest FOLLOWERS times.
+
+    Each time counts FOLLOWER_DECAY times the next, the network's distribution (n, V) of the places
+    from `first` on FOLLOWERS_NETWORK times. previous: see previous_places(). float64 (n, V).
+    """
+    n = len(network)
+    rows: np.ndarray = np.arange(n)
+    counts = FOLLOWERS_NETWORK * network
+    total = np.full(n, FOLLOWERS_NETWORK)
+    earlier = previous[first - 1 + rows]
+    for age in range(FOLLOWERS):
+        is_near = (earlier >= 0) & (earlier >= first + rows - W)
+        if not is_near.any():
+            break
+        rows, earlier = rows[is_near], earlier[is_near]
+        counts[rows, tokens[earlier + 1]] += FOLLOWER_DECAY**age
+        total[rows] += FOLLOWER_DECAY**age
+        earlier = previous[earlier]
+    return counts / total[:, None]
+
+
 # Weights before anything is learned, rounded from what was learned on held-out training text. The
 # shortest order's is negative: what is likely in any context counts less as evidence.
 START_NETWORK = 0.6
 START_LONGEST_ORDER = 0.4
 START_SHORTEST_ORDER = -0.15
 START_RECENT = 0.2
-START_BIAS = 0.1  # for each token of a match
+START_FOLLOWERS = 0.1
 MAX_LOG2_COUNT = 5  # counts are told apart by powers of two up to here
 MATCH_CLASSES = np.array([4, 6, 8, 10, 12, 16, 24, 32])  # shortest length of each class but none
-MAX_CONFIDENCE = 7  # largest probabilities, by powers of the square root of one half
+LOG_OF_NOTHING = -1e4  # stands for -inf in the rows that are mixed, as -inf times 0 is nan
 
 
 class Mixture:
-    """The network's, the counts' and the matches' distributions as one; it learns as it scores.
+    """The network's and the counts' distributions and the hints as one; it learns as it scores.
 
-        p(w) = softmax over w of ( sum_i a_i log p_i(w) + sum_m b_m [w is what match m predicts] )
+        p(w) = softmax over w of ( sum_i a_i log p_i(w) + sum_m b_m [w is what hint m expects] )
 
-    The weights a_i are sums over gates: each gate has a bucket of evidence known before the target,
-    and one weight for each distribution in each bucket. The bias b_m belongs to the match's length.
-    After a chunk of targets is scored, each weight goes one Adagrad step (Duchi et al. 2011) down
-    the gradient of the chunk's nats, d nats / d a_i = sum_w p(w) log p_i(w) - log p_i(target), and
-    the chunk's tokens are counted. Weights are float64, and all state depends on the data alone.
+    The p_i are the network's, Kneser-Ney's of each order, recent tokens' and followers'. A weight
+    a_i is the sum over gates of their weight in the bucket of evidence known before the target; a
+    bias b_m that of three biases: of the hint's strength, and of the probabilities that the network
+    and the longest order give its token. After a chunk of targets is scored, all go one Adagrad
+    step (Duchi et al. 2011) down the gradient of the chunk's nats, d nats / d a_i = sum_w p(w) log
+    p_i(w) - log p_i(target), d nats / d b_m = p(hint) - [hint is the target], and the chunk's
+    tokens are counted. Weights are float64, and all state depends on the data alone.
     """
 
     def __init__(
@@ -7954,67 +8107,54 @@ class Mixture:
         self.cfg = cfg
         self.vocab_size = vocab_size
         self.dtype = dtype
-        self.tokens = np.asarray(validation_tokens, np.int64)
+        self.tokens = np.asarray(validation_tokens, np.uint16)
+        self.previous = previous_places(self.tokens)
+        self.gaps = gap_classes(self.previous)
         self.scored = 0  # targets
         self.largest_sum_error = 0.0
-        self.models: dict[str, CountModel] = {}  # by the text they read, the most telling first
-        self.matches: list[tuple[np.ndarray, np.ndarray]] = []  # length and prediction by place
-        self.count_texts(training_tokens)
-        experts = [("network", 0)]
-        experts += [(name, order) for name, model in self.models.items() for order in model.orders]
+        self.model: CountModel | None = None
+        self.matches: list[MatchModel] = []  # of the texts that are read
+        self.hints: list[Hint] = []
+        self.read_texts(training_tokens)
+        starts = [START_NETWORK, *(start_of_order(order, cfg.orders) for order in cfg.orders)]
         if cfg.count_recent_tokens:
-            experts.append(("recent", 0))
-        self.experts = experts
-        self.start = torch.tensor([self.start_weight(*e) for e in experts], dtype=torch.float64)
-        shapes = [(size, len(experts)) for size in self.gate_sizes()]
+            starts += [START_RECENT, START_FOLLOWERS]
+        self.start = torch.tensor(starts, dtype=torch.float64)
+        shapes = [(size, len(starts)) for size in self.gate_sizes()]
         self.gates = [AdagradTable(shape, cfg.count_gate_rate) for shape in shapes]
-        lengths = (cfg.count_longest_match + 1,)
-        self.biases = [AdagradTable(lengths, cfg.count_match_rate) for _ in self.matches]
-        for bias in self.biases:
-            bias.values += START_BIAS * torch.arange(cfg.count_longest_match + 1)
+        if self.hints and starts == [START_NETWORK] and cfg.count_gate_rate == 0:
+            self.gates = []  # a lone weight that is kept: hints alone tilt the network, see tilt()
+        self.biases = [hint.biases(cfg.count_match_rate) for hint in self.hints]
         self.pending: list[Lesson] = []
 
-    def count_texts(self, training: np.ndarray) -> None:
-        """Make the count models and match models of the texts that the settings name."""
+    def read_texts(self, training: np.ndarray) -> None:
+        """Count the texts that the settings name, and look for hints in them."""
         cfg = self.cfg
-        if cfg.counts_training_text:
-            text = np.concatenate([training, self.tokens])
+        longest = cfg.count_longest_match
+        longest_order = max(cfg.orders, default=0)
+        if not cfg.counts_training_text:
+            training = training[:0]
+        text = np.concatenate([training.astype(np.uint16), self.tokens])
+        index = TextIndex(text, longest_order, longest, len(training))
+        if cfg.orders:
             learned = len(training) + int(cfg.counts_scored_text)  # the first token is no target
-            self.add_text("training", text, cfg.orders_of_texts, len(training), learned)
-        if cfg.counts_scored_text:
-            self.add_text("scored", self.tokens, cfg.orders_of_scored, 0, 1)
-
-    def add_text(
-        self, name: str, text: np.ndarray, orders: tuple[int, ...], boundary: int, learned: int
-    ) -> None:
-        """Count a text that the validation text ends, and look for the matches in it."""
-        index = TextIndex(text, max(orders, default=0), self.cfg.count_longest_match, boundary)
-        if orders:
-            self.models[name] = CountModel(index, orders, self.vocab_size, learned)
-        if self.cfg.count_longest_match:
-            predictions = index.tokens[index.match.source]
-            self.matches.append((index.match.length, predictions))
-
-    def start_weight(self, source: str, order: int) -> float:
-        """The constant with which the weight of a distribution begins."""
-        if source == "network":
-            return START_NETWORK
-        if source == "recent":
-            return START_RECENT
-        main = next(iter(self.models), "")
-        if source == main and order == max(self.models[main].orders):
-            return START_LONGEST_ORDER
-        if source == main and order == min(self.models[main].orders):
-            return START_SHORTEST_ORDER
-        return 0.0
+            self.model = CountModel(index, cfg.orders, self.vocab_size, learned)
+        indices = [index]
+        if cfg.counts == "both" and longest:
+            indices.append(TextIndex(self.tokens, 1, longest))
+        if longest:
+            self.matches = [each.match for each in indices]
+            self.hints = [hint_of_match(each, longest) for each in indices]
+            if cfg.counts_scored_text:
+                self.hints.append(hint_past_differences(self.tokens, self.matches[-1], longest))
+                self.hints.append(hint_of_last_follower(self.tokens, self.previous, self.gaps))
 
     def gate_sizes(self) -> list[int]:
-        """Buckets of each gate, in the order of buckets()."""
-        orders = 1 + max([1] + [max(model.orders) for model in self.models.values()])
-        classes = 1 + MAX_LOG2_COUNT
-        confidences = 1 + MAX_CONFIDENCE
-        lengths = 1 + len(MATCH_CLASSES)
-        return [orders * classes, classes * classes, lengths ** len(self.matches), confidences**2]
+        """Buckets of each gate, in the order of gate_buckets()."""
+        varieties = (1 + MAX_LOG2_COUNT) ** 2
+        lengths = (1 + len(MATCH_CLASSES)) ** len(self.matches)
+        agreements = 8
+        return [varieties, lengths, GAP_CLASSES, agreements, self.vocab_size]
 
     def score(self, network: Tensor) -> Tensor:
         """Nats of the next n targets, float64 (n,), given the network's log-probabilities (n, V).
@@ -8025,81 +8165,98 @@ class Mixture:
         nats = [torch.zeros(0, dtype=torch.float64)]
         while len(network):
             n = min(chunk - self.scored % chunk, len(network))
-            log_probs, lesson = self.mix(network[:n].to(self.dtype))
-            target = torch.from_numpy(self.tokens[self.scored + 1 : self.scored + n + 1])
-            nats.append(-log_probs.gather(1, target[:, None]).squeeze(1).double())
-            self.pending.append(lesson.graded(target))
+            tokens = self.tokens[self.scored + 1 : self.scored + n + 1]
+            target = torch.from_numpy(tokens.astype(np.int64))
+            if self.gates:
+                log_probs, lesson = self.mix(network[:n].to(self.dtype))
+                nats.append(-log_probs.gather(1, target[:, None])[:, 0].double())
+                self.pending.append(lesson.graded(target))
+            else:
+                nats.append(self.tilt(network[:n], target))
             self.scored += n
             network = network[n:]
             if self.scored % chunk == 0:
                 self.learn()
         return torch.cat(nats)
 
+    def tilt(self, network: Tensor, target: Tensor) -> Tensor:
+        """Nats (n,) of the next targets if the network is mixed with hints alone."""
+        # One target of a chunk is enough to see what the network's rows sum to.
+        self.note_sums(network[:1].double().exp())
+        lesson = Lesson([], torch.zeros(0, len(target), dtype=torch.int64))
+        targets = slice(self.scored + 1, self.scored + 1 + len(target))
+        for hint in self.hints:
+            lesson.take_hint(*hint.at(targets, network, network))
+        self.pending.append(lesson)
+        return lesson.tilted(network, target, [table.values for table in self.biases])
+
+    def note_sums(self, probs: Tensor) -> None:
+        """Keep the largest difference between 1 and a sum of probs (n, V)."""
+        sum_error = float((probs.sum(1) - 1).abs().max())
+        self.largest_sum_error = max(self.largest_sum_error, sum_error)
+
     def mix(self, network: Tensor) -> tuple[Tensor, Lesson]:
         """Log-probabilities (n, V) of the next targets, which must lie in one chunk."""
         n = len(network)
-        # What the mask forbids has no probability in the mixture. The network's own row is finite
-        # until then, as -inf times a weight of 0 is nan.
+        # What the mask forbids has no probability in the mixture.
         forbidden = network == -math.inf
-        network = network.masked_fill(forbidden, -1e4)
-        rows = [network]
-        telling = []  # the distribution of the longest order, and the evidence for it
-        for model in self.models.values():
-            # The validation text ends every text that is counted.
-            place = len(model.index.tokens) - len(self.tokens) + 1 + self.scored
-            online = self.cfg.counts_scored_text
-            probs, seen = model.probs(np.arange(place, place + n), online)
-            rows += [torch.from_numpy(probs[order]).log() for order in model.orders]
-            telling.append((probs[max(model.orders)], seen))
-        if not telling:  # matches alone
-            main = network.exp().numpy()
-            telling = [(main, Evidence.of_nothing(n))]
-        main, evidence = telling[0]
-        if W := self.cfg.count_recent_tokens:
-            rows.append(
-                torch.from_numpy(expect_recent(self.tokens, self.scored + 1, W, main)).log()
-            )
-        rows = [row.to(self.dtype) for row in rows]
+        rows, evidence = self.distributions(network.masked_fill(forbidden, LOG_OF_NOTHING))
+        main = rows[len(self.model.orders)] if self.model else rows[0]
+        lesson = Lesson(rows, self.gate_buckets(evidence, rows[0], main, rows[-1]))
         targets = slice(self.scored + 1, self.scored + 1 + n)
-        lengths = [length[targets].astype(np.int64) for length, _ in self.matches]
-        predictions = [prediction[targets].astype(np.int64) for _, prediction in self.matches]
-        lesson = Lesson(
-            expert_rows=rows,
-            buckets=self.buckets(evidence, lengths, network, main),
-            lengths=[torch.from_numpy(length) for length in lengths],
-            predictions=[torch.from_numpy(prediction) for prediction in predictions],
-        )
+        for hint in self.hints:
+            lesson.take_hint(*hint.at(targets, rows[0], main))
         weights = self.start.expand(n, -1)
         for gate, bucket in zip(self.gates, lesson.buckets, strict=True):
             weights = weights + gate.values[bucket]
         logits = torch.zeros_like(network)
         for i in range(len(rows)):
             logits.addcmul_(rows[i], weights[:, i : i + 1].to(self.dtype))
-        for m in range(len(self.matches)):
-            bias = self.biases[m].values[lesson.lengths[m]] * (lesson.lengths[m] > 0)
-            logits.scatter_add_(1, lesson.predictions[m][:, None], bias[:, None].to(self.dtype))
+        for m in range(len(self.hints)):
+            bias = self.biases[m].values[lesson.bias_buckets[m]].sum(0) * lesson.is_hinted[m]
+            logits.scatter_add_(1, lesson.hinted[m][:, None], bias[:, None].to(self.dtype))
         log_probs = logits.masked_fill(forbidden, -math.inf).log_softmax(1)
         lesson.probs = log_probs.exp()
-        sum_error = float((lesson.probs.sum(1) - 1).abs().max())
-        self.largest_sum_error = max(self.largest_sum_error, sum_error)
+        self.note_sums(lesson.probs)
         return log_probs, lesson
 
-    def buckets(
-        self, evidence: Evidence, lengths: list[np.ndarray], network: Tensor, main: np.ndarray
+    def distributions(self, network: Tensor) -> tuple[list[Tensor], Evidence]:
+        """The rows log p_i (n, V) of the next targets, and what the counts know of each."""
+        n = len(network)
+        first = self.scored + 1
+        evidence = Evidence.of_nothing(n)
+        found: list[np.ndarray] = []
+        if self.model:
+            # The validation text ends the text that is counted.
+            place = len(self.model.index.tokens) - len(self.tokens) + first
+            online = self.cfg.counts_scored_text
+            probs, evidence = self.model.probs(np.arange(place, place + n), online)
+            found += [probs[order] for order in self.model.orders]
+        if W := self.cfg.count_recent_tokens:
+            by_network = network.exp().numpy()
+            found.append(expect_recent(self.tokens, first, W, by_network))
+            found.append(expect_followers(self.tokens, self.previous, first, W, by_network))
+        rows = [torch.from_numpy(probs).log().clamp_min(LOG_OF_NOTHING) for probs in found]
+        return [network, *(row.to(self.dtype) for row in rows)], evidence
+
+    def gate_buckets(
+        self, evidence: Evidence, network: Tensor, main: Tensor, followers: Tensor
     ) -> Tensor:
         """The bucket of each gate for each target: int64 (gates, n)."""
-        classes = 1 + MAX_LOG2_COUNT
-        count = log2_class(evidence.count)
-        by_order = evidence.order * classes + count
-        by_variety = log2_class(evidence.continuations) * classes + count
-        by_match = np.zeros_like(count)
-        for length in lengths:
-            by_match = by_match * (1 + len(MATCH_CLASSES))
-            by_match += np.searchsorted(MATCH_CLASSES, length, side="right")
-        half_bits = [-2 * network.amax(1).numpy() / np.log(2), -2 * np.log2(main.max(1))]
-        confidence = [np.clip(h, 0, MAX_CONFIDENCE).astype(np.int64) for h in half_bits]
-        by_confidence = confidence[0] * (1 + MAX_CONFIDENCE) + confidence[1]
-        return torch.from_numpy(np.stack([by_order, by_variety, by_match, by_confidence]))
+        contexts = slice(self.scored, self.scored + len(network))
+        targets = slice(self.scored + 1, self.scored + 1 + len(network))
+        by_variety = log2_class(evidence.continuations) * (1 + MAX_LOG2_COUNT)
+        by_variety += log2_class(evidence.count)
+        by_match = np.zeros(len(network), np.int64)
+        for match in self.matches:
+            by_match *= 1 + len(MATCH_CLASSES)
+            by_match += np.searchsorted(MATCH_CLASSES, match.length[targets], side="right")
+        by_gap = self.gaps[contexts].astype(np.int64)
+        by_token = self.tokens[contexts].astype(np.int64)
+        best = [row.argmax(1) for row in (network, main, followers)]
+        by_agreement = (best[0] == best[1]) + 2 * (best[0] == best[2]) + 4 * (best[1] == best[2])
+        by_evidence = [by_variety, by_match, by_gap, by_agreement.numpy(), by_token]
+        return torch.from_numpy(np.stack(by_evidence))
 
     def learn(self) -> None:
         """Learn from the scored targets of the chunk: weights, biases and counts."""
@@ -8108,70 +8265,88 @@ class Mixture:
         for gate, bucket in zip(self.gates, buckets, strict=True):
             gate.step(bucket, gradients)
         for m, bias in enumerate(self.biases):
-            lengths = torch.cat([lesson.lengths[m] for lesson in self.pending])
-            bias.step(lengths, torch.cat([lesson.bias_gradients[m] for lesson in self.pending]))
+            places = torch.cat([lesson.bias_buckets[m] for lesson in self.pending], 1)
+            gradients = torch.cat([lesson.bias_gradients[m] for lesson in self.pending])
+            bias.step(places.flatten(), gradients.repeat(len(places)))
         self.pending = []
-        if self.cfg.counts_scored_text:
-            for model in self.models.values():
-                model.learn(len(model.index.tokens) - len(self.tokens) + 1 + self.scored)
+        if self.model and self.cfg.counts_scored_text:
+            self.model.learn(len(self.model.index.tokens) - len(self.tokens) + 1 + self.scored)
 
 
-def expect_recent(tokens: np.ndarray, first: int, W: int, main: np.ndarray) -> np.ndarray:
-    """Each of the W tokens before a place counted once, and W / 2 times another distribution.
-
-    `main` (n, V) is that other one, of the places from `first` on; float64 (n, V).
-    """
-    n, V = main.shape
-    counts = np.zeros((n, V))
-    counts[0] = np.bincount(tokens[max(first - W, 0) : first], minlength=V)
-    for row in range(1, n):
-        place = first + row
-        counts[row] = counts[row - 1]
-        counts[row, tokens[place - 1]] += 1
-        if place > W:
-            counts[row, tokens[place - 1 - W]] -= 1
-    return (counts + W / 2 * main) / (counts.sum(1, keepdims=True) + W / 2)
-
-
-def log2_class(counts: np.ndarray) -> np.ndarray:
-    """floor(log2(count)) up to MAX_LOG2_COUNT, 0 for a count of 0: int64."""
+def log2_class(counts: np.ndarray, most: int = MAX_LOG2_COUNT) -> np.ndarray:
+    """floor(log2(count)) up to `most`, 0 for a count of 0: int64."""
     exponent = np.frexp(np.maximum(counts, 1).astype(np.float64))[1] - 1
-    return np.minimum(exponent, MAX_LOG2_COUNT).astype(np.int64)
+    return np.minimum(exponent, most).astype(np.int64)
+
+
+def start_of_order(order: int, orders: tuple[int, ...]) -> float:
+    """The weight of an order's distribution before anything is learned."""
+    if order == max(orders):
+        return START_LONGEST_ORDER
+    if order == min(orders):
+        return START_SHORTEST_ORDER
+    return 0.0
 
 
 class Lesson:
     """What the mixture needs of some targets to learn from them once they are scored."""
 
-    def __init__(
-        self,
-        expert_rows: list[Tensor],
-        buckets: Tensor,
-        lengths: list[Tensor],
-        predictions: list[Tensor],
-    ) -> None:
-        self.expert_rows = expert_rows  # (n, V) each
+    def __init__(self, rows: list[Tensor], buckets: Tensor) -> None:
+        self.rows = rows  # (n, V) each
         self.probs = torch.zeros(0)  # of the mixture, (n, V)
         self.buckets = buckets  # int64 (gates, n)
-        self.lengths = lengths  # of each match, int64 (n,)
-        self.predictions = predictions  # of each match, int64 (n,)
+        self.hinted: list[Tensor] = []  # of each hint, int64 (n,), any token where there is none
+        self.is_hinted: list[Tensor] = []  # of each hint, bool (n,)
+        self.bias_buckets: list[Tensor] = []  # of each hint, int64 (3, n)
         self.weight_gradients = torch.zeros(0)  # float64 (n, experts)
-        self.bias_gradients: list[Tensor] = []  # of each match, float64 (n,)
+        self.bias_gradients: list[Tensor] = []  # of each hint, float64 (n,)
+
+    def take_hint(self, tokens: Tensor, buckets: Tensor) -> None:
+        """Note a hint's tokens (n,), -1 for none, and the places of its biases (3, n)."""
+        self.hinted.append(tokens.clamp_min(0))
+        self.is_hinted.append(tokens >= 0)
+        self.bias_buckets.append(buckets)
 
     def graded(self, target: Tensor) -> Lesson:
         """Compute the gradients of the targets' nats, int64 (n,), and let go of what is large."""
         probs = self.probs
-        expected = torch.stack([(probs * row).sum(1) for row in self.expert_rows], 1)
+        expected = torch.stack([(probs * row).sum(1) for row in self.rows], 1)
         place = target[:, None]
-        observed = torch.cat([row.gather(1, place) for row in self.expert_rows], 1)
+        observed = torch.cat([row.gather(1, place) for row in self.rows], 1)
         self.weight_gradients = (expected - observed).double()
-        for length, prediction in zip(self.lengths, self.predictions, strict=True):
-            predicted = probs.gather(1, prediction[:, None]).squeeze(1)
-            is_right = (prediction == target).to(probs.dtype)
-            gradient = (predicted - is_right) * (length > 0)
-            self.bias_gradients.append(gradient.double())
-        self.expert_rows = []
+        for token, is_hinted in zip(self.hinted, self.is_hinted, strict=True):
+            predicted = probs.gather(1, token[:, None])[:, 0]
+            is_right = (token == target).to(probs.dtype)
+            self.bias_gradients.append(((predicted - is_right) * is_hinted).double())
+        self.rows = []
         self.probs = torch.zeros(0)
         return self
+
+    def tilted(self, network: Tensor, target: Tensor, biases: list[Tensor]) -> Tensor:
+        """Nats (n,) of the targets if hints alone tilt the network's log-probabilities (n, V).
+
+        With b(w) the biases of all hints at w,
+
+            p(w) = p_network(w) exp(b(w)) / Z,  Z = 1 + sum_hinted p_network(w) (exp(b(w)) - 1),
+
+        which takes no sum over the vocabulary. Keeps the gradients of the biases.
+        """
+        token = torch.stack(self.hinted)  # (hints, n)
+        is_hinted = torch.stack(self.is_hinted)
+        chosen = [values[of] for values, of in zip(biases, self.bias_buckets, strict=True)]
+        bias = torch.stack([of_hint.sum(0) for of_hint in chosen]) * is_hinted
+        log_probs = network.gather(1, token.T).T.double()
+        is_same = token[:, None] == token  # (hints, hints, n)
+        tilted = log_probs + (is_same * bias).sum(1)
+        is_earlier = torch.ones(len(token), len(token), dtype=torch.bool).tril(-1)[..., None]
+        is_first = is_hinted & ~(is_same & is_hinted & is_earlier).any(1)
+        total = 1 + ((tilted.exp() - log_probs.exp()) * is_first).sum(0)
+        is_right = (token == target) & is_hinted
+        gradients = (tilted.exp() / total - is_right.double()) * is_hinted
+        self.bias_gradients = list(gradients)
+        self.weight_gradients = torch.zeros(len(target), 0, dtype=torch.float64)
+        of_target = network.gather(1, target[:, None])[:, 0].double() + (bias * is_right).sum(0)
+        return total.log() - of_target
 
 
 class AdagradTable:
@@ -10373,13 +10548,15 @@ def refuse_bad_declarations() -> None:
 
 
 def preset_names(text: str) -> list[str]:
-    """The names in PRESET; raises Refusal for an unknown one, or if mini is not the last."""
+    """The names in PRESET; raises Refusal for an unknown one, or names that cannot be combined."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PRESETS:
             raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
     if "mini" in names[:-1]:
         raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
+    if "cpu" in names and len(names) > 1:
+        raise Refusal(f"PRESET={','.join(names)}: cpu is a whole recipe: it stands alone")
     return names
 
 
@@ -10575,6 +10752,37 @@ PRESETS: dict[str, dict] = {
         "lora_decay": 2.0,
         "lora_phases": 1,
         "ngram_tilt": 2.625,
+    },
+    # The best recipe that was found for two CPU cores and the built-in corpus (records/NOTES.md).
+    "cpu": {
+        "data_path": "./data/datasets/docs_sp4096",
+        "tokenizer_path": "./data/tokenizers/docs_4096_bpe.model",
+        "vocab_size": 4096,
+        "token_mask": "1",
+        "num_layers": 4,
+        "model_dim": 96,
+        "num_heads": 3,
+        "num_kv_heads": 1,
+        "rope_dims": 8,
+        "xsa_last_n": 4,
+        "ve_layers": "2,3",
+        "ve_dim": 32,
+        "cache_layer": 2,
+        "bigram_vocab_size": 1024,
+        "bigram_dim": 32,
+        "train_seq_len": 256,
+        "eval_seq_len": 256,
+        "train_batch_tokens": 2048,
+        "max_wallclock_seconds": 240.0,
+        "warmdown_frac": 0.5,
+        "muon_momentum_warmup_steps": 800,
+        "muon_wd": 1.0,
+        "muon_wd_form": "cautious",
+        "ema_decay": 0.9,
+        "gptq_calib_batches": 32,
+        "int8_keep_float_max_numel": 1024,
+        "codec": "best",
+        "counts": "both",
     },
     # Scales any system down to two CPU cores, the built-in corpus and five minutes. It goes last;
     # fractions are of the value that the presets before it give.

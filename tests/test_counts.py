@@ -1,6 +1,7 @@
 """Counts beside the network, against naive statements of the same equations."""
 
 import re
+import shutil
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -71,14 +72,14 @@ def texts(draw, longest=90):
 
 
 @settings(deadline=None, max_examples=150)
-@given(texts(), st.integers(2, 6), st.data())
-def test_every_probability_is_that_of_naive_kneser_ney(case, order, data):
+@given(texts(), st.sets(st.integers(2, 9), min_size=1), st.data())
+def test_every_probability_is_that_of_naive_kneser_ney(case, orders, data):
     vocab_size, text = case
     learned = data.draw(st.integers(0, len(text) - 2))
     first = data.draw(st.integers(max(learned, 1), len(text) - 1))
     online = data.draw(st.booleans())
-    orders = tuple(sorted({2, order}))
-    model = train_gpt.CountModel(train_gpt.TextIndex(text, order), orders, vocab_size, learned)
+    index = train_gpt.TextIndex(text, max(orders))
+    model = train_gpt.CountModel(index, tuple(sorted(orders)), vocab_size, learned)
     places = np.arange(first, len(text))
     probs, seen = model.probs(places, online)
     for each in orders:
@@ -151,24 +152,26 @@ def network_rows(targets: int, vocab_size: int = 24) -> torch.Tensor:
 
 
 def mixture_of(mode: str, validation: np.ndarray, **given: str) -> train_gpt.Mixture:
-    chosen = {"COUNT_ORDERS": "2,4", "COUNT_SCORED_ORDERS": "2,3", "COUNT_CHUNK_TOKENS": "16"}
+    chosen = {"COUNT_ORDERS": "2,4", "COUNT_CHUNK_TOKENS": "16"}
     cfg, _ = train_gpt.Config.from_env({"COUNTS": mode, **chosen, **given})
     return train_gpt.Mixture(cfg, words(1, 600), validation, 24)
 
 
 MODES = ("scored", "artifact", "both")
+ALONE = {"COUNT_ORDERS": "", "COUNT_RECENT_TOKENS": "0", "COUNT_GATE_RATE": "0"}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cut", [1, 63, 64, 65, 150])
-def test_later_tokens_change_no_earlier_nats(mode, cut):
+@pytest.mark.parametrize("given", [{}, ALONE], ids=["all", "hints alone"])
+def test_later_tokens_change_no_earlier_nats(mode, cut, given):
     text = words(2, 300)
     other = np.append(text[: cut + 1], words(3, 300 - cut - 1))
     network = network_rows(299)
     changed = network.clone()
     changed[cut:] = network_rows(400)[-(299 - cut) :]
-    nats = mixture_of(mode, text).score(network)
-    again = mixture_of(mode, other).score(changed)
+    nats = mixture_of(mode, text, **given).score(network)
+    again = mixture_of(mode, other, **given).score(changed)
     assert torch.equal(nats[:cut], again[:cut])
     assert not torch.equal(nats[cut:], again[cut:])
 
@@ -198,13 +201,39 @@ def test_the_mixture_sums_to_one_and_uses_counts(mode):
 
 def test_matches_alone_tilt_the_network():
     text = words(2, 1500)
-    mixture = mixture_of("scored", text, COUNT_SCORED_ORDERS="", COUNT_RECENT_TOKENS="0")
+    mixture = mixture_of("scored", text, COUNT_ORDERS="", COUNT_RECENT_TOKENS="0")
     network = network_rows(1499)
     nats = mixture.score(network)
     target = torch.from_numpy(text[1:].astype(np.int64))
     alone = -network.gather(1, target[:, None]).squeeze(1)
-    assert [name for name, _ in mixture.experts] == ["network"]
+    assert len(mixture.start) == 1  # the network's
     assert nats[700:].mean() < 0.8 * alone[700:].mean()
+
+
+@pytest.mark.parametrize("mode", ["scored", "both"])
+def test_tilting_by_hints_is_the_mixture_of_weight_one(mode):
+    text = words(2, 700)
+    network = network_rows(699)
+    tilting, mixing = (mixture_of(mode, text, **ALONE) for _ in range(2))
+    assert not tilting.gates
+    # A mixture over the whole vocabulary, whose only weight is 1 and stays so.
+    mixing.gates = [train_gpt.AdagradTable((size, 1), 0.0) for size in mixing.gate_sizes()]
+    mixing.start = torch.ones(1, dtype=torch.float64)
+    rows = network.double().log_softmax(1)
+    torch.testing.assert_close(tilting.score(rows), mixing.score(rows), rtol=0, atol=1e-9)
+    for one, two in zip(tilting.biases, mixing.biases, strict=True):
+        torch.testing.assert_close(one.values, two.values, rtol=0, atol=1e-9)
+    assert any(table.values.abs().max() > 1 for table in tilting.biases)
+
+
+def test_tilting_costs_and_gains_nothing_without_hints():
+    text = words(2, 100)
+    mixture = mixture_of("scored", text, COUNT_LONGEST_MATCH="0", **ALONE)
+    rows = network_rows(99).double().log_softmax(1)
+    mixture.start[:] = 1
+    target = torch.from_numpy(text[1:].astype(np.int64))
+    alone = -rows.gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(mixture.score(rows), alone, rtol=0, atol=1e-9)
 
 
 def test_both_texts_beat_either():
@@ -222,7 +251,7 @@ def test_a_static_mixture_keeps_its_state():
         mixture.gates + mixture.biases, fresh.gates + fresh.biases, strict=True
     ):
         assert torch.equal(table.values, start.values)
-    assert mixture.models["training"].learned == 600
+    assert mixture.model.learned == 600
 
 
 def test_gradients_are_those_of_the_nats():
@@ -240,8 +269,10 @@ def test_gradients_are_those_of_the_nats():
     lesson = lesson.graded(target)
     tables = [(gate, bucket) for gate, bucket in zip(mixture.gates, lesson.buckets, strict=True)]
     checks = [(gate.values, bucket, lesson.weight_gradients) for gate, bucket in tables]
+    assert len(mixture.biases) == 4
     for m, bias in enumerate(mixture.biases):
-        checks.append((bias.values, lesson.lengths[m], lesson.bias_gradients[m]))
+        for buckets in lesson.bias_buckets[m]:
+            checks.append((bias.values, buckets, lesson.bias_gradients[m]))
     for values, bucket, gradients in checks:
         total = torch.zeros_like(values).index_add_(0, bucket, gradients)
         for place in total.nonzero()[:6].tolist():
@@ -265,25 +296,106 @@ def test_learning_follows_adagrad():
     assert table.values.tolist() == pytest.approx([expected, 0.0])
 
 
+def rows_of_a_network(n: int) -> np.ndarray:
+    return network_rows(n).double().softmax(1).numpy()
+
+
 @pytest.mark.parametrize("first", [3, 41])
-def test_recent_tokens_are_those_of_the_window(first):
+@pytest.mark.parametrize("W", [1, 7, 2048])
+def test_recent_tokens_are_those_of_the_window(first, W):
     text = words(2, 100)
-    uniform = np.full((8, 24), 1 / 24)
-    rows = train_gpt.expect_recent(text, first, 7, uniform)
+    network = rows_of_a_network(8)
+    rows = train_gpt.expect_recent(text, first, W, network)
     for row in range(8):
-        window = text[max(first + row - 7, 0) : first + row]
-        expected = (np.bincount(window, minlength=24) + 3.5 / 24) / (len(window) + 3.5)
+        place = first + row
+        weights = train_gpt.RECENT_NETWORK * network[row]
+        for age, source in enumerate(range(place - 1, max(place - W, 0) - 1, -1)):
+            weights[text[source]] += train_gpt.RECENT_DECAY**age
+        np.testing.assert_allclose(rows[row], weights / weights.sum(), atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts(), st.integers(1, 60), st.data())
+def test_followers_are_the_latest_of_the_last_token(case, W, data):
+    vocab_size, text = case
+    first = data.draw(st.integers(1, len(text) - 1))
+    network = rows_of_a_network(len(text) - first)[:, :vocab_size]
+    previous = train_gpt.previous_places(text)
+    rows = train_gpt.expect_followers(text, previous, first, W, network)
+    for row, place in enumerate(range(first, len(text))):
+        near = range(place - 2, max(place - W, 0) - 1, -1)
+        found = [text[j + 1] for j in near if text[j] == text[place - 1]]
+        weights = train_gpt.FOLLOWERS_NETWORK * network[row]
+        for age, token in enumerate(found[: train_gpt.FOLLOWERS]):
+            weights[token] += train_gpt.FOLLOWER_DECAY**age
+        expected = weights / (weights.sum() + 3.0 * (1 - network[row].sum()))
         np.testing.assert_allclose(rows[row], expected, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts())
+def test_the_hint_of_the_last_follower(case):
+    _, text = case
+    previous = train_gpt.previous_places(text)
+    gaps = train_gpt.gap_classes(previous)
+    hint = train_gpt.hint_of_last_follower(text, previous, gaps)
+    for place in range(len(text)):
+        sources = [j for j in range(place - 1) if text[j] == text[place - 1]]
+        expected = text[sources[-1] + 1] if sources else -1
+        assert hint.tokens[place] == expected
+        bits = (place - 1 - sources[-1]).bit_length() if sources else 0
+        assert hint.strength[place] == min(bits, train_gpt.GAP_CLASSES - 1)
+
+
+def test_a_repeat_is_followed_past_a_difference_and_given_up():
+    phrase = list(range(2, 22))
+    noise = list(range(60, 80))
+    changed = phrase[:10] + [40] + phrase[11:]
+    text = np.array([BOS, *phrase, 50, *changed, *noise], np.uint16)
+    index = train_gpt.TextIndex(text, 1, 8)
+    hint = train_gpt.hint_past_differences(text, index.match, 8)
+    start = 22  # of the changed phrase
+    assert (hint.tokens[: start + 6] == -1).all()  # no repeat is long enough
+    assert hint.tokens[start + 6 : start + 20].tolist() == phrase[6:]
+    agreed, differed = np.divmod(hint.strength, train_gpt.FOLLOWED_MISSES)
+    assert agreed[start + 10 : start + 14].tolist() == [8, 0, 1, 2]
+    assert differed[start + 10 : start + 14].tolist() == [0, 1, 1, 1]
+    ends = start + 20 + train_gpt.FOLLOWED_MISSES
+    assert (hint.tokens[ends : ends + 2] == -1).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(texts(), st.data())
+def test_hints_know_no_later_token(case, data):
+    vocab_size, text = case
+    text = text.astype(np.uint16)
+    cut = data.draw(st.integers(1, len(text) - 1))
+    other = text.copy()
+    other[cut:] = data.draw(st.integers(0, vocab_size - 1))
+    hints = []
+    for each in (text, other):
+        index = train_gpt.TextIndex(each, 1, 9)
+        previous = train_gpt.previous_places(each)
+        gaps = train_gpt.gap_classes(previous)
+        hints.append(
+            (
+                train_gpt.hint_of_match(index, 9),
+                train_gpt.hint_past_differences(each, index.match, 9),
+                train_gpt.hint_of_last_follower(each, previous, gaps),
+            )
+        )
+    for one, two in zip(*hints, strict=True):
+        assert np.array_equal(one.tokens[: cut + 1], two.tokens[: cut + 1])
+        assert np.array_equal(one.strength[: cut + 1], two.strength[: cut + 1])
 
 
 @pytest.mark.parametrize(
     "given",
     [
         {"COUNTS": "all"},
-        {"COUNT_ORDERS": ""},
         {"COUNT_ORDERS": "1,2"},
-        {"COUNT_SCORED_ORDERS": "2,17"},
-        {"COUNT_SCORED_ORDERS": "3,3"},
+        {"COUNT_ORDERS": "2,17"},
+        {"COUNT_ORDERS": "3,3"},
         {"COUNT_LONGEST_MATCH": "257"},
         {"COUNT_CHUNK_TOKENS": "0"},
         {"COUNT_RECENT_TOKENS": "-1"},
@@ -397,7 +509,12 @@ def test_one_two_and_three_processes_repeat_the_score(tiny_data, tmp_path):
     job = tiny_job(tiny_data, tmp_path, "counted", COUNTS="both", COUNT_BYTES="20000")
     run = launch(**job)
     assert run.returncode == 0, run.stderr
-    again = {"DATA_PATH": job["DATA_PATH"], "TOKENIZER_PATH": job["TOKENIZER_PATH"]}
+    # The shards of training text are not needed any more.
+    alone = tmp_path / "validation alone"
+    alone.mkdir()
+    for path in Path(job["DATA_PATH"]).glob("*_val*"):
+        shutil.copy(path, alone)
+    again = {"DATA_PATH": str(alone), "TOKENIZER_PATH": job["TOKENIZER_PATH"]}
     artifact = str(next((tmp_path / "counted").glob("*.bin")))
     scores = {headline(run.stdout)}
     for processes in (0, 2, 3):
@@ -405,5 +522,5 @@ def test_one_two_and_three_processes_repeat_the_score(tiny_data, tmp_path):
         assert scored.returncode == 0, scored.stderr
         scores.add(headline(scored.stdout))
     assert len(scores) == 1
-    alone = launch("--eval", artifact, **again, RUNS_DIR=str(tmp_path), COUNTS="off")
-    assert float(headline(alone.stdout)) > float(scores.pop())
+    network = launch("--eval", artifact, **again, RUNS_DIR=str(tmp_path), COUNTS="off")
+    assert float(headline(network.stdout)) > float(scores.pop())

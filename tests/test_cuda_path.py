@@ -60,7 +60,7 @@ from train_gpt import (
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
-SYSTEMS = {"defaults": {}, **{name: PRESETS[name] for name in PRESETS if name != "mini"}}
+SYSTEMS = {"defaults": {}, **{name: PRESETS[name] for name in PRESETS if name.startswith("pr")}}
 SMALL = {"num_layers": 2, "xsa_last_n": 2, "ve_layers": "1", "train_batch_tokens": 4096 * 8}
 GPUS, TOKENS_ON_A_REAL_GPU = 8, 8192
 

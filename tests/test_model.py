@@ -109,7 +109,7 @@ VARIANTS = {
             "rope_dims": 0 if preset.get("rope_dims") == 64 else 4,
         }
         for system, preset in PRESETS.items()
-        if system != "mini"
+        if system.startswith("pr")
     },
 }
 

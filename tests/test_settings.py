@@ -176,6 +176,7 @@ def test_a_setting_shown_reads_back_as_itself(data: st.DataObject) -> None:
         ({"ATTENTION": "flash2"}, ["ATTENTION=flash2", "auto, fa3, cudnn, flash, sdpa"]),
         ({"PRESET": "pr1362"}, ["PRESET=pr1362", "pr1361, pr569"]),
         ({"PRESET": "mini,pr1361"}, ["PRESET=mini,pr1361", "last"]),
+        ({"PRESET": "pr1361,cpu"}, ["PRESET=pr1361,cpu", "alone"]),
         # Contradictions
         ({"NUM_HEADS": "7"}, ["MODEL_DIM=512", "NUM_HEADS=7"]),
         ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
@@ -472,7 +473,7 @@ def test_a_preset_names_settings_and_values_they_accept(preset: str) -> None:
     assert bool(scaled) == (preset == "mini")
 
 
-@pytest.mark.parametrize("system", [name for name in PRESETS if name != "mini"])
+@pytest.mark.parametrize("system", [name for name in PRESETS if name.startswith("pr")])
 def test_mini_scales_a_systems_own_sizes(system: str) -> None:
     """In proportion: 64 rotated dimensions of 64 stay all of 32, and what is off stays off."""
     whole, mini = given_settings(PRESET=system), given_settings(PRESET=f"{system},mini")
@@ -496,7 +497,7 @@ def test_mini_sets_a_scale_and_nothing_else() -> None:
     assert set(PRESETS["mini"]) <= MINI_MAY_SET
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "mini"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("pr")])
 def test_mini_composes_with_every_preset(preset: str) -> None:
     scaled = asdict(given_settings(PRESET=f"{preset},mini"))
     kept = set(scaled) - set(PRESETS["mini"]) - {"preset"}
