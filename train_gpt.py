@@ -4360,34 +4360,6 @@ def adaptation_operations(model: GPT, rows: int) -> int:
     return 3 * rows * seq_len * forward
 
 
-def document_operations(
-    model: GPT, batch: Batch, deltas: DocumentDeltas | None, learns: bool
-) -> int:
-    """Operations to score a chunk of some documents and, if asked for, to learn deltas from it.
-
-    Learning goes back through a frozen weight to the activations alone, one product, and through
-    attention or a delta to both factors, two.
-    """
-    rows, length = batch.input_ids.shape
-    asked = batch.target_ids.numel()
-    attention = rows * length * len(model.plan) * attention_operations(model, length)
-    hidden = rows * length * hidden_operations(model, length)
-    forward = hidden + asked * head_operations(model)
-    low_rank = 0
-    if deltas is not None:
-        low_rank += 2 * rows * length * sum(map(numbers_a_row, deltas.of_layers()))
-        if deltas.head is not None:
-            low_rank += 2 * asked * numbers_a_row(deltas.head)
-    if not learns:
-        return forward + low_rank
-    return 2 * forward + attention + 3 * low_rank
-
-
-def numbers_a_row(delta: Delta) -> int:
-    """How many weights the two matrices of a low-rank delta have for a row of a batch."""
-    return sum(matrix[0].numel() for matrix in delta)
-
-
 def laid_out(cfg: Config) -> GPT:
     """Make the network of these settings without memory for its weights."""
     with torch.device("meta"):
@@ -9191,13 +9163,10 @@ class DocumentDeltas:
         self.head = drawn("head") if "head" in cfg.delta_names else None
         self.restart()
 
-    def of_layers(self) -> list[Delta]:
-        """The deltas (A, B) of all layers."""
-        return [delta for deltas in self.layers for delta in deltas.values()]
-
     def pairs(self) -> list[Delta]:
         """All deltas (A, B)."""
-        return self.of_layers() if self.head is None else [*self.of_layers(), self.head]
+        of_layers = [delta for deltas in self.layers for delta in deltas.values()]
+        return of_layers if self.head is None else [*of_layers, self.head]
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -9256,8 +9225,6 @@ class DocumentScorer:
         self.seconds_a_place = 0.0  # of a forward in wide chunks
         self.learning_seconds = 0.0  # of the longest step
         self.cut_short = 0  # documents that learned less than they could
-        self.own_operations = 0  # of the documents of this rank
-        self.shared_operations = 0  # of all ranks together, in phases
         run.ledger.occasions["ttt"] = 0
 
     def measure(self, documents: np.ndarray) -> None:
@@ -9330,7 +9297,6 @@ class DocumentScorer:
             )
         sums = scored_sums(scores, batch)
         self.targets_left -= int(sums[1])
-        self.own_operations += document_operations(self.model, batch, deltas, learns)
         return sums, nats
 
     def score_and_learn(
@@ -9394,9 +9360,6 @@ class DocumentScorer:
                 torch.nn.utils.clip_grad_norm_(parameters, cfg.ttt_grad_clip)
             optimizer.step()
             model.zero_grad(set_to_none=True)
-            self.shared_operations += (
-                3 * used * (hidden_operations(model, T) + head_operations(model))
-            )
             run.ledger.activity["ttt_phases"] += 1
         self.phase += 1
         self.lanes.clear()
@@ -9463,18 +9426,15 @@ def evaluate_documents(
             scored = np.concatenate(queue[:end][::-1])
             if phases and len(scored) >= phases[0] and end < len(queue):
                 scorer.learn_together(scored[: phases.pop(0)])
-    of_ranks = torch.tensor([scorer.cut_short, scorer.own_operations], dtype=torch.float64)
-    ranks.add_up([sums, of_ranks])
-    cut_short, operations = (int(total) for total in of_ranks)
-    operations += scorer.shared_operations
+    cut_short = torch.tensor(float(scorer.cut_short), dtype=torch.float64)
+    ranks.add_up([sums, cut_short])
     if cut_short:
         run.folder.log(
-            f"warning: {cut_short} of {num_documents} documents were adapted to less than "
+            f"warning: {int(cut_short)} of {num_documents} documents were adapted to less than "
             f"TTT_MODE=lora asks, to keep EVAL_WALLCLOCK_SECONDS={cfg.eval_wallclock_seconds:g}"
         )
     nats, targets, num_bytes = sums.sum(0).tolist()
-    seconds = time.perf_counter() - started
-    return EvalResult(name, nats, int(targets), int(num_bytes), seconds, operations)
+    return EvalResult(name, nats, int(targets), int(num_bytes), time.perf_counter() - started)
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
