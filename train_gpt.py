@@ -4423,14 +4423,15 @@ def adaptation_operations(model: GPT, rows: int) -> int:
 
 
 def chunk_operations(model: GPT, batch: Batch, adapted_layers: int, learns: bool) -> int:
-    """Of a chunk of documents: weights at rest take one product backward, deltas two."""
+    """Of a chunk of documents: weights at rest take one product backward, all others two."""
     cfg, window, asked = model.cfg, batch.input_ids.size(1), batch.target_ids.size(1)
     weights = window * hidden_operations(model, window) + asked * head_operations(model)
     deltas = 0
     for name, width in delta_outputs(cfg).items() if adapted_layers else ():
         places = asked if name == "head" else adapted_layers * window
         deltas += places * 2 * cfg.lora_rank * (cfg.model_dim + width)
-    passes_back = weights + 2 * deltas if learns else 0
+    attention = len(model.plan) * window * attention_operations(model, window)
+    passes_back = weights + attention + 2 * deltas if learns else 0
     return len(batch.input_ids) * (weights + deltas + passes_back)
 
 

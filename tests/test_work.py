@@ -210,7 +210,7 @@ def test_adaptation_by_document_counts_what_torch_counts(setting, places: str) -
     assert learned == 4
     squares = 3 * learned * 2 + scored - 2 * learned  # rows of squares, back and forth
     beyond = squares * 16 * masked_half(cfg, model, 16)
-    assert counter.operations == pytest.approx(scorer.own_operations + beyond, rel=0.1)
+    assert counter.operations == pytest.approx(scorer.operations + beyond, rel=0.1)
 
 
 SYSTEMS = [name for name in PRESETS if name.startswith("pr")]
