@@ -9745,14 +9745,16 @@ class ArtifactScores:
         if cfg.ttt_mode == "score_first":
             learner = Adapter(self.forward, self.model, val, run)
             label = "legal_ttt_exact"
-        return self.score(
-            "artifact_sliding",
-            label,
-            stride=cfg.eval_stride,
-            mixture=mixture,
-            learner=learner,
-            hints=hints,
-        )
+        stride = cfg.eval_stride
+        added = {"mixture": mixture, "learner": learner, "hints": hints}
+        result = self.score("artifact_sliding", label, stride=stride, **added)
+        if mixture is not None:
+            self.run.folder.log(
+                "counts:mixed largest_sum_error:{sum_error:.1e}",
+                "counts_mixed",
+                sum_error=mixture.largest_sum_error,
+            )
+        return result
 
     def after_training_on_it(self, scoring_seconds: float) -> None:
         """The score that is not legal: the model has trained on the text that it predicts."""
