@@ -4516,7 +4516,7 @@ LEAST_GAIN = 0.05  # share of a pass that products in bf16 must save
 REPLICA_CHECK_STEPS = 100  # steps between checks that all ranks hold the same weights
 # On a CPU, blocks are compiled if they should save this share of the run's seconds, and that is
 # more than compiling may take.
-COMPILE_GAIN = 0.12
+COMPILE_GAIN = 0.05
 COMPILE_SECONDS = 30.0
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
 
@@ -4734,6 +4734,8 @@ def compile_blocks(
     cfg = run.cfg
     saving = cfg.max_wallclock_seconds * COMPILE_GAIN
     if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
+        return
+    if run.products != run.dtype:  # of which a compiled block knows nothing
         return
     if saving < COMPILE_SECONDS:
         run.folder.log(
