@@ -825,6 +825,9 @@ CASES: dict[str, Case] = {
     "stopped and continued": during(
         signalled(signal.SIGCONT, "train_step", 1), code=0, ITERATIONS="2"
     ),
+    "stopped and continued after training": during(
+        signalled(signal.SIGCONT, "quantize", 1), code=0, ITERATIONS="2"
+    ),
     "ranks that differ": during(replicas_differ),
     "a rank that hangs": rank_1_hangs,
     "an error of torch": during(
