@@ -9747,9 +9747,14 @@ class ArtifactScores:
         if cfg.ttt_mode == "score_first":
             learner = Adapter(self.forward, self.model, val, run)
             label = "legal_ttt_exact"
-        stride = cfg.eval_stride
-        added = {"mixture": mixture, "learner": learner, "hints": hints}
-        result = self.score("artifact_sliding", label, stride=stride, **added)
+        result = self.score(
+            "artifact_sliding",
+            label,
+            stride=cfg.eval_stride,
+            mixture=mixture,
+            learner=learner,
+            hints=hints,
+        )
         if mixture is not None:
             self.run.folder.log(
                 "counts:mixed largest_sum_error:{sum_error:.1e}",
@@ -10770,23 +10775,25 @@ PRESETS: dict[str, dict] = {
         "num_kv_heads": 1,
         "rope_dims": 8,
         "xsa_last_n": 4,
-        "ve_layers": "2,3",
-        "ve_dim": 32,
         "cache_layer": 2,
-        "bigram_vocab_size": 1024,
-        "bigram_dim": 32,
+        # Looking a row up is no product of matrices, and bytes are plenty: large tables.
+        "ve_layers": "0,1,2,3",
+        "ve_dim": 96,
+        "bigram_vocab_size": 65536,
+        "bigram_dim": 96,
         "train_seq_len": 256,
         "eval_seq_len": 256,
+        "eval_stride": 32,
         "train_batch_tokens": 2048,
         "max_wallclock_seconds": 240.0,
         "warmdown_frac": 0.5,
-        "muon_momentum_warmup_steps": 800,
+        "muon_momentum": 0.95,
+        "muon_momentum_warmup_steps": 300,
         "muon_wd": 1.0,
         "muon_wd_form": "cautious",
         "ema_decay": 0.9,
         "gptq_calib_batches": 32,
         "int8_keep_float_max_numel": 1024,
-        "codec": "best",
         "counts": "both",
     },
     # Scales any system down to two CPU cores, the built-in corpus and five minutes. It goes last;
