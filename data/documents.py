@@ -534,6 +534,12 @@ def text_size(path: Path) -> int:
         return sum(map(len, unpacked_blocks(path, raw)))
 
 
+def text_beginning(path: Path) -> bytes:
+    """Return the first block of the bytes that a file unpacks to."""
+    with open(path, "rb") as raw:
+        return next(unpacked_blocks(path, raw), b"")
+
+
 def cut_place(held: bytes | bytearray, limit: int) -> int:
     """Return where to cut at most `limit` bytes off a text: after a line, a word or a character."""
     for mark in (b"\n", b" "):

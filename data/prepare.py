@@ -98,6 +98,7 @@ PREPARE_FORMAT = 1
 DOCS_VAL_FRACTION = 0.03
 TEXT_VAL_FRACTION = 0.01
 BATCH_BYTES = 1 << 20
+SEPARATOR = "<|endoftext|>"  # what many files have between documents
 
 FINEWEB_VARIANTS = {"sp1024": 1024, "sp2048": 2048, "sp4096": 4096, "sp8192": 8192}
 FINEWEB_TRAIN_SHARDS = 80
@@ -294,6 +295,8 @@ def plan_long_text(plan: Plan, path: Path) -> None:
         f"one text without separators: its last {plan.val_fraction:.2%} is the validation split "
         "(--split-on cuts it into documents, --val gives another validation text)"
     )
+    if SEPARATOR.encode() in documents.text_beginning(path):
+        warn(f"{path}: {SEPARATOR} is taken for text; --split-on '{SEPARATOR}' cuts there")
 
 
 # ---------------------------------------------------------------------------

@@ -194,10 +194,14 @@ def by_length(
 by_length.register_fake(lambda q, k, v, ends: torch.empty_like(q))
 
 
-def test_any_number_of_documents_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where a graph takes their boundaries: how many there are, no priming knows."""
-    monkeypatch.setattr(train_gpt, "attention_by_length", by_length)
-    monkeypatch.setattr(train_gpt, "what_attention_sees", lambda documents, ends, in_graph: ends)
+@pytest.mark.parametrize("on", ["a CPU", "a GPU"])
+def test_any_number_of_documents_is_one_graph(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a graph takes their boundaries, and how many there are no priming knows."""
+    if on == "a GPU":
+        monkeypatch.setattr(train_gpt, "attention_by_length", by_length)
+        monkeypatch.setattr(
+            train_gpt, "what_attention_sees", lambda documents, ends, in_graph: ends
+        )
     cfg = Config(**SYSTEMS["pr1855"])
     run, model = compiled_run(cfg), GPT(cfg)
     forward, sizes = make_forward(run), set()

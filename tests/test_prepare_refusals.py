@@ -547,6 +547,9 @@ CASES: dict[str, Callable[[Place], str]] = {
         "a.json", b'["' + b"x" * (3 << 20)
     ),
     "--split-on: expected some text, got none": lambda p: p.text(p.good, "--split-on", ""),
+    "warning: ...: ... is taken for text": lambda p: p.text(
+        p.write("a.txt", words(300, seed=1).encode() + b"<|endoftext|>\n" + b"a b c " * 99)
+    ),
     "--split-on cuts .txt and .md files": lambda p: p.text(p.good, "--split-on", "blank"),
     "...: parquet files are read with pyarrow: pip install pyarrow": without_pyarrow,
     '...: no column "..." of strings, but ...': parquet_file(body=["a"]),
