@@ -220,13 +220,18 @@ has_data() { [ -f "data/datasets/$1/fineweb_val.json" ] && [ -f "data/tokenizers
 
 # Data are prepared unless they are there or DATA_PATH names others.
 prepare_data() {
-    local gpus=$1 preset=${PRESET:-} pieces
+    local gpus=$1 preset=${PRESET:-} pieces marked
     if [ -n "${DATA_PATH:-}" ]; then
         return
     fi
     case ",${preset// /}," in
     *,cpu,*) set -- 4096 docs_sp4096 docs_4096_bpe.model docs --vocab-size 4096 ;;
     *,mini,*) set -- 1024 docs_sp1024 docs_1024_bpe.model docs ;;
+    *,pr1855,* | *,pr2135,*)
+        marked=lossless_caps_caseops_v1_reserved
+        set -- 8192 "fineweb10B_sp8192_$marked" "fineweb_8192_bpe_$marked.model" \
+            fineweb --variant sp8192 --caseops
+        ;;
     *) set -- 1024 fineweb10B_sp1024 fineweb_1024_bpe.model fineweb --variant sp1024 ;;
     esac
     pieces=$1

@@ -2,10 +2,13 @@
 
     python benchmarks/count_mixture.py components RECORD_FOLDER [--rows FILE.npy] [--only NAME ...]
     python benchmarks/count_mixture.py sizes RECORD_FOLDER [--rows FILE.npy] [--megabytes 0.5 1 2]
-    python benchmarks/count_mixture.py long [--tokens 48000000]
+        [--picture FILE.png]
+    python benchmarks/count_mixture.py long [--tokens 48000000] [--score 2000000]
 
-The network's log-probabilities of the validation text are computed once and kept in --rows. The
-last command counts and mixes a synthetic stream of that length with a made-up network.
+The network's log-probabilities of the validation text are computed once and kept in --rows;
+--targets scores the first of them only. The last command indexes a synthetic stream of that length
+and scores some of it with a made-up network. For other seeds, give the folders of their runs, with
+rows of their own.
 """
 
 import argparse
@@ -20,7 +23,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+import pictures  # noqa: E402
 from compliance import load_script  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -77,7 +82,7 @@ def network_rows(trainer, folder: Path, cfg, tokens: np.ndarray) -> np.ndarray:
 class Case:
     """A record's validation text, training text and network."""
 
-    def __init__(self, folder: Path, kept_rows: Path | None) -> None:
+    def __init__(self, folder: Path, kept_rows: Path | None, targets: int | None = None) -> None:
         trainer = load_script(folder / "train_gpt.py")
         header, _ = trainer.read_artifact(folder / "artifact.bin")
         cfg, _ = trainer.settings_within(header, {})
@@ -86,7 +91,6 @@ class Case:
         paths = trainer.shard_paths(cfg.data_path, "train")
         self.vocab_size = cfg.vocab_size
         self.validation = val.tokens
-        self.num_bytes = int(val.target_bytes.sum())
         shards = [trainer.open_shard(path, cfg.vocab_size) for path in paths]
         self.training = np.concatenate(shards)
         if kept_rows and kept_rows.is_file():
@@ -95,9 +99,12 @@ class Case:
             self.rows = network_rows(trainer, folder, cfg, val.tokens)
             if kept_rows:
                 np.save(kept_rows, self.rows)
+        self.rows = self.rows[:targets]
+        self.validation = self.validation[: len(self.rows) + 1]
+        self.num_bytes = int(val.target_bytes[: len(self.rows)].sum())
 
-    def report(self, label: str, settings: dict, training: np.ndarray) -> None:
-        """Score the validation text with these settings and print a line of the table."""
+    def report(self, label: str, settings: dict, training: np.ndarray) -> float:
+        """Score the validation text with these settings: bits per byte, printed as a line too."""
         start, cpu = time.perf_counter(), time.process_time()
         cfg, _ = train_gpt.Config.from_env(settings)
         mixture = train_gpt.Mixture(cfg, training, self.validation, self.vocab_size)
@@ -114,6 +121,7 @@ class Case:
             f"largest |sum - 1| {mixture.largest_sum_error:.1e}",
             flush=True,
         )
+        return bpb
 
 
 def peak_gib() -> float:
@@ -164,6 +172,42 @@ def score_long_stream(tokens: int, scored: int) -> None:
     )
 
 
+def measure_sizes(case: Case, limits: list[int], picture: Path | None) -> None:
+    """Bits per byte with training text of so many bytes: the worthiest documents, the first ones.
+
+    The first documents are as many tokens as the worthiest that fit, and are charged as packed.
+    """
+    nothing = case.report("scored text alone", COMPONENTS["scored"], case.training[:0])
+    lines: dict[str, list[tuple[int, float]]] = {
+        "the worthiest documents": [(0, nothing)],
+        "the first documents": [(0, nothing)],
+    }
+    for limit in limits:
+        packed = train_gpt.pack_within(case.training, limit, train_gpt.BOS)
+        worthiest = train_gpt.unpack_tokens(packed, case.vocab_size)
+        first = case.training[: len(worthiest)]
+        for name, text in zip(lines, (worthiest, first), strict=True):
+            num_bytes = len(train_gpt.pack_tokens(text))
+            label = f"{name}: {len(text):,} tokens, {num_bytes:,} bytes"
+            lines[name].append((num_bytes, case.report(label, COMPONENTS["both"], text)))
+    if picture:
+        draw_sizes(lines, picture)
+
+
+def draw_sizes(lines: dict[str, list[tuple[int, float]]], picture: Path) -> None:
+    """Bits per byte against bytes of training text in the artifact, a line for each selection."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, points), colour in zip(lines.items(), pictures.COLOURS, strict=False):
+        num_bytes, scores = zip(*points, strict=True)
+        axis.plot(np.array(num_bytes) / 1e6, scores, "o-", color=colour, label=name)
+    axis.set_xlabel("training text in the artifact, MB as packed")
+    axis.set_ylabel("bits per byte")
+    axis.set_title("Network and counts of training and scored text")
+    axis.grid(color=pictures.PALE)
+    axis.legend(frameon=False)
+    pictures.save(figure, picture)
+
+
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(
@@ -173,6 +217,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--only", nargs="*", default=list(COMPONENTS))
+    parser.add_argument("--targets", type=int)
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--megabytes", type=float, nargs="*", default=[0.25, 0.5, 1.0, 1.5, 2.0])
     parser.add_argument("--tokens", type=int, default=48_000_000)
     parser.add_argument("--score", type=int, default=2_000_000)
@@ -182,21 +228,12 @@ def main() -> None:
         return
     if given.folder is None:
         raise SystemExit("give the folder of a record, as records/track_cpu_5min/...-mini")
-    case = Case(given.folder, given.rows)
+    case = Case(given.folder, given.rows, given.targets)
     if given.measurement == "components":
         for label in given.only:
             case.report(label, COMPONENTS[label], case.training)
         return
-    for megabytes in given.megabytes:
-        limit = int(megabytes * 1e6)
-        start = time.perf_counter()
-        worthy = train_gpt.unpack_tokens(
-            train_gpt.pack_within(case.training, limit, train_gpt.BOS), case.vocab_size
-        )
-        seconds = time.perf_counter() - start
-        case.report(f"{megabytes} MB, worthiest ({seconds:.0f} s)", COMPONENTS["both"], worthy)
-        first = case.training[: len(worthy)]
-        case.report(f"{megabytes} MB, as many first tokens", COMPONENTS["both"], first)
+    measure_sizes(case, [int(1e6 * megabytes) for megabytes in given.megabytes], given.picture)
 
 
 if __name__ == "__main__":

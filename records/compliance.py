@@ -98,6 +98,106 @@ def scores_once(windows: Callable, length: int, stride: int, num_targets: int) -
     return np.array_equal(scored, np.arange(num_targets))
 
 
+Scores = dict[int, tuple[int, float]]  # by target: in which call it was scored, and its nats
+
+
+def document_scores(script: Any, cfg: Any, model: Any, tokens: np.ndarray) -> Scores:
+    """What each target costs where documents adapt to themselves; raises ValueError if twice."""
+    found: Scores = {}
+    calls = 0
+    score_chunk = script.DocumentScorer.score_chunk
+
+    def recorded(self: Any, documents: np.ndarray, at: int, width: int, *rest: Any) -> Any:
+        nonlocal calls
+        result = score_chunk(self, documents, at, width, *rest)
+        calls += 1
+        for nats, (first, end) in zip(result[1].tolist(), documents.tolist(), strict=True):
+            for target in range(first + at, min(first + at + width, end)):
+                if target in found:
+                    raise ValueError(f"target {target} is scored twice")
+                found[target] = calls, nats[target - first - at]
+        return result
+
+    val = script.Validation(tokens, np.ones(len(tokens) - 1, np.int16), "", "", 1, len(tokens))
+    run = script.Run(cfg, 0, 1, torch.device("cpu"))
+    script.DocumentScorer.score_chunk = recorded
+    try:
+        script.evaluate_documents("compliance", script.training_nats, model, val, run)
+    finally:
+        script.DocumentScorer.score_chunk = score_chunk
+    if not run.ledger.activity["ttt"]:
+        raise ValueError("adaptation never acted")
+    return found
+
+
+def count_scores(mixture: Any, vocab_size: int, tokens: np.ndarray, at_once: int) -> Scores:
+    """What each target costs by a mixture of counts and of a network that is made up."""
+    generator = torch.Generator().manual_seed(0)
+    found: Scores = {}
+    for first in range(0, len(tokens) - 1, at_once):
+        targets = range(first, min(first + at_once, len(tokens) - 1))
+        logits = torch.randn(len(targets), vocab_size, generator=generator)
+        nats = mixture.score(torch.log_softmax(logits, dim=-1)).tolist()
+        # In the order of the text: each target may know all before it.
+        found |= {target: (target, x) for target, x in zip(targets, nats, strict=True)}
+    return found
+
+
+def earlier_scores_stay(score: Callable[[np.ndarray], Scores], tokens: np.ndarray) -> bool:
+    """Whether no token changes what a target costs that is scored before it, and some do later.
+
+    score: of a text's targets. Targets that one call scores are those of different documents, or
+    of one in its order.
+    """
+    before = score(tokens)
+    if sorted(before) != list(range(len(tokens) - 1)):
+        return False
+    documents = np.cumsum(tokens == BOS)
+    acts = False
+    inside = np.flatnonzero((tokens != BOS) & (np.arange(len(tokens)) > 0))
+    for changed in inside[[len(inside) // 8, len(inside) // 2, 3 * len(inside) // 4]].tolist():
+        other = tokens.copy()
+        other[changed] = tokens[changed] - 1 if tokens[changed] > 2 else tokens[changed] + 1
+        after = score(other)
+        call = before[changed - 1][0]
+        for target, (scored_at, nats) in before.items():
+            is_beside = documents[target] != documents[changed] or target < changed - 1
+            is_earlier = scored_at < call or (scored_at == call and is_beside)
+            if is_earlier and target != changed - 1 and after[target] != (scored_at, nats):
+                return False
+            acts |= scored_at > call and after[target][1] != nats
+    return acts
+
+
+def additions_score_first(
+    script: Any, settings: dict[str, str], fresh: Callable[[], Any], stored: Any
+) -> bool:
+    """Adaptation by document and counts learn from no target before its score is final."""
+    values = flat(settings_of(script, settings))
+    vocab_size, length = values["vocab_size"], values["eval_seq_len"]
+    tokens = random_ids(vocab_size, 1, 4 * length + 1)[0].numpy().astype(np.uint16)
+    if values["ttt_mode"] == "lora":
+        few = {"LORA_LANES": "1", "LORA_BATCH_DOCS": "4", "LORA_PHASE_DOCS": "8"}
+        few |= {"EVAL_WALLCLOCK_SECONDS": "1000000", "EVAL_TRUNCATE": "0"}
+        cfg = settings_of(script, settings | few)
+        if not earlier_scores_stay(
+            lambda text: document_scores(script, cfg, fresh(), text), tokens
+        ):
+            return False
+    if values.get("counts", "off") != "off":
+        cfg = settings_of(script, settings)
+        training = np.empty(0, np.uint16)
+        if cfg.counts_training_text:
+            training = script.text_of_artifact(stored, cfg)
+
+        def score(text: np.ndarray) -> Scores:
+            mixture = script.Mixture(cfg, training, text, vocab_size)
+            return count_scores(mixture, vocab_size, text, at_once=length)
+
+        return earlier_scores_stay(score, tokens)
+    return True
+
+
 def scores_before_update(script: Any, settings: dict[str, str], model: Any) -> bool:
     """Weights learn from no target before its score is final; without adaptation, never."""
     length = int(settings["EVAL_SEQ_LEN"])
@@ -152,7 +252,7 @@ def scores_before_update(script: Any, settings: dict[str, str], model: Any) -> b
 # What is asked of a script
 # All names of a train_gpt.py that are used here: read_artifact, Config.from_env, Run and
 # rebuild_model; for single conditions Batch, windows, and evaluate with score_windows, Validation,
-# training_nats and Adapter.
+# training_nats and Adapter, evaluate_documents with DocumentScorer, Mixture with text_of_artifact.
 # =================================================================================================
 
 
@@ -229,13 +329,16 @@ def suite(script: Any, artifact: Path, settings: dict) -> dict[str, bool | None]
         model = fresh()
         return is_a_distribution(model, scorer_of(script, model), vocab_size, length)
 
+    def learns_from_what_is_scored() -> bool:
+        return scores_before_update(script, header["settings"], fresh()) and (
+            additions_score_first(script, header["settings"], fresh, stored)
+        )
+
     return {
         "causality": attempt(lambda: is_causal(fresh(), vocab_size, length)),
         "full_distribution": attempt(gives_distributions),
         "single_pass": attempt(scores_all_once),
-        "score_before_update": attempt(
-            lambda: scores_before_update(script, header["settings"], fresh())
-        ),
+        "score_before_update": attempt(learns_from_what_is_scored),
         "determinism": attempt(is_deterministic),
         "legal_settings": settings_are_legal(header, settings),
     }

@@ -82,9 +82,14 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
         ("1024, tied, 30",) * 5 + ("8192 CaseOps, tied, 30", "8192 CaseOps, tied, 30 on each side"),
         "VOCAB_SIZE TIE_EMBEDDINGS LOGIT_SOFTCAP",
         {
-            **dict.fromkeys(FRONTIER, "CaseOps is a matter of the data and the tokenizer"),
-            "pr2135": "CaseOps is a matter of the data and the tokenizer; the two softcaps were never trained and stayed at 30",
+            "pr2135": "the two softcaps were never trained and stayed at 30",
         },
+    ),
+    (
+        "text",
+        ("FineWeb",) * 5 + ("FineWeb, capitals as marks",) * 2,
+        "DATA_PATH TOKENIZER_PATH",
+        {},
     ),
     (
         "RMSNorm without gain",

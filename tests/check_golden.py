@@ -37,7 +37,6 @@ from train_gpt import GPT, PRESETS, Batch, Config, qat_grids, training_nats
 LOGITS_WITHIN, LOSSES_WITHIN, GRADIENTS_WITHIN = 2e-4, 2e-4, 1e-3
 FRONTIER_WITHIN = {"logits": 2e-5, "loss": 2e-6, "gradient": 1e-4}
 FRONTIER = "model"  # the file of #1855
-BLOCK_LINEAR = re.compile(r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight")
 # Constructor arguments that change shapes or scales, which a folder may choose freely.
 SIZES = (
     "vocab_size",
@@ -106,24 +105,13 @@ def build(system: str, arguments: dict, numbers: dict[str, torch.Tensor]) -> GPT
     return model
 
 
-def published_qat(system: str, model: GPT) -> dict[str, int]:
-    """Name and bits of each linear that the system's QAT reaches, however small it is here.
-
-    Ours spares what is stored as fp16, as small matrices are; #295 spared no linear of the blocks.
-    """
-    if system != "pr295":
-        return qat_grids(model)
-    linears = [name for name in dict(model.named_parameters()) if BLOCK_LINEAR.fullmatch(name)]
-    return {name: 5 if ".mlp." in name else 6 for name in linears}
-
-
-def loss_of(system: str, model: GPT, numbers: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+def loss_of(model: GPT, numbers: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     """The mean loss of the batch, of kind ce, ce_qat or mile_<gamma>."""
     gamma = torch.tensor(float(kind.removeprefix("mile_"))) if kind.startswith("mile_") else None
     nats, weights = training_nats(
         model,
         Batch(numbers["input_ids"].long(), numbers["target_ids"].long()),
-        published_qat(system, model) if kind == "ce_qat" else None,
+        qat_grids(model) if kind == "ce_qat" else None,
         gamma,
     )
     return (weights * nats).sum() / weights.sum()
@@ -137,7 +125,7 @@ def compare(system: str, model: GPT, numbers: dict[str, torch.Tensor]) -> list[t
     for key in [key for key in numbers if key.startswith("loss/")]:
         kind = key.removeprefix("loss/")
         model.zero_grad()
-        loss = loss_of(system, model, numbers, kind)
+        loss = loss_of(model, numbers, kind)
         rows.append((f"{system} {key}", abs(loss.item() - numbers[key].item()), LOSSES_WITHIN))
         loss.backward()
         for name, (published, is_sums) in golden_kit.gradients(numbers, kind).items():

@@ -69,7 +69,7 @@ VARIANTS = (
     },
     {"quant_clip": "std", "smear_enabled": False},
     {"quant_clip": "std_published", "lqer_top_k": 2, "lqer_rank": 2, "lqer_group": 5},
-    {"vocab_size": 64},  # a table that the range coder predicts, see bodies()
+    {"vocab_size": 96},  # a table that the range coder predicts, see bodies()
 )
 NUMBERS = (
     0,
@@ -213,7 +213,9 @@ def bodies(counts: str = "off") -> list[bytes]:
         run.folder.log = run.folder.progress = lambda *a, iterable=None, **k: iterable
         model = GPT(cfg)
         table = model.tok_emb.weight
-        table.data += table.data.std() * torch.randn(len(table), 1)  # columns that are correlated
+        table.data += (
+            2 * table.data.std() * torch.randn(len(table), 1)
+        )  # columns that are correlated
         stored = train_gpt.quantize(model, {}, run)
         if cfg.counts_training_text:
             tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, 200)

@@ -394,8 +394,25 @@ def test_a_bomb_of_any_codec_allocates_little(codec: str) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_version_2_is_read(codec: str) -> None:
+    """It differs by the number alone, where the range coder predicts no matrix."""
+    stored = {"w": stored_tensor([30, 20], True, np.random.default_rng(0))}
+    header = {"settings": {}, "tokenizer": "", "validation": ""}
+    blob = bytearray(encode_artifact(header, stored, codec))
+    assert blob[8:10] == b"\3\0"
+    blob[8] = 2
+    assert torch.equal(decode_artifact(bytes(blob))[1]["w"].values, stored["w"].values)
+
+
 def test_an_unknown_codec_is_refused() -> None:
-    for version, number in ((2, 0), (2, 5), (1, 4), (2, 65535)):  # range is younger than version 1
+    for version, number in (
+        (3, 0),
+        (2, 5),
+        (1, 4),
+        (3, 65535),
+        (4, 1),
+    ):  # range is younger than version 1
         blob = PRELUDE.pack(ARTIFACT_MAGIC, version, number, 0, hashlib.sha256(b"").digest())
         assert f"codec {number}" in refused(lambda blob=blob: decode_artifact(blob))
 

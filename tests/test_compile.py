@@ -130,14 +130,20 @@ def test_any_composition_is_one_graph(number: int) -> None:
         ("pr703", {}),
         ("pr295", {"swa_every": 1}),
         ("pr1361", {"ttt_mode": "score_first"}),
-        pytest.param("pr1855", {}, marks=pytest.mark.slow),
+        (None, {"attn_docs": True, "doc_growth": "0.3:4,0.6:8", "doc_growth_steps": 2}),
+        pytest.param("pr1855", {"doc_growth": "0.2:4,0.6:8"}, marks=pytest.mark.slow),
     ],
 )
-def test_nothing_compiles_after_priming(preset: str, changed: dict, tiny_data: TinyData) -> None:
-    """Through warmdown, QAT start, MiLe, averages, uneven micro-batches, export, all scores."""
+def test_nothing_compiles_after_priming(
+    preset: str | None, changed: dict, tiny_data: TinyData
+) -> None:
+    """Through warmdown, QAT start, MiLe, averages, uneven micro-batches, export, all scores.
+
+    Loops begin and documents grow meanwhile.
+    """
     cfg = Config(
         **{
-            **SYSTEMS[preset],
+            **(SYSTEMS[preset] if preset else TINY),
             "iterations": 12,
             "warmdown_iters": 8,
             "swa_start_frac": 0.8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT / "records"))
 import compliance
+
+import train_gpt
 
 VOCAB, LENGTH = 32, 24
 
@@ -134,6 +137,86 @@ def test_learning_before_scoring_is_found() -> None:
     assert not before_update(Scorer(learns=False))  # configured, and never acted
     assert before_update(Scorer(ttt_mode="off", learns=False))
     assert not before_update(Scorer(ttt_mode="off"))  # weights moved without being said to
+
+
+# What is added to the windows, by train_gpt.py itself: documents that adapt, counts that grow.
+
+NETWORK = {
+    "VOCAB_SIZE": str(VOCAB),
+    "NUM_LAYERS": "2",
+    "MODEL_DIM": "16",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "ROPE_DIMS": "4",
+    "XSA_LAST_N": "1",
+    "BIGRAM_VOCAB_SIZE": "0",
+    "VE_ENABLED": "0",
+    "EVAL_SEQ_LEN": "64",
+    "EVAL_STRIDE": "0",
+}
+BY_DOCUMENT = {
+    "TTT_MODE": "lora",
+    "LORA_RANK": "2",
+    "LORA_LR": "0.01",
+    "LORA_CHUNK_TOKENS": "8",
+    "LORA_PHASES": "1",
+    "LORA_PHASE_CHUNK_TOKENS": "64",
+}
+COUNTED = {"EVAL_STRIDE": "16", "COUNTS": "scored", "COUNT_CHUNK_TOKENS": "16"}
+
+
+def additions_keep_the_rule(settings: dict[str, str]) -> bool:
+    """Of a small network that was not trained."""
+
+    def fresh() -> train_gpt.GPT:
+        torch.manual_seed(0)
+        model = train_gpt.GPT(train_gpt.Config.from_env(NETWORK)[0])
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return compliance.additions_score_first(train_gpt, NETWORK | settings, fresh, {})
+
+
+class LearnsFirst(train_gpt.DocumentScorer):
+    """A scorer of documents that learns from a chunk and then scores it."""
+
+    def score_and_learn(self, documents, first, at, chunk, deltas) -> Tensor:
+        own, rows = documents[first:], (first, len(documents))
+        batch = train_gpt.chunk_batch(self.val, own, at, chunk, self.run.cfg, None)
+        nats, _ = train_gpt.nats_and_scores(
+            self.model, batch, 0.0, deltas.of_rows(*rows, torch.float32)
+        )
+        deltas.learn(nats.sum())
+        self.run.ledger.activity["ttt"] += 1
+        return self.score_chunk(own, at, chunk, deltas, rows)[0]
+
+
+SCORE = train_gpt.Mixture.score
+
+
+class CountsFirst(train_gpt.Mixture):
+    """A mixture that learns from targets and then says what they cost."""
+
+    def score(self, log_probs: Tensor) -> Tensor:
+        ahead = copy.deepcopy(self)
+        SCORE(ahead, log_probs)
+        self.gates, self.biases = ahead.gates, ahead.biases
+        return super().score(log_probs)
+
+
+def test_documents_that_learn_before_they_are_scored_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert additions_keep_the_rule(BY_DOCUMENT)
+    monkeypatch.setattr(train_gpt, "DocumentScorer", LearnsFirst)
+    assert not additions_keep_the_rule(BY_DOCUMENT)
+
+
+def test_counts_that_learn_before_they_score_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert additions_keep_the_rule(COUNTED)
+    monkeypatch.setattr(train_gpt, "Mixture", CountsFirst)
+    assert not additions_keep_the_rule(COUNTED)
 
 
 def test_a_script_that_is_written_otherwise_is_not_tried(capsys) -> None:

@@ -200,6 +200,15 @@ def test_every_choice_and_every_switch_is_composed() -> None:
         assert {(name, value) for value in knob_of(setting).tries} <= composed
 
 
+def adapts_in_bounds(given: dict[str, str]) -> bool:
+    """Whether no step of SGD is longer than its rate times TTT_GRAD_CLIP, or there are none.
+
+    A row of the table that is rounded to zero has a gradient of 1 / sqrt(eps) to the power of the
+    norms that it passes, some 1e11 here. Without a bound the weights are lost by the first step.
+    """
+    return given["TTT_MODE"] != "score_first" or float(given["TTT_GRAD_CLIP"]) > 0
+
+
 def check(numbers: list[int], data: TinyData, folder: Path) -> None:
     """Train, export and score; score the artifact again; look at what the model reads."""
     given = {
@@ -210,8 +219,10 @@ def check(numbers: list[int], data: TinyData, folder: Path) -> None:
     torch.manual_seed(0)
     with environment(**given):
         assert train_gpt.main([]) == 0, given
-    (final,) = events(folder / "run", "final")
-    assert 0 < final["val_bpb"] < 8
+    scores = [event for event in events(folder / "run", "eval") if event["legal"]]
+    final = scores.pop()
+    assert scores and all(0 < score["val_bpb"] < 8 for score in scores)
+    assert 0 < final["val_bpb"] < (8 if adapts_in_bounds(given) else math.inf)
     header, stored = read_artifact(folder / "run" / "artifact.bin")
     cfg, _ = settings_within(header, {})
     run = Run(cfg, 0, 1, torch.device("cpu"))
@@ -247,8 +258,8 @@ def test_choices_compose_in_pairs(number: int, few_data: TinyData, tmp_path: Pat
 @pytest.mark.parametrize(
     "number",
     [
-        *(1, *range(3, 10)),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, *range(10, 300))),
+        *range(10),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 300)),
     ],
 )
 def test_choices_compose_at_random(number: int, few_data: TinyData, tmp_path: Path) -> None:

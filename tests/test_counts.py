@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import launch, tiny_job
+from jobs import events, launch, tiny_job
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
@@ -517,6 +517,8 @@ def test_one_two_and_three_processes_repeat_the_score(tiny_data, tmp_path):
     again = {"DATA_PATH": str(alone), "TOKENIZER_PATH": job["TOKENIZER_PATH"]}
     artifact = str(next((tmp_path / "counted").glob("*.bin")))
     scores = {headline(run.stdout)}
+    (mixed,) = events(tmp_path / "counted", "counts_mixed")
+    assert mixed["sum_error"] < 1e-9
     for processes in (0, 2, 3):
         scored = launch("--eval", artifact, processes=processes, **again, RUNS_DIR=str(tmp_path))
         assert scored.returncode == 0, scored.stderr

@@ -129,6 +129,7 @@ def test_bf16_is_taken_where_it_is_asked_for_or_quicker(
             "vocab_size": VOCAB_SIZE,
             "train_seq_len": 16,
             "eval_seq_len": 16,
+            "eval_stride": 16,
             "train_batch_tokens": 64,
             "data_path": str(tiny_data.data_path),
             "tokenizer_path": str(tiny_data.tokenizer_path),
@@ -155,7 +156,7 @@ def test_bf16_is_refused_on_a_processor_without_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(train_gpt, "has_bf16_products", lambda: False)
     nowhere = {"data_path": "nowhere"}
     with pytest.raises(Refusal, match="^CPU_BF16=1: this processor"):
-        train_gpt.look(Config(cpu_bf16="1", **nowhere), CPU)
+        train_gpt.load_inputs(Config(cpu_bf16="1", **nowhere), CPU)
     for wanted, device in (("auto", CPU), ("1", torch.device("cuda"))):
         with pytest.raises(Refusal, match="nowhere"):
-            train_gpt.look(Config(cpu_bf16=wanted, **nowhere), device)
+            train_gpt.load_inputs(Config(cpu_bf16=wanted, **nowhere), device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -404,9 +405,25 @@ def test_gptq_at_export_is_worth_its_while(calibrated) -> None:
 # What the published systems chose otherwise
 
 
+def test_qat_reaches_every_linear_of_the_blocks_however_it_is_stored() -> None:
+    """As in #295: the last keys, stored as fp16, are trained at the 6 bits of the others."""
+    model = random_model(Config(**SIZES, bits=BITS, int8_keep_float_max_numel=10**6))
+    assert not qat_grids(model)
+    model = random_model(
+        Config(**SIZES, bits=BITS, int8_keep_float_max_numel=10**6, qat_targets="blocks")
+    )
+    linears = {
+        name: 5 if ".mlp." in name else 6
+        for name, p in model.named_parameters()
+        if re.fullmatch(r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight", name)
+    }
+    assert qat_grids(model) == linears
+    assert len(linears) == 6 * len(model.blocks)
+
+
 @pytest.mark.parametrize("clip", ["absmax", "quantile"])
 @pytest.mark.parametrize("floor", ["inv_clip", "tiny"])
-@pytest.mark.parametrize("targets", ["stored", "linears", "aux"])
+@pytest.mark.parametrize("targets", ["stored", "linears", "blocks", "aux"])
 def test_qat_shows_the_grid_of_its_settings(clip: str, floor: str, targets: str) -> None:
     """Row by row; bigram.proj and ve_shared.proj are stored as fp16 here, so seen at 6 bits."""
     cfg = Config(
@@ -425,7 +442,8 @@ def test_qat_shows_the_grid_of_its_settings(clip: str, floor: str, targets: str)
         for name, p in model.named_parameters()
         if p.numel() > 400 and name.startswith("blocks")
     }
-    assert seen.keys() == {"stored": blocks, "linears": blocks | aux, "aux": aux}[targets]
+    reached = {"stored": blocks, "linears": blocks | aux, "blocks": blocks, "aux": aux}
+    assert seen.keys() == reached[targets]
     for name, shown in seen.items():
         levels = 15 if ".mlp." in name else 31
         for row, ours in zip(

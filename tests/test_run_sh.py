@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from jobs import snapshot
 
+from train_gpt import PRESETS
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = "-m pytest -n auto --dist loadfile"
 
@@ -44,6 +46,10 @@ case "$*" in
 "-m pytest"*) exit "${STUB_PYTEST_EXIT:-0}" ;;
 "data/prepare.py docs --vocab-size 4096") dataset=docs_sp4096 tokenizer=docs_4096_bpe.model ;;
 "data/prepare.py docs"*) dataset=docs_sp1024 tokenizer=docs_1024_bpe.model ;;
+"data/prepare.py fineweb --variant sp8192 --caseops")
+    dataset=fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
+    tokenizer=fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model
+    ;;
 "data/prepare.py fineweb"*) dataset=fineweb10B_sp1024 tokenizer=fineweb_1024_bpe.model ;;
 "train_gpt.py --help") exit "${STUB_SETTINGS_EXIT:-0}" ;;
 "train_gpt.py --check") exit "${STUB_CHECK_EXIT:-0}" ;;
@@ -276,6 +282,26 @@ def test_gpus_get_fineweb_and_torchrun(checkout: Checkout) -> None:
         "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py",
     ]
     assert "PRESET=unset" in checkout.lines[-1]
+
+
+@pytest.mark.parametrize("system", ["pr1855", "pr2135"])
+def test_the_last_systems_get_the_text_that_they_were_trained_on(
+    checkout: Checkout, system: str
+) -> None:
+    """Once: it is found where the preset looks for it."""
+    settings = {"STUB_GPUS": "1", "PRESET": system}
+    assert checkout.run(**settings).returncode == 0
+    assert "data/prepare.py fineweb --variant sp8192 --caseops" in checkout.calls
+    for path in (
+        PRESETS[system]["data_path"] + "/fineweb_val.json",
+        PRESETS[system]["tokenizer_path"],
+    ):
+        assert (checkout.folder / path).is_file()
+    assert checkout.run(**settings).returncode == 0
+    assert not any("data/prepare.py" in call for call in checkout.calls)
+    assert checkout.run(**settings, VOCAB_SIZE="1024").returncode == 0  # nothing to prepare
+    checkout.run(PRESET=f"{system},mini")
+    assert "data/prepare.py docs" in checkout.calls
 
 
 def test_one_gpu_needs_no_torchrun(checkout: Checkout) -> None:

@@ -380,6 +380,15 @@ OF_A_SYSTEM = ("NUM_LAYERS", "XSA_LAST_N", "VE_LAYERS", "BIGRAM_VOCAB_SIZE", "BI
 
 
 SEEDS = ("pr1361", "pr569", "pr703", "pr334", "pr295")
+# Adaptation by document at a size that has several batches before each phase, and little to do.
+BY_DOCUMENT = {
+    "LORA_RANK": "4",
+    "LORA_BATCH_DOCS": "4",
+    "LORA_LANES": "1",
+    "LORA_PHASE_DOCS": "12",
+    "LORA_PHASE_CHUNK_TOKENS": "256",
+    "NGRAM_ORDER": "4",
+}
 
 
 def system_job(system: str, data: TinyData, runs_dir: Path, **changed: str) -> dict[str, str]:
@@ -431,6 +440,42 @@ def test_a_published_system_trains_exports_and_scores(
     if system == "pr334":
         assert scores["artifact_sliding_train_then_score"]["val_bpb"] != final["val_bpb"]
         assert "no legal score follows" in (folder / "log.txt").read_text()
+    with environment(
+        DATA_PATH=str(tiny_data.data_path), TOKENIZER_PATH=str(tiny_data.tokenizer_path)
+    ):
+        assert main(["--eval", str(folder / "artifact.bin")]) == 0
+    assert f"val_bpb:{final['val_bpb']:.8f} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("system", ["pr1855", "pr2135"])
+def test_a_system_that_adapts_by_document_trains_exports_and_scores(
+    system: str, tiny_data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that it schedules acts, its gates move, and --eval repeats its score."""
+    job = system_job(system, tiny_data, tmp_path, ITERATIONS="24", **BY_DOCUMENT)
+    job.pop("EVAL_STRIDE")
+    assert main_job(job) == 0
+    folder = tmp_path / system
+    activity = {e["name"]: (e["steps"], e["of"]) for e in events(folder, "activity")}
+    techniques = {"warmdown", "momentum_ramp", "depth_loop", "rate_floor", "ema"}
+    techniques |= {"ttt", "ttt_phases"}
+    if system == "pr2135":
+        techniques.add("ngram_tilt")
+    assert activity.keys() == techniques
+    assert all(acted for acted, _ in activity.values()), activity
+    assert activity["ttt"][0] == activity["ttt"][1]
+    (gates,) = events(folder, "gates")
+    assert gates["largest"].keys() == {"attn.gate", "skip_gates", "smear.weight", "smear.scale"}
+    assert all(gates["largest"].values())
+    assert "never acted" not in capsys.readouterr().out
+    scores = {e["name"]: e for e in events(folder, "eval")}
+    assert scores.keys() == {"float_chunked", "artifact_chunked", "artifact_documents"}
+    assert scores["artifact_documents"]["label"] == "legal_ttt_exact"
+    (final,) = events(folder, "final")
+    assert final["val_bpb"] == scores["artifact_documents"]["val_bpb"]
+    assert final["val_bpb"] != scores["artifact_chunked"]["val_bpb"]
+    (work,) = events(folder, "work")
+    assert work["eval_tflops"] > 0
     with environment(
         DATA_PATH=str(tiny_data.data_path), TOKENIZER_PATH=str(tiny_data.tokenizer_path)
     ):

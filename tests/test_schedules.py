@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import Config, Moment, Schedule, decay_scale
+from train_gpt import Config, Moment, Refusal, Schedule, decay_scale
 
 
 def imagine(cfg: Config, step_seconds, reserve: float = 0.0) -> list[Moment]:
@@ -267,6 +267,61 @@ def test_what_starts_at_a_rate_scale_starts_when_it_is_said_to(
     for n, moment in enumerate(moments):
         if abs(100 - n - left) > 1e-6:
             assert moment.qat == (100 - n < left)
+
+
+@given(
+    iterations=st.integers(5, 300),
+    stages=st.lists(st.integers(1, 99), min_size=1, max_size=4, unique=True),
+    rise=st.integers(0, 40),
+)
+@settings(deadline=None)
+def test_documents_grow_by_stages_and_rates_rise_again_after_each(
+    iterations: int, stages: list[int], rise: int
+) -> None:
+    """By the rule of #2014: a stage up to and with its share, then a rise over some steps."""
+    shares = [percent / 100 for percent in sorted(stages)]
+    growth = ",".join(f"{share}:{100 + n}" for n, share in enumerate(shares))
+    cfg = stepped(
+        iterations=iterations,
+        attn_docs=True,
+        doc_growth=growth,
+        doc_growth_steps=rise,
+        warmdown_iters=0,
+    )
+    expected, begun = [], None
+    for step in range(iterations):
+        stage = sum(step / iterations > share for share in shares)
+        if expected and stage != expected[-1][2]:
+            begun = step
+        factor = 1.0
+        if begun is not None and step - begun < rise:
+            factor = (step - begun) / rise
+        length = 100 + stage if stage < len(shares) else cfg.train_seq_len
+        expected.append((length, factor, stage))
+    found = [(moment.longest_document, moment.lr_scale) for moment in imagine(cfg, lambda n: 1.0)]
+    assert found == [(length, factor) for length, factor, _ in expected]
+
+
+def test_documents_never_shrink_again_and_grow_only_where_attention_keeps_to_them() -> None:
+    cfg = clocked(attn_docs=True, doc_growth="0.1:1024", doc_growth_steps=4)
+    schedule = Schedule(cfg)
+    assert schedule.at(0, 60.0).longest_document == 1024
+    assert schedule.at(0, 60.1).longest_document == 2048
+    schedule.observe(646, 60.1)
+    assert schedule.at(648, 10.0).longest_document == 2048
+    assert schedule.at(648, 10.0).lr_scale == 0.5
+    assert list(schedule.dates()) == [("documents of up to 2,048 tokens", 0.1)]
+    plain = Schedule(replace(cfg, attn_docs=False))
+    assert plain.at(646, 60.1).lr_scale == 1.0
+    assert "short_documents" not in plain.acting(plain.at(0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "growth", ["0.1", "1.1:5", "0.1:5000", "0.5:64,0.2:128", "0.2:128,0.5:64", "0.1:0", "0.1:5,"]
+)
+def test_documents_that_do_not_grow_are_refused(growth: str) -> None:
+    with pytest.raises(Refusal, match="DOC_GROWTH"):
+        stepped(doc_growth=growth)
 
 
 def test_qat_that_is_always_on_and_never() -> None:

@@ -55,6 +55,7 @@ MINI_MAY_SET = {
     "tokenizer_path",
     "lr_mult",
     "lora_batch_docs",
+    "lora_lanes",
     "lora_phase_docs",
     "lora_phase_row_tokens",
     "lora_phase_chunk_tokens",

@@ -110,7 +110,7 @@ OF_SOME = {
     "cache_layer": {"pr703": 7},
     "backout_init": {"pr703": 0.1, "pr295": 0.2},
     "late_qat_threshold": {"pr1361": 0.15, "pr569": 0.15, "pr703": 0.15},
-    "qat_targets": {"pr1361": "linears", "pr569": "linears", "pr703": "aux", "pr295": "stored"},
+    "qat_targets": {"pr1361": "linears", "pr569": "linears", "pr703": "aux", "pr295": "blocks"},
     "ema_decay": {
         "pr1361": 0.997,
         "pr569": 0.997,
@@ -139,6 +139,14 @@ OF_SOME = {
     "embed_lr": {"pr703": 0.624},
     "head_lr": {"pr703": 0.00832},
     "optimizer_routing": {"pr1361": "standard", "pr703": "banks", "pr334": "by_ndim"},
+    "data_path": dict.fromkeys(
+        ("pr1855", "pr2135"),
+        "./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+    ),
+    "tokenizer_path": dict.fromkeys(
+        ("pr1855", "pr2135"),
+        "./data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
+    ),
     "attn_docs": {"pr1855": True, "pr2135": True},
     "attn_gate": {"pr1855": "sparse", "pr2135": "sparse"},
     "attn_gate_scale": {"pr1855": 0.5, "pr2135": 0.5},

@@ -700,7 +700,6 @@ CASES: dict[str, Case] = {
     "clips beyond the layers": env(CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,blocks.11.attn.c_k:8"),
     "bits of a tensor that is not there": env(BITS="mlp:6,attn:6,emb:8,aux:8,all:8"),
     "clips of a tensor that is not there": env(CLIP_SIGMAS="mlp:9,attn:9,emb:9,aux:9,all:8"),
-    "orders that are none": env(COUNT_ORDERS=""),
     "a gate that looks too far": env(ATTN_GATE="sparse", GATE_WINDOW="600"),
     "loops of no layers": env(NUM_LOOPS="1", LOOP_START="5", LOOP_END="3"),
     "loops from the end on": env(NUM_LOOPS="1", ENABLE_LOOPING_AT="1"),
