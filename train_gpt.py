@@ -5237,7 +5237,11 @@ def values_by_role(name: str, text: str, number: type, pattern: str, expected: s
     found: dict = {}
     for part in text.split(","):
         owner, _, value = part.strip().partition(":")
-        if owner in found or not re.fullmatch(r"[\w.]+", owner) or not re.fullmatch(pattern, value):
+        if (
+            owner in found
+            or not re.fullmatch(r"[\w.]{1,100}", owner)
+            or not re.fullmatch(pattern, value)
+        ):
             raise Refusal(
                 f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
                 f"and a colon and {expected}"
