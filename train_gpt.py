@@ -3161,7 +3161,7 @@ class Attention(nn.Module):
 
         Added to the values, and layer 0's values: (B, T, G*K).
         """
-        if inside is None and not deltas and HeadsAttention.takes(x, self.kernel):
+        if inside is None and not deltas and HeadsAttention.takes(x, self.head_dim, self.kernel):
             y = self.on_cpu(x, rotation, extra_v, first_v)
         else:
             q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
@@ -5237,7 +5237,11 @@ def values_by_role(name: str, text: str, number: type, pattern: str, expected: s
     found: dict = {}
     for part in text.split(","):
         owner, _, value = part.strip().partition(":")
-        if owner in found or not re.fullmatch(r"[\w.]+", owner) or not re.fullmatch(pattern, value):
+        if (
+            owner in found
+            or not re.fullmatch(r"[\w.]{1,100}", owner)
+            or not re.fullmatch(pattern, value)
+        ):
             raise Refusal(
                 f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
                 f"and a colon and {expected}"
@@ -9996,9 +10000,10 @@ class HeadsAttention(torch.autograd.Function):
     QUERIES, LONGEST = 64, 512
 
     @staticmethod
-    def takes(x: Tensor, kernel: AttentionKernel) -> bool:
-        """Whether it stands in for this kernel at a layer's inputs (B, T, D)."""
-        return trains_on_cpu(x) and kernel is sdpa_attention and x.size(1) <= HeadsAttention.LONGEST
+    def takes(x: Tensor, K: int, kernel: AttentionKernel) -> bool:
+        """Whether it stands in for this kernel at a layer's inputs (B, T, D) and heads of K."""
+        fits = K % 2 == 0 and x.size(1) <= HeadsAttention.LONGEST
+        return fits and trains_on_cpu(x) and kernel is sdpa_attention
 
     @staticmethod
     def forward(
@@ -10210,7 +10215,7 @@ def nats_and_shares(
     logits: Tensor, targets: Tensor, cap: float, masked: bool
 ) -> tuple[Tensor, Tensor]:
     """Nats of the targets (n, 1), and the softmax of the logits (n, V), which it overwrites."""
-    if cap < 40 and not masked:  # no share is so small that float32 has no logarithm of it
+    if cap <= 30 and not masked:  # no share is so small that float32 has no logarithm of it
         shares = torch.softmax(logits, -1)
         return -shares.gather(1, targets).log(), shares
     if masked:

@@ -394,6 +394,13 @@ def test_a_bomb_of_any_codec_allocates_little(codec: str) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", ["BITS", "CLIP_SIGMAS"])
+def test_a_layer_of_thousands_of_digits_is_refused(name: str) -> None:
+    """Python would not turn it into a number."""
+    text = f"mlp:6,attn:6,emb:8,aux:8,blocks.{'9' * 5000}.mlp.fc:8"
+    assert name in refused(lambda: Config.from_env({name: text}))
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_version_2_is_read(codec: str) -> None:
     """It differs by the number alone, where the range coder predicts no matrix."""

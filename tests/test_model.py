@@ -483,7 +483,7 @@ def test_heads_attention_is_the_plain_expression_and_so_are_its_gradients(
     assert torch.autograd.gradcheck(lambda *given: apply(*given, *tables, exclusive), leaves)
 
 
-@pytest.mark.parametrize("where", ["scoring", "long rows", "another kernel"])
+@pytest.mark.parametrize("where", ["scoring", "long rows", "another kernel", "odd heads"])
 def test_heads_attention_is_for_training_in_short_rows(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,6 +501,10 @@ def test_heads_attention_is_for_training_in_short_rows(
     assert calls == [1]
     if where == "long rows":
         monkeypatch.setattr(train_gpt.HeadsAttention, "LONGEST", 7)
+    if where == "odd heads":
+        odd = replace(cfg, model_dim=20)
+        attention = train_gpt.Attention(odd, train_gpt.plan_layers(odd)[0], kernel)
+        given = torch.randn(1, 8, 20), torch.ones(20), rotary_tables(odd, 8, torch.device("cpu"))
     if where == "another kernel":
         attention.kernel = functools.partial(kernel)
     with torch.set_grad_enabled(where != "scoring"):

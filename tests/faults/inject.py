@@ -643,7 +643,7 @@ def few_open_files(bench: Bench, name: str, rng: random.Random, number: int) -> 
 
 def a_cpu_limit(bench: Bench, name: str, rng: random.Random, number: int) -> str:
     """The kernel's own SIGXCPU, which comes again every second until the run has ended."""
-    job = bench.start(name, ("cpu_limit", 1 + number % 2), ITERATIONS="100000")
+    job = bench.start(name, ("cpu_limit", 1), ITERATIONS="100000")
     said = job.ends(128 + signal.SIGXCPU, r"^error: SIGXCPU (after step \d+|during )")
     bench.whole(job.folder)
     if step := re.search(r"after step (\d+)", said):
