@@ -8044,7 +8044,9 @@ def expect_recent(tokens: np.ndarray, first: int, W: int, network: np.ndarray) -
         counts[row] = RECENT_DECAY * counts[row - 1]
         counts[row, tokens[place - 1]] += 1
         if place > W:
-            counts[row, tokens[place - 1 - W]] -= RECENT_DECAY**W
+            left = tokens[place - 1 - W]
+            # Rounding may leave less than nothing of a token that the text has no more.
+            counts[row, left] = max(0.0, counts[row, left] - RECENT_DECAY**W)
     total = counts.sum(1, keepdims=True) + RECENT_NETWORK
     return (counts + RECENT_NETWORK * network) / total
 

@@ -199,6 +199,21 @@ def test_the_mixture_sums_to_one_and_uses_counts(mode):
     torch.testing.assert_close(mixed.exp().sum(1), torch.ones(16, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("window", [17, 60, 200])
+def test_what_the_mask_forbids_stays_so_when_recent_tokens_leave(window):
+    """No token follows itself in this text, nor may it; the window of recent ones moves on."""
+    text = words(3, 700)
+    text = text[np.insert(text[1:] != text[:-1], 0, True)]
+    network = network_rows(len(text) - 1)
+    network[torch.arange(len(text) - 1), torch.from_numpy(text[:-1].astype(np.int64))] = -torch.inf
+    mixture = mixture_of("both", text, COUNT_RECENT_TOKENS=str(window))
+    nats = mixture.score(network.log_softmax(1))
+    assert torch.isfinite(nats).all()
+    assert mixture.largest_sum_error < 1e-9
+    alone = train_gpt.expect_recent(text, 1, window, np.zeros((len(text) - 1, 24)))
+    assert (alone >= 0).all()
+
+
 def test_matches_alone_tilt_the_network():
     text = words(2, 1500)
     mixture = mixture_of("scored", text, COUNT_ORDERS="", COUNT_RECENT_TOKENS="0")
