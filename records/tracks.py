@@ -84,7 +84,7 @@ TRACKS: dict[str, Track] = {
         max_train_tflops=20,
         max_eval_tflops=10,
         max_table_seconds=120,
-        command="PRESET=mini MAX_TRAIN_TFLOPS=20 ./run.sh",
+        command="PRESET=cpu MAX_TRAIN_TFLOPS=20 ./run.sh",
         reasons=COUNTED_REASONS,
     ),
     "track_cpu_5min": Track(
