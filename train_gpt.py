@@ -2399,7 +2399,9 @@ TRIAL_ROWS, TRIAL_LENGTH, TRIAL_PASSES = 16, 2048, 4
 
 def trains_on_cpu(x: Tensor) -> bool:
     """Whether the functions of "Faster on a CPU" are for these activations."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return x.device.type == "cpu" and x.dtype != torch.bfloat16
 
 
 def product(x: Tensor, weight: Tensor, in_bf16: bool = False) -> Tensor:
@@ -3087,7 +3089,11 @@ def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
 
 def last_place(blocks: list[int], block: int) -> int:
     """The last place in the plan at which `block` is executed; -1 if there is none."""
-    return max((place for place, used in enumerate(blocks) if used == block), default=-1)
+    last = -1
+    for place, used in enumerate(blocks):  # a graph can hold a loop, but no generator
+        if used == block:
+            last = place
+    return last
 
 
 class Attention(nn.Module):
@@ -3866,7 +3872,7 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
     tall = matrices.size(-2) > matrices.size(-1)
     X = matrices.mT if tall else matrices
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    X = X.reshape(-1, *X.shape[-2:])  # as baddbmm() takes them
+    X = X.reshape(math.prod(X.shape[:-2]), *X.shape[-2:])  # as baddbmm() takes them
     for step in range(steps):
         a, b, c = rows[min(step, len(rows) - 1)]
         A = X @ X.mT
@@ -5186,7 +5192,8 @@ def log_gates(model: GPT, run: Run) -> None:
     """Log the largest weight of each kind of gate; one that is 0, as all were, never moved."""
     largest: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        if model.kinds[name].fits is is_gate or name == "skip_gates":
+        is_one = model.kinds[name].fits is is_gate or name == "skip_gates"
+        if is_one and parameter.numel():  # one layer has no skip
             kind = re.sub(r"^blocks\.\d+\.", "", name)
             largest[kind] = max(largest.get(kind, 0.0), float(parameter.detach().abs().max()))
     if largest:
@@ -10004,8 +10011,9 @@ class HeadsAttention(torch.autograd.Function):
     @staticmethod
     def takes(x: Tensor, K: int, kernel: AttentionKernel) -> bool:
         """Whether it stands in for this kernel at a layer's inputs (B, T, D) and heads of K."""
-        fits = K % 2 == 0 and x.size(1) <= HeadsAttention.LONGEST
-        return fits and trains_on_cpu(x) and kernel is sdpa_attention
+        if not trains_on_cpu(x) or kernel is not sdpa_attention:
+            return False
+        return K % 2 == 0 and x.size(1) <= HeadsAttention.LONGEST
 
     @staticmethod
     def forward(

@@ -215,6 +215,10 @@ def test_every_truncation_and_every_flipped_bit_is_refused() -> None:
     for bit in range(8 * len(blob)):
         flipped = bytearray(blob)
         flipped[bit // 8] ^= 1 << bit % 8
+        if flipped[8:10] == bytes([2, 0]):  # the version before, in which these tensors read alike
+            (values,) = decode_artifact(bytes(flipped))[1]["w"].arrays()
+            assert torch.equal(values, torch.ones(3).half())
+            continue
         refused(lambda flipped=flipped: decode_artifact(bytes(flipped)))
 
 

@@ -153,7 +153,7 @@ class Rows:
         ids = torch.from_numpy(np.random.default_rng(0).integers(BOS, cfg.vocab_size, shape))
         self.ids, self.targets = ids[:, :-1], ids[:, 1:]
 
-    def batch(self, first_row: int, num_rows: int) -> Batch:
+    def batch(self, first_row: int, num_rows: int, longest_document: int | None = None) -> Batch:
         assert num_rows == len(self.ids)
         return Batch(self.ids, self.targets)
 

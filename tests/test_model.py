@@ -478,9 +478,11 @@ def test_heads_attention_is_the_plain_expression_and_so_are_its_gradients(
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     apply = train_gpt.HeadsAttention.apply
     torch.testing.assert_close(
-        apply(*leaves, *tables, exclusive), plain_heads(*leaves, *tables, exclusive)
+        apply(*leaves, *tables, exclusive, torch.float64), plain_heads(*leaves, *tables, exclusive)
     )
-    assert torch.autograd.gradcheck(lambda *given: apply(*given, *tables, exclusive), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *given: apply(*given, *tables, exclusive, torch.float64), leaves
+    )
 
 
 @pytest.mark.parametrize("where", ["scoring", "long rows", "another kernel", "odd heads"])

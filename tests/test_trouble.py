@@ -680,6 +680,9 @@ CASES: dict[str, Case] = {
     "retired technique": env(MTP_NUM_HEADS="2"),
     "scale before a system": env(PRESET="mini,pr1361"),
     "recipe for a CPU beside a system": env(PRESET="pr1361,cpu"),
+    "bfloat16 in compiled training": env(CPU_BF16="1", COMPILE="1"),
+    "growth that is none": env(ATTN_DOCS="1", DOC_GROWTH="soon"),
+    "growth that shrinks": env(ATTN_DOCS="1", DOC_MAX_LEN="64", DOC_GROWTH="0.5:64,0.2:32"),
     "a layer named twice": env(VE_LAYERS="9,9"),
     "bits of nothing": env(BITS="mlp:9"),
     "bits without a role": env(BITS="mlp:6,attn:6,emb:8"),
@@ -885,7 +888,7 @@ CASES: dict[str, Case] = {
     "pip fails": shell(code=1, STUB_PIP_ERROR="no network"),
     "torch fails": shell(code=1, prepare=python_that("-c*device_count*", "exit 1")),
     "GPUs that torch does not see": shell(prepare=lists_gpus),
-    "data of another vocabulary": shell(code=1, VOCAB_SIZE="4096"),
+    "data of another vocabulary": shell(code=1, VOCAB_SIZE="1024"),
     "no data for a large preset": shell(PRESET="pr1361"),
     "lint fails": shell("test", code=1, STUB_RUFF_EXIT="1"),
     "types fail": shell("test", code=1, STUB_MYPY_EXIT="1"),
@@ -927,6 +930,10 @@ def test_trouble_is_told(place: Place, cause: str) -> None:
 CAUSED_ELSEWHERE = (
     "warning: training ended before ENABLE_LOOPING_AT: exported without loops",  # test_loops.py
     "the artifact's body does not decompress (...: ...)",  # test_codec.py, fuzz_artifact.py
+    # test_cpu_bf16.py, test_artifact.py
+    "CPU_BF16=1: this processor has no products of bfloat16 (avx512_bf16 or AMX); use CPU_BF16=auto",
+    "no validation split with fingerprint ... in DATA_PATH=... or data/datasets/*; make it with "
+    "data/prepare.py; and ...",
 )
 
 
