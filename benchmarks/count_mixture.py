@@ -23,9 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
-import pictures  # noqa: E402
 from compliance import load_script  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -196,6 +194,9 @@ def measure_sizes(case: Case, limits: list[int], picture: Path | None) -> None:
 
 def draw_sizes(lines: dict[str, list[tuple[int, float]]], picture: Path) -> None:
     """Bits per byte against bytes of training text in the artifact, a line for each selection."""
+    import pictures
+    from matplotlib import pyplot as plt
+
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, points), colour in zip(lines.items(), pictures.COLOURS, strict=False):
         num_bytes, scores = zip(*points, strict=True)

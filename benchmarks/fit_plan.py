@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from scipy.optimize import least_squares
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "records"))
-from pack import pack
-
-import plan
-from train_gpt import GPT, Config, bits_of, compress, largest_integer
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+from pack import pack  # noqa: E402
+
+import plan  # noqa: E402
+from train_gpt import GPT, Config, bits_of, compress, largest_integer  # noqa: E402
+
 FITTED_HERE = ("block", "table")
 # Measured, not fitted: zstd-coded bytes a float in the mini artifacts whose scales all differ.
 FLOAT_BYTES = {"#334": 1.65, "#295": 1.71}

@@ -58,7 +58,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
     ),
     (
         "width / query heads / key-value heads",
-        ("512/8/4",) * 5 + ("512/8/4",) * 2,
+        ("512/8/4",) * 7,
         "MODEL_DIM NUM_HEADS NUM_KV_HEADS",
         SAME,
     ),
@@ -93,7 +93,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
     ),
     (
         "RMSNorm without gain",
-        ("eps of float32",) * 5 + ("eps of float32",) * 2,
+        ("eps of float32",) * 7,
         "",
         "a constant here, RMS_EPS",
     ),
@@ -160,7 +160,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
         "value embeddings (width; layers)",
         ("128; 9,10",) * 3 + ("none",) * 2 + ("none",) * 2,
         "VE_ENABLED VE_DIM VE_LAYERS",
-        {**dict.fromkeys(FRONTIER, "VE_DIM, VE_LAYERS without effect")},
+        dict.fromkeys(FRONTIER, "VE_DIM, VE_LAYERS without effect"),
     ),
     (
         "value residual learning",
@@ -194,7 +194,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
     ),
     (
         "output projections at the start",
-        ("0",) * 5 + ("0",) * 2,
+        ("0",) * 7,
         "PROJ_INIT",
         dict.fromkeys(
             ("pr1361", "pr569", "pr703", "pr334", "pr295"),
@@ -228,7 +228,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
     ),
     (
         "loader",
-        ("sequential",) * 5 + ("sequential",) * 2,
+        ("sequential",) * 7,
         "LOADER",
         "rows of T+1 tokens at stride T of one stream; the scripts' spans skip a token between ranks",
     ),
@@ -415,7 +415,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
         "least step of a row",
         ("1/31 (int8: 1/127)",) * 3 + ("2^-14",) * 2 + ("1e-10, which is 0 as fp16",) * 2,
         "Q_SCALE_FLOOR",
-        {**dict.fromkeys(FRONTIER, "without effect with QUANT_CLIP=std_published")},
+        dict.fromkeys(FRONTIER, "without effect with QUANT_CLIP=std_published"),
     ),
     (
         "storage by role",
@@ -493,7 +493,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
         "targets left out",
         ("after the last full row",) * 5 + ("none: the adapters score all",) * 2,
         "EVAL_TRUNCATE",
-        {**dict.fromkeys(FRONTIER, "the setting holds for plain scores")},
+        dict.fromkeys(FRONTIER, "the setting holds for plain scores"),
     ),
     (
         "test-time training",
@@ -566,54 +566,54 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
             "their names are accepted at the value that is off, refused otherwise",
         ),
     ),
-    ("attention inside documents", ("no",) * 5 + ("yes", "yes"), "ATTN_DOCS", SAME),
+    ("attention inside documents", ("no",) * 5 + ("yes",) * 2, "ATTN_DOCS", SAME),
     (
         "gate on what heads give, scale, channels",
-        ("none",) * 5 + ("sparse, .5, 12", "sparse, .5, 12"),
+        ("none",) * 5 + ("sparse, .5, 12",) * 2,
         "ATTN_GATE ATTN_GATE_SCALE GATE_WINDOW",
         SAME,
     ),
     (
         "loops: layers, more passes, from",
-        ("none",) * 5 + ("3 to 5, 2, .35", "3 to 5, 2, .35"),
+        ("none",) * 5 + ("3 to 5, 2, .35",) * 2,
         "NUM_LOOPS LOOP_START LOOP_END ENABLE_LOOPING_AT",
-        {**dict.fromkeys(SYSTEMS[:5], "the places have no effect without passes")},
+        dict.fromkeys(SYSTEMS[:5], "the places have no effect without passes"),
     ),
     (
         "two lanes, from layer",
-        ("none",) * 5 + ("8, their mean goes on", "8, their mean goes on"),
+        ("none",) * 5 + ("8, their mean goes on",) * 2,
         "PARALLEL_START_LAYER",
         SAME,
     ),
     (
         "Muon's polynomial / rows normed",
-        ("Newton-Schulz / no",) * 5 + ("Polar Express / yes", "Polar Express / yes"),
+        ("Newton-Schulz / no",) * 5 + ("Polar Express / yes",) * 2,
         "MUON_NS MUON_ROW_NORM",
-        {**dict.fromkeys(FRONTIER, "all in bf16 there")},
+        dict.fromkeys(FRONTIER, "all in bf16 there"),
     ),
     (
         "steps from the spread of a row",
-        ("no",) * 5 + ("11.5, 13, embedding 14", "11.5, 13, embedding 14"),
+        ("no",) * 5 + ("11.5, 13, embedding 14",) * 2,
         "QUANT_CLIP CLIP_SIGMAS",
-        {**dict.fromkeys(SYSTEMS[:5], "CLIP_SIGMAS has no effect")},
+        dict.fromkeys(SYSTEMS[:5], "CLIP_SIGMAS has no effect"),
     ),
     (
         "LQER: tensors, rank, group",
         ("none",) * 5 + ("3, 4, 64", "3, 4, 32"),
         "LQER_TOP_K LQER_RANK LQER_GROUP",
-        {**dict.fromkeys(SYSTEMS[:5], "rank and group have no effect")},
+        dict.fromkeys(SYSTEMS[:5], "rank and group have no effect"),
     ),
     (
         "adapters: documents, chunk, rank, alpha, places",
         ("none",) * 5 + ("64, 48, 80, 144, q k v o mlp head", "64, 48, 80, 144, q v o mlp head"),
         "LORA_BATCH_DOCS LORA_CHUNK_TOKENS LORA_RANK LORA_ALPHA LORA_PLACES",
-        {**dict.fromkeys(SYSTEMS[:5], "without effect")},
+        dict.fromkeys(SYSTEMS[:5], "without effect"),
     ),
     (
         "adapters: rate, beta2, decay",
         ("none",) * 5 + ("1e-4, .99, .5", "8e-5, .99, 2"),
         "LORA_LR LORA_BETA2 LORA_DECAY",
-        {**dict.fromkeys(SYSTEMS[:5], "without effect")},
+        dict.fromkeys(SYSTEMS[:5], "without effect"),
     ),
     (
         "phases of SGD, documents, rate, chunk",
@@ -628,7 +628,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str, str | dict[str, str]], ...] = (
         "n-gram tilt, order, threshold",
         ("none",) * 5 + ("none", "2.625, 16, .8"),
         "NGRAM_TILT NGRAM_ORDER NGRAM_THRESHOLD",
-        {**dict.fromkeys((*SYSTEMS[:5], "pr1855"), "order and threshold have no effect")},
+        dict.fromkeys((*SYSTEMS[:5], "pr1855"), "order and threshold have no effect"),
     ),
 )
 
