@@ -103,3 +103,10 @@ def test_without_a_gpu_only_the_trial_of_the_script_runs(tmp_path: Path, capsys,
     assert gpu.main() == 2
     assert "--tiny" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("preset", gpu.PRESETS)
+def test_every_preset_that_is_timed_has_a_tiny_form(preset: str, tmp_path: Path) -> None:
+    settings = gpu.Session(tmp_path, tiny=True).settings(preset)
+    cfg, _ = gpu.t.Config.from_env(settings)
+    assert cfg.train_batch_tokens == 512
