@@ -91,7 +91,7 @@ def graphs() -> int:
 
 
 def compiled_run(cfg: Config) -> Run:
-    return Run(replace(cfg, compile="1"), 0, 1, torch.device("cpu"))
+    return Run(replace(cfg, compile="1", cpu_bf16="auto"), 0, 1, torch.device("cpu"))
 
 
 def check_traces(cfg: Config) -> None:
