@@ -67,10 +67,18 @@ def running_mean(values: np.ndarray) -> tuple[np.ndarray, int]:
     return np.convolve(values, np.ones(width) / width, mode="valid"), width
 
 
-def draw_training(loss: plt.Axes, rate: plt.Axes, run: Run, x: np.ndarray, style: dict) -> None:
-    """Training loss and learning-rate scale of one run."""
+def bits_of_a_nat(run: Run) -> float | None:
+    """Bits per byte for each nat a token, on the validation text; None before the first score."""
+    scores = [event for event in run.all("eval") if event["val_loss"] > 0]
+    return scores[0]["val_bpb"] / scores[0]["val_loss"] if scores else None
+
+
+def draw_training(
+    loss: plt.Axes, rate: plt.Axes, run: Run, x: np.ndarray, factor: float, style: dict
+) -> None:
+    """Training loss, times `factor`, and learning-rate scale of one run."""
     steps = run.all("step")
-    losses = np.array([event["train_loss"] for event in steps], dtype=float)
+    losses = factor * np.array([event["train_loss"] for event in steps], dtype=float)
     smooth, width = running_mean(losses)
     loss.plot(x, losses, linewidth=0.5, alpha=0.2, color=style["color"])
     loss.plot(x[width - 1 :], smooth, linewidth=1.4, **style)
@@ -121,16 +129,20 @@ def draw_runs(path: Path, runs: Sequence[tuple[str, Run]], by: str) -> None:
     """Loss, rate, validation and bytes of several runs in one picture; live ones too."""
     figure, panels = plt.subplots(2, 2, figsize=(12, 7.5), sharex=True, layout="constrained")
     (loss, validation), (rate, sizes) = panels
+    # Nats a token of different tokenizers cannot be compared, bits per byte can.
+    factors = [bits_of_a_nat(run) for _, run in runs]
+    unit = "bits per byte, tokens as long as in validation" if all(factors) else "nats a token"
     for number, (name, run) in enumerate(runs):
         x, colour = positions(run, by), COLOURS[number % len(COLOURS)]
         if not len(x):
             continue
         shown = plain(name, 34) if number < NAMES_SHOWN else "_"
-        draw_training(loss, rate, run, x, {"color": colour, "label": shown})
+        factor = (factors[number] or 1.0) if all(factors) else 1.0
+        draw_training(loss, rate, run, x, factor, {"color": colour, "label": shown})
         draw_validation(validation, run, x, colour)
         draw_sizes(sizes, run, x, colour)
     words = AXES[by][1]
-    loss.set(title="Training loss (thick: running mean)", ylabel="nats a token")
+    loss.set(title="Training loss (thick: running mean)", ylabel=unit)
     validation.set(
         title="Validation (star: headline; ring: float weights, square: artifact, in chunks)",
         ylabel="bits per byte",

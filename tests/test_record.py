@@ -656,6 +656,15 @@ def test_plot_draws_runs_and_entries_live_or_ended(
     assert "7 steps" in capsys.readouterr().out
 
 
+def test_training_losses_are_drawn_in_the_unit_of_the_score(runs: list[Path]) -> None:
+    import pictures
+
+    run = reading.read_run(runs[0])
+    final = run.all("final")[-1]
+    assert final["val_loss"] * pictures.bits_of_a_nat(run) == pytest.approx(final["val_bpb"])
+    assert pictures.bits_of_a_nat(reading.Run(run.path, 1, run.all("step"), {})) is None
+
+
 def test_plot_never_overwrites_what_is_no_picture(entry: Path, tmp_path: Path, capsys) -> None:
     """Nor does it draw steps that do not say what they are drawn by."""
     mine = tmp_path / "thesis.txt"

@@ -21,6 +21,7 @@ def test_the_set_is_as_large_as_was_promised() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_fault() -> None:
     chosen = [(kind, number) for kind, (_, many, _) in KINDS.items() for number in range(many)]
     with bench() as made:
