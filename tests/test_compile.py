@@ -127,11 +127,13 @@ def test_any_composition_is_one_graph(number: int) -> None:
 @pytest.mark.parametrize(
     ("preset", "changed"),
     [
-        ("pr703", {}),
-        ("pr295", {"swa_every": 1}),
+        pytest.param("pr703", {}, marks=pytest.mark.slow),
+        pytest.param("pr295", {"swa_every": 1}, marks=pytest.mark.slow),
         ("pr1361", {"ttt_mode": "score_first"}),
         (None, {"attn_docs": True, "doc_growth": "0.3:4,0.6:8", "doc_growth_steps": 2}),
-        pytest.param("pr1855", {"doc_growth": "0.2:4,0.6:8"}, marks=pytest.mark.slow),
+        pytest.param(
+            "pr1855", {"doc_growth": "0.2:4,0.6:8", "doc_growth_steps": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_nothing_compiles_after_priming(
