@@ -193,7 +193,7 @@ run_tests() {
     "$python" -m ruff check . || lint=$?
     "$python" -m ruff format --check --quiet . || layout=$?
     "$python" -m mypy || types=$?
-    "$python" -m pytest -n auto --dist loadfile "$@" || tests=$?
+    "$python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@" || tests=$?
     [ "$lint" = 0 ] || warn "ruff found problems, see above pytest's output"
     [ "$layout" = 0 ] || warn "some files are not laid out by 'ruff format .'"
     [ "$types" = 0 ] || warn "mypy found problems, see above pytest's output"

@@ -17,7 +17,7 @@ from jobs import snapshot
 from train_gpt import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = "-m pytest -n auto --dist loadfile"
+PYTEST = "-m pytest -n auto --dist loadfile --no-loadscope-reorder"
 
 # Stands in for python3 and, copied by "-m venv", for .venv/bin/python.
 STUB = r"""#!/bin/sh
