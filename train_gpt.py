@@ -5189,11 +5189,11 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
 
 
 def log_gates(model: GPT, run: Run) -> None:
-    """Log the largest weight of each kind of gate; one that is 0, as all were, never moved."""
+    """Log the largest weight of each kind of gate; all start at 0, so one at 0 has never moved."""
     largest: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        is_one = model.kinds[name].fits is is_gate or name == "skip_gates"
-        if is_one and parameter.numel():  # one layer has no skip
+        is_gate_weight = model.kinds[name].fits is is_gate or name == "skip_gates"
+        if is_gate_weight and parameter.numel():  # one layer has no skip
             kind = re.sub(r"^blocks\.\d+\.", "", name)
             largest[kind] = max(largest.get(kind, 0.0), float(parameter.detach().abs().max()))
     if largest:
@@ -5201,7 +5201,7 @@ def log_gates(model: GPT, run: Run) -> None:
         run.folder.log(f"gates largest weights: {said}", "gates", largest=largest)
 
 
-def as_trained(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
+def without_untrained_loops(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
     """Remove loops from model and run if training ended before ENABLE_LOOPING_AT.
 
     Otherwise the exported network would repeat layers, for which its weights were never trained.
@@ -9100,20 +9100,20 @@ def evaluate(
     """Score the validation split in windows of EVAL_SEQ_LEN, `stride` targets apart; see windows().
 
     The loop is the rule of a legal score: a chunk of targets is scored, and only then may a learner
-    learn from it. Scores are by the model's distributions, by their tilt to `hints`, or by their
-    mixture with the counts'. `spans` replaces the windows by others.
+    learn from it. Scores are by the model's distributions, by their tilt to `hints` (see
+    hints_in_order()), or by their mixture with the counts'. `spans` replaces the windows by others.
     """
     cfg = run.cfg
     started = time.perf_counter()
     num_targets = val.num_targets(cfg)
     if spans is None:
         spans = windows(num_targets, cfg.eval_seq_len, stride)
-    size = num_targets if learner is None else learner.chunk_targets
-    chunk_of = spans[:, 1] // size
+    chunk_targets = num_targets if learner is None else learner.chunk_targets
+    chunk_of = spans[:, 1] // chunk_targets
     num_chunks = int(chunk_of[-1]) + 1
     sums = torch.zeros(3, dtype=torch.float64)
     num_batches = -(-len(spans) // cfg.eval_batch_seqs)
-    width = stride or cfg.eval_seq_len
+    width = stride or cfg.eval_seq_len  # how many targets a window scores, the first one aside
     operations = scoring_operations(model, spans, width, all_places=mixture is None)
     with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
@@ -9126,7 +9126,7 @@ def evaluate(
                     sums += score_windows(forward, model, val, of_chunk, width, run, bar, hints)
             if learner is not None and chunk < num_chunks - 1:
                 seconds = time.perf_counter() - started
-                first, end = chunk * size, (chunk + 1) * size
+                first, end = chunk * chunk_targets, (chunk + 1) * chunk_targets
                 learner.learn_from(ScoredChunk(chunk, num_chunks, first, end, seconds))
     nats, targets, num_bytes = sums.tolist()
     if learner is not None:
@@ -9786,7 +9786,7 @@ class ArtifactScores:
 def score_artifact(
     stored: dict[str, Stored], val: Validation, forward: Forward, run: Run, diagnostics: bool
 ) -> list[EvalResult]:
-    """Score an artifact's model; the last result is the headline, whose seconds are bounded."""
+    """Score an artifact's model; the last result is the headline, which alone has a time limit."""
     scores = ArtifactScores(stored, val, forward, run)
     cfg, ledger = scores.run.cfg, run.ledger
     if diagnostics:
@@ -10916,7 +10916,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         model = make_model(attention.kernel, val, weights, run)
         log_work(model, rows, val, attention, run)
         forward = make_forward(run)
-        calibration_seconds, eval_seconds = prime(forward, model, rows, run)
+        calibration_seconds, batch_seconds = prime(forward, model, rows, run)
         reserve = budget_reserve(model, calibration_seconds, run)
         state = Training(model, reserve, origin(rows, val, cfg), run)
         if saved := run.folder.last_checkpoint():
@@ -10924,11 +10924,11 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         packed_text = pack_training_text(rows, run)
         averaged = train(forward, state, rows, val, run)
         log_gates(averaged, run)
-        model, run = as_trained(averaged, state, run)
+        model, run = without_untrained_loops(averaged, state, run)
         hessians = calibrate(model, rows, state.step, run)
         float_result = score_float_model(forward, model, val, run)
         blob = export(model, hessians, packed_text, val, run)
-        announce_scoring(eval_seconds, val, run)
+        announce_scoring(batch_seconds, val, run)
         scores = score_export(blob, forward, val, run)
         run.ledger.log_activity()
         return log_summary(model, state.step, len(blob), [float_result, *scores], run)

@@ -115,7 +115,7 @@ def test_a_run_that_ends_before_its_loops_is_what_it_was_trained_as(looping: boo
     ids = torch.randint(64, (2, 17))
     batch = Batch(ids[:, :-1], ids[:, 1:])
     state = SimpleNamespace(schedule=SimpleNamespace(looping=looping))
-    exported, after = train_gpt.as_trained(model, state, run)
+    exported, after = train_gpt.without_untrained_loops(model, state, run)
     with torch.no_grad():
         torch.testing.assert_close(exported(batch)[0], model(batch, looping=looping)[0])
     assert after.cfg.num_loops == exported.cfg.num_loops == (2 if looping else 0)
