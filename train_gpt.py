@@ -7610,13 +7610,13 @@ class CountSettings(Part):
 
 
 def parse_orders(name: str, text: str) -> tuple[int, ...]:
-    """Different numbers from a text like 2,4,8; or Refusal."""
+    """Different numbers, ascending, from a text like 2,4,8 in any order; or Refusal."""
     numbers = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[1-9]\d?", number) for number in numbers):
         raise Refusal(f"{name}={text!r}: expected numbers like 2,4,8")
     if len(set(numbers)) < len(numbers):
         raise Refusal(f"{name}={text!r}: expected different numbers")
-    return tuple(map(int, numbers))
+    return tuple(sorted(map(int, numbers)))
 
 
 @dataclass(frozen=True)
@@ -7948,15 +7948,15 @@ class Hint:
         table.values[: len(self.start)] = torch.from_numpy(self.start)
         return table
 
-    def at(self, places: slice, network: Tensor, main: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, places: slice, network: Tensor, longest: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens at n places (n,), -1 for none, and which three biases count (3, n).
 
-        network and main are log-probabilities (n, V), which class the tokens.
+        The network's and the longest order's log-probabilities (n, V) class the tokens.
         """
         tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
         buckets = [torch.from_numpy(self.strength[places].astype(np.int64))]
         first = len(self.start)
-        for row in (network, main):
+        for row in (network, longest):
             bits = row.gather(1, tokens.clamp_min(0)[:, None])[:, 0] / -math.log(2)
             buckets.append(first + bits.clamp(0, PROBABILITY_CLASSES - 1).long())
             first += PROBABILITY_CLASSES
@@ -8217,11 +8217,11 @@ class Mixture:
         # What the mask forbids has no probability in the mixture.
         forbidden = network == -math.inf
         rows, evidence = self.distributions(network.masked_fill(forbidden, LOG_OF_NOTHING))
-        main = rows[len(self.model.orders)] if self.model else rows[0]
-        lesson = Lesson(rows, self.gate_buckets(evidence, rows[0], main, rows[-1]))
+        longest = rows[len(self.model.orders)] if self.model else rows[0]  # the longest order's
+        lesson = Lesson(rows, self.gate_buckets(evidence, rows[0], longest, rows[-1]))
         targets = slice(self.scored + 1, self.scored + 1 + n)
         for hint in self.hints:
-            lesson.take_hint(*hint.at(targets, rows[0], main))
+            lesson.take_hint(*hint.at(targets, rows[0], longest))
         weights = self.start.expand(n, -1)
         for gate, bucket in zip(self.gates, lesson.buckets, strict=True):
             weights = weights + gate.values[bucket]
@@ -8256,7 +8256,7 @@ class Mixture:
         return [network, *(row.to(self.dtype) for row in rows)], evidence
 
     def gate_buckets(
-        self, evidence: Evidence, network: Tensor, main: Tensor, followers: Tensor
+        self, evidence: Evidence, network: Tensor, longest: Tensor, followers: Tensor
     ) -> Tensor:
         """The bucket of each gate for each target: int64 (gates, n)."""
         contexts = slice(self.scored, self.scored + len(network))
@@ -8269,7 +8269,7 @@ class Mixture:
             by_match += np.searchsorted(MATCH_CLASSES, match.length[targets], side="right")
         by_gap = self.gaps[contexts].astype(np.int64)
         by_token = self.tokens[contexts].astype(np.int64)
-        best = [row.argmax(1) for row in (network, main, followers)]
+        best = [row.argmax(1) for row in (network, longest, followers)]
         by_agreement = (best[0] == best[1]) + 2 * (best[0] == best[2]) + 4 * (best[1] == best[2])
         by_evidence = [by_variety, by_match, by_gap, by_agreement.numpy(), by_token]
         return torch.from_numpy(np.stack(by_evidence))

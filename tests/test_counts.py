@@ -423,6 +423,11 @@ def test_settings_that_no_mixture_can_have_are_refused(given: dict[str, str]) ->
         train_gpt.Config.from_env(given)
 
 
+def test_orders_may_be_listed_in_any_order() -> None:
+    """Gates and hints look at the longest order, wherever it stands in the list."""
+    assert train_gpt.Config(count_orders="8,2,4").orders == (2, 4, 8)
+
+
 # Training tokens in the artifact
 
 
