@@ -2643,7 +2643,7 @@ class Linear(nn.Linear):
 
     def with_gain(self, y: Tensor, gain: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
         """gain (W y + B A x), of y (B, T, in) and what the delta looks at: (B, T, out)."""
-        if delta is None and trains_on_cpu(y):  # a weight has fewer rows than the stream
+        if delta is None and trains_on_cpu(y):  # cheaper than scaling the output
             return product(y, gain.unsqueeze(1) * self.weight, self.in_bf16)
         return like(gain, y) * with_delta(self(y), x, delta)
 
@@ -3165,7 +3165,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: (B, T, D) -> (B, T, D), times a gain (D,).
 
-        Added to the values, and layer 0's values: (B, T, G*K).
+        extra_v is added to the values, first_v are layer 0's values: both (B, T, G*K).
         """
         if inside is None and not deltas and HeadsAttention.takes(x, self.head_dim, self.kernel):
             y = self.on_cpu(x, rotation, extra_v, first_v)
@@ -3288,10 +3288,14 @@ class Block(nn.Module):
         scale: float | Tensor,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Lanes:
-        """The stream (B, T, D) -> (B, T, D), in one lane or two.
+        """The stream (B, T, D) -> (B, T, D), in one lane or two; all else is read from a Context.
+
+        In one lane, where no earlier output is read, with gains g and the norm's factor `scale`:
+
+            m = a x + b x0,  y = m + g_attn attention(scale norm(m)),  y + g_mlp mlp(scale norm(y))
 
         read: an earlier output (B, T, D) that attention reads instead of the stream, if any.
-        weights: how two lanes are combined, see two_lanes(). scale: factor of normed inputs.
+        weights: how two lanes are combined, see two_lanes().
         """
         x, second = lanes
         mixed = self.mixed(x, x0)
@@ -4105,7 +4109,7 @@ def muon_momentum(cfg: Config, step: int, remaining: float, whole: float) -> flo
 class Moment:
     """What the schedules say for one step."""
 
-    lr_scale: float  # the factor of all learning rates
+    lr_scale: float  # a group learns at its base_lr times this, see train_step()
     momentum: float  # Muon's
     qat: bool  # whether training rounds weights
     done: bool  # whether the run has ended, so that this step is not made
@@ -6255,8 +6259,8 @@ MAX_ARTIFACT_BYTES = 1 << 28
 MAX_BODY_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 20
 
-# The settings that every artifact names, the first ones included. A setting that was added later
-# declares what an artifact without it means; see Knob.absent.
+# The settings that every artifact names, even one of version 1. A setting that was added since
+# declares what an artifact means that does not name it; see Knob.absent.
 VERSION_1_SETTINGS = frozenset(
     """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult mlp_act leaky_slope
     tie_embeddings logit_softcap qk_gain_init rope_base rope_dims rope_ntk_ref xsa_last_n vrl_mode
@@ -8100,12 +8104,16 @@ class Mixture:
         p(w) = softmax over w of ( sum_i a_i log p_i(w) + sum_m b_m [w is what hint m expects] )
 
     The p_i are the network's, Kneser-Ney's of each order, recent tokens' and followers'. A weight
-    a_i is the sum over gates of their weight in the bucket of evidence known before the target; a
-    bias b_m that of three biases: of the hint's strength, and of the probabilities that the network
-    and the longest order give its token. After a chunk of targets is scored, all go one Adagrad
-    step (Duchi et al. 2011) down the gradient of the chunk's nats, d nats / d a_i = sum_w p(w) log
-    p_i(w) - log p_i(target), d nats / d b_m = p(hint) - [hint is the target], and the chunk's
-    tokens are counted. Weights are float64, and all state depends on the data alone.
+    a_i is a constant to start from plus one learned weight from each gate, a table by buckets of
+    what is known before the target. A bias b_m is the sum of three learned ones, which go by the
+    hint's strength and by the probabilities that the network and the longest order give its token.
+    After a chunk of targets is scored, all go one Adagrad step (Duchi et al. 2011) down the
+    gradient of the chunk's nats, and the chunk's tokens are counted:
+
+        d nats / d a_i = sum_w p(w) log p_i(w) - log p_i(target)
+        d nats / d b_m = p(hint) - [hint is the target]
+
+    Weights are float64, and all state depends on the data alone.
     """
 
     def __init__(
