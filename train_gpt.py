@@ -3288,12 +3288,13 @@ class Block(nn.Module):
         scale: float | Tensor,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Lanes:
-        """The stream (B, T, D) -> (B, T, D), in one lane or two; all else is read from a Context.
+        """The stream (B, T, D) -> (B, T, D), in one lane or two.
 
         In one lane, where no earlier output is read, with gains g and the norm's factor `scale`:
 
             m = a x + b x0,  y = m + g_attn attention(scale norm(m)),  y + g_mlp mlp(scale norm(y))
 
+        x0, rotation, extra_v, first_v, inside: see Context.
         read: an earlier output (B, T, D) that attention reads instead of the stream, if any.
         weights: how two lanes are combined, see two_lanes().
         """
@@ -9794,7 +9795,7 @@ class ArtifactScores:
 def score_artifact(
     stored: dict[str, Stored], val: Validation, forward: Forward, run: Run, diagnostics: bool
 ) -> list[EvalResult]:
-    """Score an artifact's model; the last result is the headline, which alone has a time limit."""
+    """Score an artifact's model; the last result is the headline, whose time is limited."""
     scores = ArtifactScores(stored, val, forward, run)
     cfg, ledger = scores.run.cfg, run.ledger
     if diagnostics:
