@@ -3389,7 +3389,9 @@ class GPT(nn.Module):
         # (position of the first token, length of the whole row); None: ids are whole rows.
         self.row_place: tuple[int, int] | None = None
         self.compiled_block: Callable[..., Lanes] | None = None  # Block.forward, for training
-        cfg = cfg.for_model()  # from here on, settings that do not travel cannot be read
+        # From here on, settings that do not travel cannot be read. What the forward reads of the
+        # whole `self.cfg` is tried by refuse_unreadable_network().
+        cfg = cfg.for_model()
         self.plan = plan_layers(cfg)
         self.plan_before_looping = plan_layers(cfg, looping=False)
         half = len(self.plan) // 2
@@ -4450,6 +4452,17 @@ def laid_out(cfg: Config) -> GPT:
     """Make the network of these settings without memory for its weights."""
     with torch.device("meta"):
         return GPT(cfg)
+
+
+def refuse_unreadable_network(cfg: Config) -> None:
+    """Raise Refusal if the network could not be rebuilt from the settings that travel.
+
+    Its forward runs once without memory, with a view of the settings that shows no others.
+    """
+    model = laid_out(cfg)
+    model.cfg = cfg.for_model()
+    input_ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    model.logits(model.hidden(input_ids))
 
 
 def refuse_small_budget(cfg: Config) -> None:
@@ -9710,10 +9723,10 @@ class ArtifactScores:
         self.stored = stored
         self.val = val
         self.forward = forward
-        self.model = rebuild_model(run.cfg, stored, run)
-        if run.cfg.token_mask != "0":
-            mask_tokens(self.model, val, run.device)
         self.run = run.with_settings(run.cfg.for_scoring())
+        self.model = rebuild_model(run.cfg, stored, run)
+        if self.run.cfg.token_mask != "0":
+            mask_tokens(self.model, val, run.device)
         self.grid = grid_label(self.model, stored)
         self.results: list[EvalResult] = []
 
@@ -10954,6 +10967,7 @@ def load_inputs(cfg: Config, device: torch.device) -> tuple[TrainingRows, Valida
             "CPU_BF16=1: this processor has no products of bfloat16 (avx512_bf16 or AMX); "
             "use CPU_BF16=auto"
         )
+    refuse_unreadable_network(cfg)
     refuse_small_budget(cfg)
     rows = TrainingRows(cfg)
     val = load_validation(cfg)
@@ -11255,7 +11269,6 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, val = load_inputs(cfg, device)
     pick_attention(cfg, Ranks(device=device))
-    laid_out(cfg)
     initial_weights(cfg, val)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(

@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import Field, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TinyData
-from jobs import TINY, environment, launch, snapshot, write_tokens
+from jobs import TINY, environment, launch, snapshot, tiny_job, write_tokens
 
-from train_gpt import Stored, encode_artifact, main
+import train_gpt
+from train_gpt import Knob, Stored, encode_artifact, knob_of, main
 
 
 @pytest.fixture
@@ -229,3 +231,33 @@ def test_an_unknown_argument_is_refused(
     err = capfd.readouterr().err
     assert (err.count("\n"), err[:7]) == (1, "error: ")
     assert arguments[0] in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mlp_act", "relu2"),  # read where layers are made
+        ("logit_softcap", "15"),  # and these in the forward alone
+        ("rope_base", "100"),
+        ("rope_ntk_ref", "8"),
+        ("token_mask", "eval"),  # read by scoring
+    ],
+)
+def test_a_setting_that_an_artifact_needs_is_refused_if_it_does_not_travel(
+    name: str,
+    value: str,
+    few_data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def misdeclared(setting: Field) -> Knob:
+        knob = knob_of(setting)
+        return replace(knob, reach="training") if setting.name == name else knob
+
+    monkeypatch.setattr(train_gpt, "knob_of", misdeclared)
+    given = {"ITERATIONS": "1", name.upper(): value}
+    with environment(**tiny_job(few_data, tmp_path, "run", **given)):
+        assert main([]) == 2
+    assert f"error: {name.upper()} is read by" in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == (name == "token_mask")
