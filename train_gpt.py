@@ -193,6 +193,11 @@ class Knob:
         """Whether an artifact's header holds the setting."""
         return self.reach in ("model", "scoring")
 
+    @property
+    def text_if_absent(self) -> str:
+        """`absent` as an artifact's header would hold it."""
+        return self.absent if isinstance(self.absent, str) else show_setting(self.absent)
+
 
 def knob(
     reach: str,
@@ -6588,10 +6593,9 @@ def settings_in_header(header: dict) -> dict[str, str]:
     for name, setting in ours.items():
         if name in named:
             continue
-        absent = knob_of(setting).absent
-        if absent is UNSAID:
+        if knob_of(setting).absent is UNSAID:
             raise Refusal(f"the artifact's header does not name the setting {name}")
-        named[name] = absent if isinstance(absent, str) else show_setting(absent)
+        named[name] = knob_of(setting).text_if_absent
     return named
 
 
@@ -10586,12 +10590,17 @@ def refuse_bad_declarations() -> None:
     for name, setting in SETTINGS.items():
         if not isinstance(setting.metadata.get("knob"), Knob):
             raise Refusal(f"{name.upper()} is declared without a knob: use training_knob or so")
-        is_silent = knob_of(setting).absent is UNSAID and name not in VERSION_1_SETTINGS
-        if knob_of(setting).travels and is_silent:
+        if not knob_of(setting).travels or name in VERSION_1_SETTINGS:
+            continue
+        if knob_of(setting).absent is UNSAID:
             raise Refusal(
                 f"{name.upper()} travels in artifacts and does not say what its absence in an "
                 "older one means: add absent=..., the value at which nothing changes"
             )
+        try:
+            parse_setting(name.upper(), knob_of(setting).text_if_absent, setting)
+        except Refusal as refusal:
+            raise Refusal(f"absent=... in a declaration is no value: {refusal}") from None
 
 
 def preset_names(text: str) -> list[str]:

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -639,7 +640,9 @@ def declared(**metadata: object) -> Case:
 
     def deed(place: Place) -> None:
         place.patch.setitem(
-            train_gpt.SETTINGS, "new_one", SimpleNamespace(name="new_one", metadata=metadata)
+            train_gpt.SETTINGS,
+            "new_one",
+            SimpleNamespace(name="new_one", default=False, metadata=metadata),
         )
         train_gpt.refuse_bad_declarations.cache_clear()
         try:
@@ -664,7 +667,7 @@ def unpacked(packed: bytes) -> Case:
 
 
 TOKENS = train_gpt.pack_tokens(np.arange(320))
-NO_ABSENCE = train_gpt.Knob((0, 1), "", "model", train_gpt.UNSAID, ())
+NO_ABSENCE = train_gpt.Knob((), "", "model", train_gpt.UNSAID, ())
 BIG = {"NUM_LAYERS": "11"}
 CASES: dict[str, Case] = {
     # Settings
@@ -728,6 +731,7 @@ CASES: dict[str, Case] = {
     "setting that the network may not read": refused(lambda p: train_gpt.Config().for_model().seed),
     "setting without a knob": declared(),
     "setting without an absence": declared(knob=NO_ABSENCE),
+    "setting whose absence is no value of it": declared(knob=replace(NO_ABSENCE, absent="none")),
     "parameter of no kind": kind_of(),
     "parameter of a wrong kind": kind_of(kind=train_gpt.GAIN),
     # Start
