@@ -32,7 +32,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from train_gpt import ALIASES, RETIRED, Config, Refusal, sha256_of  # noqa: E402
+from train_gpt import (  # noqa: E402
+    ALIASES,
+    RETIRED,
+    Config,
+    Refusal,
+    handle_end_signals,
+    sha256_of,
+)
 
 OURS = {field.name.upper() for field in fields(Config)} | {*ALIASES, *RETIRED}
 NOT_COMPARED = {"run_id", "runs_dir"}
@@ -167,9 +174,7 @@ def work(jobs: list[Job], runs: Path, at_once: int) -> int:
     if sources - {sha256_of(ROOT / "train_gpt.py")}:
         tqdm.write("warning: some finished runs are of another train_gpt.py than this one")
     queue, failed = Queue(runs, at_once), []
-    before = {
-        number: signal.signal(number, queue.stop) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = handle_end_signals(queue.stop)
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="job", smoothing=0)
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool, bar:
         made = {pool.submit(queue.run, job): job for job in left}

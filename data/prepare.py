@@ -1227,7 +1227,7 @@ def stop(number: int, frame: object) -> NoReturn:
 
 def catch_signals() -> None:
     """Let every signal that asks for the end do what Ctrl-C does, unless it is ignored (nohup)."""
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"):
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)

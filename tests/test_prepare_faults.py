@@ -146,7 +146,7 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
-ENDINGS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"]
+ENDINGS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 
 
 @pytest.mark.parametrize("number", [getattr(signal, name) for name in ENDINGS])
