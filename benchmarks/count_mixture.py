@@ -59,20 +59,26 @@ ROWS_A_CALL = 2048
 
 
 @torch.no_grad()
-def network_rows(trainer, folder: Path, cfg, tokens: np.ndarray) -> np.ndarray:
-    """The artifact's log-probabilities of tokens[1:] in sliding windows: float16 (N - 1, V)."""
+def network_rows(trainer, folder: Path, cfg, val) -> np.ndarray:
+    """The artifact's log-probabilities of the targets in sliding windows: float16 (N - 1, V)."""
     _, stored = trainer.read_artifact(folder / "artifact.bin")
-    with torch.device("meta"):
-        model = trainer.GPT(cfg)
-    model.load_state_dict({name: s.restore() for name, s in stored.items()}, assign=True)
-    targets, T = len(tokens) - 1, cfg.eval_seq_len
+    run = trainer.Run(cfg, 0, 1, torch.device("cpu"))
+    model = trainer.rebuild_model(cfg, stored, run)
+    tokens = torch.from_numpy(val.tokens.astype(np.int64))
+    # The oldest entries know no mask.
+    masked = "token_mask" in vars(cfg) and cfg.token_mask in ("eval", "1")
+    if masked:
+        trainer.mask_tokens(model, val, run.device)
+    targets = len(tokens) - 1
+    T = cfg.eval_seq_len
     rows = np.empty((targets, cfg.vocab_size), np.float16)
     spans = trainer.windows(targets, T, cfg.eval_stride)
     for batch in np.array_split(spans, range(32, len(spans), 32)):
         places = np.minimum(batch[:, :1] + np.arange(T), targets - 1)
-        hidden = model.hidden(torch.from_numpy(tokens[places].astype(np.int64)))
+        hidden = model.hidden(tokens[places])
         for row, (start, first, end) in enumerate(batch.tolist()):
-            logits = model.logits(hidden[row, first - start : end - start])
+            before = [tokens[first:end]] if masked else []
+            logits = model.logits(hidden[row, first - start : end - start], *before)
             rows[first:end] = logits.log_softmax(1).numpy()
     return rows
 
@@ -94,7 +100,7 @@ class Case:
         if kept_rows and kept_rows.is_file():
             self.rows = np.load(kept_rows, mmap_mode="r")
         else:
-            self.rows = network_rows(trainer, folder, cfg, val.tokens)
+            self.rows = network_rows(trainer, folder, cfg, val)
             if kept_rows:
                 np.save(kept_rows, self.rows)
         self.rows = self.rows[:targets]
