@@ -1,6 +1,7 @@
 """What --plan says of a run: memory of a step traced on fake tensors, the rest from settings."""
 
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -108,6 +109,45 @@ def artifact_bytes(
     return total
 
 
+def decay_left(scale: float, shape: str) -> float:
+    """The fraction of the warmdown that is left when decay_scale() gives `scale`; its inverse."""
+    if shape == "linear":
+        return scale
+    return math.acos(1.0 - 2.0 * scale) / math.pi
+
+
+def turning_points(cfg: train_gpt.Config) -> Iterator[tuple[str, float]]:
+    """Yield what changes as the rates decay, and the fraction of the warmdown left then."""
+    scales = {f"warmdown ({cfg.warmdown_type})": 1.0}
+    if cfg.qat_mode == "late":
+        scales["late QAT"] = cfg.late_qat_threshold
+    if "swa" in cfg.avg_mode:
+        scales[f"SWA, every {cfg.swa_every} steps"] = cfg.swa_start_frac
+    if cfg.mile_gamma:
+        scales["MiLe: plain cross entropy"] = train_gpt.MILE_ENDS
+    if cfg.min_lr:
+        scales[f"rate floor of {cfg.min_lr:g}"] = cfg.min_lr
+    for name, scale in scales.items():
+        if scale:
+            yield name, decay_left(scale, cfg.warmdown_type)
+
+
+def dates(cfg: train_gpt.Config) -> Iterator[tuple[str, float]]:
+    """Yield what changes at a fixed fraction of the run, and that fraction."""
+    if cfg.muon_momentum_cooldown_frac:
+        yield "momentum cool-down", 1.0 - cfg.muon_momentum_cooldown_frac
+    if cfg.muon_slow_share:
+        yield "slower momentum", cfg.muon_slow_start_frac
+    if cfg.prefix_target:
+        yield "prefix target: its fall", 1.0 / 3.0
+        yield "prefix target: none", 2.0 / 3.0
+    if cfg.attn_docs:
+        for (share, _), (_, length) in itertools.pairwise(cfg.context_stages):
+            yield f"documents of up to {length:,} tokens", share
+    if cfg.num_loops:
+        yield "depth loop", cfg.enable_looping_at
+
+
 def schedule_dates(cfg: train_gpt.Config, schedule: train_gpt.Schedule) -> Iterator[str]:
     """When each scheduled thing starts, in the unit of the budget that ends the run."""
     unit = {"steps": "steps", "seconds": "s", "operations": "TFLOP"}[schedule.unit]
@@ -118,16 +158,14 @@ def schedule_dates(cfg: train_gpt.Config, schedule: train_gpt.Schedule) -> Itera
     else:
         yield f"end: {whole / scale:g} {unit}, or {cfg.iterations:,} steps"
     yield f"momentum ramp: to {cfg.muon_momentum:g} in {cfg.muon_momentum_warmup_steps:,} steps"
-    for name, share in schedule.dates():
+    for name, share in dates(cfg):
         yield f"{name}: from {share * whole / scale:g} {unit} on"
-    if cfg.num_loops:
-        yield f"depth loop: from {cfg.enable_looping_at * whole / scale:g} {unit} on"
     if cfg.step_driven or cfg.warmdown_frac:
         warmdown = schedule.warmdown(whole)
-        for name, left in schedule.turning_points():
+        for name, left in turning_points(cfg):
             yield f"{name}: from {(whole - left * warmdown) / scale:g} {unit} on"
     else:  # WARMDOWN_ITERS become seconds once the time of a step is known
-        for name, left in schedule.turning_points():
+        for name, left in turning_points(cfg):
             yield f"{name}: the last {left * cfg.warmdown_iters:,.0f} steps"
 
 
@@ -338,7 +376,7 @@ class Plan:
         yield from self.memory()
         yield from self.artifact()
         yield from schedule_dates(self.cfg, self.schedule)
-        reasons = "; ".join(train_gpt.static_ineligibility(self.cfg))
+        reasons = "; ".join(train_gpt.ineligible_settings(self.cfg))
         verdict = f"no: {reasons}" if reasons else "yes, in time on 8 x H100"
         yield f"eligible as a record: {verdict}"
 

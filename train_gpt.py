@@ -39,6 +39,9 @@ Sections, in the order of a run:
 
 Shapes: B rows, T tokens a row, D model width, H query heads, G key/value heads, K head width,
 V vocabulary, N tokens of a stream. Linear weights are (out, in).
+
+A target is a token to predict; its nats are its cross entropy, -ln of the probability that the
+model gives it. A place is an index: of a token in a row or a text, of a layer in the model's plan.
 """
 
 from __future__ import annotations
@@ -78,13 +81,13 @@ try:
     import fcntl
     import resource
 except ImportError:
-    if __name__ != "__main__":
+    if __name__ != "__main__":  # an importing program needs the exception, not an exit
         raise
     print("error: this needs Linux or macOS; on Windows, run it inside WSL", file=sys.stderr)
     sys.exit(2)
 
 # Signals that ask a process to end. They come from a scheduler, Ctrl-C, a closed terminal or a
-# limit on CPU time; SLURM and its like send USR1 or USR2 some time before they kill.
+# limit on CPU time; schedulers such as SLURM send USR1 or USR2 some time before they kill a job.
 END_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -164,7 +167,7 @@ MALFORMED = (
     struct.error,
 )
 
-UNSAID = object()  # marks a setting that does not say what its absence in an artifact means
+UNSAID = object()  # Knob.absent of a setting that declares none
 
 
 @dataclass(frozen=True)
@@ -314,7 +317,8 @@ class RunSettings(Part):
     attention: str = run_knob(
         "auto",
         ("auto", "fa3", "cudnn", "flash", "sdpa"),
-        "Attend on CUDA by this kernel; auto takes the quickest in a trial, sdpa torch's choice.",
+        "Compute attention on CUDA with this kernel: auto takes the fastest in a trial, sdpa "
+        "leaves the choice to torch.",
     )
     compile: str = run_knob(
         "auto", ("auto", "0", "1"), "Use torch.compile; auto does on CUDA and in long CPU runs."
@@ -322,9 +326,9 @@ class RunSettings(Part):
     cpu_bf16: str = training_knob(
         "auto",
         ("auto", "0", "1"),
-        "Multiply matrices in bfloat16 where a CPU trains, all else in float32; auto does where "
-        "the processor can and a trial takes less time, and not in runs by steps or by counted "
-        "work, which repeat to the bit.",
+        "On a CPU, multiply matrices in bfloat16 during training and keep the rest in float32; "
+        "auto does so if the processor can and a trial is faster, but never in runs that end by "
+        "steps or counted work, which repeat to the bit.",
     )
     resume: bool = run_knob(False, (), "Continue from the last checkpoint of RUN_ID, if any.")
     init_from: str = run_knob(
@@ -333,19 +337,21 @@ class RunSettings(Part):
     log_to: str = run_knob(
         "files",
         ("files", "tensorboard"),
-        "tensorboard writes event files as well, in the run folder; it needs that package.",
+        "With tensorboard, also write event files to the run folder; needs that package.",
     )
     checkpoint_seconds: float = run_knob(
-        0.0, (0.0, 1e7), "Write a checkpoint every so many seconds; 0: on a signal and at the end."
+        0.0,
+        (0.0, 1e7),
+        "Write checkpoints this many seconds apart; 0 writes them on a signal and at the end only.",
     )
     watchdog_seconds: float = run_knob(
         600.0, (0.1, 1e7), "Give up after waiting this many seconds for the other ranks."
     )
     train_log_every: int = run_knob(
-        0, (0, math.inf), "Log every so many steps; 0 logs about 50 lines a run."
+        0, (0, math.inf), "Log one step in this many; 0 logs about 50 lines a run."
     )
     val_loss_every: int = run_knob(
-        4000, (0, math.inf), "Validate every so many steps; 0 validates at the end only."
+        4000, (0, math.inf), "Validate after each this many steps; 0 validates at the end only."
     )
 
     @staticmethod
@@ -357,9 +363,9 @@ class RunSettings(Part):
         )
         yield (
             cfg.cpu_bf16 != "1" or cfg.compile != "1",
-            "CPU_BF16=1 is for training that COMPILE=1 does not compile",
+            "CPU_BF16=1 has no effect on compiled training: it cannot be combined with COMPILE=1",
         )
-        yield cfg.run_id or not cfg.resume, "RESUME needs the RUN_ID of the run to go on with"
+        yield cfg.run_id or not cfg.resume, "RESUME needs the RUN_ID of the run to continue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,13 +376,13 @@ class BudgetSettings(Part):
 
     iterations: int = training_knob(20000, (1, 10**8), "Train for at most this many steps.")
     max_wallclock_seconds: float = training_knob(
-        600.0, (0.0, 1e7), "Bound training and calibration to this many seconds; 0 does not."
+        600.0, (0.0, 1e7), "Bound training and calibration to this many seconds; 0 sets no bound."
     )
     max_train_tflops: float = training_knob(
         0.0,
         (0.0, 1e9),
-        "Bound training and calibration to this many 10^12 floating-point operations, which are "
-        "counted from shapes and equal on every machine; 0 sets no such bound.",
+        "Bound training and calibration to this many TFLOP (10^12 floating-point operations), "
+        "counted from shapes and so equal on every machine; 0 sets no bound.",
     )
     eval_wallclock_seconds: float = run_knob(
         600.0, (0.0, 1e7), "Bound the scoring of the artifact to this many seconds."
@@ -385,12 +391,12 @@ class BudgetSettings(Part):
         16_000_000, (1, 1 << 40), "Bound code and artifact together to this many bytes."
     )
     warmup_steps: int = training_knob(
-        20, (0, 1000), "Prime with this many steps before the clock starts; they are undone."
+        20, (0, 1000), "Warm up with this many steps before the clock starts, then undo them."
     )
 
     @property
     def step_driven(self) -> bool:
-        """Whether a count of steps or of operations ends the run, rather than the clock."""
+        """Whether a number of steps or operations ends the run, rather than the clock."""
         return self.max_wallclock_seconds == 0
 
     @property
@@ -420,7 +426,7 @@ class BudgetSettings(Part):
 
 
 def say(line: str, to_stderr: bool = False) -> None:
-    """Write a line to the console, if it is still there: losing output must not end a run."""
+    """Write a line to the console if that is still open: lost output must not end a run."""
     stream = sys.stderr if to_stderr else sys.stdout
     if stream is None:  # it was closed before the process began
         return
@@ -430,33 +436,41 @@ def say(line: str, to_stderr: bool = False) -> None:
     except UnicodeEncodeError:
         tqdm.write(line.encode("ascii", "backslashreplace").decode(), file=stream)
     except (OSError, ValueError):
-        lead_nowhere(stream)
+        discard_output(stream)
 
 
-def lead_nowhere(stream: TextIO) -> None:
-    """Drop what a stream still holds: Python flushes it when it exits, and must not fail then."""
+def discard_output(stream: TextIO) -> None:
+    """Point a broken stream at /dev/null, so that Python's flush at exit does not fail."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in place of stdin, stdout and stderr, as far as they are closed.
+    """Open /dev/null in place of those of stdin, stdout and stderr that are closed.
 
-    Otherwise a file of the run would get such a descriptor, and other programs' output with it.
+    Otherwise the next file that the run opens would get that descriptor, and with it everything
+    that a library prints there.
     """
     while True:
-        number = os.open(os.devnull, os.O_RDWR)
-        if number > 2:
-            os.close(number)
+        descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free one
+        if descriptor > 2:
+            os.close(descriptor)
             return
 
 
-# Settings that a run may be resumed with larger values of.
+def divide_up(total: Any, size: Any) -> Any:
+    """total / size rounded up, of integers or integer arrays: how many parts of `size` it takes."""
+    return -(-total // size)
+
+
+# Settings whose values may grow when a run is resumed.
 BUDGETS = ("iterations", "max_wallclock_seconds", "max_train_tflops")
 EXIT_FAILED, EXIT_REFUSED, EXIT_OVER_LIMIT, EXIT_INTERRUPTED = 1, 2, 3, 130
-CACHED_TOKENS = 4096  # of a scoring forward on a CPU: the activations of more leave its caches
+# Tokens in a forward. On a GPU memory is the bound. On a CPU the activations of a scoring forward
+# should stay in its caches.
+GPU_FORWARD_TOKENS, CPU_FORWARD_TOKENS, CPU_SCORING_TOKENS = 98_304, 8_192, 4_096
 
 
 class Clock:
@@ -465,14 +479,14 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
         self.banked = 0.0
-        self.since: float | None = None  # when it began to run
+        self.since: float | None = None  # when it last began to run; None while it is stopped
 
     def elapsed(self) -> float:
         return self.banked + (self.now() - self.since if self.since is not None else 0.0)
 
     @contextlib.contextmanager
     def running(self, runs: bool = True) -> Iterator[None]:
-        """Count the time spent inside; running(False) leaves it out."""
+        """Count the time spent inside the block; running(False) leaves that time out."""
         ran_before = self.since is not None
         self.set_running(runs)
         try:
@@ -487,10 +501,10 @@ class Clock:
 
 
 class Ranks:
-    """The processes that share a run, of which this is one, and what they exchange.
+    """The processes that share a run, seen from one of them, and what they exchange.
 
     Every decision that ranks must share goes through agree(), every sum through add_up() or
-    scatter_sum(). With a single process these do nothing.
+    scatter_sum(). With a single process these return what they are given.
     """
 
     def __init__(
@@ -508,11 +522,11 @@ class Ranks:
         self.device = device or torch.device("cpu")
         self.is_main = rank == 0
         self.store = store  # through which the processes found each other
-        # Muon divides each stack of matrices into this many parts; with 1, every rank does all.
+        # Muon divides each stack of matrices into this many parts; with 1, every rank works on all.
         self.num_parts = world_size if split_stacks else 1
         # Decisions are exchanged through host memory, so that they never wait for a GPU queue.
         self.control: dist.ProcessGroup | None = None
-        # Its time-out is long: rank 0 may quantise alone while the others wait for the artifact.
+        # The time-out of this group is long: rank 0 may quantize alone while the others wait.
         self.patient: dist.ProcessGroup | None = None
         if world_size > 1 and dist.is_initialized():
             seconds = timedelta(seconds=watchdog_seconds)
@@ -547,7 +561,7 @@ class Ranks:
 
     def part_of(self, stack: Tensor) -> Tensor:
         """This rank's part (m, ...) of a stack (n, ...); zeros pad it so that parts are equal."""
-        count = -(-len(stack) // self.num_parts)
+        count = divide_up(len(stack), self.num_parts)
         first = count * (self.rank % self.num_parts)
         part = stack[first : first + count].to(self.device)
         return torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
@@ -601,16 +615,15 @@ class Ranks:
             return
         bits = [p.detach().view(torch.int32) for p in model.parameters()]
         total = torch.stack([part.sum(dtype=torch.int64) for part in bits]).sum()
-        own = float(total.item() % 2**50)  # a float64 holds it exactly
-        of_main = self.agree(own)
-        if self.any_of(own != of_main):
+        checksum = float(total.item() % 2**50)  # a float64 holds it exactly
+        if self.any_of(checksum != self.agree(checksum)):
             raise RuntimeError(f"step {step}: the ranks' weights differ; do not use this run")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """If any rank raises Refusal in this block, raise that of the lowest such rank on all.
+        """If some ranks raise Refusal in this block, raise that of the lowest of them on all ranks.
 
-        Otherwise the others would wait for it in vain, or end without saying why.
+        Otherwise the others would wait for that rank in vain, or end without saying why.
         """
         refusal = None
         try:
@@ -640,7 +653,7 @@ class Ranks:
                 missing.difference_update(here)
                 time.sleep(0.1)
 
-        # This asks in a thread, as a store never answers if the process that holds it is dead.
+        # A thread asks, because a store never answers if the process that holds it is dead.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(3.0)
@@ -673,9 +686,9 @@ class RunFolder:
         self.path: Path | None = None
         self.source = Path(__file__).read_bytes()  # read once: it may be edited during the run
         self.larger_budgets: list[str] = []  # budgets that have grown since the run began
-        self.draws = cfg.log_to == "tensorboard"
-        self.curves: Any = None  # tensorboard's writer, from the first step on
-        self.drawn_step = 0
+        self.draws = cfg.log_to == "tensorboard"  # whether to write tensorboard's curves
+        self.curves: Any = None  # tensorboard's writer, once there is something to write
+        self.drawn_step = 0  # the last step of which a curve has a point
 
     def open(self) -> None:
         """Make the folder, or with RESUME=1 continue in it; raises Refusal if it is unsuitable."""
@@ -698,7 +711,10 @@ class RunFolder:
         source = folder / "train_gpt.py"
         self.refuse_other_settings(settings)
         if source.is_file() and source.read_bytes() != self.source:
-            raise Refusal(f"RESUME=1: {source} began this run, and this one differs: resume there")
+            raise Refusal(
+                f"RESUME=1: the run began with {source}, and this train_gpt.py differs from it: "
+                "resume with that file"
+            )
         no_locks = self.lock_folder(folder)
         self.path = folder
         for partial in folder.glob(".*.partial"):  # left by a process that died while it wrote
@@ -732,7 +748,7 @@ class RunFolder:
     def refuse_other_settings(self, path: Path) -> None:
         """Raise Refusal if the settings of the run to resume would give another result.
 
-        A budget may have grown, as a run that has ended can continue: see larger_budgets.
+        A budget may have grown, so that a run which has ended can continue: see larger_budgets.
         """
         if not path.is_file():
             return
@@ -784,7 +800,7 @@ class RunFolder:
             except Exception as error:  # torch.load documents no exceptions
                 self.log(f"warning: {path} cannot be read ({error}); trying the one before")
         content = self.ranks.broadcast(content)
-        # To the CPU first: torch would put every rank's tensors on the GPU that saved them.
+        # Loaded to the CPU: otherwise torch puts every rank's tensors on the GPU that saved them.
         return torch.load(io.BytesIO(content), "cpu", weights_only=True) if content else None
 
     def append(self, name: str, text: str) -> None:
@@ -794,7 +810,7 @@ class RunFolder:
                 file.write(text)
 
     def log(self, template: str, event: str = "", **facts: object) -> None:
-        """Log template.format(**facts), unless empty, and add an event's facts to metrics.jsonl."""
+        """Log template.format(**facts) unless it is empty; write a named event to metrics.jsonl."""
         if not self.ranks.is_main:
             return
         if template:
@@ -806,13 +822,13 @@ class RunFolder:
             self.draw(event, facts)
 
     def draw(self, event: str, facts: dict[str, Any]) -> None:
-        """Add the numbers of a step or a score to tensorboard's curves, with LOG_TO.
+        """With LOG_TO=tensorboard, add the numbers of a step or a score to its curves.
 
-        Curves are never essential: without them the run goes on.
+        Curves are never essential: if they cannot be written, the run goes on.
         """
         if not self.draws or self.path is None or event not in ("step", "eval"):
             return
-        self.drawn_step = facts["step"] or self.drawn_step  # 0: a score after training
+        self.drawn_step = facts["step"] or self.drawn_step  # a score after training has step 0
         try:
             if self.curves is None:
                 self.curves = tensorboard_writer()(self.path / "tensorboard", flush_secs=10)
@@ -837,7 +853,7 @@ class RunFolder:
         return tqdm(
             desc=label,
             leave=False,
-            # None: where stderr is no terminal. tqdm does not expect one that is closed.
+            # With None, tqdm disables itself unless stderr is a terminal; it fails if it is closed.
             disable=None if self.ranks.is_main and sys.stderr is not None else True,
             unit_scale=True,
             dynamic_ncols=True,
@@ -879,13 +895,13 @@ class Ledger:
         self.training_clock = Clock()  # training and calibration
         self.scoring_clock = Clock()
         self.table_clock = Clock(time.process_time)  # processor time of counts and their mixture
-        self.trained_seconds = 0.0  # of the training clock, before calibration
-        self.training_operations = 0  # counted, in training and calibration
+        self.trained_seconds = 0.0  # the training clock when calibration began
+        self.training_operations = 0  # floating-point operations of training and calibration
         self.scoring_operations = 0
         self.calibration_tokens = 0
         self.occasions = Counter[str]()  # by technique: how often it could have acted
-        self.activity = Counter[str]()  # by technique: how often it did
-        self.continued = False  # whether the process was paused since tell_pause() was called
+        self.activity = Counter[str]()  # by technique: how often it acted
+        self.was_paused = False  # whether the process was paused since note_pause() was called
         self.ineligible: list[str] = []  # why the run cannot stand as a record
 
     def note(self, name: str, acted: bool) -> None:
@@ -898,11 +914,11 @@ class Ledger:
         self.ineligible.append(reason)
         self.folder.log(f"warning: not eligible as a record: {reason}")
 
-    def tell_pause(self, when: str) -> None:
-        """Mark the run ineligible if the process was paused since this was last asked."""
-        if self.continued:
-            self.continued = False
-            self.mark_ineligible(f"stopped and continued {when}: its clock went on meanwhile")
+    def note_pause(self, when: str) -> None:
+        """Mark the run ineligible if the process was paused since the last call."""
+        if self.was_paused:
+            self.was_paused = False
+            self.mark_ineligible(f"paused and continued {when}: its clock went on meanwhile")
 
     def log_activity(self) -> None:
         """Log how often each configured technique acted; warn of any that never did."""
@@ -941,20 +957,20 @@ class Run:
         )
         self.folder = RunFolder(cfg, self.ranks)
         self.ledger = Ledger(self.folder)
-        self.products = self.dtype  # the type in which training multiplies matrices
-        self.phase = "starting"  # a failure's message names the phase
-        self.signals: list[int] = []  # those that have asked training to end
-        tokens_at_once = 98_304 if device.type == "cuda" else 8_192
-        self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens_at_once // cfg.train_seq_len)
+        self.product_dtype = self.dtype  # the type in which training multiplies matrices
+        self.phase = "starting"  # what the run is doing, for the message of a failure
+        self.signals: list[int] = []  # signals that have asked training to end
+        tokens = GPU_FORWARD_TOKENS if device.type == "cuda" else CPU_FORWARD_TOKENS
+        self.micro_batch_rows = cfg.micro_batch_seqs or max(1, tokens // cfg.train_seq_len)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of activations; on a CPU float32, as few CPUs multiply bfloat16 natively."""
+        """The type of activations: bfloat16 on CUDA, float32 elsewhere (but see CPU_BF16)."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
     def compiled(self) -> bool:
-        """Whether the whole forward is compiled."""
+        """Whether the whole forward is compiled; compile_blocks() may compile less on a CPU."""
         if self.cfg.compile == "auto":
             return self.device.type == "cuda"
         return self.cfg.compile == "1"
@@ -962,29 +978,33 @@ class Run:
     @property
     def adaptation_rows(self) -> int:
         """How many rows each rank takes in a step of test-time training."""
-        return -(-self.cfg.ttt_batch_seqs // self.ranks.world_size)
+        return divide_up(self.cfg.ttt_batch_seqs, self.ranks.world_size)
 
     @property
     def scored_rows(self) -> int:
-        """How many of a batch's EVAL_BATCH_SEQS windows one forward scores."""
+        """How many windows one forward scores: EVAL_BATCH_SEQS, or fewer on a CPU."""
         if self.device.type != "cpu":
             return self.cfg.eval_batch_seqs
-        return min(self.cfg.eval_batch_seqs, max(1, CACHED_TOKENS // self.cfg.eval_seq_len))
+        fitting = max(1, CPU_SCORING_TOKENS // self.cfg.eval_seq_len)
+        return min(self.cfg.eval_batch_seqs, fitting)
 
     def with_settings(self, cfg: Config) -> Run:
-        """Copy the run with other settings; the copy shares ranks, folder and ledger."""
-        other = copy.copy(self)
-        other.cfg = cfg
-        return other
+        """Return a copy of the run with other settings; it shares ranks, folder and ledger."""
+        changed = copy.copy(self)
+        changed.cfg = cfg
+        return changed
 
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> Iterator[Run]:
-        """Join the other ranks and handle signals until the block ends; tell of its failure."""
+        """Join the other ranks, handle signals inside the block, and report an error that ends it.
+
+        A Refusal passes on to main(), which prints it; any other error ends the process here.
+        """
         run = cls(cfg, *join_ranks(cfg))
-        before = handle_end_signals(run.on_signal)
-        if before:
-            before[signal.SIGCONT] = signal.signal(signal.SIGCONT, run.on_continue)
+        replaced = handle_end_signals(run.on_signal)  # handlers to put back, by signal
+        if replaced:  # it is empty outside the main thread, which alone may install handlers
+            replaced[signal.SIGCONT] = signal.signal(signal.SIGCONT, run.on_continue)
         try:
             yield run
         except (Refusal, BrokenPipeError):
@@ -994,13 +1014,13 @@ class Run:
             raise SystemExit(EXIT_FAILED) from None
         finally:
             run.folder.close()
-            for number, handler in before.items():
+            for number, handler in replaced.items():
                 signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def tell_failure(self, error: Exception) -> None:
-        """Say in one line on the console what failed, and write the traceback to log.txt."""
+        """Print in one line what failed, and write the traceback to log.txt."""
         text = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
         if self.ranks.store is not None and "timed out" in str(error).lower():
             absent = self.ranks.absent_ranks()
@@ -1016,10 +1036,10 @@ class Run:
         return self.signals[0] if self.signals else 0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """During training, ask it to write a checkpoint and end; at other times, end at once.
+        """Let training write a checkpoint and end; at any other time, end the process at once.
 
-        A second SIGINT or SIGTERM ends training at once too. Other signals may well come twice: a
-        CPU limit's comes every second, and closing a terminal may send two kinds.
+        A second SIGINT or SIGTERM ends training at once too. Other signals may come twice without
+        meaning that: SIGXCPU comes every second, and a closing terminal may send two signals.
         """
         insists = number in self.signals and number in (signal.SIGINT, signal.SIGTERM)
         if self.phase != "training" or insists:
@@ -1028,7 +1048,7 @@ class Run:
 
     def on_continue(self, number: int, frame: FrameType | None) -> None:
         """Note that the process was paused, by Ctrl-Z or a scheduler, and now continues."""
-        self.ledger.continued = True
+        self.ledger.was_paused = True
 
     def stop(self, number: int, situation: str) -> None:
         """End the process because of a signal."""
@@ -1036,12 +1056,12 @@ class Run:
             say(f"error: {signal.Signals(number).name} {situation}", to_stderr=True)
         raise SystemExit(128 + number)
 
-    def settle(self) -> None:
-        """Wait until the GPU's queue is empty, so that a clock measures finished work."""
+    def wait_for_gpu(self) -> None:
+        """Wait until the GPU's queue, if any, is empty, so that a clock measures finished work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def put(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
         """Copy `x` from the host to the run's device, to a GPU without waiting for it."""
         pinned = x.contiguous().pin_memory() if self.device.type == "cuda" else x
         return pinned.to(self.device, non_blocking=True)
@@ -1095,7 +1115,10 @@ class Run:
 
 
 def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, on_host: int) -> None:
-    """Raise Refusal if the launcher contradicts itself; on_host is its LOCAL_WORLD_SIZE."""
+    """Raise Refusal if the launcher's variables contradict each other.
+
+    on_host: LOCAL_WORLD_SIZE, the number of processes on this host.
+    """
     if rank >= world_size:
         raise Refusal(
             f"RANK={rank}, WORLD_SIZE={world_size}: ranks go from 0 to WORLD_SIZE - 1; start "
@@ -1119,9 +1142,9 @@ def refuse_odd_ranks(rank: int, local_rank: int, world_size: int, on_host: int) 
 def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
     """Join the process group that torchrun's variables describe; without them, work alone.
 
-    Returns rank, world size, device and the store through which the processes found each other,
-    None for a single process. Raises Refusal if the variables contradict each other, or the other
-    processes do not come.
+    Returns rank, world size, device, and the store through which the processes found each other
+    (None for a single process). Raises Refusal if the variables contradict each other, or if the
+    other processes do not come.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     given = {name: os.environ.get(name, value) for name, value in alone.items()}
@@ -1133,8 +1156,8 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
     rank, local_rank, world_size, on_host = map(int, given.values())
     refuse_odd_ranks(rank, local_rank, world_size, on_host)
     device = pick_device(local_rank, world_size, on_host)
-    # torchrun sets OMP_NUM_THREADS=1, however many cores there are. Who wants one thread sets
-    # MKL_NUM_THREADS too.
+    # torchrun sets OMP_NUM_THREADS=1, however many cores there are. A user who really wants one
+    # thread sets MKL_NUM_THREADS too.
     by_torchrun = os.environ.get("OMP_NUM_THREADS") == "1" and "MKL_NUM_THREADS" not in os.environ
     if device.type == "cpu" and on_host > 1 and by_torchrun:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_host))
@@ -1143,10 +1166,10 @@ def join_ranks(cfg: Config) -> tuple[int, int, torch.device, dist.Store | None]:
     try:
         store, rank, world_size = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
-        said = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         raise Refusal(
             f"WORLD_SIZE={world_size}, but the processes do not find each other "
-            f"({said}); torchrun sets up all that they need"
+            f"({reason}); torchrun sets up all that they need"
         ) from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # torchrun on one host
         # The store outlives a restart; a prefix hides what the dead processes left in it.
@@ -1177,7 +1200,7 @@ def pick_device(local_rank: int, world_size: int, on_host: int) -> torch.device:
 
 
 def processor() -> str:
-    """The CPU's model name, or its architecture where the system does not tell the name."""
+    """The CPU's model name, or its architecture if the system does not tell the name."""
     with contextlib.suppress(OSError):
         if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
             return found[1]
@@ -1185,7 +1208,7 @@ def processor() -> str:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file such that it appears under its name complete or not at all."""
+    """Write a file so that it appears under its name complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as f:
         f.write(content)
@@ -1236,15 +1259,22 @@ class DataSettings(Part):
     doc_growth: str = training_knob(
         "",
         (),
-        "Shares of the run and how long ATTN_DOCS=1 leaves documents up to then, such as "
-        "0.1:1024,0.7:2048 (#2014); DOC_MAX_LEN holds for the rest.",
+        "With ATTN_DOCS=1, cut documents after fewer tokens early in the run: pairs of a share "
+        "of the run and the length until then, such as 0.1:1024,0.7:2048 (#2014); DOC_MAX_LEN "
+        "holds for the rest.",
         tries=("0.3:2,0.6:4",),
     )
     doc_growth_steps: int = training_knob(
-        32, (0, 10**6), "Steps in which rates rise from 0 again where DOC_GROWTH steps up."
+        32,
+        (0, 10**6),
+        "Let learning rates rise from 0 over this many steps whenever DOC_GROWTH lengthens "
+        "documents.",
     )
     micro_batch_seqs: int = training_knob(
-        0, (0, 1 << 20), "Take this many rows a forward; 0: 98,304 tokens, on a CPU 8,192."
+        0,
+        (0, 1 << 20),
+        "Pass this many rows through the model at once; 0: as many as have 98,304 tokens, on a "
+        "CPU 8,192.",
     )
 
     @property
@@ -1259,7 +1289,10 @@ class DataSettings(Part):
 
     @property
     def context_stages(self) -> list[tuple[float, int]]:
-        """Shares of the run at which stages end, and the longest document in each; or Refusal."""
+        """DOC_GROWTH as stages: the share of the run at which each ends, and its longest document.
+
+        The last stage is that of DOC_MAX_LEN. Raises Refusal if DOC_GROWTH cannot be parsed.
+        """
         stages = []
         for part in self.doc_growth.replace(" ", "").split(",") if self.doc_growth else ():
             if not re.fullmatch(r"(0?\.\d{1,9}):([1-9]\d{0,6})", part):
@@ -1280,7 +1313,7 @@ class DataSettings(Part):
         )
         for before, after in itertools.pairwise(cfg.context_stages):
             grows = before[0] < after[0] and before[1] < after[1]
-            yield grows, "DOC_GROWTH must name rising shares, and lengths that rise to DOC_MAX_LEN"
+            yield grows, "DOC_GROWTH must have rising shares, and lengths that rise to DOC_MAX_LEN"
 
 
 SHARD_MAGIC = 20240520
@@ -1288,8 +1321,8 @@ SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
 TOKEN_BYTES = 2
 BOS = 1  # the token that begins a document
-# Training sets of up to FULL_SCAN_TOKENS are searched for bad ids before the run. Of larger ones
-# SCAN_TOKENS of each shard are, and every batch when it is used.
+# Training sets of up to FULL_SCAN_TOKENS are searched for bad ids before the run. In larger ones
+# only the first SCAN_TOKENS of each shard are searched then, and every batch when it is used.
 FULL_SCAN_TOKENS = 200_000_000
 SCAN_TOKENS = 1 << 20
 SIDECAR = "fineweb_val.json"
@@ -1344,7 +1377,7 @@ def shard_paths(folder: str, split: str) -> list[Path]:
 class Batch:
     """B rows of T tokens, their targets, and facts about both; None where a fact is not needed.
 
-    There is a target at all T places of a row, or at S chosen places of it.
+    There is a target at each of the T places of a row, or only at S chosen ones.
     """
 
     input_ids: Tensor  # int64 (B, T)
@@ -1360,9 +1393,9 @@ class Batch:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """Apply `move` to each tensor of the batch, for example to bring it to a device."""
-        columns = ((column.name, getattr(self, column.name)) for column in fields(self))
-        batch = Batch(**{name: move(x) for name, x in columns if x is not None})
-        if batch.boundaries is not None:  # a compiled graph takes any number of documents
+        tensors = ((each.name, getattr(self, each.name)) for each in fields(self))
+        batch = Batch(**{name: move(x) for name, x in tensors if x is not None})
+        if batch.boundaries is not None:  # one compiled graph shall serve any number of documents
             torch._dynamo.maybe_mark_dynamic(batch.boundaries, 0)
         return batch
 
@@ -1379,15 +1412,15 @@ def document_numbers(input_ids: Tensor, longest: int) -> Tensor:
     """
     places = torch.arange(input_ids.size(1), device=input_ids.device)
     begins = (input_ids == BOS) | (places == 0)
-    start = torch.where(begins, places, 0).cummax(1).values  # the place where its document began
+    start = torch.where(begins, places, 0).cummax(1).values  # where each token's document began
     begins = (places - start) % longest == 0
     return begins.flatten().cumsum(0).view_as(input_ids) - 1
 
 
 def document_boundaries(documents: Tensor) -> Tensor:
-    """The places where documents begin in the flattened rows, then the end of all: int32 (N,).
+    """The places where documents begin in the flattened rows, then where the last ends: int32 (N,).
 
-    The end is repeated until N is a multiple of 64, so that few compiled graphs serve all batches.
+    That end is repeated until N is a multiple of 64, so that few compiled graphs serve all batches.
     """
     lengths = documents.flatten().bincount()
     ends = lengths.cumsum(0)
@@ -1397,11 +1430,11 @@ def document_boundaries(documents: Tensor) -> Tensor:
 
 
 class TrainingRows:
-    """Training rows of T+1 tokens, numbered 0, 1, ... without end; equal for every world size.
+    """Training rows of T+1 tokens, numbered 0, 1, ... without end; the same for every world size.
 
-    LOADER=sequential: row n begins at token n T of the shards joined in order; the stream wraps.
-    LOADER=shuffled: shards are cut into blocks of T tokens (and the next one); each epoch is a
-    permutation of all blocks, drawn from SEED.
+    LOADER=sequential: the shards, joined in order, are a stream that begins anew at its end; row n
+    begins at token n T. LOADER=shuffled: shards are cut into blocks of T tokens, each read with the
+    token after it; each epoch is a permutation of all blocks, drawn from SEED.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -1410,10 +1443,10 @@ class TrainingRows:
         self.scan_tokens = None if total <= FULL_SCAN_TOKENS else SCAN_TOKENS
         self.shards = paths
         self.most_open = OPEN_SHARDS
-        may_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if may_open != resource.RLIM_INFINITY:  # half of them is left to everything else
-            self.most_open = min(OPEN_SHARDS, may_open // 2)
-        self.opened: dict[int, np.memmap] = {}  # by number; the one opened first comes first
+        open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if open_files != resource.RLIM_INFINITY:  # half of the limit is left to everything else
+            self.most_open = min(OPEN_SHARDS, open_files // 2)
+        self.opened: dict[int, np.memmap] = {}  # by number, in the order in which they were opened
         self.seq_len = cfg.train_seq_len
         self.seed = cfg.seed
         self.vocab_size = cfg.vocab_size
@@ -1424,7 +1457,7 @@ class TrainingRows:
             tokens = open_shard(path, cfg.vocab_size, self.scan_tokens)
             sizes.append(len(tokens))
             self.keep_open(number, tokens)
-        # The number of each shard's first token and first block, then how many there are in all.
+        # The number of each shard's first token and first block, then the total.
         self.first_token = np.cumsum([0, *sizes])
         self.first_block = np.cumsum([0, *((size - 1) // self.seq_len for size in sizes)])
         self.num_tokens = int(self.first_token[-1])
@@ -1440,12 +1473,13 @@ class TrainingRows:
     def batch(self, first_row: int, num_rows: int, longest_document: int | None = None) -> Batch:
         """Rows first_row, first_row + 1, ... with all their targets: int64 (num_rows, T) each.
 
-        With ATTN_DOCS documents are cut after `longest_document` tokens; None: as the run ends.
+        With ATTN_DOCS=1 documents are cut after `longest_document` tokens; None cuts them as at the
+        end of the run.
         """
         for tokens in self.opened.values():
             refuse_cut_shard(tokens)
         rows = np.stack([self.row(n) for n in range(first_row, first_row + num_rows)])
-        # RuntimeError, as the run has begun and it is too late for a Refusal.
+        # A RuntimeError: the run has begun, and it is too late for a Refusal.
         check_ids(rows, self.vocab_size, "training shards", RuntimeError)
         ids = torch.from_numpy(rows.astype(np.int64))
         batch = Batch(ids[:, :-1], ids[:, 1:])
@@ -1455,17 +1489,17 @@ class TrainingRows:
 
     def first_tokens(self, count: int) -> np.ndarray:
         """The first `count` tokens of the shards in order, or all if there are fewer: uint16."""
-        found: list[np.ndarray] = []
-        left = count
+        parts: list[np.ndarray] = []
+        missing = count
         for number in range(len(self.shards)):
-            if left == 0:
+            if missing == 0:
                 break
-            found.append(np.asarray(self.tokens_of(number)[:left]))
-            left -= len(found[-1])
-        return np.concatenate(found)
+            parts.append(np.asarray(self.tokens_of(number)[:missing]))
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
 
     def keep_open(self, number: int, tokens: np.memmap) -> None:
-        """Keep a shard mapped; when there are too many, drop the one opened first."""
+        """Keep a shard mapped; if there are too many, drop the one that was opened first."""
         self.opened[number] = tokens
         if len(self.opened) > self.most_open:
             del self.opened[next(iter(self.opened))]
@@ -1485,7 +1519,7 @@ class TrainingRows:
     def row(self, n: int) -> np.ndarray:
         """Row n as uint16 (T+1,)."""
         if not self.shuffled:
-            return self.take(n * self.seq_len % self.num_tokens)
+            return self.row_of_stream(n * self.seq_len % self.num_tokens)
         epoch, position = divmod(n, self.num_blocks)
         if epoch != self.epoch:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
@@ -1496,23 +1530,23 @@ class TrainingRows:
         start = (block - int(self.first_block[shard])) * self.seq_len
         return self.tokens_of(shard)[start : start + self.seq_len + 1]
 
-    def take(self, start: int) -> np.ndarray:
-        """T+1 tokens of the wrapped stream from token `start` on: uint16 (T+1,)."""
+    def row_of_stream(self, start: int) -> np.ndarray:
+        """T+1 tokens of the endless stream from token `start` on: uint16 (T+1,)."""
         places = (start + np.arange(self.seq_len + 1)) % self.num_tokens
         shards = np.searchsorted(self.first_token, places, side="right") - 1
         row = np.empty(len(places), np.uint16)
         for shard in np.unique(shards):
-            inside = shards == shard
-            row[inside] = self.tokens_of(int(shard))[places[inside] - self.first_token[shard]]
+            in_shard = shards == shard
+            row[in_shard] = self.tokens_of(int(shard))[places[in_shard] - self.first_token[shard]]
         return row
 
 
 def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """How many UTF-8 bytes each token stands for, and how many fewer right after BOS: int16 (V,).
+    """UTF-8 bytes that each token stands for, and how many fewer right after BOS: int16 (V,) each.
 
-    A piece counts its UTF-8 length with every U+2581 read as one space, a byte piece 1, a
-    control, unknown or unused piece 0. A tokenizer with a dummy prefix puts a space before each
-    document that is not in the text, so the first piece after BOS counts one less.
+    An ordinary piece counts its UTF-8 length, where every U+2581 is one space; a byte piece counts
+    1, and a control, unknown or unused piece 0. A tokenizer with a dummy prefix begins each
+    document with a space that is not in the text, so the first piece after BOS counts one less.
     """
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
     counts = [len(piece.replace("\u2581", " ").encode()) for piece in pieces]
@@ -1521,9 +1555,9 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[np.nda
             counts[token] = 1
         elif has_no_text(tokenizer, token):
             counts[token] = 0
-    prefixed = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
-    opening = [prefixed and piece.startswith("\u2581") for piece in pieces]
-    return np.array(counts, np.int16), np.array(opening, np.int16)
+    has_dummy_prefix = tokenizer.encode("a", out_type=str)[0].startswith("\u2581")
+    fewer_after_bos = [has_dummy_prefix and piece.startswith("\u2581") for piece in pieces]
+    return np.array(counts, np.int16), np.array(fewer_after_bos, np.int16)
 
 
 def has_no_text(tokenizer: sentencepiece.SentencePieceProcessor, token: int) -> bool:
@@ -1534,7 +1568,7 @@ def has_no_text(tokenizer: sentencepiece.SentencePieceProcessor, token: int) -> 
 def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     """For each token, the token whose text is its longest proper prefix, or itself: int64 (V,).
 
-    Byte pieces and those without text have no prefix and are none.
+    Byte pieces and pieces without text have no prefix, and are never a prefix of others.
     """
     token_of = {
         tokenizer.id_to_piece(token): token
@@ -1543,8 +1577,10 @@ def piece_prefixes(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarra
     }
     prefixes = np.arange(tokenizer.vocab_size())
     for text, token in token_of.items():
-        shorter = (text[:end] for end in range(len(text) - 1, 0, -1))
-        prefixes[token] = next((token_of[t] for t in shorter if t in token_of), token)
+        for end in range(len(text) - 1, 0, -1):
+            if text[:end] in token_of:
+                prefixes[token] = token_of[text[:end]]
+                break
     return prefixes
 
 
@@ -1565,7 +1601,7 @@ def marks_capitals(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
 
 
 def mark_word(found: re.Match[str]) -> str:
-    """Replace what WORD_OR_MARK found: put marks for a word's capitals, escape a literal mark."""
+    """Replace a match of WORD_OR_MARK: put marks for a word's capitals, and ESC before a mark."""
     word = found[0]
     if word in MARKS:
         return ESC + word
@@ -1576,7 +1612,7 @@ def mark_word(found: re.Match[str]) -> str:
 
 
 def unmark(found: re.Match[str]) -> str:
-    """Replace what MARKED found by what it stands for; a mark that a model misplaced vanishes."""
+    """The text that a match of MARKED stands for; a mark that a model misplaced vanishes."""
     capitals = found["letter"] or found["word"] or ""
     return found["literal"] or capitals.upper()
 
@@ -1602,23 +1638,23 @@ class Validation:
     target_bytes: np.ndarray  # uint16 (N-1,), the bytes of tokens[1:], which are the targets
     fingerprint: str  # sha256 over the shards' sha256
     tokenizer_sha256: str
-    documents: int  # how many there are
-    recorded_bytes: int  # of the whole text, by the sidecar
+    documents: int  # their number
+    recorded_bytes: int  # UTF-8 bytes of the whole text, as the sidecar records them
     forbidden: np.ndarray | None = None  # bool (V, V), with TOKEN_MASK: see forbidden_pairs()
     prefixes: np.ndarray | None = None  # int64 (V,), with PREFIX_TARGET: see piece_prefixes()
     accounting: str = ""  # a note on how bytes are counted, if not by the tokens' pieces
 
     def num_targets(self, cfg: Config) -> int:
-        """The number of targets: all tokens but the first; with EVAL_TRUNCATE, of full rows."""
+        """The number of targets: all tokens but the first, or with EVAL_TRUNCATE full rows only."""
         targets = len(self.tokens) - 1
         return targets - targets % cfg.eval_seq_len if cfg.eval_truncate else targets
 
 
 def read_sidecar(folder: str) -> dict:
-    """Read what data/prepare.py recorded of a validation split; raises Refusal if it is damaged.
+    """Read what data/prepare.py recorded about a validation split; raises Refusal if it is damaged.
 
-    Adds facts that follow from these: the files with their sha256, a fingerprint of them all, and
-    whether bytes are counted by file (CaseOps).
+    Adds what follows from that: the files with their sha256, one fingerprint for all of them, and
+    whether the bytes of tokens are counted in a file of their own (CaseOps).
     """
     path = Path(folder, SIDECAR)
     if not path.is_file():
@@ -1640,7 +1676,7 @@ def read_sidecar(folder: str) -> dict:
 
 
 def load_tokenizer(cfg: Config, recorded: dict) -> tuple[sentencepiece.SentencePieceProcessor, str]:
-    """Load the tokenizer and its sha256; raises Refusal if it is not the one recorded."""
+    """The tokenizer and its sha256; raises Refusal unless it is the one that `recorded` names."""
     path = Path(cfg.tokenizer_path)
     if path.read_bytes().lstrip().startswith(b"{"):
         raise Refusal(
@@ -1670,9 +1706,9 @@ def bytes_by_piece(
     tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor
 ) -> np.ndarray:
     """How many bytes of text each token stands for, by its piece: uint16 (N,)."""
-    counts, opening = piece_bytes(tokenizer)
+    counts, fewer_after_bos = piece_bytes(tokenizer)
     token_bytes = counts[tokens]
-    token_bytes[1:] -= opening[tokens[1:]] * (tokens[:-1] == BOS)
+    token_bytes[1:] -= fewer_after_bos[tokens[1:]] * (tokens[:-1] == BOS)
     return token_bytes.astype(np.uint16)
 
 
@@ -1682,7 +1718,7 @@ def byte_shard(path: Path) -> Path:
 
 
 def bytes_by_file(paths: list[Path]) -> np.ndarray:
-    """How many bytes of the original text each token of the shards stands for: uint16 (N,)."""
+    """How many bytes of the original text each token stands for, by the byte files: uint16 (N,)."""
     counts = []
     for path in paths:
         counts.append(open_shard(byte_shard(path), 1 << 16))  # counts, not ids: none is refused
@@ -1769,7 +1805,7 @@ def load_validation(cfg: Config) -> Validation:
 # =================================================================================================
 # Token mask
 # A BPE tokenizer never emits certain pairs of tokens, because it would merge their text in another
-# way. The mask takes the probability of such tokens away and renormalises the rest:
+# way. The mask takes the probability of such tokens away and renormalizes the rest:
 #     P'(x | context) = P(x | context) / (sum of P over allowed tokens) if (p, x) is allowed, else 0
 # where p is the token before x. Earlier tokens do not matter: a pair occurs in some text if and
 # only if its own text, encoded alone, gives this pair.
@@ -1778,7 +1814,7 @@ def load_validation(cfg: Config) -> Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSettings(Part):
-    """Whether tokens that the tokenizer cannot emit get probability."""
+    """Whether tokens that the tokenizer cannot emit get a probability of 0."""
 
     title = "Token mask"
 
@@ -1801,7 +1837,7 @@ def wire_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield each field of a serialised protobuf message: its number, and its value.
 
     A value is an int or bytes; numbers of fixed size are given as their little-endian bytes.
-    Raises Refusal if it is no message.
+    Raises Refusal if the bytes are no such message.
     """
     at = 0
 
@@ -1872,7 +1908,7 @@ def read_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> Pieces:
 
 @dataclass(frozen=True)
 class Edge:
-    """A symbol that for some time is the last (or the first) of a token's text as it is merged.
+    """A symbol that is, for some time while a token's text is merged, its last (or first) one.
 
     Beside any other text, merges are done in the order of their scores, the best first. So the
     symbol is made at score `birth`, the worst among the merges up to the one that makes it, and
@@ -1885,10 +1921,10 @@ class Edge:
 
 
 def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int]]:
-    """Merge a text; returns each merge's score and its left symbol's index at that time, in order.
+    """Merge a text; returns for each merge its score and its left symbol's index at that time.
 
-    Of all neighbours that together form a piece, the best score merges first, the leftmost of
-    equal ones.
+    Of all neighbours that together form a piece, those of the best score merge first, and of equal
+    scores the leftmost.
     """
     symbols = list(text)
     merges: list[tuple[float, int]] = []
@@ -1906,26 +1942,26 @@ def encode_alone(text: str, score_of: dict[str, float]) -> list[tuple[float, int
 
 
 def edges_of(text: str, merges: list[tuple[float, int]]) -> tuple[list[Edge], list[Edge]]:
-    """The symbols that are ever the first of a token, and those that are ever its last."""
+    """A token's edges: the symbols that are ever its first, and those that are ever its last."""
     symbols = list(text)
-    found: tuple[list[Edge], list[Edge]] = ([], [])
-    births = [np.inf, np.inf]  # of the present first and last symbol
+    edges: tuple[list[Edge], list[Edge]] = ([], [])
+    births = [np.inf, np.inf]  # of the present first symbol and the present last one
     since = [np.inf, np.inf]  # the worst score since each of them was made
     worst = np.inf
     for score, place in merges:
         worst = min(worst, score)
         since = [min(score, lowest) for lowest in since]
-        swallowed = (place == 0, place + 2 == len(symbols))
+        is_swallowed = (place == 0, place + 2 == len(symbols))
         ends = (symbols[0], symbols[-1])
         for side in (0, 1):
-            if swallowed[side]:
-                found[side].append(Edge(ends[side], births[side], since[side]))
+            if is_swallowed[side]:
+                edges[side].append(Edge(ends[side], births[side], since[side]))
                 births[side] = worst
                 since[side] = np.inf
         symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
     for side in (0, 1):
-        found[side].append(Edge(text, births[side], -np.inf))
-    return found
+        edges[side].append(Edge(text, births[side], -np.inf))
+    return edges
 
 
 @dataclass(frozen=True)
@@ -1940,8 +1976,8 @@ class EdgeTable:
 def by_symbol(edges: dict[int, list[Edge]]) -> dict[str, EdgeTable]:
     """Gather the edges of all tokens by symbol."""
     gathered = defaultdict(list)
-    for token, own in edges.items():
-        for edge in own:
+    for token, token_edges in edges.items():
+        for edge in token_edges:
             gathered[edge.symbol].append((token, edge.birth, edge.death))
     tables = {}
     for symbol, rows in gathered.items():
@@ -1999,10 +2035,10 @@ def forbid_symbols(forbidden: np.ndarray, texts: dict[int, str], defined: dict[s
 
 
 def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where bytes stand in the UTF-8 of characters that have no piece and are spelt by byte tokens.
+    """Where bytes may stand in the UTF-8 of a character that has no piece and is spelt in bytes.
 
     known: the characters with a piece. Returns which byte may follow which inside a character,
-    bool (256, 256), which may end one and which may begin one, bool (256,) each.
+    bool (256, 256), which may end a character and which may begin one, bool (256,) each.
     """
     codes = np.arange(0x110000, dtype="<u4")
     spelt = (codes < 0xD800) | (codes > 0xDFFF)  # surrogates are no characters
@@ -2024,11 +2060,11 @@ def byte_places(known: set[str], escapes_spaces: bool) -> tuple[np.ndarray, np.n
 def forbidden_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     """Which tokens x (columns) cannot follow a token p (rows) in any encoded text: bool (V, V).
 
-    Exact for the text and byte pieces of a BPE model, as far as any text may occur: that a
-    normaliser changes some texts is not used. Beside control and unknown pieces everything is
-    allowed, as a document may be cut anywhere. Nothing at all is forbidden for other kinds of
-    model, nor for one with unused pieces, which it merges and then takes apart again. Raises
-    Refusal if the tokenizer's file cannot be read.
+    Exact for the text and byte pieces of a BPE model, if any text may occur: texts that its
+    normalizer would change are counted as possible. Next to control and unknown pieces everything
+    is allowed, since a document may be cut anywhere. Nothing is forbidden for other kinds of model,
+    nor for one with unused pieces, which it merges and then takes apart again. Raises Refusal if
+    the tokenizer's file cannot be read.
     """
     pieces = read_pieces(tokenizer)
     size = len(pieces.texts)
@@ -2083,7 +2119,7 @@ def check_stream(tokens: np.ndarray, forbidden: np.ndarray) -> int | None:
 def penalties(forbidden: np.ndarray) -> Tensor:
     """The token mask as a table to add to logits: -inf where forbidden, else 0; bfloat16 (V, V).
 
-    On a CPU, adding rows of it takes a tenth of the time of masked_fill() by a boolean table.
+    On a CPU, adding rows of this table takes a tenth of the time of masked_fill() by a boolean one.
     """
     table = torch.zeros(forbidden.shape, dtype=torch.bfloat16)
     return table.masked_fill_(torch.from_numpy(forbidden), -torch.inf)
@@ -2096,7 +2132,7 @@ def mask_tokens(model: GPT, val: Validation, device: torch.device) -> None:
 
 
 def refuse_forbidden_pairs(tokens: np.ndarray, forbidden: np.ndarray, where: str) -> None:
-    """Raise Refusal if tokens hold a pair that their tokenizer cannot emit."""
+    """Raise Refusal if a pair of neighbouring tokens is one that their tokenizer cannot emit."""
     place = check_stream(tokens, forbidden)
     if place is not None:
         raise Refusal(
@@ -2182,13 +2218,13 @@ class TokenSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("SMEAR_", "BIGRAM_")
 
     smear_enabled: bool = model_knob(
-        True, (), "Blend in the embedding of the token before, by a learned gate (SmearGate)."
+        True, (), "Blend in the preceding token's embedding, by a learned gate (SmearGate)."
     )
     smear_form: str = model_knob(
         "channel",
         ("channel", "input"),
-        "Gate SmearGate by a number for each channel, after the first norm (channel), or by the "
-        "token's first GATE_WINDOW channels, before that norm (input).",
+        "Compute SmearGate's gate from a learned number for each channel, after the first norm "
+        "(channel), or from the token's first GATE_WINDOW channels, before that norm (input).",
         absent="channel",
     )
     smear_bos_mask: bool = model_knob(True, (), "Keep SmearGate's blend within documents.")
@@ -2201,7 +2237,9 @@ class TokenSettings(Part):
     bigram_dim: int = model_knob(112, (1, 8192), "Give a BigramHash bucket this many channels.")
     bigram_bos_mask: bool = model_knob(True, (), "Keep BigramHash's pairs within documents.")
     bigram_init: str = training_knob(
-        "zero_embed", ("zero_embed", "zero_proj"), "Start this factor of BigramHash at zero."
+        "zero_embed",
+        ("zero_embed", "zero_proj"),
+        "Start this factor of BigramHash at zero: its embedding table or its projection.",
     )
 
     @staticmethod
@@ -2218,7 +2256,7 @@ class AttentionSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("ROPE_", "XSA_", "ATTN_")
 
     qk_gain_init: float = model_knob(
-        1.5, (0.0, 100.0), "Start the learned gain of normalised queries at this value."
+        1.5, (0.0, 100.0), "Start the learned gain of normalized queries at this value."
     )
     rope_base: float = model_knob(
         10000.0, (2.0, 1e9), "Use this base for the rotary frequencies.", tries=(5e4,)
@@ -2235,18 +2273,15 @@ class AttentionSettings(Part):
     attn_gate: str = model_knob(
         "none",
         ("none", "sparse", "out"),
-        "Multiply each head's output by a sigmoid gate of the token (sparse), or by twice that, "
-        "which starts at 1 (out).",
+        "Multiply each head's output by a gate, a sigmoid of the token's channels (sparse), or by "
+        "twice that gate, which starts at 1 (out).",
         absent="none",
     )
     attn_gate_scale: float = model_knob(
         1.0, (0.01, 100.0), "Multiply the argument of ATTN_GATE's sigmoid by this.", absent=1.0
     )
     gate_window: int = model_knob(
-        12,
-        (1, 8192),
-        "Let ATTN_GATE and SMEAR_FORM=input look at this many channels of the token.",
-        absent=12,
+        12, (1, 8192), "Let ATTN_GATE and SMEAR_FORM=input read this many channels.", absent=12
     )
     attn_docs: bool = model_knob(
         False, (), "Keep attention inside documents, in training and in scoring.", absent=False
@@ -2254,7 +2289,7 @@ class AttentionSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Rotated dimensions come in pairs, and the NTK rule divides by their number less 2."""
+        """Rotated dimensions come in pairs, and the NTK rule divides by their number minus 2."""
         yield (
             cfg.rotary_dims % 2 == 0 and cfg.rotary_dims <= cfg.head_dim,
             f"ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS, {cfg.head_dim}",
@@ -2278,21 +2313,27 @@ class ValueSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("VE_", "VRL_")
 
     vrl_mode: str = model_knob(
-        "off", ("off", "add", "mix"), "Add layer 0's values to later layers' (VRL), or mix them in."
+        "off",
+        ("off", "add", "mix"),
+        "Value residual learning (VRL): add layer 0's values to those of later layers, or mix "
+        "both.",
     )
-    ve_enabled: bool = model_knob(True, (), "Add an embedding of the token to VE_LAYERS' values.")
+    ve_enabled: bool = model_knob(
+        True, (), "Add an embedding of the token to the attention values of VE_LAYERS."
+    )
     ve_dim: int = model_knob(128, (1, 8192), "Give the value embedding's table this many channels.")
     ve_layers: str = model_knob(
-        "9,10", (), "Use value embeddings in these layers, counted from 0, comma-separated."
+        "9,10", (), "Add value embeddings in these layers, counted from 0, comma-separated."
     )
 
     @property
     def value_layers(self) -> tuple[int, ...]:
-        """The layers with value embeddings as numbers; raises Refusal if they cannot be read."""
-        names = [name.strip() for name in self.ve_layers.split(",") if name.strip()]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"[1-9]?\d", n) for n in names):
-            raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected different numbers from 0 on")
-        return tuple(map(int, names)) if self.ve_enabled else ()
+        """The numbers of the layers with value embeddings; raises Refusal if VE_LAYERS is wrong."""
+        texts = [text.strip() for text in self.ve_layers.split(",") if text.strip()]
+        are_numbers = all(re.fullmatch(r"[1-9]?\d", text) for text in texts)
+        if not are_numbers or len(set(texts)) < len(texts):
+            raise Refusal(f"VE_LAYERS={self.ve_layers!r}: expected distinct numbers from 0 to 99")
+        return tuple(map(int, texts)) if self.ve_enabled else ()
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
@@ -2305,20 +2346,20 @@ class ValueSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSettings(Part):
-    """Whether some layers are executed repeatedly."""
+    """Whether some layers are executed repeatedly, with the same weights (depth recurrence)."""
 
     title = "Model: depth"
     prefixes: ClassVar[tuple[str, ...]] = ("LOOP_",)
 
     num_loops: int = model_knob(
-        0,
-        (0, 16),
-        "Execute layers LOOP_START to LOOP_END this many more times.",
-        absent=0,
-        tries=(2,),
+        0, (0, 16), "Run layers LOOP_START to LOOP_END this many more times.", absent=0, tries=(2,)
     )
-    loop_start: int = model_knob(3, (0, 63), "Begin the loop with this layer (from 0).", absent=3)
-    loop_end: int = model_knob(5, (0, 63), "End the loop with this layer (from 0).", absent=5)
+    loop_start: int = model_knob(
+        3, (0, 63), "Begin the loop with this layer, counted from 0.", absent=3
+    )
+    loop_end: int = model_knob(
+        5, (0, 63), "Let this be the last layer of the loop, counted from 0.", absent=5
+    )
     enable_looping_at: float = training_knob(
         0.35, (0.0, 1.0), "Begin to loop after this fraction of the run."
     )
@@ -2326,18 +2367,18 @@ class DepthSettings(Part):
     @staticmethod
     def checks(cfg: Config) -> Checks:
         """A loop has layers, and begins before the run ends."""
-        if cfg.num_loops:
-            yield (
-                cfg.loop_start <= cfg.loop_end < cfg.num_layers,
-                "NUM_LOOPS needs LOOP_START <= LOOP_END < NUM_LAYERS",
-            )
-            begins = "NUM_LOOPS never act: ENABLE_LOOPING_AT is"
-            yield cfg.enable_looping_at < 1.0, f"{begins} the end of the run"
-            last = (cfg.iterations - 1) / cfg.iterations
-            yield (
-                not cfg.step_driven or cfg.enable_looping_at <= last,
-                f"{begins} beyond the last of ITERATIONS",
-            )
+        if cfg.num_loops == 0:
+            return
+        yield (
+            cfg.loop_start <= cfg.loop_end < cfg.num_layers,
+            "NUM_LOOPS needs LOOP_START <= LOOP_END < NUM_LAYERS",
+        )
+        last_step_begins = (cfg.iterations - 1) / cfg.iterations  # as a share of the run
+        yield (
+            cfg.enable_looping_at < 1.0
+            and (not cfg.step_driven or cfg.enable_looping_at <= last_step_begins),
+            "NUM_LOOPS has no effect, since no step of ITERATIONS begins after ENABLE_LOOPING_AT",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2348,7 +2389,10 @@ class StreamSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("BACKOUT_",)
 
     skip_per_dim: str = model_knob(
-        "1", ("0", "1", "off"), "Weigh a U-Net skip by channel (1) or by one number; or have none."
+        "1",
+        ("0", "1", "off"),
+        "Weigh each U-Net skip by a number for each channel (1) or by one number (0), or have no "
+        "skips (off).",
     )
     skip_gates: bool = model_knob(
         False, (), "Blend each skip with the stream by a learned gate.", absent=False
@@ -2356,14 +2400,16 @@ class StreamSettings(Part):
     parallel_start_layer: int = model_knob(
         0,
         (0, 63),
-        "From this layer on, let attention and MLP work side by side, on two lanes; 0: nowhere.",
+        "From this layer on, keep two lanes of the residual stream, one read by attention and one "
+        "by the MLP; 0 never does.",
         absent=0,
         tries=(2,),
     )
     backout_mode: str = model_knob(
         "none",
         ("none", "mid", "cache"),
-        "Subtract an earlier output before the head: the middle layer's or that of CACHE_LAYER.",
+        "Before the head, subtract a multiple of an earlier layer's output: that of the middle "
+        "layer (mid) or of CACHE_LAYER (cache).",
     )
     cache_layer: int = model_knob(
         7, (0, 63), "Keep this layer's output for BACKOUT_MODE=cache; later attention reads it too."
@@ -2374,24 +2420,25 @@ class StreamSettings(Part):
     resid_mix_init: str = training_knob(
         "identity",
         ("identity", "phase"),
-        "Start each layer's input as the stream, or with a share of the embedding that falls with "
-        "depth (phase).",
+        "Start each layer's input as the residual stream alone (identity), or mixed with a share "
+        "of the token embedding that falls with depth (phase).",
     )
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """The output that is subtracted comes from before the last layer."""
+        """The layer whose output is subtracted comes before the last one."""
         yield (
             cfg.backout_layer < cfg.num_layers - 1,
-            "BACKOUT_MODE (CACHE_LAYER) needs a layer of NUM_LAYERS after the one it keeps",
+            "BACKOUT_MODE must subtract the output of a layer before the last of NUM_LAYERS "
+            "(with cache, that of CACHE_LAYER)",
         )
 
 
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon, whatever the activation type
 BIGRAM_CURRENT, BIGRAM_PREVIOUS = 36313, 27191
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Where kernels of causal attention come from on CUDA, by the names of ATTENTION; the first source
-# of a kernel that works is taken.
+# Where kernels of causal attention come from on CUDA, by their names in ATTENTION. Of a kernel's
+# sources the first that works is taken.
 KERNELS = {
     "fa3": ("fa3/flash_attn_interface", "fa3/kernels"),
     "cudnn": ("cudnn",),
@@ -2403,7 +2450,7 @@ TRIAL_ROWS, TRIAL_LENGTH, TRIAL_PASSES = 16, 2048, 4
 
 
 def trains_on_cpu(x: Tensor) -> bool:
-    """Whether the functions of "Faster on a CPU" are for these activations."""
+    """Whether the functions of the section "Faster on a CPU" serve these activations."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return x.device.type == "cpu" and x.dtype != torch.bfloat16
@@ -2412,11 +2459,11 @@ def trains_on_cpu(x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, in_bf16: bool = False) -> Tensor:
     """W x in the type of x, (..., in) and (out, in) -> (..., out).
 
-    With `in_bf16`, training on a CPU multiplies in bfloat16, for the gradients too.
+    With `in_bf16`, training on a CPU multiplies in bfloat16, also to get the gradients.
     """
     if in_bf16 and trains_on_cpu(x):
         return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
-    return F.linear(x, like(weight, x))
+    return F.linear(x, cast_like(weight, x))
 
 
 def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -2426,35 +2473,35 @@ def rms_norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
 
 
-def like(parameter: Tensor, x: Tensor) -> Tensor:
-    """Cast a float32 parameter to the type of the activations that it meets."""
+def cast_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """Cast a float32 parameter to the type of the activations that it is used with."""
     return parameter.to(x.dtype)
 
 
-# Each parameter has a Kind. It decides how the parameter starts, learns and is rounded and stored;
-# the parameter's name decides nothing.
-
 Start = Callable[[Tensor, "Config"], object]  # fills a parameter with its initial value
 Shape = tuple[int, ...]
-Made = TypeVar("Made", bound=Tensor)
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)  # a Tensor or one of its subclasses
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a parameter is; it decides how the parameter starts, learns and is stored."""
+    """What a parameter is. It decides how the parameter starts, learns, is rounded and stored.
 
-    name: str  # its row in ROUTES, which says how it learns
-    role: str  # its name in BITS and CLIP_SIGMAS, which say how it is quantized
+    The parameter's name decides nothing.
+    """
+
+    name: str  # the row of ROUTES that says how such a parameter learns
+    role: str  # the key of BITS and CLIP_SIGMAS that say how it is quantized
     fits: Callable[[Shape, Config], bool]  # whether a parameter of this kind can have a shape
     expected: str  # the shapes that fit, in words
-    start: Start | None = None  # None leaves the value that the parameter was made with
+    start: Start | None = None  # None keeps the value that the parameter was made with
     may_be_integers: bool = False  # in the artifact, if BITS and the parameter's size say so
     may_be_rounded: bool = False  # in training, by QAT
-    inputs_of: str = ""  # a sibling matrix with the same inputs and so the same Hessian, by name
+    inputs_of: str = ""  # the name of a sibling matrix that has the same inputs and Hessian
 
 
 def is_matrix(shape: Shape, cfg: Config) -> bool:
-    """Whether both sides are widths of the network."""
+    """Whether both dimensions are widths of the network."""
     kv_width = cfg.num_kv_heads * cfg.head_dim
     widths = (cfg.model_dim, kv_width, cfg.mlp_dim, cfg.bigram_dim, cfg.ve_dim)
     return len(shape) == 2 and all(side in widths for side in shape)
@@ -2466,17 +2513,17 @@ def is_table(shape: Shape, cfg: Config) -> bool:
 
 
 def is_vector(shape: Shape, cfg: Config) -> bool:
-    """Whether it is a scalar or a vector."""
+    """Whether the parameter is a scalar or a vector."""
     return len(shape) < 2
 
 
-def is_rows(shape: Shape, cfg: Config) -> bool:
+def is_channel_rows(shape: Shape, cfg: Config) -> bool:
     """Whether each row has a number for each channel, or a single number."""
     return len(shape) == 2 and shape[1] in (1, cfg.model_dim)
 
 
 def is_gate(shape: Shape, cfg: Config) -> bool:
-    """Whether it is a scalar, a vector, or has at most one row for each head."""
+    """Whether the parameter is a scalar, a vector, or has at most one row for each head."""
     return len(shape) < 2 or (len(shape) == 2 and shape[0] <= cfg.num_heads)
 
 
@@ -2572,12 +2619,14 @@ TOKEN_TABLE = replace(TABLE, name="token table", role="emb", start=start_token_t
 HEAD = replace(TOKEN_TABLE, name="head", start=start_at_zero)
 GAIN = Kind("gain", "aux", is_vector, "no more than one dimension")
 ATTENTION_GAIN = replace(GAIN, role="attn")
-GAIN_ROWS = Kind("gain rows", "aux", is_rows, "rows of 1 or MODEL_DIM", may_be_integers=True)
+GAIN_ROWS = Kind(
+    "gain rows", "aux", is_channel_rows, "rows of 1 or MODEL_DIM", may_be_integers=True
+)
 GATE = Kind("gate", "aux", is_gate, "at most a row for each head")
 LANE = replace(GATE, fits=is_layer_rows, expected="a row for each layer")
 
 
-def of_kind(kind: Kind, parameter: Made) -> Made:
+def of_kind(kind: Kind, parameter: AnyTensor) -> AnyTensor:
     """Mark a parameter as one of this kind, and return it."""
     parameter.kind = kind  # type: ignore[attr-defined]
     return parameter
@@ -2603,10 +2652,10 @@ def kinds_of(model: nn.Module, cfg: Config) -> dict[str, Kind]:
 @functools.lru_cache(8)
 def kinds_for(cfg: Config) -> dict[str, Kind]:
     """The kind of each parameter of the network that these settings describe, by name."""
-    return laid_out(cfg).kinds
+    return unallocated_model(cfg).kinds
 
 
-# A change B A of a weight, of low rank r, for each row of a batch: A (B, r, in), B (B, out, r).
+# A low-rank change B A of a weight for each row of a batch: A (B, r, in) and B (B, out, r).
 Delta = tuple[Tensor, Tensor]
 
 
@@ -2622,8 +2671,8 @@ def with_delta(y: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
 class RowDeltas:
     """Low-rank deltas for the rows of a batch (LoRA, arXiv:2106.09685).
 
-    In each layer q, k and v add to these projections; o and mlp lead from the normed input of
-    attention and MLP to their output.
+    In each layer the deltas q, k and v add to the projections of these names; o and mlp lead from
+    the normed input of attention or MLP directly to its output.
     """
 
     layers: tuple[dict[str, Delta], ...]  # by place in the plan, then by name: q, k, v, o, mlp
@@ -2647,16 +2696,16 @@ class Linear(nn.Linear):
         return with_delta(product(x, self.weight, self.in_bf16), x, delta)
 
     def with_gain(self, y: Tensor, gain: Tensor, x: Tensor, delta: Delta | None) -> Tensor:
-        """gain (W y + B A x), of y (B, T, in) and what the delta looks at: (B, T, out)."""
+        """gain (W y + B A x), with a delta B A: y (B, T, in), x (B, T, D) -> (B, T, out)."""
         if delta is None and trains_on_cpu(y):  # cheaper than scaling the output
             return product(y, gain.unsqueeze(1) * self.weight, self.in_bf16)
-        return like(gain, y) * with_delta(self(y), x, delta)
+        return cast_like(gain, y) * with_delta(self(y), x, delta)
 
 
 class Table(nn.Embedding):
     """An embedding: a row of numbers for each token or bucket."""
 
-    in_bf16 = False  # see Linear, where it is the head too
+    in_bf16 = False  # see multiply_in_bf16(): a tied token embedding is multiplied as the head
 
     def __init__(self, num_rows: int, width: int, kind: Kind) -> None:
         super().__init__(num_rows, width)
@@ -2712,7 +2761,7 @@ class SmearGate(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
-        gate = torch.sigmoid(like(self.gate, x))
+        gate = torch.sigmoid(cast_like(self.gate, x))
         if self.bos_mask:
             gate = gate * (input_ids != BOS).unsqueeze(-1)
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -2735,7 +2784,7 @@ class InputSmearGate(nn.Module):
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """x: (B, T, D), input_ids: (B, T) -> (B, T, D)."""
         window = x[..., : len(self.weight)]
-        gate = like(self.scale, x) * torch.sigmoid(window @ like(self.weight, x))
+        gate = cast_like(self.scale, x) * torch.sigmoid(window @ cast_like(self.weight, x))
         if self.bos_mask:
             gate = gate * (input_ids != BOS)
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -2754,14 +2803,14 @@ class ValueEmbedding(nn.Module):
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) -> (B, T, G*K)."""
         extra = self.proj(self.embed(input_ids).to(dtype))
-        return like(self.scale, extra) * extra
+        return cast_like(self.scale, extra) * extra
 
 
 def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tables for rotate(): cosines and signed sines of position times frequency, float32 (T, R).
 
     R dimensions rotate, as R/2 pairs; pair i has frequency base^(-2i/R). Each table holds the
-    pairs twice, the sines with the opposite sign the second time. For rows longer than
+    pairs twice, and the second time the sines have the opposite sign. For rows longer than
     ROPE_NTK_REF the NTK rule raises the base.
     """
     dims, base = cfg.rotary_dims, cfg.rope_base
@@ -2774,16 +2823,17 @@ def rotary_tables(cfg: Config, seq_len: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs of dimensions (i, i + R/2) of the first R by position: (B, T, H, K) -> same."""
-    cos, sin = (like(table, x)[:, None, :] for table in rotation)
-    turned, rest = x.tensor_split([cos.size(-1)], dim=-1)
-    turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, -1), sin)
-    return torch.cat([turned, rest], dim=-1)
+    """Rotate the pairs of dimensions (i, i + R/2), i < R/2, by position: (B, T, H, K) -> same."""
+    cos, sin = (cast_like(table, x)[:, None, :] for table in rotation)
+    R = cos.size(-1)
+    first, rest = x.tensor_split([R], dim=-1)
+    rotated = torch.addcmul(first * cos, first.roll(R // 2, -1), sin)
+    return torch.cat([rotated, rest], dim=-1)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
-    if q.device.type != "cuda":  # repeated heads take 0.7 of the time of enable_gqa on a CPU
+    if q.device.type != "cuda":  # on a CPU, repeating k and v is faster than enable_gqa
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.size(1) != k.size(1)
@@ -2791,24 +2841,24 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-def attention_inside(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
+def document_attention(q: Tensor, k: Tensor, v: Tensor, extents: Tensor) -> Tensor:
     """Causal attention inside documents: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K).
 
-    `inside` is a mask (B, 1, T, T), or the boundaries (N,) for kernels of variable length.
+    `extents` comes from document_extents(): a mask (B, 1, T, T), or boundaries (N,).
     """
-    if inside.ndim == 1:
-        variable = variable_length_attention if q.is_cuda else attention_by_length
-        return variable(q, k, v, inside)
+    if extents.ndim == 1:
+        attend = document_attention_on_gpu if q.is_cuda else document_attention_by_length
+        return attend(q, k, v, extents)
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=inside).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=extents).transpose(1, 2)
 
 
-def what_attention_sees(documents: Tensor, boundaries: Tensor | None, in_graph: bool) -> Tensor:
-    """Bring documents (B, T) into the form that attention_inside() needs.
+def document_extents(documents: Tensor, boundaries: Tensor | None, in_graph: bool) -> Tensor:
+    """What tells document_attention() where the documents of (B, T) are.
 
-    That is `boundaries`, or a mask (B, 1, T, T) for a compiled graph on a CPU, since its shape does
-    not depend on the documents.
+    It is `boundaries`, see document_boundaries(); or, in a compiled graph on a CPU, a mask
+    (B, 1, T, T), whose shape does not depend on the documents.
     """
     if boundaries is not None and (documents.is_cuda or not in_graph):
         return boundaries
@@ -2816,48 +2866,52 @@ def what_attention_sees(documents: Tensor, boundaries: Tensor | None, in_graph: 
     return same.tril().unsqueeze(1)
 
 
-def attention_by_length(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """attention_inside() on a CPU: attends in all documents of one length at once.
+def document_attention_by_length(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
+    """document_attention() on a CPU: all documents of one length form a batch.
 
-    A mask would make the CPU work across documents and into the future, and discard the result.
+    With a mask, the CPU would also compute scores across documents and discard them.
     """
     lengths = [length for length in boundaries.diff().tolist() if length]
-    documents = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
-    found: dict[int, Tensor] = {}  # by document
+    q_parts, k_parts, v_parts = (x.flatten(0, 1).split(lengths) for x in (q, k, v))
+    outputs: dict[int, Tensor] = {}  # by the number of the document
     for length in dict.fromkeys(lengths):
         alike = [number for number, other in enumerate(lengths) if other == length]
-        y = sdpa_attention(*(torch.stack([part[number] for number in alike]) for part in documents))
-        found.update(zip(alike, y, strict=True))
-    return torch.cat([found[number] for number in range(len(lengths))]).view_as(q)
+        y = sdpa_attention(
+            torch.stack([q_parts[number] for number in alike]),
+            torch.stack([k_parts[number] for number in alike]),
+            torch.stack([v_parts[number] for number in alike]),
+        )
+        outputs.update(zip(alike, y, strict=True))
+    return torch.cat([outputs[number] for number in range(len(lengths))]).view_as(q)
 
 
-def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
-    """attention_inside() on a GPU, which does no work across documents; never run on one yet."""
-    rows = q.shape
+def document_attention_on_gpu(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
+    """document_attention() by torch's kernel of variable length; it has never run on a GPU yet."""
+    shape = q.shape
+    longest = q.size(1)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    longest = rows[1]
     y = varlen_attn(
         q, k, v, boundaries, boundaries, longest, longest, window_size=(-1, 0), enable_gqa=True
     )
-    return cast(Tensor, y).view(rows)
+    return cast(Tensor, y).view(shape)
 
 
 class ChosenAttention(NamedTuple):
-    """How a run computes attention in whole rows."""
+    """The attention kernel of a run, for attention over whole rows."""
 
     name: str
     kernel: AttentionKernel
-    trial: str = ""  # milliseconds of the kernels that were tried, and why others were not
+    trial: str = ""  # milliseconds of the kernels that were tried, and why others cannot be used
 
 
 def pick_attention(cfg: Config, ranks: Ranks) -> ChosenAttention:
-    """Choose the attention kernel, the same on all ranks, which must ask together.
+    """Choose the attention kernel, the same on all ranks; all ranks must call this together.
 
     Raises Refusal if the kernel that ATTENTION names does not work here.
     """
     heads = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     if cfg.attn_docs:
-        why = "inside documents (ATTN_DOCS=1) only torch's kernel of variable length acts"
+        why = "inside documents (ATTN_DOCS=1) only torch's kernel of variable length is used"
     elif ranks.device.type != "cuda":
         why = "there is no CUDA device"
     else:
@@ -2867,11 +2921,12 @@ def pick_attention(cfg: Config, ranks: Ranks) -> ChosenAttention:
     return ChosenAttention("varlen" if ranks.device.type == "cuda" else "sdpa", sdpa_attention)
 
 
-@functools.cache  # one kernel object for a model and its rebuilt twin, or compiled graphs miss
+# Cached, because compiled graphs serve a rebuilt model only if its kernel is the same object.
+@functools.cache
 def find_attention(wanted: str, heads: tuple[int, int, int], ranks: Ranks) -> ChosenAttention:
-    """Find the kernel that is wanted on CUDA, for "auto" the quickest of those that work.
+    """Find the kernel that is wanted on CUDA, for "auto" the fastest of those that work.
 
-    heads: how many of queries, how many of keys and values, and their width.
+    heads: the number of query heads, the number of key and value heads, and their width.
     """
     if wanted != "auto":
         with ranks.together():
@@ -2880,26 +2935,28 @@ def find_attention(wanted: str, heads: tuple[int, int, int], ranks: Ranks) -> Ch
             except Refusal as refusal:
                 raise Refusal(f"ATTENTION={wanted}: {refusal}; use ATTENTION=auto") from None
     working: dict[str, tuple[str, AttentionKernel]] = {}
-    said = []
+    failures = []
     for name in KERNELS:
         try:
             working[name] = working_kernel(name, heads, ranks.device)
         except Refusal as refusal:
-            said.append(f"no {name} ({refusal})")
-    works = {name: trial_pass(kernel, heads, ranks.device) for name, (_, kernel) in working.items()}
-    seconds = seconds_of_kernels(works, ranks)
-    said[:0] = [f"{name} {1e3 * seconds[name]:.2f} ms" for name in works]
-    quickest = min(KERNELS, key=lambda name: seconds[name])
-    if seconds[quickest] == math.inf:
-        quickest = "sdpa"
-    return ChosenAttention(*working[quickest], ", ".join(said))
+            failures.append(f"no {name} ({refusal})")
+    trials = {
+        name: trial_pass(kernel, heads, ranks.device) for name, (_, kernel) in working.items()
+    }
+    seconds = seconds_of_kernels(trials, ranks)
+    times = [f"{name} {1e3 * seconds[name]:.2f} ms" for name in trials]
+    fastest = min(KERNELS, key=lambda name: seconds[name])
+    if seconds[fastest] == math.inf:
+        fastest = "sdpa"
+    return ChosenAttention(*working[fastest], ", ".join(times + failures))
 
 
 def working_kernel(
     name: str, heads: tuple[int, int, int], device: torch.device
 ) -> tuple[str, AttentionKernel]:
-    """Try a kernel on the device: (its source, the kernel); raises Refusal if it does not work."""
-    why = []
+    """Try a kernel on the device; returns its source and itself, or raises Refusal if it fails."""
+    failures = []
     for source in KERNELS[name]:
         try:
             attend = kernel_from(source)
@@ -2910,13 +2967,13 @@ def working_kernel(
             if isinstance(attend(query, key, key), tuple):
                 return source, functools.partial(first_output, attend)
             return source + chosen_by_torch(source, query, key), attend
-        except Exception as error:  # foreign packages raise anything
-            why.append(f"{source.removeprefix('fa3/')}: " + str(error).split("\n")[0])
-    raise Refusal(", ".join(why))
+        except Exception as error:  # foreign packages may raise any exception
+            failures.append(f"{source.removeprefix('fa3/')}: " + str(error).split("\n")[0])
+    raise Refusal(", ".join(failures))
 
 
 def kernel_from(source: str) -> AttentionKernel:
-    """Load a kernel from a source in KERNELS; a package that lacks it raises what it likes."""
+    """Load a kernel from a source in KERNELS; foreign packages may raise any exception."""
     if source == "sdpa":
         return sdpa_attention
     if source in TORCH_BACKENDS:
@@ -2970,25 +3027,27 @@ def seconds_of(work: Callable[[], None], now: Callable[[], float]) -> float:
 
 
 def seconds_of_kernels(
-    works: dict[str, Callable[[], None]], ranks: Ranks, now: Callable[[], float] = time.perf_counter
+    trials: dict[str, Callable[[], None]],
+    ranks: Ranks,
+    now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Time a pass of each kernel on the slowest rank; inf if any rank fails or lacks it.
+    """Seconds of a pass of each kernel on the slowest rank; inf if any rank fails or lacks it.
 
-    Every rank asks for all kernels in the same order, whichever of them it has.
+    Every rank goes through all kernels in the same order, whichever of them it has.
     """
-    found = {}
+    seconds = {}
     for name in KERNELS:
         least = math.inf
-        if name in works:
+        if name in trials:
             with contextlib.suppress(Exception):  # a kernel may fail in its backward
-                works[name]()
-                least = min(seconds_of(works[name], now) for _ in range(3)) / TRIAL_PASSES
-        found[name] = ranks.largest(least)
-    return found
+                trials[name]()
+                least = min(seconds_of(trials[name], now) for _ in range(3)) / TRIAL_PASSES
+        seconds[name] = ranks.largest(least)
+    return seconds
 
 
 def first_output(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The output alone of a kernel that returns a tuple."""
+    """Call a kernel that returns a tuple; returns its first item, the attention output."""
     return attend(q, k, v)[0]
 
 
@@ -3014,7 +3073,7 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """One execution of a block, and what it reads beside the residual stream.
+    """One execution of a block, and what it reads besides the residual stream.
 
     The plan is the list of layers; a layer's place is its index there. A block holds weights. With
     a loop (NUM_LOOPS) a block has several places in the plan; without, place and block are equal.
@@ -3022,7 +3081,7 @@ class Layer:
 
     block: int  # the number of the block that is executed
     depth_scale: float  # the factor of the normed inputs of attention and MLP
-    two_lanes: bool  # whether attention and MLP work side by side, on a lane each
+    two_lanes: bool  # whether the stream has two lanes, read by attention and by the MLP
     exclusive: bool  # whether attention's output is made orthogonal to the token's value (XSA)
     skip_from: int | None  # the place whose output is added to the stream first (U-Net)
     skip_row: int | None  # the row of the skip weights for that output
@@ -3095,22 +3154,22 @@ def plan_layers(cfg: Config, looping: bool = True) -> tuple[Layer, ...]:
 def last_place(blocks: list[int], block: int) -> int:
     """The last place in the plan at which `block` is executed; -1 if there is none."""
     last = -1
-    for place, used in enumerate(blocks):  # a graph can hold a loop, but no generator
+    for place, used in enumerate(blocks):  # torch.compile can trace a loop, but not a generator
         if used == block:
             last = place
     return last
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalised, rotated queries and keys."""
+    """Causal grouped-query attention with normalized, rotated queries and keys."""
 
     def __init__(self, cfg: Config, layer: Layer, kernel: AttentionKernel) -> None:
         super().__init__()
         width, kv_width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        beside_queries = replace(ATTENTION_MATRIX, inputs_of="c_q")
+        same_inputs = replace(ATTENTION_MATRIX, inputs_of="c_q")
         self.c_q = Linear(width, width, ATTENTION_MATRIX)
-        self.c_k = Linear(width, kv_width, beside_queries)
-        self.c_v = Linear(width, kv_width, beside_queries)
+        self.c_k = Linear(width, kv_width, same_inputs)
+        self.c_v = Linear(width, kv_width, same_inputs)
         self.proj = Linear(width, width, replace(ATTENTION_MATRIX, start=start_output))
         gains = torch.full((cfg.num_heads,), cfg.qk_gain_init)
         self.q_gain = of_kind(ATTENTION_GAIN, nn.Parameter(gains))
@@ -3134,15 +3193,15 @@ class Attention(nn.Module):
         first_v: Tensor | None,
         delta: Delta | None = None,
     ) -> Tensor:
-        """W x + extra, mixed with layer 0's by VRL_MODE=mix (arXiv:2410.17897): (B, T, G*K)."""
+        """W x + extra, with VRL_MODE=mix mixed with layer 0's (arXiv:2410.17897): (B, T, G*K)."""
         return self.mixed_values(self.c_v(x, delta), extra_v, first_v)
 
     def mixed_values(self, v: Tensor, extra_v: Tensor | None, first_v: Tensor | None) -> Tensor:
-        """What values() makes of W x, (B, T, G*K)."""
+        """The values from v = W x, (B, T, G*K) -> same; see values()."""
         if extra_v is not None:
             v = v + extra_v
         if self.vr_lambda is not None:
-            first, own = like(self.vr_lambda, v)
+            first, own = cast_like(self.vr_lambda, v)
             v = first * first_v + own * v
         return v
 
@@ -3151,12 +3210,12 @@ class Attention(nn.Module):
         if self.gate is None:
             return y
         window = x[..., : self.gate.size(1)]
-        gate = torch.sigmoid(self.gate_scale * F.linear(window, like(self.gate, x)))
+        gate = torch.sigmoid(self.gate_scale * F.linear(window, cast_like(self.gate, x)))
         return y * (self.gate_factor * gate).unsqueeze(-1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, inside: Tensor | None) -> Tensor:
-        """Causal attention, in whole rows or inside documents: see attention_inside()."""
-        return self.kernel(q, k, v) if inside is None else attention_inside(q, k, v, inside)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, extents: Tensor | None) -> Tensor:
+        """Causal attention, over whole rows or inside documents: see document_attention()."""
+        return self.kernel(q, k, v) if extents is None else document_attention(q, k, v, extents)
 
     def forward(
         self,
@@ -3165,21 +3224,21 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         extra_v: Tensor | None,
         first_v: Tensor | None,
-        inside: Tensor | None = None,
+        extents: Tensor | None = None,
         deltas: dict[str, Delta] = NO_DELTAS,
     ) -> Tensor:
-        """x: (B, T, D) -> (B, T, D), times a gain (D,).
+        """x: (B, T, D) -> (B, T, D), multiplied by a gain (D,).
 
-        extra_v is added to the values, first_v are layer 0's values: both (B, T, G*K).
+        extra_v, which is added to the values, and first_v, layer 0's values: (B, T, G*K) each.
         """
-        if inside is None and not deltas and HeadsAttention.takes(x, self.head_dim, self.kernel):
+        if extents is None and not deltas and HeadsAttention.takes(x, self.head_dim, self.kernel):
             y = self.on_cpu(x, rotation, extra_v, first_v)
         else:
             q, k = self.c_q(x, deltas.get("q")), self.c_k(x, deltas.get("k"))
             v = self.values(x, extra_v, first_v, deltas.get("v"))
             q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-            q = rotate(rms_norm(q), rotation) * like(self.q_gain, q)[:, None]
-            y = self.attend(q, rotate(rms_norm(k), rotation), v, inside)
+            q = rotate(rms_norm(q), rotation) * cast_like(self.q_gain, q)[:, None]
+            y = self.attend(q, rotate(rms_norm(k), rotation), v, extents)
             if self.exclusive:
                 y = exclude_own_value(y, v)
         return self.proj.with_gain(self.gated(y, x).flatten(2), gain, x, deltas.get("o"))
@@ -3191,16 +3250,21 @@ class Attention(nn.Module):
         extra_v: Tensor | None,
         first_v: Tensor | None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, H, K) in training on a CPU: one product, and HeadsAttention."""
-        K, order = self.head_dim, pairs_together(rotation[0].size(-1), self.head_dim)
-        turning = torch.cat([self.c_q.weight, self.c_k.weight])
-        turning = turning.unflatten(0, (-1, K)).index_select(1, order).flatten(0, 1)
-        both = product(x, torch.cat([turning, self.c_v.weight]), self.c_v.in_bf16)
-        qk, v = both.split([len(turning), len(self.c_v.weight)], dim=-1)
+        """(B, T, D) -> (B, T, H, K) in training on a CPU: one product for all of q, k and v.
+
+        HeadsAttention does the rest. It wants the channels of q and k that rotate as a pair side by
+        side, so the rows of their weights are put in that order.
+        """
+        K = self.head_dim
+        order = pairs_together(rotation[0].size(-1), K)
+        qk_weight = torch.cat([self.c_q.weight, self.c_k.weight])
+        qk_weight = qk_weight.unflatten(0, (-1, K)).index_select(1, order).flatten(0, 1)
+        qkv = product(x, torch.cat([qk_weight, self.c_v.weight]), self.c_v.in_bf16)
+        qk, v = qkv.split([len(qk_weight), len(self.c_v.weight)], dim=-1)
         v = self.mixed_values(v, extra_v, first_v)
         qk, v = (y.unflatten(-1, (-1, K)) for y in (qk, v))
-        products = torch.bfloat16 if self.c_v.in_bf16 else x.dtype
-        return HeadsAttention.apply(qk, v, self.q_gain, *rotation, self.exclusive, products)
+        product_dtype = torch.bfloat16 if self.c_v.in_bf16 else x.dtype
+        return HeadsAttention.apply(qk, v, self.q_gain, *rotation, self.exclusive, product_dtype)
 
 
 class MLP(nn.Module):
@@ -3213,7 +3277,7 @@ class MLP(nn.Module):
         self.slope = cfg.leaky_slope if cfg.mlp_act == "leaky2" else 0.0
 
     def forward(self, x: Tensor, gain: Tensor, deltas: dict[str, Delta] = NO_DELTAS) -> Tensor:
-        """(B, T, D) -> (B, T, D), times a gain (D,)."""
+        """(B, T, D) -> (B, T, D), multiplied by a gain (D,)."""
         hidden = SquaredLeaky.apply(self.fc(x), self.slope)
         return self.proj.with_gain(hidden, gain, x, deltas.get("mlp"))
 
@@ -3237,14 +3301,14 @@ def in_lanes(lanes: Lanes, are_two: bool) -> Lanes:
 
 @dataclass
 class Context:
-    """What the layers read beside the stream."""
+    """What the layers read besides the stream."""
 
     plan: tuple[Layer, ...]
     x0: Tensor  # the normed embedding (B, T, D)
     rotation: tuple[Tensor, Tensor]  # see rotary_tables()
     extra_v: dict[int, Tensor]  # by place: what is added to the layer's values, (B, T, G*K)
     first_v: Tensor | None = None  # layer 0's values (B, T, G*K), where others mix them in
-    inside: Tensor | None = None  # the documents, for attention_inside()
+    extents: Tensor | None = None  # where the documents are, see document_extents()
     row_deltas: RowDeltas | None = None
     outputs: list[Lanes] = field(default_factory=list)  # by place: the stream after that layer
 
@@ -3262,7 +3326,7 @@ def start_mix_by_depth(parameter: Tensor, cfg: Config, block: int) -> None:
 
 
 class Block(nn.Module):
-    """A layer's weights: mix in the embedding, then attention, then MLP, with learned gains."""
+    """The weights of a layer, which mixes in the embedding, then adds attention, then an MLP."""
 
     def __init__(self, cfg: Config, layer: Layer, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -3277,7 +3341,7 @@ class Block(nn.Module):
 
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
         """Mix the embedding x0 into a stream x: both (B, T, D) -> (B, T, D)."""
-        keep, inject = like(self.resid_mix, x)
+        keep, inject = cast_like(self.resid_mix, x)
         return torch.addcmul(keep * x, inject, x0)
 
     def forward(
@@ -3288,7 +3352,7 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor],
         extra_v: Tensor | None,
         first_v: Tensor | None,
-        inside: Tensor | None,
+        extents: Tensor | None,
         weights: tuple[Tensor, Tensor] | None,
         scale: float | Tensor,
         deltas: dict[str, Delta] = NO_DELTAS,
@@ -3299,14 +3363,14 @@ class Block(nn.Module):
 
             m = a x + b x0,  y = m + g_attn attention(scale norm(m)),  y + g_mlp mlp(scale norm(y))
 
-        x0, rotation, extra_v, first_v, inside: see Context.
-        read: an earlier output (B, T, D) that attention reads instead of the stream, if any.
+        x0, rotation, extra_v, first_v, extents: see Context.
+        read: an earlier layer's output (B, T, D) that attention reads instead of the stream.
         weights: how two lanes are combined, see two_lanes().
         """
         x, second = lanes
         mixed = self.mixed(x, x0)
         u = rms_norm(mixed if read is None else self.mixed(read, x0), scale)
-        attended = self.attn(u, self.attn_scale, rotation, extra_v, first_v, inside, deltas)
+        attended = self.attn(u, self.attn_scale, rotation, extra_v, first_v, extents, deltas)
         if second is not None and weights is not None:
             mlp_output = self.mlp(rms_norm(second, scale), self.mlp_scale, deltas)
             return two_lanes(x, second, attended, mlp_output, *weights)
@@ -3319,22 +3383,22 @@ def with_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> T
 
     x and skip: (B, T, D); weight and gate: (D,) or (1,); g = sigmoid(gate).
     """
-    skip = like(weight, x) * skip
+    skip = cast_like(weight, x) * skip
     if gate is None:
         return x + skip
-    return torch.lerp(skip, x, like(torch.sigmoid(gate), x).expand_as(x))
+    return torch.lerp(skip, x, cast_like(torch.sigmoid(gate), x).expand_as(x))
 
 
 def two_lanes(
     x: Tensor, second: Tensor, attended: Tensor, mlp_output: Tensor, keep: Tensor, write: Tensor
 ) -> Lanes:
-    """Update both lanes: each keeps a part of itself, and adds parts of both outputs.
+    """Update both lanes: each is multiplied by a factor, and multiples of both outputs are added.
 
-    Attention has read the first lane and the MLP the second. Lanes and outputs: (B, T, D); keep:
-    (2,), a factor for each lane; write: (4,), factors of attention in the first and second lane,
-    then of the MLP in the first and second.
+    Attention has read the first lane and the MLP the second. Lanes and outputs: (B, T, D). keep:
+    (2,), the factor of each lane. write: (4,), the factors of attention's output in the first and
+    the second lane, then those of the MLP's output.
     """
-    keep, write = like(keep, x), like(write, x)
+    keep, write = cast_like(keep, x), cast_like(write, x)
     first = keep[0] * x + write[0] * attended + write[2] * mlp_output
     second = keep[1] * second + write[1] * attended + write[3] * mlp_output
     return first, second
@@ -3358,12 +3422,12 @@ def add_value_embeddings(model: GPT, context: Context, shared: Tensor) -> None:
     for place, layer in enumerate(context.plan):
         if layer.value_scale is not None:
             scale = model.ve_layer_scales[layer.value_scale]
-            context.extra_v[place] = like(scale, shared) * shared
+            context.extra_v[place] = cast_like(scale, shared) * shared
 
 
 def add_first_values(model: GPT, context: Context) -> None:
     """Compute layer 0's values and put them where the other layers read them (VRL)."""
-    # By VRL_MODE=mix they include layer 0's value embedding, by VRL_MODE=add they do not.
+    # With VRL_MODE=mix they include layer 0's value embedding, with VRL_MODE=add they do not.
     own_extra = context.extra_v.get(0) if model.cfg.vrl_mode == "mix" else None
     deltas = NO_DELTAS if context.row_deltas is None else context.row_deltas.layers[0]
     block: Any = model.blocks[0]
@@ -3373,7 +3437,9 @@ def add_first_values(model: GPT, context: Context) -> None:
     for place, layer in enumerate(context.plan):
         if layer.value_gate is not None:
             gate = torch.sigmoid(model.vrl_alphas[layer.value_gate])
-            context.extra_v[place] = context.extra_v.get(place, 0.0) + like(gate, first_v) * first_v
+            context.extra_v[place] = (
+                context.extra_v.get(place, 0.0) + cast_like(gate, first_v) * first_v
+            )
 
 
 class GPT(nn.Module):
@@ -3419,9 +3485,9 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(
             of_kind(GAIN, nn.Parameter(torch.ones(1))) for _ in cfg.value_layers
         )
-        taking = range(1, cfg.num_layers) if cfg.vrl_mode == "add" else ()
+        gated_layers = range(1, cfg.num_layers) if cfg.vrl_mode == "add" else ()
         self.vrl_alphas = nn.ParameterList(
-            of_kind(GATE, nn.Parameter(torch.tensor(0.0))) for _ in taking
+            of_kind(GATE, nn.Parameter(torch.tensor(0.0))) for _ in gated_layers
         )
         self.backout_lambda: nn.Parameter | None = None
         if cfg.backout_layer >= 0:
@@ -3454,7 +3520,7 @@ class GPT(nn.Module):
         looping: bool = True,
         row_deltas: RowDeltas | None = None,
     ) -> Context:
-        """Prepare what the layers read beside the stream, from ids (B, T) and x0 (B, T, D)."""
+        """Prepare what the layers read besides the stream, from ids (B, T) and x0 (B, T, D)."""
         first, row_length = self.row_place or (0, input_ids.size(1))
         tables = rotary_tables(self.cfg, row_length, x0.device)
         cos, sin = (table[first : first + input_ids.size(1)] for table in tables)
@@ -3467,7 +3533,7 @@ class GPT(nn.Module):
         )
         if documents is not None:
             in_graph = torch.compiler.is_compiling() or self.compiled_block is not None
-            context.inside = what_attention_sees(documents, boundaries, in_graph)
+            context.extents = document_extents(documents, boundaries, in_graph)
         if self.ve_shared is not None:
             add_value_embeddings(self, context, self.ve_shared(input_ids, self.dtype))
         if self.cfg.vrl_mode != "off":
@@ -3486,13 +3552,13 @@ class GPT(nn.Module):
         read = None if layer.reads is None else joined(context.outputs[layer.reads])
         weights = None if self.lanes is None else self.lanes.of(layer.block)
         extra_v, first_v = context.extra_v.get(place), context.first_v
-        rotation, inside = context.rotation, context.inside
-        inputs = ((x, second), context.x0, read, rotation, extra_v, first_v, inside, weights)
+        rotation, extents = context.rotation, context.extents
+        inputs = ((x, second), context.x0, read, rotation, extra_v, first_v, extents, weights)
         if context.row_deltas is not None:
             return block(*inputs, layer.depth_scale, context.row_deltas.layers[place])
         if self.compiled_block is None or not torch.is_grad_enabled():
             return block(*inputs, layer.depth_scale)
-        # The scale is a tensor here: each new number would compile another block.
+        # The scale is a tensor here, since a number would compile the block anew for each value.
         return self.compiled_block(block, *inputs, torch.tensor(layer.depth_scale))
 
     def hidden(
@@ -3505,8 +3571,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """(B, T) -> (B, T, D): the normed residual stream after the last layer.
 
-        Attention reaches across whole rows, or stays inside `documents`, see Batch. Without
-        `looping` each block is executed once, as before ENABLE_LOOPING_AT.
+        Attention reaches across whole rows, or stays inside `documents`; see Batch. Without
+        `looping` each block is executed once, as it is before ENABLE_LOOPING_AT.
         """
         x = self.embedded(input_ids)
         context = self.context(input_ids, x, documents, boundaries, looping, row_deltas)
@@ -3517,7 +3583,7 @@ class GPT(nn.Module):
         x = joined(lanes)
         if self.backout_lambda is not None:
             kept = last_place([layer.block for layer in context.plan], self.cfg.backout_layer)
-            x = x - like(self.backout_lambda, x) * joined(context.outputs[kept])
+            x = x - cast_like(self.backout_lambda, x) * joined(context.outputs[kept])
         return rms_norm(x)
 
     def logits(
@@ -3525,14 +3591,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, V) float32, bounded by the softcap c as c tanh(z / c).
 
-        With the token mask, a token that may not follow that of `input_ids` (B, T) has -inf.
+        With the token mask, a token that may not follow the one in `input_ids` (B, T) has -inf.
         """
-        z = with_delta(F.linear(hidden, like(self.head.weight, hidden)), hidden, delta).float()
+        z = with_delta(F.linear(hidden, cast_like(self.head.weight, hidden)), hidden, delta).float()
         cap = self.cfg.logit_softcap
         logits = cap * z.div_(cap).tanh_()
         if self.penalty is None:
             return logits
-        assert input_ids is not None, "the token mask needs the tokens before"
+        assert input_ids is not None, "the token mask needs the preceding tokens"
         return logits + F.embedding(input_ids, self.penalty)
 
     def hidden_at_targets(
@@ -3544,8 +3610,8 @@ class GPT(nn.Module):
         )
         if batch.places is None:
             return hidden, batch.input_ids
-        asked = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
-        return asked, batch.input_ids.take_along_dim(batch.places, dim=1)
+        at_targets = hidden.take_along_dim(batch.places.unsqueeze(-1), dim=1)
+        return at_targets, batch.input_ids.take_along_dim(batch.places, dim=1)
 
     def forward(
         self,
@@ -3556,21 +3622,21 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The nats of each target and its weight in the loss, float32 (B, S) like the targets.
 
-        A `mile_gamma` of None leaves MiLe out: all weights are 1. With `prefix_weight` w, w times
+        Without `mile_gamma` all weights are 1, see mile_weights(). With `prefix_weight` w, w times
         the nats of the target's prefix are added, see prefix_targets().
         """
         hidden, input_ids = self.hidden_at_targets(batch, looping)
         targets = batch.target_ids
         prefixes = prefix_targets(self, input_ids, targets, prefix_weight)
         clamp_min = self.cfg.mile_clamp_min
-        # HeadNats is the same with its derivative by hand; a compiled graph does not need that.
+        # HeadNats computes the same with a hand-written derivative, which no compiled graph needs.
         by_hand = hidden.dtype == torch.float32 and not torch.compiler.is_compiling()
         if by_hand and hidden.requires_grad:
             loss = (self.cfg.logit_softcap, mile_gamma, clamp_min)
             mask = (input_ids, self.penalty)
             head = self.head.weight
-            products = torch.bfloat16 if self.head.in_bf16 else None
-            return HeadNats.apply(hidden, head, targets, *loss, *mask, prefixes, products)
+            product_dtype = torch.bfloat16 if self.head.in_bf16 else None
+            return HeadNats.apply(hidden, head, targets, *loss, *mask, prefixes, product_dtype)
         logits = self.logits(hidden, input_ids)
         nats = target_nats(logits, targets)
         if prefixes is not None:
@@ -3581,10 +3647,10 @@ class GPT(nn.Module):
 def prefix_targets(
     model: GPT, input_ids: Tensor, targets: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """For each target the token that is its longest prefix, and its weight in the loss: (B, T).
+    """For each target the token that is its longest prefix, and that token's loss weight: (B, T).
 
-    The weight is `weight`, but 0 if the target has no prefix, or if the token mask does not let
-    the prefix follow the token before. Returns None if `weight` is None.
+    The loss weight is `weight`, but 0 if the target has no prefix, or if the token mask does not
+    let the prefix follow the preceding token. Returns None if `weight` is None.
     """
     if weight is None:
         return None
@@ -3642,7 +3708,7 @@ def initialize(model: GPT, cfg: Config) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RateSettings(Part):
-    """Learning rates and their course over the run."""
+    """Learning rates, and how they change over the run."""
 
     title = "Optimizer: rates"
     prefixes: ClassVar[tuple[str, ...]] = ("WARMDOWN_",)
@@ -3685,8 +3751,8 @@ class MuonSettings(Part):
     optimizer_routing: str = training_knob(
         "standard",
         ("standard", "banks", "by_ndim", "adam"),
-        "Train these by Muon: all matrices (standard), those of blocks (banks), all 2-D parameters "
-        "but token embedding and head (by_ndim), or matrices outside the blocks (adam).",
+        "Train with Muon all matrices (standard), those of the blocks (banks), all 2-D parameters "
+        "except token embedding and head (by_ndim), or the matrices outside the blocks (adam).",
     )
     muon_momentum: float = training_knob(
         0.99, (0.0, 0.9999), "Keep Muon's momentum at this value once it has ramped up."
@@ -3700,11 +3766,11 @@ class MuonSettings(Part):
     muon_ns: str = training_knob(
         "quintic",
         ("quintic", "polar"),
-        "Orthogonalise updates by Newton-Schulz, one polynomial for all its steps, or by Polar "
-        "Express, a polynomial for each.",
+        "Orthogonalize updates by Newton-Schulz, with one polynomial for all steps (quintic), or "
+        "by Polar Express, with another polynomial for each step (polar).",
     )
     muon_backend_steps: int = training_knob(
-        5, (1, 20), "Orthogonalise by this many steps of MUON_NS.", tries=(3,)
+        5, (1, 20), "Orthogonalize by this many steps of MUON_NS.", tries=(3,)
     )
     muon_momentum_cooldown_frac: float = training_knob(
         0.0,
@@ -3715,7 +3781,7 @@ class MuonSettings(Part):
     muon_slow_share: float = training_knob(
         0.0,
         (0.0, 1.0),
-        "Blend this share of a second, slower momentum into Muon's own; 0 keeps none.",
+        "Blend this share of a second, slower momentum into Muon's own; 0 turns it off.",
         tries=(0.5,),
     )
     muon_slow_momentum: float = training_knob(
@@ -3725,26 +3791,27 @@ class MuonSettings(Part):
         0.4, (0.0, 1.0), "Blend in the slower momentum after this fraction of the run."
     )
     muon_row_norm: bool = training_knob(
-        False, (), "Divide each row of an update by its norm before it is orthogonalised."
+        False, (), "Divide each row of an update by its norm before orthogonalization."
     )
     muon_neuron_norm: float = training_knob(
         0.0,
         (0.0, 0.9999),
-        "Divide each neuron's orthogonalised update by the root of its running mean square, of "
-        "which a step keeps this fraction (NorMuon: 0.95); 0 turns it off.",
+        "After orthogonalization, divide each neuron's update by the root of a running mean of its "
+        "square, of which each step keeps this fraction (NorMuon: 0.95); 0 turns it off.",
         tries=(0.95,),
     )
     muon_quant_momentum: bool = training_knob(
         False, (), "Keep Muon's momentum as blocks of int8 between steps."
     )
     muon_parallel: bool = training_knob(
-        True, (), "Divide Muon's matrices among the ranks, rather than have each update all."
+        True, (), "Divide Muon's matrices among the ranks, instead of updating all on each rank."
     )
     muon_wd: float = training_knob(0.04, (0.0, 10.0), "Use this decoupled weight decay in Muon.")
     muon_wd_form: str = training_knob(
         "plain",
         ("plain", "cautious"),
-        "Decay all of Muon's weights, or only those that its step makes smaller too (cautious).",
+        "Decay all of Muon's weights (plain), or only those whose magnitude its step reduces too "
+        "(cautious).",
     )
     muon_wd_order: str = training_knob(
         "before", ("before", "after"), "Decay Muon's weights before or after its step."
@@ -3755,7 +3822,8 @@ class MuonSettings(Part):
         """An optimizer without parameters is a mistake."""
         yield (
             cfg.optimizer_routing != "adam" or cfg.bigram_vocab_size or cfg.value_layers,
-            "OPTIMIZER_ROUTING leaves Muon nothing without BIGRAM_VOCAB_SIZE and VE_ENABLED",
+            "OPTIMIZER_ROUTING leaves Muon no matrices unless BIGRAM_VOCAB_SIZE or VE_ENABLED is "
+            "on",
         )
 
 
@@ -3768,10 +3836,7 @@ class AdamSettings(Part):
 
     adam_wd: float = training_knob(0.04, (0.0, 10.0), "Use this decoupled weight decay in AdamW.")
     embed_wd: float = training_knob(
-        -1.0,
-        (-1.0, 10.0),
-        "Decay embedding tables by this instead of ADAM_WD; -1 keeps ADAM_WD.",
-        tries=(0.085,),
+        -1.0, (-1.0, 10.0), "Decay embedding tables by this; -1 takes ADAM_WD.", tries=(0.085,)
     )
     beta2: float = training_knob(
         0.95, (0.5, 0.99999), "Keep this fraction of AdamW's mean squared gradient at each step."
@@ -3788,18 +3853,18 @@ class AdamSettings(Part):
         """A negative decay would make tables grow."""
         yield (
             cfg.embed_wd == -1.0 or cfg.embed_wd >= 0.0,
-            "EMBED_WD is no decay: it is at least 0, or -1 for that of ADAM_WD",
+            "EMBED_WD must be at least 0, or -1 to use ADAM_WD",
         )
 
 
-# A step of orthogonalize() maps each singular value by x <- a x + b x^3 + c x^5. Here are (a, b, c)
-# of each step; the last row serves all further steps.
+# A step of orthogonalize() maps each singular value x to a x + b x^3 + c x^5. A row has the
+# (a, b, c) of one step; the last row serves all further steps.
 SINGULAR_VALUE_MAPS = {
-    # Muon's Newton-Schulz iteration, with a large slope at zero: after five steps, singular values
-    # of at least 0.003 of the norm lie within 0.68 to 1.21.
+    # Muon's Newton-Schulz iteration, with a large slope at zero: five steps bring singular values
+    # of at least 0.003 times the norm into 0.68 to 1.21.
     "quintic": ((3.4445, -4.7750, 2.0315),),
-    # Polar Express (arXiv:2505.16932), made for five steps, after which singular values of at least
-    # 0.001 of the norm lie within 0.86 to 1.15. The paper's division by a margin is left out.
+    # Polar Express (arXiv:2505.16932), made for five steps, which bring singular values of at least
+    # 0.001 times the norm into 0.86 to 1.15. The paper's division by a margin is left out.
     "polar": (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -3810,9 +3875,9 @@ SINGULAR_VALUE_MAPS = {
 }
 
 MOMENTUM_BLOCK = 256  # elements that share a scale in MUON_QUANT_MOMENTUM
-MILE_ENDS = 0.15  # the scale of the rates at which MiLe has faded to plain cross entropy
+MILE_ENDS = 0.15  # lr_scale at which the MiLe loss has faded to plain cross entropy
 
-# How each group of parameters learns: the rate and decay are names of settings.
+# How each group of parameters learns; learning rate and weight decay are names of settings.
 # fmt: off
 GROUPS = {
     # group               optimizer  learning rate  weight decay
@@ -3896,13 +3961,13 @@ def orthogonalize(matrices: Tensor, steps: int, maps: str = "quintic") -> Tensor
 def normalize_neurons(updates: Tensor, kept: dict, keep: float) -> Tensor:
     """Divide each neuron's update by its root mean square over steps: (m, r, c) -> same.
 
-    Each matrix keeps its norm. A neuron is a row or column, whichever there are more of. Of its
-    running mean square, held in kept["neuron_squares"], a step keeps the fraction `keep`. Source:
-    NorMuon, arXiv:2510.05491.
+    Each matrix keeps its norm. A neuron is a row or a column, whichever the matrix has more of.
+    The running mean of its square is kept["neuron_squares"], of which each step keeps the fraction
+    `keep`. Source: NorMuon, arXiv:2510.05491.
     """
     exact = updates.float() if updates.dtype == torch.bfloat16 else updates
-    across = -1 if updates.size(-2) >= updates.size(-1) else -2
-    squares = exact.square().mean(across, keepdim=True)
+    inputs = -1 if updates.size(-2) >= updates.size(-1) else -2  # the dimension along a neuron
+    squares = exact.square().mean(inputs, keepdim=True)
     (mean_squares,) = kept.setdefault("neuron_squares", (torch.zeros_like(squares),))
     mean_squares.lerp_(squares, 1.0 - keep)
     divided = exact / mean_squares.clamp_min(1e-10).sqrt()
@@ -3920,9 +3985,9 @@ def pack_momentum(momentum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_momentum(packed: tuple[Tensor, Tensor], like_this: Tensor) -> Tensor:
-    """Undo pack_momentum(), but for rounding; the result has the shape (n, r, c) of `like_this`."""
-    q, scale = packed
-    rows = (q.to(scale.dtype) * scale).flatten(1)
+    """Undo pack_momentum() except for rounding: (n, r, c), the shape of `like_this`."""
+    integers, scale = packed
+    rows = (integers.to(scale.dtype) * scale).flatten(1)
     return rows[:, : like_this[0].numel()].view_as(like_this)
 
 
@@ -3930,7 +3995,7 @@ class Muon(torch.optim.Optimizer):
     """M <- mu M + g, W <- (1 - lr wd) W - lr sqrt(max(1, r/c)) orthogonalize(g + mu M).
 
     W, the momentum M and the gradient g are matrices (r, c). Matrices of equal shape are stacked
-    and orthogonalised together, in `dtype`. Source: Keller Jordan's Muon. Settings vary each part
+    and orthogonalized together, in `dtype`. Source: Keller Jordan's Muon. Settings vary each part
     of the rule:
 
         how M is kept            MUON_QUANT_MOMENTUM            advance()
@@ -3942,7 +4007,7 @@ class Muon(torch.optim.Optimizer):
 
     With MUON_PARALLEL the ranks divide each stack: a rank holds the summed gradients, the momentum
     and the updates of its own part only, and then all ranks gather the updates. What a stack keeps
-    between steps is in the state of its first weight: by name, a tuple of tensors.
+    between steps, `kept` below, is in the state of its first weight: by name, a tuple of tensors.
     """
 
     def __init__(
@@ -3956,7 +4021,8 @@ class Muon(torch.optim.Optimizer):
         self.cfg = cfg
         self.dtype = dtype
         self.ranks = ranks or Ranks()
-        # For each stack whose sum over ranks is under way: waits and gives this rank's part.
+        # For each stack whose sum over ranks is under way, a function that waits for it and returns
+        # this rank's part.
         self.launched: list[Callable[[], Tensor]] = []
         self.stacks = [
             (group, [w for w in group["params"] if w.shape == shape])
@@ -4023,9 +4089,9 @@ class Muon(torch.optim.Optimizer):
     def nesterov(self, grads: Tensor, kept: dict, group: dict) -> Tensor:
         """Advance M and return g + mu M, for a stack of gradients g (m, r, c).
 
-        With MUON_SLOW_SHARE, M is blended with a slower momentum. That one is a running mean of
-        gradients, and divided by 1 - mu it has the size of M. Source: modded-nanogpt #339
-        (bi-Maxwell momentum).
+        With MUON_SLOW_SHARE, M is blended with a slower momentum, which is a running mean of
+        gradients; divided by 1 - mu it is as large as M. Source: modded-nanogpt #339 (bi-Maxwell
+        momentum).
         """
         mu = group["momentum"]
         if self.cfg.muon_quant_momentum:
@@ -4039,12 +4105,12 @@ class Muon(torch.optim.Optimizer):
 
     def advance(self, name: str, grads: Tensor, kept: dict, mu: float) -> Tensor:
         """M <- mu M + g, for the momentum kept under `name`; returns it."""
-        parts = kept.get(name, (torch.zeros_like(grads),))
-        is_packed = len(parts) == 2  # integers and scales
-        momentum = unpack_momentum(parts, grads) if is_packed else parts[0]
+        stored = kept.get(name, (torch.zeros_like(grads),))
+        is_packed = len(stored) == 2  # integers and scales
+        momentum = unpack_momentum(stored, grads) if is_packed else stored[0]
         momentum.mul_(mu).add_(grads)
-        pack = self.cfg.muon_quant_momentum
-        kept[name] = pack_momentum(momentum) if pack else (momentum,)
+        packs = self.cfg.muon_quant_momentum
+        kept[name] = pack_momentum(momentum) if packs else (momentum,)
         return momentum
 
     def whole_state(self) -> list[dict[str, list[Tensor]]]:
@@ -4058,7 +4124,7 @@ class Muon(torch.optim.Optimizer):
         ]
 
     def load_whole_state(self, whole: list[dict[str, list[Tensor]]]) -> None:
-        """Take this rank's part of what whole_state() gave, perhaps on another number of ranks."""
+        """Take this rank's part of a whole_state(), which another number of ranks may have made."""
         for (_, weights), kept in zip(self.stacks, whole, strict=True):
             for name, parts in kept.items():
                 self.state[weights[0]][name] = tuple(map(self.ranks.part_of, parts))
@@ -4076,7 +4142,7 @@ def build_optimizers(
 
 
 def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
-    """The factor of the learning rates with `remaining` of the run left, in `warmdown`'s unit."""
+    """The factor of the learning rates when `remaining` of the run is left, in warmdown's unit."""
     if warmdown <= 0:
         return 1.0
     linear = min(1.0, max(0.0, remaining) / warmdown)
@@ -4085,24 +4151,17 @@ def decay_scale(remaining: float, warmdown: float, shape: str) -> float:
     return 0.5 * (1.0 - math.cos(math.pi * linear))
 
 
-def decay_left(scale: float, shape: str) -> float:
-    """The fraction of the warmdown that is left when decay_scale() is `scale`."""
-    if shape == "linear":
-        return scale
-    return math.acos(1.0 - 2.0 * scale) / math.pi
-
-
 def prefix_scale(remaining: float, whole: float) -> float:
-    """The factor of PREFIX_TARGET: 1 for a third of the run, then falling to 0 over another."""
+    """The factor of PREFIX_TARGET: 1 in the first third of the run, falling to 0 in the second."""
     if whole <= 0:
         return 0.0
     return min(max(3.0 * remaining / whole - 1.0, 0.0), 1.0)
 
 
 def muon_momentum(cfg: Config, step: int, remaining: float, whole: float) -> float:
-    """Muon's momentum, which rises linearly to its last value, and may fall back in the end.
+    """Muon's momentum, which rises linearly to its last value and may fall back at the end.
 
-    `remaining` is what is left of the `whole` run, in one unit.
+    remaining, whole: what is left of the run and its whole length, both in the budget's unit.
     """
     cooldown = cfg.muon_momentum_cooldown_frac * whole
     ramp = 1.0
@@ -4115,35 +4174,35 @@ def muon_momentum(cfg: Config, step: int, remaining: float, whole: float) -> flo
 
 @dataclass(frozen=True)
 class Moment:
-    """What the schedules say for one step."""
+    """What the schedules say at one moment of the run, the beginning of a step."""
 
     lr_scale: float  # a group learns at its base_lr times this, see train_step()
     momentum: float  # Muon's
     qat: bool  # whether training rounds weights
-    done: bool  # whether the run has ended, so that this step is not made
+    done: bool  # whether training has ended, so that this step is not made
     mile_gamma: float = 0.0  # the exponent of the MiLe loss
     snapshot: bool = False  # whether SWA takes the weights into its mean after the step
     slow_share: float = 0.0  # the share of Muon's slower momentum
     prefix_weight: float = 0.0  # the weight of the prefix's nats in the loss
     looping: bool = True  # whether the layers of a loop are repeated
-    longest_document: int | None = None  # in tokens, with ATTN_DOCS; None: as the run ends
+    longest_document: int | None = None  # in tokens, with ATTN_DOCS=1; None: as in the last stage
 
 
-def context_stage(cfg: Config, over: float) -> int:
-    """The stage of DOC_GROWTH, with this share of the run over; a stage ends after its share."""
+def context_stage(cfg: Config, done: float) -> int:
+    """The number of DOC_GROWTH's stage once the share `done` of training is over."""
     if not cfg.attn_docs:
         return 0
-    return sum(over > share for share, _ in cfg.context_stages[:-1])
+    return sum(done > share for share, _ in cfg.context_stages[:-1])
 
 
 class Schedule:
-    """Rates and switches at a given step; the same on every rank.
+    """Learning rates and switches at a given step, the same on every rank.
 
-    observe() takes in what was measured; at() answers and changes nothing. Time is what has been
-    spent of the budget, in the budget's unit: seconds, operations or steps. The cost of a step is
-    known exactly but in seconds. There it is the median of recent steps, once a few are known,
-    since a slow first step must not look like the end of the run. WARMDOWN_ITERS times this cost
-    is the warmdown in the budget's unit; it never exceeds the run.
+    observe() takes in what was measured; at() answers and changes nothing. How far training is goes
+    by what is spent of the budget, in its unit: seconds, operations or steps. What a step costs is
+    known exactly in operations and steps. In seconds it is the median of recent steps, once a few
+    are known, since a slow first step must not look like the end of the run. The warmdown takes
+    WARMDOWN_ITERS times this cost, but never more than the run.
     """
 
     STEPS_NEEDED = 5  # steps whose seconds must be known before their median counts
@@ -4157,11 +4216,11 @@ class Schedule:
         step_operations: int = 0,
         early_operations: int | None = None,
     ) -> None:
-        """reserve: what is kept of the budget for calibration, in the budget's unit.
+        """reserve: the part of the budget that is kept for calibration, in the budget's unit.
 
         queued_steps: how many steps may wait in a GPU's queue.
-        step_operations: counted operations of a step.
-        early_operations: the same before layers loop; None if there is no difference.
+        step_operations: floating-point operations of a step.
+        early_operations: those of a step before layers loop; None if they are as many.
         """
         self.cfg = cfg
         self.unit = cfg.budget_unit
@@ -4181,11 +4240,11 @@ class Schedule:
         if step > 0:
             self.step_seconds.append(spent - self.last_spent)
         self.last_spent = spent
-        # What has begun never ends, even if the next measurement puts its beginning off again.
+        # What has begun stays on, even if the next measurement would put off its beginning again.
         moment = self.at(step, spent)
         self.qat = moment.qat
         self.looping = moment.looping
-        stage = context_stage(self.cfg, self.over(step, spent))
+        stage = context_stage(self.cfg, self.share_done(step, spent))
         if stage > self.stage:
             self.stage = stage
             self.stage_begun = step
@@ -4193,16 +4252,16 @@ class Schedule:
     def at(self, step: int, spent: float) -> Moment:
         """What the schedules say for step `step` (from 0), with `spent` of the budget spent.
 
-        spent: seconds of training, or counted operations; unused if the budget is in steps.
+        spent: seconds of training, or floating-point operations; unused if the budget is in steps.
         """
         cfg = self.cfg
         remaining, whole = self.remaining_and_whole(step, spent)
         warmdown = self.warmdown(whole)
-        slow_counts = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
-        # Switches go by the scale without the floor MIN_LR, so that each is reached in the end.
+        blends_slow = remaining <= (1.0 - cfg.muon_slow_start_frac) * whole
+        # Switches go by the scale before MIN_LR bounds it, so that each of them is reached.
         scale = decay_scale(remaining, warmdown, cfg.warmdown_type)
-        over = self.over(step, spent)
-        stage = max(self.stage, context_stage(cfg, over))
+        done = self.share_done(step, spent)
+        stage = max(self.stage, context_stage(cfg, done))
         qat_begins = cfg.qat_mode == "late" and scale < cfg.late_qat_threshold
         return Moment(
             lr_scale=max(scale, cfg.min_lr) * self.rise_after_growth(step, stage),
@@ -4211,32 +4270,32 @@ class Schedule:
             done=self.has_ended(step, spent),
             mile_gamma=cfg.mile_gamma * max(scale - MILE_ENDS, 0.0) / (1.0 - MILE_ENDS),
             snapshot=scale < cfg.swa_start_frac and (step + 1) % cfg.swa_every == 0,
-            slow_share=cfg.muon_slow_share if slow_counts else 0.0,
+            slow_share=cfg.muon_slow_share if blends_slow else 0.0,
             prefix_weight=cfg.prefix_target * prefix_scale(remaining, whole),
-            looping=self.looping or (cfg.num_loops > 0 and over >= cfg.enable_looping_at),
+            looping=self.looping or (cfg.num_loops > 0 and done >= cfg.enable_looping_at),
             longest_document=cfg.context_stages[stage][1],
         )
 
-    def position(self, step: int, spent: float) -> float:
-        """How much of the budget is spent, in its unit."""
+    def budget_spent(self, step: int, spent: float) -> float:
+        """How much of the budget is spent when step `step` begins, in the budget's unit."""
         return step if self.unit == "steps" else spent
 
-    def over(self, step: int, spent: float) -> float:
-        """The share of the run's training that is over."""
-        return self.position(step, spent) / max(self.budget, 1e-9)
+    def share_done(self, step: int, spent: float) -> float:
+        """The share of training that is done when step `step` begins."""
+        return self.budget_spent(step, spent) / max(self.budget, 1e-9)
 
     def rise_after_growth(self, step: int, stage: int) -> float:
-        """Factor of the rates after a stage of DOC_GROWTH began, from 0 to 1."""
+        """The factor by which learning rates rise from 0 to 1 once a stage of DOC_GROWTH began."""
         begun = step if stage > self.stage else self.stage_begun
         steps = self.cfg.doc_growth_steps
         return min((step - begun) / steps, 1.0) if steps else 1.0
 
     def remaining_and_whole(self, step: int, spent: float) -> tuple[float, float]:
         """How much of the run is left, and its whole length, both in the budget's unit."""
-        spent = self.position(step, spent)
+        spent = self.budget_spent(step, spent)
         step_cost = self.step_cost()
         whole = float(self.budget)
-        if step_cost:  # the last of ITERATIONS may come before the budget ends
+        if step_cost:  # ITERATIONS may be reached before the budget is spent
             whole = min(whole, spent + (self.cfg.iterations - step) * step_cost)
         return whole - spent, whole
 
@@ -4264,14 +4323,14 @@ class Schedule:
         if step == 0:
             return False
         if self.unit != "seconds":
-            return self.position(step, spent) + self.step_cost() > self.budget
+            return self.budget_spent(step, spent) + self.step_cost() > self.budget
         # The last step must end inside the budget, after those still in a GPU's queue.
         ahead = (1 + self.queued_steps) * self.step_cost()
         return spent + ahead >= self.budget
 
     def progress(self, step: int, spent: float) -> float:
         """How much of the run is done, calibration included, as a fraction."""
-        progress = self.position(step, spent) / self.cfg.whole_budget
+        progress = self.budget_spent(step, spent) / self.cfg.whole_budget
         if self.unit == "operations":
             return max(progress, step / self.cfg.iterations)
         return progress
@@ -4279,56 +4338,26 @@ class Schedule:
     def acting(self, moment: Moment) -> dict[str, bool]:
         """For each configured technique that the schedule turns on or off, whether it is on."""
         cfg = self.cfg
-        found = {}
+        is_on = {}
         if cfg.qat_mode != "off":
-            found[f"{cfg.qat_mode}_qat"] = moment.qat
+            is_on[f"{cfg.qat_mode}_qat"] = moment.qat
         if cfg.warmdown_iters or cfg.warmdown_frac:
-            found["warmdown"] = moment.lr_scale < 1.0
+            is_on["warmdown"] = moment.lr_scale < 1.0
         if cfg.muon_momentum_warmup_steps:
-            found["momentum_ramp"] = moment.momentum != cfg.muon_momentum
+            is_on["momentum_ramp"] = moment.momentum != cfg.muon_momentum
         if cfg.muon_slow_share:
-            found["slow_momentum"] = moment.slow_share > 0
+            is_on["slow_momentum"] = moment.slow_share > 0
         if cfg.mile_gamma:
-            found["mile"] = moment.mile_gamma > 0
+            is_on["mile"] = moment.mile_gamma > 0
         if cfg.prefix_target:
-            found["prefix_target"] = moment.prefix_weight > 0
+            is_on["prefix_target"] = moment.prefix_weight > 0
         if cfg.min_lr:
-            found["rate_floor"] = moment.lr_scale == cfg.min_lr
+            is_on["rate_floor"] = moment.lr_scale == cfg.min_lr
         if cfg.num_loops:
-            found["depth_loop"] = moment.looping
+            is_on["depth_loop"] = moment.looping
         if cfg.attn_docs and cfg.doc_growth:
-            found["short_documents"] = moment.longest_document != cfg.longest_document
-        return found
-
-    def turning_points(self) -> Iterator[tuple[str, float]]:
-        """Yield what changes as the rates decay, and the fraction of the warmdown left then."""
-        cfg = self.cfg
-        scales = {f"warmdown ({cfg.warmdown_type})": 1.0}
-        if cfg.qat_mode == "late":
-            scales["late QAT"] = cfg.late_qat_threshold
-        if "swa" in cfg.avg_mode:
-            scales[f"SWA, every {cfg.swa_every} steps"] = cfg.swa_start_frac
-        if cfg.mile_gamma:
-            scales["MiLe: plain cross entropy"] = MILE_ENDS
-        if cfg.min_lr:
-            scales[f"rate floor of {cfg.min_lr:g}"] = cfg.min_lr
-        for name, scale in scales.items():
-            if scale:
-                yield name, decay_left(scale, cfg.warmdown_type)
-
-    def dates(self) -> Iterator[tuple[str, float]]:
-        """Yield what changes at a fixed fraction of the run, and that fraction."""
-        cfg = self.cfg
-        if cfg.muon_momentum_cooldown_frac:
-            yield "momentum cool-down", 1.0 - cfg.muon_momentum_cooldown_frac
-        if cfg.muon_slow_share:
-            yield "slower momentum", cfg.muon_slow_start_frac
-        if cfg.prefix_target:
-            yield "prefix target: its fall", 1.0 / 3.0
-            yield "prefix target: none", 2.0 / 3.0
-        if cfg.attn_docs:
-            for (share, _), (_, length) in itertools.pairwise(cfg.context_stages):
-                yield f"documents of up to {length:,} tokens", share
+            is_on["short_documents"] = moment.longest_document != cfg.longest_document
+        return is_on
 
 
 # =================================================================================================
@@ -4340,7 +4369,7 @@ class Schedule:
 
 
 def weights_met(model: GPT, prefix: str) -> int:
-    """How many weights a token is multiplied by, in matrices and gates whose names begin so."""
+    """How many weights a token is multiplied by in matrices and gates named `prefix`..."""
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -4382,7 +4411,7 @@ def orthogonalization_operations(rows: int, cols: int, steps: int) -> int:
 
 
 def muon_operations(model: GPT) -> int:
-    """Operations of one update of all of Muon's matrices, not times the ranks that repeat it."""
+    """Operations of one update of all of Muon's matrices, counted once however many ranks do it."""
     cfg = model.cfg
     total = 0
     for group in route_parameters(cfg, model):
@@ -4394,7 +4423,7 @@ def muon_operations(model: GPT) -> int:
 
 
 def step_operations(model: GPT, looping: bool = True) -> int:
-    """Operations of a training step on all ranks: forward, backward as two forwards, and Muon."""
+    """Operations of a training step on all ranks; a backward pass counts as two forward passes."""
     cfg = model.cfg
     forward = hidden_operations(model, cfg.train_seq_len, looping) + head_operations(model)
     return 3 * forward * cfg.rows_per_step * cfg.train_seq_len + muon_operations(model)
@@ -4422,12 +4451,12 @@ def scoring_operations(model: GPT, spans: np.ndarray, width: int, all_places: bo
     """Operations to score windows, whose `spans` are rows (start, first scored, end).
 
     A window is scored in strips of `width` targets, and each strip computes the hidden states of
-    its whole window. Logits are computed at all places of a strip, or only at those that are
-    scored. Rows that merely fill up a batch do not count.
+    its whole window. Logits are computed at all places of a strip, or else only at those that are
+    scored. Rows that merely fill up a batch are not counted.
     """
     seq_len = model.cfg.eval_seq_len
     scored = spans[:, 2] - spans[:, 1]
-    strips = int((-(-scored // width)).sum())
+    strips = int(divide_up(scored, width).sum())
     num_logits = strips * width if all_places else int(scored.sum())
     hidden = strips * seq_len * hidden_operations(model, seq_len)
     return hidden + num_logits * head_operations(model)
@@ -4441,20 +4470,25 @@ def adaptation_operations(model: GPT, rows: int) -> int:
 
 
 def chunk_operations(model: GPT, batch: Batch, adapted_layers: int, learns: bool) -> int:
-    """Of a chunk of documents: weights at rest take one product backward, all others two."""
-    cfg, window, asked = model.cfg, batch.input_ids.size(1), batch.target_ids.size(1)
-    weights = window * hidden_operations(model, window) + asked * head_operations(model)
+    """Operations on a chunk of documents, whose deltas learn from it or not.
+
+    In the backward pass a frozen weight takes one product, all others take two.
+    """
+    cfg = model.cfg
+    window = batch.input_ids.size(1)
+    targets = batch.target_ids.size(1)
+    weights = window * hidden_operations(model, window) + targets * head_operations(model)
     deltas = 0
     for name, width in delta_outputs(cfg).items() if adapted_layers else ():
-        places = asked if name == "head" else adapted_layers * window
+        places = targets if name == "head" else adapted_layers * window
         deltas += places * 2 * cfg.lora_rank * (cfg.model_dim + width)
     attention = len(model.plan) * window * attention_operations(model, window)
-    passes_back = weights + attention + 2 * deltas if learns else 0
-    return len(batch.input_ids) * (weights + deltas + passes_back)
+    backward_pass = weights + attention + 2 * deltas if learns else 0
+    return len(batch.input_ids) * (weights + deltas + backward_pass)
 
 
-def laid_out(cfg: Config) -> GPT:
-    """Make the network of these settings without memory for its weights."""
+def unallocated_model(cfg: Config) -> GPT:
+    """Make the network of these settings on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
         return GPT(cfg)
 
@@ -4464,7 +4498,7 @@ def refuse_unreadable_network(cfg: Config) -> None:
 
     Its forward runs once without memory, with a view of the settings that shows no others.
     """
-    model = laid_out(cfg)
+    model = unallocated_model(cfg)
     model.cfg = cfg.for_model()
     input_ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     model.logits(model.hidden(input_ids))
@@ -4474,13 +4508,13 @@ def refuse_small_budget(cfg: Config) -> None:
     """Raise Refusal if MAX_TRAIN_TFLOPS does not suffice for a training step and calibration."""
     if cfg.max_train_tflops == 0:
         return
-    model = laid_out(cfg)
+    model = unallocated_model(cfg)
     calibration = calibration_operations(model, calibration_tokens(cfg))
     step = step_operations(model)
     if calibration + step > cfg.whole_budget:
         raise Refusal(
-            f"MAX_TRAIN_TFLOPS={cfg.max_train_tflops:g} does not hold a step of "
-            f"{step / 1e12:.4g} TFLOP and calibration's {calibration / 1e12:.4g}: raise it, or "
+            f"MAX_TRAIN_TFLOPS={cfg.max_train_tflops:g} does not suffice for a step of "
+            f"{step / 1e12:.4g} TFLOP and a calibration of {calibration / 1e12:.4g}: raise it, or "
             "lower GPTQ_CALIB_BATCHES or the size of the model"
         )
 
@@ -4500,16 +4534,17 @@ class LossSettings(Part):
     prefixes: ClassVar[tuple[str, ...]] = ("MILE_", "PREFIX_")
 
     mile_gamma: float = training_knob(
-        0.0, (0.0, 10.0), "Weigh tokens by (1 - e^-entropy)^gamma (MiLe) with this gamma; 0: off."
+        0.0, (0.0, 10.0), "Weigh targets by (1 - e^-entropy)^gamma (MiLe loss); 0 turns it off."
     )
     mile_clamp_min: float = training_knob(
-        0.1, (0.0, 1.0), "Let no token's MiLe weight fall below this."
+        0.1, (0.0, 1.0), "Let no target's MiLe weight fall below this."
     )
     prefix_target: float = training_knob(
         0.0,
         (0.0, 10.0),
-        "Add to the loss, and to train_loss, this times the nats of the longest token that is a "
-        "prefix of the target, for a third of the run; the factor falls to 0 over the next third.",
+        "For a third of the run, add to the loss (and to train_loss in the log) this factor times "
+        "the nats of the longest token that is a prefix of the target; over the next third the "
+        "factor falls to 0.",
         tries=(0.25,),
     )
 
@@ -4531,20 +4566,20 @@ class AverageSettings(Part):
         0.997, (0.0, 0.999999), "Keep this fraction of the moving average (EMA) at each step."
     )
     swa_start_frac: float = training_knob(
-        0.4, (0.0, 1.0), "Take SWA's snapshots once the rates' scale is below this."
+        0.4, (0.0, 1.0), "Take SWA's snapshots once rates are below this fraction of their peak."
     )
     swa_every: int = training_knob(
-        50, (1, 10**6), "Take one of SWA's snapshots every so many steps.", tries=(2,)
+        50, (1, 10**6), "Take SWA's snapshots this many steps apart.", tries=(2,)
     )
     avg_last_share: float = training_knob(
         0.0, (0.0, 1.0), "Blend this share of the last weights into the average.", tries=(0.4,)
     )
 
 
-LEAST_GAIN = 0.05  # share of a pass that products in bf16 must save
+LEAST_GAIN = 0.05  # share of a pass's time that products in bfloat16 must save
 REPLICA_CHECK_STEPS = 100  # steps between checks that all ranks hold the same weights
-# On a CPU, blocks are compiled if they should save this share of the run's seconds, and that is
-# more than compiling may take.
+# On a CPU, compiled blocks are taken to save a share COMPILE_GAIN of the run's seconds, and
+# compiling to take COMPILE_SECONDS. They are compiled where that is less.
 COMPILE_GAIN = 0.05
 COMPILE_SECONDS = 30.0
 Forward = Callable[..., tuple[Tensor, Tensor]]  # training_nats, perhaps compiled
@@ -4558,7 +4593,7 @@ def training_nats(
     prefix_weight: Tensor | None = None,
     looping: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """GPT.forward() for a batch, with weights rounded to the `grids` of qat_grids(), if given."""
+    """GPT.forward() for a batch; with `grids` from qat_grids(), weights are rounded to them."""
     inputs = (batch, mile_gamma, prefix_weight, looping)
     if not grids:
         return model(*inputs)
@@ -4567,10 +4602,10 @@ def training_nats(
 
 
 def make_forward(run: Run) -> Forward:
-    """Make the forward of training and evaluation, compiled if the run is: a graph per shape."""
+    """Make the forward of training and evaluation; in a compiled run it has a graph per shape."""
     if not run.compiled:
         return training_nats
-    torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may leave ten
+    torch._dynamo.config.recompile_limit = 64  # graphs; fit_micro_batch() alone may make ten
     return torch.compile(training_nats, fullgraph=True, dynamic=False)
 
 
@@ -4591,25 +4626,28 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], run: 
 
 
 def backward(forward: Forward, model: GPT, batch: Batch, moment: Moment, run: Run) -> list[Tensor]:
-    """Add a micro-batch's gradient; returns its parts of the step's mean of w nats and of w."""
+    """Add a micro-batch's gradient; returns its share of the step's mean of w nats and of w.
+
+    w is a target's weight in the loss.
+    """
     cfg = run.cfg
-    # What changes from step to step is a tensor: each new number would compile another graph.
+    # What changes from step to step is a tensor: a number would compile a graph for each value.
     gamma = torch.full((), moment.mile_gamma, device=run.device) if cfg.mile_gamma else None
     prefix = torch.full((), moment.prefix_weight, device=run.device) if cfg.prefix_target else None
     grids = qat_grids(model) if moment.qat else None
-    nats, weights = forward(model, batch.moved(run.put), grids, gamma, prefix, moment.looping)
+    nats, weights = forward(model, batch.moved(run.to_device), grids, gamma, prefix, moment.looping)
     part = (weights * nats).sum() / cfg.train_batch_tokens
     part.backward()
     return [part.detach(), weights.sum() / cfg.train_batch_tokens]
 
 
 def summed_gradients(optimizers: list, others: list[Tensor], run: Run) -> list[list[Tensor]]:
-    """Sum `others` and each group's gradients over ranks; Muon's come as this rank's parts."""
+    """Sum `others` and each group's gradients over ranks; a rank gets its part of Muon's stacks."""
     muons = [opt for opt in optimizers if isinstance(opt, Muon)]
     for muon in muons:
-        muon.launch()  # these sums are under way while the small gradients are packed and summed
-    plain = [opt for opt in optimizers if opt not in muons]
-    parameters = [p for opt in plain for group in opt.param_groups for p in group["params"]]
+        muon.launch()  # these sums are under way while the small gradients are summed
+    adams = [opt for opt in optimizers if opt not in muons]
+    parameters = [p for opt in adams for group in opt.param_groups for p in group["params"]]
     reduce_gradients(parameters, others, run)
     return [
         opt.gradients(group) if opt in muons else [p.grad for p in group["params"]]
@@ -4625,7 +4663,7 @@ def gradient_norms(gradients: list[list[Tensor]], optimizers: list, run: Run) ->
     if run.ranks.num_parts > 1:
         for index, part in enumerate(in_parts):
             if not (part or run.ranks.is_main):
-                squares[index] = 0.0  # every rank holds this group whole, and rank 0 counts it
+                squares[index] = 0.0  # every rank holds this group whole; only rank 0 counts it
         run.ranks.add_up([squares])
     return squares.sqrt()
 
@@ -4641,8 +4679,8 @@ def train_step(
 ) -> Tensor:
     """Make one optimizer step; returns the mean loss, then the gradient norm of each group.
 
-    The loss is sum(w nats) / sum(w) over the global batch, where all w are 1 unless MiLe is on.
-    Gradients and loss are divided by sum(w) at the end, when all ranks know it.
+    The loss is sum(w nats) / sum(w) over the global batch, where all weights w are 1 unless
+    MILE_GAMMA is set. Gradients and loss are divided by sum(w) at the end, when all ranks know it.
     """
     cfg = run.cfg
     loss, weight = torch.zeros(1, device=run.device), torch.zeros(1, device=run.device)
@@ -4671,7 +4709,7 @@ def train_step(
 
 
 def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None:
-    """Raise FloatingPointError if a number that train_step() gave is not finite, and name it."""
+    """Raise FloatingPointError, naming the groups, if a number of train_step() is not finite."""
     if not all(map(math.isfinite, stats)):
         bad = [g["route"] for g, x in zip(groups, stats[1:], strict=True) if not math.isfinite(x)]
         raise FloatingPointError(
@@ -4682,16 +4720,16 @@ def refuse_non_finite(stats: list[float], step: int, groups: list[dict]) -> None
 def fit_micro_batch(
     forward: Forward, model: GPT, rows: TrainingRows, moment: Moment, run: Run
 ) -> None:
-    """Halve the rows of a forward until every rank has memory for them and for what training keeps.
+    """Halve the rows of a forward until they and what training keeps fit into every rank's memory.
 
     Raises torch.OutOfMemoryError if a single row, or what MICRO_BATCH_SEQS asks for, is too much.
     """
-    rows_of_a_rank = -(-run.cfg.rows_per_step // run.ranks.world_size)
+    rows_of_a_rank = divide_up(run.cfg.rows_per_step, run.ranks.world_size)
     while True:
         failed = 1.0
         with contextlib.suppress(torch.OutOfMemoryError):
-            # These four stand for the weight averages and the optimizer's state.
-            _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
+            # Four tensors a parameter take the room of the weight averages and optimizer states.
+            _room = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
             count = min(run.micro_batch_rows, rows_of_a_rank)
             backward(forward, model, rows.batch(0, count), moment, run)
             failed = 0.0
@@ -4708,16 +4746,16 @@ def fit_micro_batch(
 
 
 def has_bf16_products() -> bool:
-    """Whether this processor has instructions for products of bfloat16."""
+    """Whether this processor has instructions that multiply in bfloat16."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def multiply_in_bf16(model: GPT, wanted: bool, run: Run) -> None:
-    """Let training's products, and Muon's that are made after this, be of bfloat16, or float32.
+    """Set whether training, and a Muon that is made after this, multiply in bfloat16 or float32.
 
     Parameters, their gradients, the stream, norms, softmax and loss stay in float32.
     """
-    run.products = torch.bfloat16 if wanted else run.dtype
+    run.product_dtype = torch.bfloat16 if wanted else run.dtype
     for module in model.modules():
         if isinstance(module, Linear | Table):
             module.in_bf16 = wanted
@@ -4726,7 +4764,7 @@ def multiply_in_bf16(model: GPT, wanted: bool, run: Run) -> None:
 def pick_products(
     forward: Forward, model: GPT, rows: TrainingRows, moment: Moment, run: Run
 ) -> None:
-    """Choose the type of training's products on a CPU, see CPU_BF16."""
+    """Choose the type in which training multiplies on a CPU; see CPU_BF16."""
     wanted = run.cfg.cpu_bf16
     if run.device.type != "cpu" or run.compiled or wanted == "0":
         return
@@ -4741,12 +4779,12 @@ def pick_products(
         times[in_bf16].append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     before, after = (min(times[in_bf16]) for in_bf16 in (False, True))
-    quicker = run.ranks.largest(after / before) < 1.0 - LEAST_GAIN
-    multiply_in_bf16(model, quicker or wanted == "1", run)
+    is_faster = run.ranks.largest(after / before) < 1.0 - LEAST_GAIN
+    multiply_in_bf16(model, is_faster or wanted == "1", run)
     run.folder.log(
         "products in bf16:{kept} pass:{before:.1f}ms->{after:.1f}ms",
         "products",
-        kept="yes" if run.products == torch.bfloat16 else "no",
+        kept="yes" if run.product_dtype == torch.bfloat16 else "no",
         before=1e3 * before,
         after=1e3 * after,
     )
@@ -4755,16 +4793,16 @@ def pick_products(
 def compile_blocks(
     forward: Forward, model: GPT, rows: TrainingRows, moments: list[Moment], run: Run
 ) -> None:
-    """On a CPU, compile the block for training, and keep that if trial passes become faster.
+    """On a CPU, compile Block.forward for training, and keep that if trial passes become faster.
 
     One graph serves all layers. This is only for runs that the clock ends, which do not repeat
-    exactly anyway. A machine without a C++ compiler goes on without.
+    exactly anyway. A machine without a C++ compiler trains uncompiled.
     """
     cfg = run.cfg
     saving = cfg.max_wallclock_seconds * COMPILE_GAIN
     if run.device.type != "cpu" or cfg.compile != "auto" or cfg.step_driven:
         return
-    if run.products != run.dtype:  # of which a compiled block knows nothing
+    if run.product_dtype != run.dtype:  # compiled blocks would multiply in float32
         return
     if saving < COMPILE_SECONDS:
         run.folder.log(
@@ -4774,7 +4812,7 @@ def compile_blocks(
     passes = {(count, moment) for _, count in micro_batches(cfg, run) for moment in moments}
 
     def trial() -> float:
-        """Seconds of one forward and backward pass of each different kind."""
+        """Seconds of one forward and backward pass for each number of rows and each moment."""
         start = time.perf_counter()
         for count, moment in passes:
             batch = rows.batch(0, count, moment.longest_document)
@@ -4784,14 +4822,14 @@ def compile_blocks(
 
     plain = compiled = min(trial(), trial(), trial())
     compiling = 0.0
-    why = ""
+    failure = ""
     model.compiled_block = torch.compile(Block.forward, dynamic=False)
     try:
         compiling = trial()
         compiled = min(trial(), trial(), trial())
     except Exception as error:  # a compiler fails in many ways
-        why = ": " + str(error).strip().split("\n")[0]
-    ratio = compiled / plain if passes else 0.0  # a rank without rows has no say
+        failure = ": " + str(error).strip().split("\n")[0]
+    ratio = compiled / plain if passes else 0.0  # a rank without rows leaves the choice to others
     if run.ranks.largest(ratio) >= 1.0:
         model.compiled_block = None
         model.zero_grad(set_to_none=True)
@@ -4799,7 +4837,7 @@ def compile_blocks(
         "blocks compiled:{kept} seconds:{seconds:.1f} pass:{before:.1f}ms->{after:.1f}ms{why}",
         "blocks_compiled",
         kept="no" if model.compiled_block is None else "yes",
-        why=why,
+        why=failure,
         seconds=compiling,
         before=1e3 * plain,
         after=1e3 * compiled,
@@ -4814,13 +4852,19 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     """
     run.phase = "priming"
     cfg = run.cfg
-    before = copy.deepcopy(model.state_dict())
+    initial_state = copy.deepcopy(model.state_dict())
     qat_states = {"late": [False, True], "always": [True], "off": [False]}[cfg.qat_mode]
     loop_states = [False, True] if cfg.num_loops else [False]
     lengths = [length for _, length in cfg.context_stages] if cfg.attn_docs else [None]
-    first = Moment(1.0, cfg.muon_momentum, False, False, cfg.mile_gamma)
+    usual = Moment(
+        lr_scale=1.0,
+        momentum=cfg.muon_momentum,
+        qat=False,
+        done=False,
+        mile_gamma=cfg.mile_gamma,
+    )
     moments = [
-        replace(first, qat=qat, looping=looping, longest_document=length)
+        replace(usual, qat=qat, looping=looping, longest_document=length)
         for length in lengths
         for looping in loop_states
         for qat in qat_states
@@ -4828,11 +4872,11 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
     fit_micro_batch(forward, model, rows, moments[-1], run)
     pick_products(forward, model, rows, moments[-1], run)
     steps = max(cfg.warmup_steps, len(moments)) if run.compiled else len(moments)
-    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.products, run.ranks)
+    optimizers = build_optimizers(cfg, route_parameters(cfg, model), run.product_dtype, run.ranks)
     for step in range(steps):
         train_step(forward, model, optimizers, rows, step, moments[step % len(moments)], run)
         run.folder.log(f"warmup_step:{step + 1}/{steps}")
-    model.load_state_dict(before)
+    model.load_state_dict(initial_state)
     scoring_seconds = prime_scoring(forward, model, run)
     compile_blocks(forward, model, rows, moments, run)
     ids = rows.batch(0, CALIBRATION_ROWS).input_ids
@@ -4844,28 +4888,33 @@ def prime(forward: Forward, model: GPT, rows: TrainingRows, run: Run) -> tuple[f
 
 def prime_scoring(forward: Forward, model: GPT, run: Run) -> float:
     """Compile and warm up the forward of scoring; returns the seconds of an evaluation batch."""
-    cfg, T, strip = run.cfg, run.cfg.eval_seq_len, run.cfg.eval_stride
+    cfg = run.cfg
+    T = cfg.eval_seq_len
+    stride = cfg.eval_stride
 
     def blank(rows: int, *widths: int) -> Batch:
-        """A batch of BOS; each column is a tensor of its own, as shared ones compile anew."""
+        """A batch of BOS: input_ids, target_ids and perhaps places, of these widths.
+
+        Each is a tensor of its own, as in real batches: shared ones would compile another graph.
+        """
         batch = Batch(*(torch.full((rows, width), BOS) for width in widths))
         batch = batch.by_document(T) if cfg.attn_docs else batch
-        return batch.moved(run.put)
+        return batch.moved(run.to_device)
 
     if cfg.ttt_mode in ("score_first", "train_then_score"):
         forward(model, blank(run.adaptation_rows, T, T))[0].sum().backward()
         model.zero_grad(set_to_none=True)
     whole = blank(run.scored_rows, T, T)
     seconds = timed(lambda: forward(model, whole)[0].sum().item(), run)
-    if 0 < strip < T:
-        sliding = blank(run.scored_rows, T, strip, strip)
+    if 0 < stride < T:
+        sliding = blank(run.scored_rows, T, stride, stride)
         seconds = timed(lambda: forward(model, sliding)[0].sum().item(), run)
     return seconds * cfg.eval_batch_seqs / run.scored_rows
 
 
 @torch.no_grad()
 def timed(work: Callable[[], object], run: Run) -> float:
-    """The seconds of the second of two calls, when all is compiled; rank 0's on every rank."""
+    """Seconds of a second call, when all is compiled; every rank returns those of rank 0."""
     work()
     start = time.perf_counter()
     work()
@@ -4878,7 +4927,7 @@ class Averages:
     def __init__(self, model: GPT, cfg: Config) -> None:
         self.model = model
         self.decay = cfg.ema_decay
-        self.snapshots = 0  # how many SWA has taken
+        self.snapshots = 0  # the number that SWA has taken
         names = {"ema": ["ema"], "swa": ["swa"], "swa_of_ema": ["ema", "swa"], "none": []}
         self.kept = {name: copy.deepcopy(model) for name in names[cfg.avg_mode]}
 
@@ -4890,8 +4939,9 @@ class Averages:
         if not snapshot:
             return
         self.snapshots += 1
-        if "swa" in self.kept:  # of the EMA's weights, where there is one
-            self.move("swa", self.kept.get("ema", self.model), 1.0 / self.snapshots)
+        if "swa" in self.kept:
+            source = self.kept.get("ema", self.model)  # swa_of_ema takes the EMA's weights
+            self.move("swa", source, 1.0 / self.snapshots)
 
     @torch.no_grad()
     def move(self, name: str, source: GPT, share: float) -> None:
@@ -4905,9 +4955,10 @@ class Averages:
         return {name: changed[name] for name in self.kept}
 
     def result(self, run: Run) -> GPT:
-        """The model to export; call it once, since AVG_LAST_SHARE changes the kept average.
+        """The model to export; call this once, since AVG_LAST_SHARE changes the kept average.
 
-        If SWA has no snapshot, it is what SWA would have averaged: the EMA or the last weights.
+        If SWA took no snapshot, this is the model it would have averaged: the EMA or the last
+        weights.
         """
         if "swa" in self.kept and self.snapshots:
             run.folder.log(
@@ -4929,7 +4980,7 @@ class Averages:
 class Pending:
     """A step that a GPU may not have finished, and that is not in the log yet."""
 
-    stats: Callable[[], list[float]]  # waits for the result of train_step() and gives it
+    stats: Callable[[], list[float]]  # waits for the result of train_step() and returns it
     moment: Moment
     show: bool  # whether to log the step even if TRAIN_LOG_EVERY does not ask for it
 
@@ -4938,15 +4989,15 @@ class Training:
     """Everything that training changes; a checkpoint holds all of it, for any number of ranks."""
 
     def __init__(self, model: GPT, reserve: float, data: list, run: Run) -> None:
-        """reserve: what is kept of the budget for calibration, in the budget's unit."""
+        """reserve: the part of the budget that is kept for calibration, in the budget's unit."""
         cfg = run.cfg
         self.model = model
         self.run = run
         self.data = data  # identifies the data: a checkpoint with another value is refused
-        self.step = 0  # how many steps are done
+        self.step = 0  # the number of steps that are done
         self.saved_at = 0.0  # seconds of training at the last checkpoint
         groups = route_parameters(cfg, model)
-        self.optimizers = build_optimizers(cfg, groups, run.products, run.ranks)
+        self.optimizers = build_optimizers(cfg, groups, run.product_dtype, run.ranks)
         self.adam, self.muon = self.optimizers
         self.averages = Averages(model, cfg)
         queued_steps = int(run.device.type == "cuda")
@@ -4957,7 +5008,7 @@ class Training:
         )
         self.rounded_matrices = len(qat_grids(model))
         self.pending: Pending | None = None
-        self.last_logged_share = -1  # how much of the run was done at the last log line, in 1/50
+        self.last_logged_share = -1  # how much of the run was done at the last log line, in 50ths
 
     @property
     def groups(self) -> list[dict]:
@@ -4965,13 +5016,13 @@ class Training:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def spent(self, seconds: float) -> float:
-        """What training has cost after `seconds`, in the budget's unit."""
+        """What `seconds` of training have cost: operations if the budget has them, else seconds."""
         if self.schedule.unit == "operations":
             return self.run.ledger.training_operations
         return seconds
 
     def begin_step(self, seconds: float) -> Moment:
-        """Ask the schedules about the next step, `seconds` after training began."""
+        """What the schedules say for the next step, which begins after `seconds` of training."""
         run, schedule = self.run, self.schedule
         spent = self.spent(seconds)
         progress_before = schedule.progress(self.step - 1, schedule.last_spent)
@@ -4985,7 +5036,10 @@ class Training:
         return moment
 
     def end_step(self, stats: Tensor, moment: Moment, seconds: float, show: bool) -> None:
-        """Take in a step that began at `seconds`; log the step before, whose numbers are there."""
+        """Take in a step that began after `seconds` of training, and log the one before it.
+
+        The numbers of the step before have arrived by now, so that a GPU need not be waited for.
+        """
         run = self.run
         self.averages.update(moment.snapshot)
         self.note_activity(moment)
@@ -4998,7 +5052,7 @@ class Training:
         self.pending = Pending(run.fetch(stats), moment, show)
 
     def note_activity(self, moment: Moment) -> None:
-        """Count in the ledger whether each scheduled technique acts in this step."""
+        """Count in the ledger, for each scheduled technique, whether it acts in this step."""
         acting = self.schedule.acting(moment) | self.averages.acting(moment.snapshot)
         for name, acts in acting.items():
             if name.endswith("_qat") and not self.rounded_matrices:
@@ -5006,7 +5060,7 @@ class Training:
             self.run.ledger.note(name, acts)
 
     def log_pending(self, seconds: float, show: bool = False) -> None:
-        """Check and log the step that is pending; `seconds` have passed since training began."""
+        """Check and log the pending step, if any; `seconds` of training have passed."""
         if self.pending is None:
             return
         pending = self.pending
@@ -5045,7 +5099,7 @@ class Training:
         return int(50 * progress) > self.last_logged_share
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint after `seconds` of training; all ranks must call it."""
+        """Write a checkpoint after `seconds` of training; all ranks must call this."""
         run, schedule = self.run, self.schedule
         self.saved_at = seconds
         muon = self.muon.whole_state()
@@ -5079,7 +5133,7 @@ class Training:
         if saved["data"] != self.data:
             raise RuntimeError(
                 f"the checkpoint was made on other data ({saved['data']}, now "
-                f"{self.data}): give the run its data back, or begin a new one"
+                f"{self.data}): give the run its data again, or begin a new run"
             )
         self.step = saved["step"]
         self.saved_at = saved["seconds"]
@@ -5109,23 +5163,23 @@ class Training:
             run.ledger.mark_ineligible(f"{change}: rates are those of the longer run from here on")
 
     def save_if_asked(self, seconds: float) -> None:
-        """Write a checkpoint if one is due, or if a signal asks the run to end, and then end it."""
-        self.run.ledger.tell_pause(f"before step {self.step + 1}")
+        """Write a checkpoint if one is due, or if a signal asks the run to end; then end it."""
+        self.run.ledger.note_pause(f"before step {self.step + 1}")
         every = self.run.cfg.checkpoint_seconds
-        # All ranks use the agreed number: run.signal may change on any of them at any time.
-        asked = int(self.run.ranks.largest(self.run.signal))
-        due = every > 0 and seconds - self.saved_at >= every
-        if asked or due:
+        # All ranks use the number they agree on: run.signal may change on any rank at any time.
+        end_signal = int(self.run.ranks.largest(self.run.signal))
+        is_due = every > 0 and seconds - self.saved_at >= every
+        if end_signal or is_due:
             self.log_pending(seconds)
             self.save(seconds)
-            self.stop(asked)
+            self.stop(end_signal)
 
-    def stop(self, asked: int) -> None:
-        """End the process if a signal has asked for it; `asked` is its number, or 0."""
-        if asked:
+    def stop(self, end_signal: int) -> None:
+        """End the process if a signal, given by its number, has asked for that; 0 if none has."""
+        if end_signal:
             name = self.run.folder.path.name if self.run.folder.path is not None else ""
             situation = f"after step {self.step}; RESUME=1 RUN_ID={name} goes on from there"
-            self.run.stop(asked, situation)
+            self.run.stop(end_signal, situation)
 
 
 def log_starts(
@@ -5161,7 +5215,7 @@ def log_starts(
 
 
 def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation, run: Run) -> GPT:
-    """Train until the budget, less calibration's reserve, is spent; returns the averaged model."""
+    """Train until only calibration's reserve of the budget is left; returns the averaged model."""
     run.phase = "training"
     cfg, model, schedule = run.cfg, state.model, state.schedule
     clock = run.ledger.training_clock
@@ -5177,7 +5231,7 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             if moment.done:
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
-                run.settle()
+                run.wait_for_gpu()
                 with clock.running(False):
                     result = evaluate("validation", forward, model, val, run)
                     report(f"step:{step}/{cfg.iterations}", result, run, step)
@@ -5188,11 +5242,11 @@ def train(forward: Forward, state: Training, rows: TrainingRows, val: Validation
             stats = train_step(forward, model, state.optimizers, rows, step, moment, run)
             begins = qat_begins or loops_begin or documents_grow
             state.end_step(stats, moment, seconds, show=begins)
-            bar.update(schedule.position(state.step, state.spent(seconds)) - bar.n)
+            bar.update(schedule.budget_spent(state.step, state.spent(seconds)) - bar.n)
         state.log_pending(clock.elapsed(), show=True)
     state.save(run.ranks.agree(clock.elapsed()))  # the clock has stopped: this costs no budget
     run.phase = "calibration"  # from here on, a signal ends the run at once
-    state.stop(int(run.ranks.largest(run.signal)))  # one may have come after the last step
+    state.stop(int(run.ranks.largest(run.signal)))  # a signal may have come after the last step
     run.ledger.trained_seconds = clock.elapsed()
     reason = "stopping: last step"
     if state.step < cfg.iterations:
@@ -5216,30 +5270,30 @@ def log_gates(model: GPT, run: Run) -> None:
     largest: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         is_gate_weight = model.kinds[name].fits is is_gate or name == "skip_gates"
-        if is_gate_weight and parameter.numel():  # one layer has no skip
+        if is_gate_weight and parameter.numel():  # a model of one layer has an empty skip gate
             kind = re.sub(r"^blocks\.\d+\.", "", name)
             largest[kind] = max(largest.get(kind, 0.0), float(parameter.detach().abs().max()))
     if largest:
-        said = " ".join(f"{kind}:{weight:.4f}" for kind, weight in largest.items())
-        run.folder.log(f"gates largest weights: {said}", "gates", largest=largest)
+        weights = " ".join(f"{kind}:{weight:.4f}" for kind, weight in largest.items())
+        run.folder.log(f"gates largest weights: {weights}", "gates", largest=largest)
 
 
 def without_untrained_loops(model: GPT, state: Training, run: Run) -> tuple[GPT, Run]:
     """Remove loops from model and run if training ended before ENABLE_LOOPING_AT.
 
-    Otherwise the exported network would repeat layers, for which its weights were never trained.
+    Otherwise the exported network would repeat layers although its weights were never trained so.
     """
     if not run.cfg.num_loops or state.schedule.looping:
         return model, run
     run.folder.log("warning: training ended before ENABLE_LOOPING_AT: exported without loops")
     cfg = replace(run.cfg, num_loops=0)
-    plain = GPT(cfg, model.kernel, run.dtype).to(run.device)
-    plain.penalty = model.penalty
-    for name, parameter in plain.named_parameters():
+    unlooped = GPT(cfg, model.kernel, run.dtype).to(run.device)
+    unlooped.penalty = model.penalty
+    for name, parameter in unlooped.named_parameters():
         trained = model.get_parameter(name).detach()
-        # A loop has more skips, and so more rows of their weights.
+        # With loops there are more skips, and so more rows of skip weights.
         parameter.data.copy_(trained[: len(parameter)] if parameter.ndim else trained)
-    return plain, run.with_settings(cfg)
+    return unlooped, run.with_settings(cfg)
 
 
 def training_bar(schedule: Schedule, run: Run) -> tqdm:
@@ -5252,34 +5306,40 @@ def training_bar(schedule: Schedule, run: Run) -> tqdm:
 # Quantization
 # Policy (which tensor gets which grid), quantizers (tensor to integers and scales), and the
 # Hessians that GPTQ needs. None of them knows about files.
+#
+# A row of a matrix (r, c) is stored on a grid: integers from -top to top, times the row's scale,
+# which is the step of the grid. The clip is where the grid ends, top times the scale; what lies
+# beyond is rounded to that. `top` is 31 for 6 bits, 127 for 8. The functions that choose among
+# several scales compute all n candidates at once, along a first dimension.
 # =================================================================================================
 
 
-ROLES = ("mlp", "attn", "emb", "aux")  # each parameter has one; BITS and CLIP_SIGMAS go by them
+ROLES = ("mlp", "attn", "emb", "aux")  # each parameter has one; keys of BITS and CLIP_SIGMAS
 
 
-@functools.lru_cache(8)  # asked for every matrix in every step with fake quantization
-def values_by_role(name: str, text: str, number: type, pattern: str, expected: str) -> dict:
-    """The values in a text like mlp:6,attn:6,emb:8,aux:8, by role or tensor name; fp16 is 0.
+@functools.lru_cache(8)  # needed for every matrix in every step with fake quantization
+def values_by_role(name: str, text: str, to_number: type, pattern: str, expected: str) -> dict:
+    """Parse a setting like mlp:6,attn:6,emb:8,aux:8 to {role or tensor name: number}; fp16 is 0.
 
+    name: of the setting. pattern, expected: a value's form, as a regular expression and in words.
     Raises Refusal if a part is malformed, or if a role is missing or given twice.
     """
-    found: dict = {}
+    values: dict = {}
     for part in text.split(","):
         owner, _, value = part.strip().partition(":")
         if (
-            owner in found
+            owner in values
             or not re.fullmatch(r"[\w.]{1,100}", owner)
             or not re.fullmatch(pattern, value)
         ):
             raise Refusal(
-                f"{name}={text!r}: {part!r} is not {', '.join(ROLES)} or a tensor "
-                f"and a colon and {expected}"
+                f"{name}={text!r}: {part!r} is not one of {', '.join(ROLES)} or a tensor's name, "
+                f"then a colon and {expected}"
             )
-        found[owner] = 0 if value == "fp16" else number(value)
-    if not set(ROLES) <= set(found):
+        values[owner] = 0 if value == "fp16" else to_number(value)
+    if not set(ROLES) <= set(values):
         raise Refusal(f"{name}={text} must give each of {', '.join(ROLES)} once")
-    return found
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -5292,33 +5352,36 @@ class QatSettings(Part):
     qat_mode: str = training_knob(
         "late",
         ("late", "always", "off"),
-        "Round weights to the integer grid in training: from LATE_QAT_THRESHOLD on, always, never.",
+        "Round weights to the integer grid in training from LATE_QAT_THRESHOLD on (late), always "
+        "or never (off).",
     )
     late_qat_threshold: float = training_knob(
-        0.15, (0.0, 1.0), "Start QAT_MODE=late once the rate falls below this fraction of its peak."
+        0.15, (0.0, 1.0), "Start QAT_MODE=late once rates are below this fraction of their peak."
     )
     qat_clip: str = training_knob(
         "absmax",
         ("absmax", "quantile"),
-        "End a row's grid in QAT at its largest magnitude, or at a quantile of them.",
+        "In QAT, clip a row at its largest magnitude, or at a quantile of its magnitudes.",
     )
     qat_targets: str = training_knob(
         "stored",
         ("stored", "linears", "blocks", "aux"),
-        "Round the linears that are stored as integers, all, those of the blocks, or the others.",
+        "In QAT, round the linear weights that are stored as integers (stored), all (linears), "
+        "those of the blocks (blocks), or all others (aux).",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridSettings(Part):
-    """Which tensors become integers, with how many bits and in which steps."""
+    """Which tensors become integers, with how many bits, and where their grids end."""
 
     title = "Quantization: grids"
 
     bits: str = model_knob(
         "mlp:6,attn:6,emb:8,aux:8",
         (),
-        "Store matrices of each role, or a tensor by its name (tok_emb:7), in 2 to 8 bits or fp16.",
+        "Store the matrices of each role, or one tensor given by its name (tok_emb:7), in 2 to 8 "
+        "bits or as fp16.",
     )
     int8_keep_float_max_numel: int = model_knob(
         65536, (0, 1 << 30), "Store tensors of up to this many elements as fp16."
@@ -5326,14 +5389,15 @@ class GridSettings(Part):
     quant_clip: str = training_knob(
         "percentile",
         ("percentile", "std", "std_published"),
-        "End a row's grid where CLIP_SEARCH says, or at CLIP_SIGMAS; std extends that to the "
-        "row's maximum and takes only steps that are cheap to code.",
+        "Clip a row where CLIP_SEARCH says (percentile), or at CLIP_SIGMAS standard deviations "
+        "(std_published); std clips at the row's maximum if that is larger, and takes only scales "
+        "that are cheap to code.",
     )
     clip_sigmas: str = training_knob(
         "mlp:12.85,attn:12.85,emb:10,aux:30",
         (),
-        "End a row's grid at this many standard deviations under QUANT_CLIP=std and "
-        "std_published, by role or tensor.",
+        "With QUANT_CLIP=std and std_published, clip a row at this many standard deviations, by "
+        "role or tensor.",
         tries=("mlp:8,attn:8,emb:8,aux:20",),
     )
     gate_storage: str = training_knob(
@@ -5342,18 +5406,18 @@ class GridSettings(Part):
     clip_search: str = training_knob(
         "matrix",
         ("absmax", "matrix", "row"),
-        "End a row's grid under QUANT_CLIP=percentile at its maximum, or at the best of a few "
-        "quantiles for its matrix or for itself.",
+        "With QUANT_CLIP=percentile, clip a row at its maximum (absmax), or at the best of a few "
+        "quantiles, chosen for a whole matrix or for each row.",
     )
     q_scale_floor: str = training_knob(
         "inv_clip",
         ("inv_clip", "tiny"),
-        "Keep a grid's step at least 1 / its largest integer (inv_clip), or 2^-14 (tiny).",
+        "Let no scale be below 1 / the grid's largest integer (inv_clip), or 2^-14 (tiny).",
     )
 
     @property
     def clips_by_deviation(self) -> bool:
-        """Whether CLIP_SIGMAS sets the steps of grids, and so the size of the artifact."""
+        """Whether CLIP_SIGMAS sets the scales, and so the size of the artifact."""
         return self.quant_clip != "percentile"
 
     @property
@@ -5379,7 +5443,7 @@ class GridSettings(Part):
             layers = [int(number) for role in given for number in re.findall(r"\d+", role)]
             yield (
                 all(layer < cfg.num_layers for layer in layers),
-                f"{name} names a layer beyond NUM_LAYERS",
+                f"{name} names a layer that is not below NUM_LAYERS",
             )
             for tensor in set(given) - set(ROLES):
                 yield (
@@ -5390,7 +5454,7 @@ class GridSettings(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class GptqSettings(Part):
-    """Rounding that takes the inputs of a matrix into account, and pruning."""
+    """GPTQ, which takes the inputs of a matrix into account when it rounds, and pruning."""
 
     title = "Quantization: GPTQ and pruning"
     prefixes: ClassVar[tuple[str, ...]] = ("GPTQ_", "PRUNE_")
@@ -5398,57 +5462,60 @@ class GptqSettings(Part):
     gptq_variant: str = training_knob(
         "full",
         ("full", "simple", "off"),
-        "Round matrices by GPTQ, by the GPTQ of #1361 (simple), or to nearest (off).",
+        "Round matrices by GPTQ (full), by the GPTQ of #1361 (simple), or to nearest (off).",
     )
     gptq_actorder: bool = training_knob(
-        True, (), "Round the columns with the largest activations first."
+        True, (), "In GPTQ, round the columns with the largest activations first."
     )
     gptq_select: str = training_knob(
         "mse",
         ("mse", "hessian"),
-        "Choose the clip of least squared error, or of least error weighted by the Hessian.",
+        "In GPTQ, choose the clip of least squared error (mse), or of least squared error weighted "
+        "by the Hessian.",
     )
     gptq_calib: str = training_knob(
         "train",
         ("train", "selfgen", "train_after_cap"),
-        "Calibrate GPTQ on training text within the budget, on text that the model samples "
-        "(slow), or on training text after the budget (not eligible).",
+        "Calibrate GPTQ on training text within the training budget (train), on text that the "
+        "model samples (selfgen; slow), or on training text after the budget (train_after_cap; "
+        "such a run is not eligible as a record).",
     )
     gptq_calib_batches: int = training_knob(
         256, (1, 10**6), "Calibrate GPTQ on this many batches of 8 rows."
     )
     gptq_block_size: int = training_knob(
-        128, (1, 1 << 16), "Round this many columns between updates of all later ones."
+        128, (1, 1 << 16), "In GPTQ, round this many columns between updates of all later ones."
     )
     prune_frac: float = training_knob(
         0.0, (0.0, 0.99), "Zero this fraction of each large matrix before rounding."
     )
     prune_pct: float = training_knob(
-        0.0, (0.0, 0.99), "Zero this fraction of the integers below 8 bits after rounding."
+        0.0, (0.0, 0.99), "After rounding, zero this fraction of the integers of less than 8 bits."
     )
 
 
-MAX_RANK = 64  # of a correction, by settings and in an artifact
+MAX_RANK = 64  # the largest rank of a correction, in settings and in artifacts
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionSettings(Part):
-    """What is stored beside the integers of the matrices that lose most by rounding."""
+    """What reduces the rounding error of the matrices that it harms most."""
 
     title = "Quantization: corrections"
     prefixes: ClassVar[tuple[str, ...]] = ("LQER_", "AWQ_")
 
     lqer_top_k: int = training_knob(
-        0, (0, 64), "Correct this many matrices of largest rounding error; 0 is off."
+        0,
+        (0, 64),
+        "Store a low-rank correction for this many matrices, those of the largest rounding error; "
+        "0 turns it off.",
     )
-    lqer_rank: int = training_knob(
-        4, (1, MAX_RANK), "Give corrections, which are low-rank matrices, this rank."
-    )
+    lqer_rank: int = training_knob(4, (1, MAX_RANK), "Give these corrections this rank.")
     lqer_group: int = training_knob(
-        64, (1, 1 << 16), "Let this many numbers of a correction's right factor share a scale."
+        64, (1, 1 << 16), "Let this many elements of a correction's right factor share a scale."
     )
     awq_columns: int = training_knob(
-        0, (0, 1 << 16), "Give this many columns 8 bits, where they matter most; 0 is off."
+        0, (0, 1 << 16), "Store the most important group of this many columns in 8 bits; 0: none."
     )
 
     @staticmethod
@@ -5460,30 +5527,37 @@ class CorrectionSettings(Part):
         )
 
 
-# Quantiles of a row's magnitudes at which its grid may end.
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)  # candidates of CLIP_SEARCH, beside the maximum
-QAT_QUANTILE = 0.9995  # QAT_CLIP=quantile
-INT8_QUANTILE = 0.9999984  # grids of 8 bits without GPTQ
+# Quantiles of a row's magnitudes at which it may be clipped.
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)  # candidates of CLIP_SEARCH besides the maximum
+QAT_QUANTILE = 0.9995  # for QAT_CLIP=quantile
+INT8_QUANTILE = 0.9999984  # for matrices of 8 bits without GPTQ
 
-TINY_STEP = 2.0**-14  # the smallest normal fp16
-LEAST_HALF = 2.0**-24  # the smallest positive fp16
-INT8_TOP = 127  # the largest integer of 8 bits
-SCALES_AN_OCTAVE = 8  # QUANT_CLIP=std takes only scales 2^(n / 8)
+TINY_SCALE = 2.0**-14  # the least scale for Q_SCALE_FLOOR=tiny; the smallest normal fp16 number
+SMALLEST_FP16 = 2.0**-24  # the smallest positive fp16 number, which is subnormal
+INT8_TOP = 127  # the largest integer of a grid of 8 bits
+SCALES_PER_OCTAVE = 8  # QUANT_CLIP=std takes only scales 2^(n / 8), n whole
 
-CALIBRATION_ROWS = 8  # of a batch
-TEMPERATURE = 0.8  # of calibration rows that the model samples
-DAMPING = 0.01  # of the Hessian's mean diagonal; each further try takes ten times as much
+CALIBRATION_ROWS = 8  # rows in a calibration batch
+SAMPLING_TEMPERATURE = 0.8  # for calibration rows that the model samples
+# What is added to a Hessian's diagonal, as a share of its mean; each further try adds ten times as
+# much as the one before.
+DAMPING = 0.01
 DAMPING_TRIES = 5
 
-# Ranges of the integers of a correction's factors. The divisors set the scales so that the largest
-# magnitude lies half a step past the end of its range.
+# The integers of a low-rank correction's left and right factor lie in these ranges. A scale is the
+# largest magnitude over its divisor, which puts that magnitude midway between those of the ends.
 LEFT_RANGE, RIGHT_RANGE = (-2, 1), (-8, 7)
 LEFT_DIVISOR, RIGHT_DIVISOR = 1.5, 7.5
 
 
+def round_to_grid(x: Tensor, scale: Tensor, top: Any) -> Tensor:
+    """The nearest integers from -top to top of x / scale, as floats; any shapes that broadcast."""
+    return torch.round(x / scale).clamp(-top, top)
+
+
 @dataclass(frozen=True)
-class Protected:
-    """Columns of a matrix (r, c) that have 8 bits and row scales of their own."""
+class ProtectedColumns:
+    """Neighbouring columns of a matrix (r, c) that have 8 bits and row scales of their own."""
 
     start: int
     width: int
@@ -5491,26 +5565,26 @@ class Protected:
 
     @property
     def columns(self) -> slice:
-        """The place of the columns."""
+        """The columns as a slice of the matrix's second dimension."""
         return slice(self.start, self.start + self.width)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A correction A B of rank k, in integers, that is added to a quantized matrix (r, c).
+    """A correction A B of rank k that is added to a quantized matrix (r, c); A and B are integers.
 
-    Low-rank quantization error reconstruction (LQER): arXiv:2402.02446; the grids are those of
-    pull request 1855.
+    Low-rank quantization error reconstruction (LQER): arXiv:2402.02446; ranges and scales are those
+    of parameter-golf #1855.
     """
 
-    left: Tensor  # int8 (r, k), within LEFT_RANGE
-    right: Tensor  # int8 (k, c), within RIGHT_RANGE
+    left: Tensor  # A: int8 (r, k), within LEFT_RANGE
+    right: Tensor  # B: int8 (k, c), within RIGHT_RANGE
     left_scale: Tensor  # fp16 ()
-    right_scales: Tensor  # fp16, one for each group of the right factor in row-major order
-    group: int  # numbers of the right factor that share a scale
+    right_scales: Tensor  # fp16, one for each `group` elements of B in row-major order
+    group: int
 
     def product(self) -> Tensor:
-        """The correction, float32 (r, c)."""
+        """The correction A B with its scales: float32 (r, c)."""
         scales = self.right_scales.float().repeat_interleave(self.group)[: self.right.numel()]
         right = self.right.float() * scales.view_as(self.right)
         return (self.left_scale.float() * self.left.float()) @ right
@@ -5518,16 +5592,16 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the artifact holds it: integers with one scale a row, or floats."""
+    """A tensor as the artifact holds it: integers with a scale for each row, floats, or bytes."""
 
-    values: Tensor  # int8 (rows, cols), or fp16 of any shape, or bytes
-    scale: Tensor | None = None  # fp16 (rows,)
-    protected: Protected | None = None
+    values: Tensor  # int8 (r, c), or fp16 of any shape, or uint8 (n,) for packed text
+    scale: Tensor | None = None  # fp16 (r,), for integers only
+    protected: ProtectedColumns | None = None
     low_rank: LowRank | None = None
 
     @property
     def kind(self) -> str:
-        """How it is stored: one of STORAGE_KINDS."""
+        """How the tensor is stored: a key of STORAGE_KINDS."""
         if self.values.dtype == torch.uint8:
             return "packed"
         if self.scale is None:
@@ -5537,7 +5611,7 @@ class Stored:
         return f"grid{protected}{low_rank}"
 
     def numbers(self) -> list[int]:
-        """What the header says of it beside name and kind; the shapes of its arrays follow."""
+        """What the header holds besides name and kind; the shapes of arrays() follow from these."""
         numbers = [*self.values.shape]
         if self.protected is not None:
             numbers += [self.protected.start, self.protected.width]
@@ -5546,7 +5620,7 @@ class Stored:
         return numbers
 
     def arrays(self) -> list[Tensor]:
-        """Its arrays in the order in which the artifact holds them, integers before floats."""
+        """The tensor's arrays in the order in which the artifact holds them, integers first."""
         integers, floats = [self.values], []
         if self.scale is not None:
             floats.append(self.scale)
@@ -5559,18 +5633,18 @@ class Stored:
 
     @classmethod
     def of(cls, kind: str, numbers: list[int], arrays: list[Tensor]) -> Stored:
-        """The tensor of this kind, these numbers() and these arrays()."""
-        parts = iter(arrays)
-        values = next(parts)
+        """The tensor that has this kind, these numbers() and these arrays()."""
+        rest = iter(arrays)
+        values = next(rest)
         is_corrected = "low_rank" in kind
-        factors = [next(parts), next(parts)] if is_corrected else []
-        scale = next(parts, None)
+        factors = [next(rest), next(rest)] if is_corrected else []
+        scale = next(rest, None)
         protected = low_rank = None
         if "protected" in kind:
-            protected = Protected(numbers[2], numbers[3], next(parts))
+            protected = ProtectedColumns(numbers[2], numbers[3], next(rest))
         if is_corrected:
             left, right = factors
-            low_rank = LowRank(left, right, next(parts), next(parts), numbers[-1])
+            low_rank = LowRank(left, right, next(rest), next(rest), numbers[-1])
         return cls(values, scale, protected, low_rank)
 
     def cpu(self) -> Stored:
@@ -5593,44 +5667,43 @@ class Stored:
 
 
 def setting_of(model: GPT, name: str, by_role: dict):
-    """What BITS or CLIP_SIGMAS gives a parameter: its own value, or that of its role."""
+    """The value of BITS or CLIP_SIGMAS for a parameter: its own, or else that of its role."""
     return by_role.get(name.removesuffix(".weight"), by_role[model.kinds[name].role])
 
 
 def bits_of(model: GPT, name: str) -> int:
     """Bits of a parameter's integers, or 0 for floats: only large matrices become integers."""
     parameter = model.get_parameter(name)
-    small = parameter.ndim != 2 or parameter.numel() <= model.cfg.int8_keep_float_max_numel
-    if small or not model.kinds[name].may_be_integers:
+    is_large = parameter.numel() > model.cfg.int8_keep_float_max_numel
+    if parameter.ndim != 2 or not is_large or not model.kinds[name].may_be_integers:
         return 0
     return setting_of(model, name, model.cfg.bits_by_role)
 
 
 def largest_integer(bits: int) -> int:
-    """The end of a symmetric grid: 31 at 6 bits, 127 at 8."""
+    """The `top` of a grid: 31 for 6 bits, 127 for 8."""
     return 2 ** (bits - 1) - 1
 
 
 def row_scales(clip: Tensor, top: int, floor: str) -> Tensor:
-    """Steps with which rows' grids of integers up to `top` end at `clip`, any shape.
+    """The scales with which rows are clipped at `clip`, any shape; floor: Q_SCALE_FLOOR.
 
-    No step is smaller than Q_SCALE_FLOOR says: inv_clip keeps rows of small numbers coarse, and so
-    cheap to code.
+    The floor inv_clip keeps the grid of rows of small numbers coarse, and so cheap to code.
     """
-    least = 1.0 / top if floor == "inv_clip" else TINY_STEP
+    least = 1.0 / top if floor == "inv_clip" else TINY_SCALE
     return (clip / top).clamp_min(least)
 
 
 def fp16_scale(scale: Tensor) -> Tensor:
-    """The nearest fp16, but never 0: a row of zeros would be divided by its scale."""
-    return scale.half().clamp_min(LEAST_HALF)
+    """The nearest fp16 number, but never 0, since rows are divided by their scales."""
+    return scale.half().clamp_min(SMALLEST_FP16)
 
 
 def deviation_scales(W: Tensor, top: int, sigmas: float) -> Tensor:
-    """Row scales with which grids end at `sigmas` deviations: (r, c), c >= 2 -> fp16 (r,).
+    """The scales with which rows are clipped at `sigmas` deviations: (r, c), c >= 2 -> fp16 (r,).
 
-    s = fp16(k std(row) / top), std with n - 1, as in pull request 1855. A step is k / top
-    deviations, so that k sets the integers' entropy.
+    s = fp16(sigmas std(row) / top), where std divides by c - 1, as in parameter-golf #1855. A scale
+    is a fixed share of the row's deviation, so that `sigmas` sets the integers' entropy.
     """
     return fp16_scale(sigmas * W.std(dim=1) / top)
 
@@ -5638,7 +5711,8 @@ def deviation_scales(W: Tensor, top: int, sigmas: float) -> Tensor:
 def qat_grids(model: GPT) -> dict[str, int]:
     """The linear weights that QAT rounds, and their bits.
 
-    One that is stored as floats is rounded to the bits of its role in the blocks, to 6 elsewhere.
+    A weight that is stored as floats is rounded to the bits of its role if it belongs to a block,
+    and to 6 bits if not.
     """
     grids = {}
     for name, kind in model.kinds.items():
@@ -5646,23 +5720,24 @@ def qat_grids(model: GPT) -> dict[str, int]:
             continue
         bits = bits_of(model, name)
         in_blocks = kind.role != "aux"
-        reached = {"stored": bits > 0, "linears": True, "blocks": in_blocks, "aux": not in_blocks}
-        if reached[model.cfg.qat_targets]:
-            of_role = model.cfg.bits_by_role[kind.role] if in_blocks else 0
-            grids[name] = bits or of_role or 6
+        is_target = {"stored": bits > 0, "linears": True, "blocks": in_blocks, "aux": not in_blocks}
+        if is_target[model.cfg.qat_targets]:
+            role_bits = model.cfg.bits_by_role[kind.role] if in_blocks else 0
+            grids[name] = bits or role_bits or 6
     return grids
 
 
 def row_quantile(x: Tensor, q: float) -> Tensor:
-    """torch.quantile of each row, (r, c) -> (r, 1), fast for q near 1 and compilable."""
-    place = q * (x.size(1) - 1)
-    largest = x.topk(x.size(1) - int(place), dim=1).values  # in descending order
-    above = largest[:, -2:][:, :1]  # of the last and the one before it, if there is one
-    return torch.lerp(largest[:, -1:], above, place - int(place))
+    """torch.quantile of each row, (r, c) -> (r, 1), but fast for q near 1, and compilable."""
+    rank = q * (x.size(1) - 1)  # among the ascending elements; the quantile may lie between two
+    largest = x.topk(x.size(1) - int(rank), dim=1).values  # in descending order
+    below = largest[:, -1:]
+    above = largest[:, -2:][:, :1]  # equal to `below` if that is the row's maximum
+    return torch.lerp(below, above, rank - int(rank))
 
 
 def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
-    """The weights named in `grids` (name: bits), rounded to clamp(round(W / s)) s.
+    """The weights named in `grids` (name: bits), rounded to their grids: clamp(round(W / s)) s.
 
     The scales s follow QAT_CLIP. Gradients pass as if nothing had been rounded.
     """
@@ -5676,19 +5751,20 @@ def fake_quantized(model: GPT, grids: dict[str, int]) -> dict[str, Tensor]:
         else:
             clip = magnitude.amax(dim=1, keepdim=True)
         scale = row_scales(clip, top, model.cfg.q_scale_floor)
-        on_grid = torch.round(weight.detach() / scale).clamp(-top, top) * scale
+        on_grid = round_to_grid(weight.detach(), scale, top) * scale
         rounded[name] = weight + (on_grid - weight.detach())
     return rounded
 
 
 def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Tensor:
-    """Row scales to choose from, coarsest last: (r, c) -> float32 (candidates, r).
+    """Row scales to choose from by QUANT_CLIP, the largest last: (r, c) -> float32 (n, r).
 
-    percentile has a candidate for each of CLIP_QUANTILES and one for the row's maximum. std has
-    only one: a row's grid ends at `sigmas` standard deviations, or at its maximum where that is
-    farther, and its scale is rounded to a logarithmic grid, which costs nothing in error and leaves
-    few different scales to code. std_published has deviation_scales() alone; in a matrix of one
-    column, which has no deviation, the grid ends at the maximum.
+    percentile: one candidate for each of CLIP_QUANTILES, and one for the row's maximum.
+    std: one candidate, which clips at `sigmas` standard deviations, or at the row's maximum if that
+    is larger, and is rounded to a power of 2^(1 / SCALES_PER_OCTAVE); that costs nothing in error
+    and leaves few different scales to code.
+    std_published: deviation_scales() alone; a matrix of one column, which has no deviation, is
+    clipped at the maximum.
     """
     top = largest_integer(bits)
     if cfg.quant_clip == "std_published" and W.size(1) > 1:
@@ -5696,8 +5772,8 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> T
     clips = W.abs().amax(dim=1)[None]
     if cfg.quant_clip == "std":
         clips = torch.maximum(clips, sigmas * W.std(dim=1, correction=0))
-        octaves = torch.round(SCALES_AN_OCTAVE * (clips / top).log2())
-        return torch.exp2(octaves / SCALES_AN_OCTAVE).clamp_min(TINY_STEP)
+        power = torch.round(SCALES_PER_OCTAVE * (clips / top).log2())
+        return torch.exp2(power / SCALES_PER_OCTAVE).clamp_min(TINY_SCALE)
     if cfg.clip_search != "absmax":
         quantiles = torch.tensor(CLIP_QUANTILES, device=W.device)
         clips = torch.cat([torch.quantile(W.abs(), quantiles, dim=1), clips])
@@ -5705,9 +5781,9 @@ def clip_candidates(W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> T
 
 
 def pick_clip(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
-    """The integers and scales of least error, chosen for the whole matrix or for each row.
+    """The candidate of least error, chosen for the whole matrix or for each row (CLIP_SEARCH).
 
-    Of n candidates: errors (n, r), integers Q (n, r, c), scales (n, r).
+    For n candidates: errors (n, r), integers Q (n, r, c), scales (n, r).
     """
     rows = torch.arange(errors.size(1), device=errors.device)
     best = errors.argmin(0)
@@ -5716,62 +5792,74 @@ def pick_clip(errors: Tensor, Q: Tensor, scales: Tensor, cfg: Config) -> Stored:
     return Stored(Q[best, rows].to(torch.int8), scales[best, rows])
 
 
-def grids_of(
-    scales: Tensor, bits: int, num_columns: int, protected: Protected | None
+def column_grids(
+    scales: Tensor, bits: int, num_columns: int, protected: ProtectedColumns | None
 ) -> tuple[Tensor, Tensor]:
-    """Steps (n, r, 1), or (n, r, c) with protected columns, and largest integers (c,).
+    """The scale of each column, (n, r, 1) or with protected columns (n, r, c), and its top (c,).
 
-    scales: those of n candidates, (n, r).
+    scales: (n, r), those of n candidates.
     """
-    steps = scales.float().unsqueeze(-1)
+    scale = scales.float().unsqueeze(-1)
     tops = torch.full((num_columns,), float(largest_integer(bits)), device=scales.device)
     if protected is not None:
-        steps = steps.repeat(1, 1, num_columns)
-        steps[..., protected.columns] = protected.scale.float()[:, None]
+        scale = scale.repeat(1, 1, num_columns)
+        scale[..., protected.columns] = protected.scale.float()[:, None]
         tops[protected.columns] = INT8_TOP
-    return steps, tops
+    return scale, tops
 
 
-def protect(W: Tensor, group: slice | None, cfg: Config, sigmas: float) -> Protected | None:
-    """A group of columns with grids of 8 bits that end where their rows' other grids do."""
-    if group is None:
+def protect(
+    W: Tensor, columns: slice | None, cfg: Config, sigmas: float
+) -> ProtectedColumns | None:
+    """Give columns of W (r, c) grids of 8 bits, with the clip of the others; None without any."""
+    if columns is None:
         return None
     scale = clip_candidates(W, 8, cfg, sigmas)[-1].half()
-    return Protected(group.start, group.stop - group.start, scale)
+    return ProtectedColumns(columns.start, columns.stop - columns.start, scale)
 
 
 def round_to_nearest(
-    W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, group: slice | None = None
+    W: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, columns: slice | None = None
 ) -> Stored:
-    """The nearest integers, at the clip of least squared error; `group` gets 8 bits."""
+    """W (r, c) rounded to the nearest integers, with the clip of least squared error.
+
+    sigmas: from CLIP_SIGMAS. columns: those that get 8 bits instead of `bits`.
+    """
     scales = clip_candidates(W, bits, cfg, sigmas).half()
-    protected = protect(W, group, cfg, sigmas)
-    step, tops = grids_of(scales, bits, W.size(1), protected)
-    Q = torch.round(W / step).clamp(-tops, tops)
-    made = pick_clip((W - Q * step).square().mean(dim=2), Q, scales, cfg)
-    return replace(made, protected=protected)
+    protected = protect(W, columns, cfg, sigmas)
+    scale, tops = column_grids(scales, bits, W.size(1), protected)
+    Q = round_to_grid(W, scale, tops)
+    stored = pick_clip((W - Q * scale).square().mean(dim=2), Q, scales, cfg)
+    return replace(stored, protected=protected)
 
 
 def int8_rows(W: Tensor) -> Stored:
-    """Nearest integers of 8 bits, in rows whose grids end at their INT8_QUANTILE: (r, c)."""
+    """W (r, c) rounded to the nearest integers of 8 bits, each row clipped at its INT8_QUANTILE.
+
+    As published, it rounds by the exact scale, and the scale is rounded to fp16 only afterwards.
+    """
     clip = torch.quantile(W.abs(), INT8_QUANTILE, dim=1)
     scale = row_scales(clip, INT8_TOP, "inv_clip")
-    clamped = W.clamp(-clip[:, None], clip[:, None])
-    q = torch.round(clamped / scale[:, None]).clamp(-INT8_TOP, INT8_TOP)
+    clipped = W.clamp(-clip[:, None], clip[:, None])
+    q = round_to_grid(clipped, scale[:, None], INT8_TOP)
     return Stored(q.to(torch.int8), scale.half())
 
 
 def gate_rows(W: Tensor) -> Stored:
-    """GATE_STORAGE=int8: nearest integers of 8 bits, in steps of fp16(max |row| / 127)."""
+    """W (r, c) rounded to the nearest integers of 8 bits, as GATE_STORAGE=int8 wants it.
+
+    A row's scale is fp16(max |row| / 127).
+    """
     scale = fp16_scale(W.abs().amax(dim=1) / INT8_TOP)
-    q = torch.round(W / scale.float()[:, None]).clamp(-INT8_TOP, INT8_TOP)
+    q = round_to_grid(W, scale.float()[:, None], INT8_TOP)
     return Stored(q.to(torch.int8), scale)
 
 
 def inverse_factor(H: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = (H + damping)^-1: (c, c).
+    """The upper triangular U with U^T U = (H + damping I)^-1: (c, c) -> (c, c).
 
-    The damping grows until H is positive definite; raises LinAlgError after DAMPING_TRIES.
+    The damping grows until H + damping I is positive definite; raises LinAlgError if it is not
+    after DAMPING_TRIES.
     """
     identity = torch.eye(H.size(0), device=H.device)
     damping = DAMPING * H.diagonal().mean().clamp_min(1e-12)
@@ -5784,66 +5872,67 @@ def inverse_factor(H: Tensor) -> Tensor:
 
 
 def gptq(
-    W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, group: slice | None = None
+    W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0, columns: slice | None = None
 ) -> Stored:
-    """Integers Q and row scales s that keep ||(W - s Q) X||^2 small, H = X X^T.
+    """GPTQ (arXiv:2210.17323): integers Q and row scales s that keep ||(W - s Q) X||^2 small.
 
-    W: (r, c), H: (c, c), float32. arXiv:2210.17323: the columns that are not rounded yet make up
-    for the rounding error of each column. All clip candidates are tried, and the one of least
-    error is taken, squared or weighted by the Hessian (GPTQ_SELECT). `group` gets 8 bits.
+    W: (r, c); H = X X^T: (c, c); both float32. The columns are rounded one after the other, and
+    those to come are changed so that they make up for a column's rounding error. Of the candidates
+    for the clip the one of least squared error is kept, weighted by H if GPTQ_SELECT=hessian.
+    sigmas: from CLIP_SIGMAS. columns: those that get 8 bits instead of `bits`.
     """
     scales = clip_candidates(W, bits, cfg, sigmas).half()
-    protected = protect(W, group, cfg, sigmas)
-    step, tops = grids_of(scales, bits, W.size(1), protected)
-    dead = H.diagonal() == 0  # inputs that were never seen
-    H = H + torch.diag(dead.float())
+    protected = protect(W, columns, cfg, sigmas)
+    scale, tops = column_grids(scales, bits, W.size(1), protected)
+    unseen = H.diagonal() == 0  # inputs that were always 0
+    H = H + torch.diag(unseen.float())
     order = torch.arange(W.size(1), device=W.device)
     if cfg.gptq_actorder:
         order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    W = W.masked_fill(dead, 0.0)[:, order]
+    W = W.masked_fill(unseen, 0.0)[:, order]
     H = H[order][:, order]
-    if step.size(2) > 1:
-        step = step[..., order]
-    Q = feed_back(W, step, inverse_factor(H), tops[order], cfg)
-    error = W - Q * step
+    if scale.size(2) > 1:
+        scale = scale[..., order]
+    Q = round_columns(W, scale, inverse_factor(H), tops[order], cfg)
+    error = W - Q * scale
     weighted = error @ H if cfg.gptq_select == "hessian" else error
-    made = pick_clip((weighted * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
-    return replace(made, protected=protected)
+    stored = pick_clip((weighted * error).mean(dim=2), Q[..., torch.argsort(order)], scales, cfg)
+    return replace(stored, protected=protected)
 
 
-def feed_back(W: Tensor, step: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> Tensor:
+def round_columns(W: Tensor, scale: Tensor, U: Tensor, tops: Tensor, cfg: Config) -> Tensor:
     """GPTQ's loop over columns i: e = (w_i - q_i s) / U_ii, then w_j <- w_j - e U_ij for j > i.
 
-    W: (r, c), step: (n, r, 1) or (n, r, c) of n candidates, U: (c, c), tops: (c,), the largest
-    integers -> Q: (n, r, c). Columns after the current block of GPTQ_BLOCK_SIZE are updated once
-    a block, by one matrix product.
+    W: (r, c), scale: (n, r, 1) or (n, r, c) of n candidates, U: (c, c), tops: (c,) -> Q: (n, r, c).
+    Columns after the current block of GPTQ_BLOCK_SIZE are updated once per block, by one matrix
+    product.
     """
     top = tops.tolist()
     diagonal = U.diagonal().tolist()
-    rest = W.T.repeat(1, len(step))  # (c, n r): what the loop reads and writes is contiguous
-    steps = step.permute(2, 0, 1).reshape(step.size(2), -1).expand_as(rest)
+    rest = W.T.repeat(1, len(scale))  # (c, n r): what the loop reads and writes is contiguous
+    scales = scale.permute(2, 0, 1).reshape(scale.size(2), -1).expand_as(rest)
     Q = torch.empty_like(rest)
     for start in range(0, len(rest), cfg.gptq_block_size):
         stop = min(start + cfg.gptq_block_size, len(rest))
         errors: list[Tensor] = []
         for col in range(start, stop):
             column = rest[col]
-            q = torch.div(column, steps[col], out=Q[col]).round_()
+            q = torch.div(column, scales[col], out=Q[col]).round_()
             q.clamp_(-top[col], top[col])
-            errors.append((column - q * steps[col]).div_(diagonal[col]))
+            errors.append((column - q * scales[col]).div_(diagonal[col]))
             rest[col + 1 : stop].addcmul_(U[col, col + 1 : stop, None], errors[-1], value=-1)
         rest[stop:] -= U[start:stop, stop:].T @ torch.stack(errors)
-    return Q.T.reshape(len(step), *W.shape)
+    return Q.T.reshape(len(scale), *W.shape)
 
 
 def protected_group(
     matrices: dict[str, Tensor], activation_rms: dict[str, Tensor], width: int
 ) -> tuple[str, slice]:
-    """The group of `width` aligned input columns that matters most, as matrix name and columns.
+    """The matrix and its group of `width` neighbouring columns that matter most; ("", ...) if none.
 
-    AWQ-lite of pull request 1945, after arXiv:2306.00978: a group's score is the sum over its
-    columns of the root mean square of the column's activations times its mean |w|. Columns left
-    over at a matrix's end are no group. The name is "" if no matrix has a whole group.
+    AWQ-lite of parameter-golf #1945, after arXiv:2306.00978: groups begin at multiples of `width`,
+    and one's score is the sum over its columns of the root mean square of the column's activations
+    times its mean |w|. Columns left over at the end of a matrix are in no group.
     """
     best = ("", slice(0, 0))
     best_score = -math.inf
@@ -5859,9 +5948,9 @@ def protected_group(
 
 
 def quantize_factors(A: Tensor, B: Tensor, group: int) -> LowRank:
-    """Factors (r, k) and (k, c) rounded to a correction's grids.
+    """Round factors A (r, k) and B (k, c) to the integers of a correction.
 
-    A has one scale; B has one for each `group` values in row-major order, of which the last may be
+    A has one scale. B has one for each `group` elements in row-major order; the last group may be
     shorter.
     """
     left_scale = fp16_scale(A.abs().max() / LEFT_DIVISOR)
@@ -5875,7 +5964,7 @@ def quantize_factors(A: Tensor, B: Tensor, group: int) -> LowRank:
 
 
 def low_rank_correction(error: Tensor, rank: int, group: int) -> LowRank:
-    """The correction of this rank that leaves least of an error (r, c): A = U S, B = V^T."""
+    """The correction of this rank that best removes an error (r, c) = U S V^T: A = U S, B = V^T."""
     U, S, Vh = torch.linalg.svd(error, full_matrices=False)
     return quantize_factors(U[:, :rank] * S[:rank], Vh[:rank], group)
 
@@ -5888,10 +5977,10 @@ def largest_errors(errors: dict[str, Tensor], count: int) -> list[str]:
 
 @torch.no_grad()
 def order_hidden_units(model: GPT) -> None:
-    """Sort each MLP's hidden units by their rows' standard deviation; no output changes.
+    """Sort each MLP's hidden units by the standard deviation of their rows in fc.
 
-    Rows of fc and columns of proj are permuted alike. The range coder codes ascending scales by
-    their differences, which saves the log2(u!) bits of the order of u units.
+    Rows of fc and columns of proj are permuted alike, so that no output changes. The range coder
+    codes ascending scales by their differences, which for u units saves about log2(u!) bits.
     """
     for module in model.modules():
         if isinstance(module, MLP):
@@ -5916,14 +6005,14 @@ def hessian_source(model: GPT, name: str) -> str:
 
 
 def head_name(model: GPT) -> str:
-    """The module whose weights make logits: with tied embeddings, that of the tokens."""
+    """The name of the module whose weights make logits: with tied embeddings, the token table."""
     return "tok_emb" if model.lm_head is None else "lm_head"
 
 
 def hessian_widths(model: GPT) -> dict[str, int]:
-    """The modules whose inputs are collected into a Hessian, and how many channels they have.
+    """The modules whose inputs are collected into a Hessian, and how many channels these have.
 
-    The matrix that makes logits is among them only where CLIP_SIGMAS sets the steps.
+    The output head is among them only if CLIP_SIGMAS sets the scales.
     """
     by_deviation = model.cfg.clips_by_deviation
     widths = {}
@@ -5936,15 +6025,15 @@ def hessian_widths(model: GPT) -> dict[str, int]:
 
 @torch.no_grad()
 def sample_rows(model: GPT, seq_len: int, seed: int, device: torch.device) -> Tensor:
-    """A batch that the model samples after BOS, at TEMPERATURE: int64 (rows, seq_len); slow."""
+    """Rows that the model samples after BOS: int64 (CALIBRATION_ROWS, seq_len); slow."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((CALIBRATION_ROWS, seq_len), BOS)
-    for at in range(1, seq_len):  # the model sees whole rows: their length sets the rotary base
+    for place in range(1, seq_len):  # the model reads whole rows: their length sets the rotary base
         on_device = ids.to(device)
-        last = model.hidden(on_device)[:, at - 1 : at]
-        logits = model.logits(last, on_device[:, at - 1 : at])[:, 0]
-        p = torch.softmax(logits / TEMPERATURE, dim=-1).cpu()
-        ids[:, at] = torch.multinomial(p, 1, generator=generator)[:, 0]
+        last = slice(place - 1, place)
+        logits = model.logits(model.hidden(on_device)[:, last], on_device[:, last])[:, 0]
+        probs = torch.softmax(logits / SAMPLING_TEMPERATURE, dim=-1).cpu()
+        ids[:, place] = torch.multinomial(probs, 1, generator=generator)[:, 0]
     return ids
 
 
@@ -5954,8 +6043,8 @@ def collect_hessians(
 ) -> dict[str, Tensor]:
     """Mean x x^T over the inputs of the modules of hessian_widths(): {name: float32 (c, c)}.
 
-    batch_of(n) gives the ids (B, T) of batch n. Each rank takes one batch a round. No round begins
-    that might end after `deadline` seconds of any rank's training clock.
+    batch_of(n) gives the ids (B, T) of batch n. In each round every rank takes one batch. No round
+    begins that might end after `deadline` seconds on any rank's training clock.
     """
     head = head_name(model)
     sums = {
@@ -5974,18 +6063,18 @@ def collect_hessians(
         )
         for name in sums.keys() - {head}
     ]
-    # All ranks count equally many rounds, since they must agree in each; in the last one a rank
-    # may find no batch left.
-    own = range(run.ranks.rank, num_batches + run.ranks.rank, run.ranks.world_size)
-    for batch in run.folder.progress("calibrating", iterable=own, unit="batch"):
+    # All ranks go through equally many rounds, since they must agree in each; in the last one a
+    # rank may find no batch left.
+    own_batches = range(run.ranks.rank, num_batches + run.ranks.rank, run.ranks.world_size)
+    for batch in run.folder.progress("calibrating", iterable=own_batches, unit="batch"):
         start = run.ledger.training_clock.elapsed()
         if batch < num_batches:
             input_ids = batch_of(batch)
-            hidden = model.hidden(run.put(input_ids))
+            hidden = model.hidden(run.to_device(input_ids))
             if head in sums:
                 add(head, hidden)
             seen += input_ids.numel()
-        run.settle()
+        run.wait_for_gpu()
         end = run.ledger.training_clock.elapsed()
         if run.ranks.largest(float(end + 2 * (end - start) > deadline)):
             break
@@ -6004,7 +6093,7 @@ def budget_reserve(model: GPT, batch_seconds: float, run: Run) -> float:
 
 
 def calibration_reserve(batch_seconds: float, run: Run) -> float:
-    """Seconds to keep for collecting Hessians, given what a batch took when it was measured."""
+    """Seconds of the training budget to keep for collecting Hessians, if a batch takes so long."""
     cfg = run.cfg
     if cfg.gptq_variant == "off" or cfg.gptq_calib != "train":
         return 0.0
@@ -6020,10 +6109,10 @@ def calibration_reserve(batch_seconds: float, run: Run) -> float:
 
 
 def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str, Tensor]:
-    """The Hessians that GPTQ needs, of the training rows after the last step or of sampled rows.
+    """The Hessians that GPTQ needs, from training rows after the last step's, or sampled rows.
 
     GPTQ_CALIB=train counts as training, in time and in operations. Hidden units are sorted first if
-    the codec profits from it, so that Hessians are those of the sorted units.
+    the codec profits from it, so that the Hessians are those of the sorted units.
     """
     cfg = run.cfg
     run.phase = "calibration"
@@ -6033,8 +6122,8 @@ def calibrate(model: GPT, rows: TrainingRows, steps: int, run: Run) -> dict[str,
         return {}
     sampled: dict[int, Tensor] = {}
     if cfg.gptq_calib == "selfgen":
-        own = range(run.ranks.rank, cfg.gptq_calib_batches, run.ranks.world_size)
-        for n in run.folder.progress("sampling rows", iterable=own, unit="batch"):
+        own_batches = range(run.ranks.rank, cfg.gptq_calib_batches, run.ranks.world_size)
+        for n in run.folder.progress("sampling rows", iterable=own_batches, unit="batch"):
             sampled[n] = sample_rows(model, cfg.train_seq_len, cfg.seed + n, run.device)
 
     def batch_of(n: int) -> Tensor:
@@ -6076,9 +6165,9 @@ def prune_stored(model: GPT, stored: dict[str, Stored], run: Run) -> None:
 
 
 def prune_integers(stored: dict[str, Stored], fraction: float) -> int:
-    """Zero this fraction of all integers, those of smallest |q s| that are not 0; returns how many.
+    """Zero the integers of smallest |q s|, as many as this fraction of all; returns their number.
 
-    If fewer are left that are not 0, all of them become 0.
+    Integers that are 0 already are not among them. If too few others are left, all become 0.
     """
     sizes = [tensor.values.numel() for tensor in stored.values()]
     magnitude = torch.cat([tensor.restore().abs().flatten() for tensor in stored.values()])
@@ -6092,11 +6181,11 @@ def prune_integers(stored: dict[str, Stored], fraction: float) -> int:
 
 
 def to_integers(
-    W: Tensor, H: Tensor | None, bits: int, cfg: Config, sigmas: float, group: slice | None
+    W: Tensor, H: Tensor | None, bits: int, cfg: Config, sigmas: float, columns: slice | None
 ) -> tuple[Stored, bool]:
-    """A matrix on its grid, by GPTQ if it has a Hessian; and whether GPTQ had to give up.
+    """Quantize a matrix, by GPTQ if it has a Hessian; also returns whether GPTQ had to give up.
 
-    Embedding tables have none: where CLIP_SIGMAS does not say, they end at a quantile of their own.
+    Embedding tables have no Hessian; unless CLIP_SIGMAS sets the scales, int8_rows() clips them.
     """
     if H is None and bits == 8 and not cfg.clips_by_deviation:
         return int8_rows(W), False
@@ -6105,15 +6194,13 @@ def to_integers(
     try:
         if cfg.gptq_variant == "simple":
             return gptq_simple(W, H, bits, cfg, sigmas), False
-        return gptq(W, H, bits, cfg, sigmas, group), False
+        return gptq(W, H, bits, cfg, sigmas, columns), False
     except torch.linalg.LinAlgError:
-        return round_to_nearest(W, bits, cfg, sigmas, group), True
+        return round_to_nearest(W, bits, cfg, sigmas, columns), True
 
 
-def pick_protected(
-    model: GPT, hessians: dict[str, Tensor], run: Run
-) -> tuple[str, slice] | tuple[None, None]:
-    """The matrix and the columns that AWQ_COLUMNS gives 8 bits; only one with a Hessian can be."""
+def pick_protected(model: GPT, hessians: dict[str, Tensor], run: Run) -> tuple[str, slice]:
+    """The matrix and the columns to which AWQ_COLUMNS gives 8 bits; ("", ...) if none."""
     width = model.cfg.awq_columns
     matrices, activation_rms = {}, {}
     for name in model.kinds:
@@ -6121,19 +6208,16 @@ def pick_protected(
         if width and H is not None and bits_of(model, name):
             matrices[name] = model.get_parameter(name).detach().float().to(H.device)
             activation_rms[name] = H.diagonal().sqrt()
-    if not matrices:
-        return None, None
-    name, group = protected_group(matrices, activation_rms, width)
-    if not name:
-        return None, None
-    run.folder.log(
-        "awq:protected {tensor} columns:{start}-{stop}",
-        "protected",
-        tensor=name,
-        start=group.start,
-        stop=group.stop,
-    )
-    return name, group
+    name, columns = protected_group(matrices, activation_rms, width)
+    if name:
+        run.folder.log(
+            "awq:protected {tensor} columns:{start}-{stop}",
+            "protected",
+            tensor=name,
+            start=columns.start,
+            stop=columns.stop,
+        )
+    return name, columns
 
 
 def correct_largest_errors(model: GPT, stored: dict[str, Stored], run: Run) -> None:
@@ -6150,19 +6234,19 @@ def correct_largest_errors(model: GPT, stored: dict[str, Stored], run: Run) -> N
         rank = min(cfg.lqer_rank, *errors[name].shape)
         low_rank = low_rank_correction(errors[name], rank, cfg.lqer_group)
         stored[name] = replace(stored[name], low_rank=low_rank)
-        left = errors[name] - low_rank.product()
+        remaining_error = errors[name] - low_rank.product()
         run.folder.log(
             "lqer:corrected {tensor} rank:{rank} error:{error:.5g} left:{left:.5g}",
             "corrected",
             tensor=name,
             rank=rank,
             error=float(errors[name].norm()),
-            left=float(left.norm()),
+            left=float(remaining_error.norm()),
         )
 
 
 def store_floats(model: GPT, name: str, W: Tensor) -> Stored:
-    """A parameter that BITS leaves as floats: fp16, but for gates under GATE_STORAGE=int8."""
+    """A parameter that BITS leaves as floats, in fp16; GATE_STORAGE=int8 makes gates integers."""
     is_gate_matrix = model.kinds[name] == GATE and W.ndim == 2
     if is_gate_matrix and model.cfg.gate_storage == "int8":
         return gate_rows(W.cpu())
@@ -6185,15 +6269,15 @@ def quantize(
     objective = 0.0
     # Devices other than these may lack Cholesky factors or float64.
     device = run.device if run.device.type == "cuda" else torch.device("cpu")
-    protected_name, group = pick_protected(model, hessians, run)
+    protected_name, protected_columns = pick_protected(model, hessians, run)
     parameters = list(model.named_parameters())
     for name, p in run.folder.progress("quantizing", iterable=parameters, unit="tensor"):
         W = p.detach().float().to(device)
         if not W.half().isfinite().all():
             raise FloatingPointError(f"{name} is not finite, or too large for fp16")
         if cfg.prune_frac and W.ndim == 2 and W.numel() > cfg.int8_keep_float_max_numel:
-            least = row_quantile(W.abs().view(1, -1), cfg.prune_frac)
-            W = W.masked_fill(W.abs() < least, 0.0)
+            threshold = row_quantile(W.abs().view(1, -1), cfg.prune_frac)
+            W = W.masked_fill(W.abs() < threshold, 0.0)
         bits = bits_of(model, name)
         if bits == 0:
             stored[name] = store_floats(model, name, W)
@@ -6201,12 +6285,12 @@ def quantize(
         H = hessians.get(hessian_source(model, name))
         H = None if H is None else H.to(device)
         sigmas = factor * setting_of(model, name, cfg.sigmas_by_role)
-        own_group = group if name == protected_name else None
-        made, fell_back = to_integers(W, H, bits, cfg, sigmas, own_group)
+        columns = protected_columns if name == protected_name else None
+        quantized, fell_back = to_integers(W, H, bits, cfg, sigmas, columns)
         if H is not None:
-            objective += weighted_error(W, made, H)
+            objective += weighted_error(W, quantized, H)
         fallbacks += int(fell_back)
-        stored[name] = made.cpu()
+        stored[name] = quantized.cpu()
     prune_stored(model, stored, run)
     correct_largest_errors(model, stored, run)
     run.folder.log(
@@ -6215,7 +6299,7 @@ def quantize(
         "quantized",
         variant=cfg.gptq_variant,
         fallbacks=fallbacks,
-        matrices=sum(s.scale is not None for s in stored.values()),
+        matrices=sum(tensor.scale is not None for tensor in stored.values()),
         objective=objective,
     )
     return stored
@@ -6238,8 +6322,8 @@ class ArtifactSettings(Part):
     artifact_target_bytes: int = training_knob(
         0,
         (0, 1 << 40),
-        "End code and artifact just below this many bytes, if QUANT_CLIP is std or std_published; "
-        "0 aims below the limit, and only if they would be over it.",
+        "With QUANT_CLIP=std and std_published, clip so that code and artifact together end just "
+        "below this many bytes; 0 only keeps them within ARTIFACT_LIMIT_BYTES.",
     )
     codec: str = training_knob(
         "zstd",
@@ -6249,7 +6333,7 @@ class ArtifactSettings(Part):
 
     @property
     def orders_hidden_units(self) -> bool:
-        """Whether hidden units are sorted for the codec; best does not know its codec so early."""
+        """Whether hidden units are sorted for the codec; CODEC=best does not know it so early."""
         return self.codec == "range"
 
     @staticmethod
@@ -6269,7 +6353,7 @@ BEST_OF = ("zstd", "lzma", "range")  # what CODEC=best tries
 
 ZSTD_LEVEL = 22
 ZSTD_SHORTEST_MATCHES = (6, 4, 3)  # bytes; all are tried, since no rule says which packs best
-LONG_BODY = 1 << 22  # bytes; a longer body is packed with the first of them only, to save time
+LONG_BODY = 1 << 22  # bytes; for a longer body only the first match length is tried, to save time
 LZMA_PRESET = 6
 LZMA_MEMORY = 1 << 26  # bytes that the decompressor may take; LZMA_PRESET needs 9 MiB
 
@@ -6310,14 +6394,14 @@ class StorageKind:
 # The body holds all streams of the first type, tensor by tensor, then all of the second, ...
 STREAM_TYPES = ("<i1", "<f2", "|u1")
 
-# The numbers of a grid are its rows and columns; then, if it has protected columns, the first of
-# them and how many they are; then, if it has a correction, its rank and its group.
+# The numbers of a grid are its rows and columns; then, if it has protected columns, the first one
+# and their number; then, if it has a correction, the rank and the group (see LowRank).
 INTEGERS = Stream("<i1", lambda numbers: (numbers[0], numbers[1]))
 ROW_SCALES = Stream("<f2", lambda numbers: (numbers[0],))
 LEFT_FACTOR = Stream("<i1", lambda numbers: (numbers[0], numbers[-2]))
 RIGHT_FACTOR = Stream("<i1", lambda numbers: (numbers[-2], numbers[1]))
 LEFT_SCALE = Stream("<f2", lambda numbers: ())
-RIGHT_SCALES = Stream("<f2", lambda numbers: (-(-numbers[-2] * numbers[1] // numbers[-1]),))
+RIGHT_SCALES = Stream("<f2", lambda numbers: (divide_up(numbers[-2] * numbers[1], numbers[-1]),))
 
 GRID = (INTEGERS, ROW_SCALES)
 CORRECTED_GRID = (INTEGERS, LEFT_FACTOR, RIGHT_FACTOR, ROW_SCALES)
@@ -6356,7 +6440,7 @@ def brotli_module() -> Any:
     try:
         import brotli
 
-        # Older versions cannot bound what a hostile stream becomes.
+        # Older versions cannot bound the output of a hostile stream.
         brotli.Decompressor().process(b"", output_buffer_limit=1)
         return brotli
     except (ImportError, TypeError):
@@ -6364,7 +6448,7 @@ def brotli_module() -> Any:
 
 
 def compress(body: bytes, codec: str) -> bytes:
-    """The body under a codec of CODECS; the same bytes always give the same bytes."""
+    """Compress the body by a codec of CODECS; the same body always gives the same bytes."""
     if codec == "zstd":
         return compress_with_zstd(body)
     if codec == "lzma":
@@ -6375,10 +6459,10 @@ def compress(body: bytes, codec: str) -> bytes:
 
 
 def compress_with_zstd(body: bytes) -> bytes:
-    """The smallest of a few zstd frames, each with another bound on the shortest match."""
-    tries = 1 if len(body) > LONG_BODY else len(ZSTD_SHORTEST_MATCHES)
+    """The smallest of a few zstd frames, each with another length of the shortest match."""
+    lengths = ZSTD_SHORTEST_MATCHES[:1] if len(body) > LONG_BODY else ZSTD_SHORTEST_MATCHES
     frames = []
-    for shortest in ZSTD_SHORTEST_MATCHES[:tries]:
+    for shortest in lengths:
         parameters = zstandard.ZstdCompressionParameters.from_level(
             ZSTD_LEVEL, source_size=len(body), min_match=shortest
         )
@@ -6390,7 +6474,7 @@ def compress_with_zstd(body: bytes) -> bytes:
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """The `size` bytes that compress() was given; raises Refusal if there are fewer or more.
 
-    However many bytes the packed ones would expand to, no more than size + 1 are ever held.
+    However far the packed bytes would expand, no more than size + 1 bytes are ever in memory.
     """
     try:
         body = decompress_within(packed, codec, size)
@@ -6406,10 +6490,10 @@ def decompress(packed: bytes, codec: str, size: int) -> bytes:
 
 
 def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
-    """At most size + 1 bytes of the body; None if the packed bytes do not end where it does.
+    """At most size + 1 bytes of the body; None if the packed bytes do not end where the body does.
 
-    Raises Refusal if the codec is not installed, and its own error or one of MALFORMED if it cannot
-    read the packed bytes.
+    Raises Refusal if the codec is not installed. If the codec cannot read the packed bytes, it
+    raises an error of its own or one of MALFORMED.
     """
     if codec == "zstd":
         if zstandard.frame_content_size(packed) != size:
@@ -6432,7 +6516,7 @@ def decompress_within(packed: bytes, codec: str, size: int) -> bytes | None:
 
 
 def by_place_in_layer(name: str) -> tuple[str, list[int]]:
-    """A sort key that puts the same matrix of all blocks side by side, which compresses best."""
+    """A sort key that puts a matrix's counterparts in all blocks side by side: best to compress."""
     return re.sub(r"\d+", "", name), [int(number) for number in re.findall(r"\d+", name)]
 
 
@@ -6449,7 +6533,7 @@ def encode_artifact(header: dict, stored: dict[str, Stored], codec: str = "zstd"
 
 
 def pack_body(body: bytes, codec: str) -> bytes:
-    """The artifact of a body: the prelude, then the body as the codec packs it."""
+    """The artifact with this body: the prelude, then the compressed body."""
     codecs = BEST_OF if codec == "best" else (codec,)
     packed_by = {name: compress(body, name) for name in codecs}
     codec = min(packed_by, key=lambda name: len(packed_by[name]))
@@ -6460,7 +6544,7 @@ def pack_body(body: bytes, codec: str) -> bytes:
 
 
 def unpack_body(blob: bytes) -> tuple[int, bytes]:
-    """Format version and body of an artifact; raises Refusal if they cannot be trusted."""
+    """An artifact's format version and body; raises Refusal if it is damaged or not an artifact."""
     if len(blob) < PRELUDE.size or blob[:8] != ARTIFACT_MAGIC:
         raise Refusal("not an artifact of train_gpt.py (its first bytes are wrong)")
     _, version, number, size, digest = PRELUDE.unpack_from(blob)
@@ -6484,7 +6568,7 @@ def decode_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
     version, body = unpack_body(blob)
     try:
         header, rows, end = header_of(body, version)
-        return header, cut_payload(body, end, rows)
+        return header, tensors_in_body(body, end, rows)
     except MALFORMED as error:
         raise Refusal(
             f"the artifact's header is malformed ({type(error).__name__}: {error})"
@@ -6495,7 +6579,7 @@ TensorRow = tuple[str, str, list[int]]  # in the header: name, storage kind, num
 
 
 def header_of(body: bytes, version: int) -> tuple[dict, list[TensorRow], int]:
-    """A body's header, its rows of tensors, and where it ends; or one of MALFORMED is raised."""
+    """A body's header, its rows of tensors, and where it ends; raises one of MALFORMED."""
     (header_bytes,) = struct.unpack_from("<I", body)
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
@@ -6506,22 +6590,22 @@ def header_of(body: bytes, version: int) -> tuple[dict, list[TensorRow], int]:
         raise ValueError("a setting or fingerprint is not text")
     rows = [tensor_row(row, version) for row in header["tensors"]]
     if len({name for name, _, _ in rows}) < len(rows):
-        raise ValueError("a tensor is there twice")
+        raise ValueError("it names a tensor twice")
     return header, rows, end
 
 
 def tensor_row(row: list, version: int) -> TensorRow:
-    """Check a row of the header, [name, kind, *numbers]; raises ValueError or TypeError.
+    """Check a row of the header, [name, kind, *numbers]; raises ValueError or TypeError if wrong.
 
-    Version 1 writes 0 for floats and 1 for a grid in place of the kind's name.
+    Format version 1 writes 0 for floats and 1 for a grid instead of the kind's name.
     """
     name, kind, *numbers = row
     if version == 1:
         if type(kind) is not int:
             raise ValueError(f"tensor {name!r} of kind {kind!r}")
         kind = {0: "float", 1: "grid"}[kind]
-    sound = type(name) is str and type(kind) is str and kind in STORAGE_KINDS
-    if not sound or len(numbers) not in STORAGE_KINDS[kind].numbers:
+    is_known = type(name) is str and type(kind) is str and kind in STORAGE_KINDS
+    if not is_known or len(numbers) not in STORAGE_KINDS[kind].numbers:
         raise ValueError(f"tensor {name!r} of kind {kind!r} and shape {numbers!r}")
     if not all(type(number) is int and 0 <= number <= MAX_BODY_BYTES for number in numbers):
         raise ValueError(f"tensor {name!r} of shape {numbers!r}")
@@ -6530,7 +6614,7 @@ def tensor_row(row: list, version: int) -> TensorRow:
 
 
 def check_grid_numbers(kind: str, numbers: list[int]) -> None:
-    """Raise ValueError for protected columns or a correction that a matrix cannot have."""
+    """Raise ValueError if a matrix cannot have the protected columns or correction in `numbers`."""
     if "protected" in kind:
         columns, start, width = numbers[1:4]
         if width < 1 or start + width > columns:
@@ -6542,7 +6626,7 @@ def check_grid_numbers(kind: str, numbers: list[int]) -> None:
 
 
 def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
-    """Tensor name, type and shape of every stream, in the order in which the body holds them."""
+    """Yield name, type and shape of every tensor's streams, in the order of the body."""
     for dtype in STREAM_TYPES:
         for name, kind, numbers in rows:
             for stream in STORAGE_KINDS[kind].streams:
@@ -6553,9 +6637,9 @@ def streams_in_body(rows: list[TensorRow]) -> Iterator[tuple[str, str, Shape]]:
 def arrays_in_body(
     body: bytes, start: int, rows: list[TensorRow]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Tensor name, type and content of each stream; ValueError unless they fill the body exactly.
+    """Yield tensor name, type and content of each stream of a body whose header ends at `start`.
 
-    start: where the header ends.
+    Raises ValueError unless the streams fill the body exactly.
     """
     place = start
     for name, dtype, shape in streams_in_body(rows):
@@ -6566,8 +6650,8 @@ def arrays_in_body(
         raise ValueError("the tensors do not add up to the body")
 
 
-def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Stored]:
-    """The tensors of a body, whose header ends at `start`; ValueError if they do not fill it."""
+def tensors_in_body(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Stored]:
+    """The tensors of a body whose header ends at `start`; raises ValueError if malformed."""
     arrays: dict[str, list[Tensor]] = {name: [] for name, _, _ in rows}
     for name, dtype, content in arrays_in_body(body, start, rows):
         native = torch.from_numpy(content.astype(content.dtype.newbyteorder("=")))
@@ -6580,7 +6664,7 @@ def cut_payload(body: bytes, start: int, rows: list[TensorRow]) -> dict[str, Sto
 def settings_in_header(header: dict) -> dict[str, str]:
     """Every model and scoring setting of an artifact by name, as text.
 
-    An artifact that is older than a setting does not name it, and means Knob.absent by that. Raises
+    An artifact that is older than a setting does not name it, which means Knob.absent. Raises
     Refusal for a name that is not known here, or if a name is missing.
     """
     named = dict(header["settings"])
@@ -6613,7 +6697,7 @@ def settings_within(header: dict, env: dict[str, str]) -> tuple[Config, list[str
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Stored]]:
-    """Header and tensors of the file; raises Refusal if it is missing, huge or malformed."""
+    """Header and tensors of an artifact; raises Refusal if it is missing, huge or malformed."""
     if not path.is_file():
         raise Refusal(f"{path}: no such artifact")
     if (size := path.stat().st_size) > MAX_ARTIFACT_BYTES:
@@ -6629,8 +6713,8 @@ def rebuild_model(
 ) -> GPT:
     """The model of an artifact's tensors, on the run's device.
 
-    kernel: its attention kernel; None takes that of the settings. Raises Refusal if the tensors are
-    not those of the model that `cfg` describes.
+    kernel: the attention kernel; None takes the one that the settings name. Raises Refusal if the
+    tensors are not those of the model that `cfg` describes.
     """
     if kernel is None:
         kernel = pick_attention(cfg, run.ranks).kernel
@@ -6648,57 +6732,61 @@ def rebuild_model(
 
 # =================================================================================================
 # Range coder
-# Integers of matrices to bytes and back. The coder is interleaved rANS (asymmetric numeral
-# systems). Its probabilities come from adaptive tables, of which an integer's expected magnitude
-# chooses one: the product of a factor for its matrix, one for its row and one for its column.
+# Integer matrices to bytes and back. The coder is interleaved rANS (asymmetric numeral systems).
+# Its probabilities come from adaptive tables. Which table codes an integer depends on the magnitude
+# that is expected of it: the product of a factor for its matrix, one for its row and one for its
+# column.
 #
-# Columns of tables with many rows, token embeddings above all, are correlated. There a regression
-# on the columns before it says what to expect of an integer, whose difference from that is coded.
-# The regression is fitted to the rows before, which a decoder has by then.
+# The columns of tables with many rows, token embeddings above all, are correlated. There a
+# regression on the columns before it predicts an integer, and only the difference from that is
+# coded. The regression is fitted to the rows before, which a decoder already has.
 # =================================================================================================
 
-TOTAL_FREQUENCY = 1 << 16  # of each table
+TOTAL_FREQUENCY = 1 << 16  # the sum of a table's frequencies
 LEAST_STATE = 1 << 32  # a state lies in [2^32, 2^48) and grows and shrinks by words of 16 bits
-LANE_SHARE = 16  # there are sqrt(integers) / LANE_SHARE lanes: each costs 4 bytes, few cost time
+LANE_SHARE = 16  # there are sqrt(integers) / LANE_SHARE lanes: each takes 4 bytes, few take time
 # Bounds on what is coded; lines are rows and columns.
 MAX_INTEGERS, MAX_LINES, MAX_MATRICES = 1 << 27, 1 << 22, 1 << 12
 MAX_CHUNK = 1 << 20  # integers coded at once
 
-# The level of an expected magnitude m is LEVELS_AN_OCTAVE (log2(m) - LOWEST_OCTAVE), rounded. Every
-# LEVELS_A_TABLE levels share a table.
-LEVELS_AN_OCTAVE, LOWEST_OCTAVE, HIGHEST_OCTAVE = 16, -8, 7
-LEVELS_A_TABLE = 2
-TABLES = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * LEVELS_AN_OCTAVE // LEVELS_A_TABLE
-PRIOR_SAMPLES = 512  # integers that a fresh table counts as if it had seen them
+# The level of an expected magnitude m is LEVELS_PER_OCTAVE (log2(m) - LOWEST_OCTAVE), rounded.
+# LEVELS_PER_TABLE neighbouring levels share a table.
+LEVELS_PER_OCTAVE, LOWEST_OCTAVE, HIGHEST_OCTAVE = 16, -8, 7
+LEVELS_PER_TABLE = 2
+TABLES = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * LEVELS_PER_OCTAVE // LEVELS_PER_TABLE
+PRIOR_SAMPLES = 512  # a new table starts as if it had counted this many integers
 COUNT_UNIT = 256  # what an integer adds to a count, so that counts of the prior can be fractions
-# Tables learn after each chunk of integers, which is 1 / CHUNK_SHARE of all they coded before.
+# Tables learn after each chunk of integers. A chunk has FIRST_CHUNK integers, or 1 / CHUNK_SHARE of
+# those that the tables coded before it.
 FIRST_CHUNK, CHUNK_SHARE = 512, 8
 
-PROFILE_TOP = 63  # the largest step of a row or column in a profile
-PROFILE_PASSES = 6  # of fitting rows to columns and columns to rows
-LEAST_MEAN = 1e-4  # of magnitudes: a row may be all zeros
+PROFILE_TOP = 63  # the largest magnitude of a row's or column's integer in a profile
+PROFILE_PASSES = 6  # how often row factors are fitted to column factors and the other way round
+LEAST_MEAN = 1e-4  # bounds mean magnitudes from below: a row may be all zeros
 MAX_SHIFT = 6  # a profile's step is at most 2^MAX_SHIFT levels
 STEP_IN_ERRORS = 3.5  # a profile's step in standard errors: finer ones cost more than they save
-TWIN_COSINE = 0.9  # from which a row is coded by its difference from another
-TWIN_CANDIDATES = 256  # rows that are tried as that other one
+TWIN_COSINE = 0.9  # rows more similar than this may be coded by their difference
+TWIN_CANDIDATES = 256  # the number of rows that are tried as the one to subtract
 
-# Coefficients and innovations are whole numbers of these parts of 1: sums of their products are
-# exact in float64, in any order, and every machine predicts alike.
+# Coefficients and innovations are multiples of 1 / COEFFICIENT_PARTS and 1 / INNOVATION_PARTS. Sums
+# of their products are then exact in float64, in any order, so that every machine predicts alike.
 COEFFICIENT_PARTS, INNOVATION_PARTS = 1 << 10, 1 << 6
 LARGEST_COEFFICIENT = 16
-RIDGE = 512  # rows that speak for no correlation at all
-FIRST_BLOCK, BLOCK_SHARE = 64, 4  # rows predicted at once: so many, or this share of those before
-# A regression takes columns^3 / 3 operations a block, so these bound a decoder's time.
-MAX_PREDICTED_COLUMNS, MAX_PREDICTED_MATRICES, ROWS_A_COLUMN = 512, 8, 8
-LEAST_SAVED_BITS = 0.01  # an integer, for which a matrix is predicted
+RIDGE = 512  # the ridge counts as much as this many rows without any correlation
+# The rows of a block are predicted at once. A block has FIRST_BLOCK rows, or 1 / BLOCK_SHARE of
+# those before it.
+FIRST_BLOCK, BLOCK_SHARE = 64, 4
+# A regression takes columns^3 / 3 operations per block, so these bound a decoder's time.
+MAX_PREDICTED_COLUMNS, MAX_PREDICTED_MATRICES, LEAST_ROWS_PER_COLUMN = 512, 8, 8
+LEAST_SAVED_BITS = 0.01  # per integer; a matrix is predicted if that saves more
 
 
 class RangeEncoder:
-    """Interleaved rANS (arXiv:1311.2540, section 2.3): one state a lane, words of 16 bits.
+    """Interleaved rANS (arXiv:1311.2540, section 2.3): one state per lane, words of 16 bits.
 
-    A symbol of frequency f, whose smaller symbols have frequencies F in all, takes the state x of
-    its lane to (x // f) 2^16 + x % f + F. A decoder undoes the last step first, so the stream is
-    written from its end. Facts are bytes that a decoder reads as they are.
+    A symbol of frequency f, where all smaller symbols have the frequency F together, changes the
+    state x of its lane to (x // f) 2^16 + x % f + F. A decoder undoes the last step first, so the
+    stream is written from its end. `facts` are bytes that are stored as they are.
     """
 
     def __init__(self) -> None:
@@ -6706,7 +6794,7 @@ class RangeEncoder:
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """Note symbols to be coded, each by its own table; returns them.
+        """Take in symbols to code, each by its own table; returns the symbols.
 
         ends: int64 (tables, symbols + 1), running sums of frequencies from 0 to TOTAL_FREQUENCY.
         """
@@ -6716,16 +6804,16 @@ class RangeEncoder:
         return symbols
 
     def stream(self, lanes: int) -> bytes:
-        """The final states of the lanes, then words in the order in which a decoder wants them."""
+        """The final states of the lanes, then the words in the order that a decoder reads."""
         states = np.full(lanes, LEAST_STATE, np.uint64)
         words = []
         for starts, widths in reversed(self.steps):
             for at in reversed(range(0, len(starts), lanes)):
                 f = widths[at : at + lanes].astype(np.uint64) + 1
                 x = states[: len(f)]
-                full = x >= f << 32
-                words.append(x[full].astype("<u2"))  # the low half
-                x[full] >>= 16
+                is_full = x >= f << 32
+                words.append(x[is_full].astype("<u2"))  # the low 16 bits
+                x[is_full] >>= 16
                 quotient = x // f
                 x[:] = (quotient << 16) + (x - quotient * f) + starts[at : at + lanes]
         words.append(states.astype("<u8").view("<u2").reshape(-1, 4)[:, :3].ravel())
@@ -6733,10 +6821,11 @@ class RangeEncoder:
 
 
 class RangeDecoder:
-    """Reads what RangeEncoder wrote; raises ValueError where it cannot have written that."""
+    """Reads what RangeEncoder wrote; raises ValueError if RangeEncoder cannot have written it."""
 
     def __init__(self, facts: bytes, stream: bytes, lanes: int) -> None:
-        self.facts, self.facts_read = facts, 0
+        self.facts = facts
+        self.facts_read = 0
         if len(stream) < 6 * lanes or len(stream) % 2:
             raise ValueError(f"a stream of {len(stream):,} bytes for {lanes:,} lanes")
         self.words = np.frombuffer(stream, "<u2").astype(np.uint64)
@@ -6744,8 +6833,8 @@ class RangeDecoder:
         low, middle, high = self.words[: self.words_read].reshape(lanes, 3).T
         self.states = low | middle << 16 | high << 32
 
-    def told(self, size: int) -> bytes:
-        """The next bytes of the facts; raises ValueError past their end."""
+    def read_facts(self, size: int) -> bytes:
+        """The next `size` bytes of the facts; raises ValueError past their end."""
         part = self.facts[self.facts_read : self.facts_read + size]
         if len(part) < size:
             raise ValueError("the facts end early")
@@ -6753,7 +6842,7 @@ class RangeDecoder:
         return part
 
     def code(self, ends: np.ndarray, tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        """The next symbols, each by its own table; those given only say how many there are."""
+        """The next symbols, each by its own table; `symbols` only says how many there are."""
         bounds = (ends[:, :-1] + (np.arange(len(ends)) << 16)[:, None]).ravel()
         widths = np.diff(ends).ravel().astype(np.uint64)
         found = np.empty(len(tables), np.int64)
@@ -6762,9 +6851,9 @@ class RangeDecoder:
             x = self.states[: len(tables) - at]
             low = x & 0xFFFF
             slots = low.astype(np.int64) + (tables[at : at + lanes] << 16)
-            here = np.searchsorted(bounds, slots, side="right") - 1
-            found[at : at + lanes] = here
-            x[:] = widths[here] * (x >> 16) + (slots - bounds[here]).astype(np.uint64)
+            interval = np.searchsorted(bounds, slots, side="right") - 1
+            found[at : at + lanes] = interval
+            x[:] = widths[interval] * (x >> 16) + (slots - bounds[interval]).astype(np.uint64)
             small = x < LEAST_STATE
             stop = self.words_read + np.count_nonzero(small)
             if stop > len(self.words):
@@ -6785,14 +6874,14 @@ Coder = RangeEncoder | RangeDecoder
 
 @functools.cache
 def prior_counts(top: int) -> np.ndarray:
-    """What tables count before the first integer: int64 (TABLES, 2 top + 1).
+    """The counts with which tables start: int64 (TABLES, 2 top + 1).
 
-    The table for mean magnitude m is the discrete Gaussian g^(k^2), |k| <= top. Its g is
-    exp(-1 / (pi m^2)) for large m and m / 2 for small ones; 1 / (1 - g) near
-    1 + m / 2 + pi m^3 / (m + 0.3) is either. Here are only + - * / of float64, which all machines
-    round alike (IEEE 754).
+    The table for mean magnitude m starts as the discrete Gaussian g^(k^2), |k| <= top, where g is
+    close to exp(-1 / (pi m^2)) for large m and to m / 2 for small m. Both hold if 1 / (1 - g) is
+    1 + m / 2 + pi m^3 / (m + 0.3). Only + - * / of float64 are used, which all machines round alike
+    (IEEE 754).
     """
-    levels = (np.arange(TABLES) + 0.5) * LEVELS_A_TABLE / LEVELS_AN_OCTAVE
+    levels = (np.arange(TABLES) + 0.5) * LEVELS_PER_TABLE / LEVELS_PER_OCTAVE
     octaves = np.floor(levels)
     part = levels - octaves
     mantissa = 1 + part * (0.6565 + 0.3435 * part)  # near 2^part
@@ -6807,7 +6896,7 @@ def prior_counts(top: int) -> np.ndarray:
 
 
 class AdaptiveTables:
-    """Frequencies of the integers within +-top, a table for every two levels; they adapt."""
+    """Tables of the frequencies of integers from -top to top; they learn from what is coded."""
 
     def __init__(self, top: int) -> None:
         self.top = top
@@ -6824,10 +6913,10 @@ class AdaptiveTables:
         return np.pad(frequencies.cumsum(axis=1), ((0, 0), (1, 0)))
 
     def code(self, coder: Coder, matrix: np.ndarray, level: int, rows, columns) -> None:
-        """Code a matrix (r, c) in place, the element (i, j) at level + rows[i] + columns[j].
+        """Code a matrix (r, c) in place, element (i, j) at level + rows[i] + columns[j].
 
-        The size of a chunk depends on what was coded before alone, so that a decoder's tables learn
-        at the same places.
+        The size of a chunk depends only on how much was coded before, so that a decoder's tables
+        learn at the same places.
         """
         values = matrix.reshape(-1)  # a view
         start = 0
@@ -6835,7 +6924,7 @@ class AdaptiveTables:
             size = max(FIRST_CHUNK, self.coded // CHUNK_SHARE)
             stop = min(len(values), start + min(size, MAX_CHUNK))
             i, j = np.divmod(np.arange(start, stop), matrix.shape[1])
-            tables = (level + rows[i] + columns[j]) // LEVELS_A_TABLE
+            tables = (level + rows[i] + columns[j]) // LEVELS_PER_TABLE
             tables = np.clip(tables, 0, TABLES - 1)
             shifted = values[start:stop].astype(np.int64) + self.top
             lowest = int(tables.min())
@@ -6852,19 +6941,16 @@ class AdaptiveTables:
 def level_of(magnitude: float) -> int:
     """The level of an expected magnitude, at most 255."""
     octaves = math.log2(max(magnitude, 2.0**LOWEST_OCTAVE)) - LOWEST_OCTAVE
-    return min(round(octaves * LEVELS_AN_OCTAVE), 255)
+    return min(round(octaves * LEVELS_PER_OCTAVE), 255)
 
 
 @dataclass
 class Profile:
-    """The expected magnitudes of a matrix (r, c): its level, plus steps for each row and column.
-
-    A step is 2^row_shift or 2^column_shift levels.
-    """
+    """Expected magnitudes in a matrix (r, c), as levels: its own plus the row's and column's."""
 
     level: int
-    rows: np.ndarray  # int64 (r,), in steps
-    columns: np.ndarray  # int64 (c,), in steps
+    rows: np.ndarray  # int64 (r,), in steps of 2^row_shift levels
+    columns: np.ndarray  # int64 (c,), in steps of 2^column_shift levels
     row_shift: int
     column_shift: int
 
@@ -6874,29 +6960,29 @@ class Profile:
 
 
 def steps_of(means: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
-    """Logarithms of mean magnitudes, less their average, in steps of 2^k levels: int64, and k.
+    """Logarithms of mean magnitudes, minus their average, in steps of 2^k levels: int64, and k.
 
-    The logarithm of a mean m of n samples has about the variance chance = (0.57 + (1/m - 1)^+) / n:
-    that of normal integers if m is large, of rare ones if it is small. Each logarithm is shrunk
-    towards the average by the part of chance in the variance of all (James and Stein). A step is
-    the power of two near STEP_IN_ERRORS standard errors.
+    The logarithm of a mean m of n samples has by chance a variance of about
+    (0.57 + max(1/m - 1, 0)) / n, that of normal integers if m is large and of rare ones if it is
+    small. Each logarithm is shrunk towards the average by the share of chance in the variance
+    (James and Stein). A step is the power of two near STEP_IN_ERRORS standard errors.
     """
     means = np.maximum(means, 0.5 / samples)
     chance = (0.57 + np.maximum(1 / means - 1, 0)) / samples
     logarithms = np.log(means)
     logarithms -= logarithms.mean()
-    true = max(float((logarithms**2 - chance).mean()), 0.0)
-    levels = true / (true + chance) * logarithms / math.log(2) * LEVELS_AN_OCTAVE
-    error = math.sqrt(float(np.median(chance))) / math.log(2) * LEVELS_AN_OCTAVE
+    variance = max(float((logarithms**2 - chance).mean()), 0.0)
+    levels = variance / (variance + chance) * logarithms / math.log(2) * LEVELS_PER_OCTAVE
+    error = math.sqrt(float(np.median(chance))) / math.log(2) * LEVELS_PER_OCTAVE
     shift = min(max(round(math.log2(STEP_IN_ERRORS * error)), 0), MAX_SHIFT)
     steps = np.rint(levels / (1 << shift)).astype(np.int64)
     return steps.clip(-PROFILE_TOP, PROFILE_TOP), shift
 
 
 def fit_profile(matrix: np.ndarray) -> Profile:
-    """The profile with which an integer matrix (r, c) takes few bytes.
+    """The profile of an integer matrix (r, c): |q_ij| is about m a_i b_j.
 
-    |q_ij| is fitted by m a_i b_j, where a and b have mean 1, by alternating between the two.
+    The factors a and b have mean 1 and are fitted in turn.
     """
     magnitudes = np.abs(matrix).astype(np.float64)
     mean = max(float(magnitudes.mean()), LEAST_MEAN)
@@ -6911,35 +6997,35 @@ def fit_profile(matrix: np.ndarray) -> Profile:
     column_steps, column_shift = steps_of(mean * columns, matrix.shape[0])
     profile = Profile(0, row_steps, column_steps, row_shift, column_shift)
     row_levels, column_levels = profile.levels()
-    expected = np.exp2(row_levels / LEVELS_AN_OCTAVE)[:, None]
-    expected = expected * np.exp2(column_levels / LEVELS_AN_OCTAVE)
+    expected = np.exp2(row_levels / LEVELS_PER_OCTAVE)[:, None]
+    expected = expected * np.exp2(column_levels / LEVELS_PER_OCTAVE)
     profile.level = level_of(float((magnitudes / expected).mean()))
     return profile
 
 
 def grid_top(largest: int) -> int:
-    """The least 2^n - 1 that is no less than `largest`, or 128 for int8's lower end."""
+    """The smallest 2^n - 1 that is at least `largest`; or 128 for 128, int8's largest magnitude."""
     return top_of_bits(min(largest, 128).bit_length())
 
 
 def top_of_bits(bits: int) -> int:
-    """0, 1, 3, ... 127 and 128; raises ValueError for more than 8 bits."""
+    """The largest magnitude of `bits` bits: 0, 1, 3, ... 127, and 128 for 8; or ValueError."""
     if bits > 8:
         raise ValueError(f"integers of {bits} bits")
     return min((1 << bits) - 1, 128)
 
 
 def wrap_integers(integers: np.ndarray, top: int) -> np.ndarray:
-    """The integers within +-top that are equal to these modulo 2 top + 1."""
+    """The integers from -top to top that are equal to these modulo 2 top + 1."""
     return (integers + top) % (2 * top + 1) - top
 
 
 def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
-    """Rows of (r, c) that are best coded as differences from another row: bool (r,), and that row.
+    """Rows of (r, c) that are best coded as differences from one row: bool (r,), and that row.
 
-    Tokens that the text never uses have such rows: only weight decay and the head's common pull act
-    on them. Of up to TWIN_CANDIDATES rows, evenly spaced, the one with most rows of a cosine above
-    TWIN_COSINE is taken.
+    Tokens that the text never uses have such rows: weight decay and the same gradient from the head
+    act on all of them. Of up to TWIN_CANDIDATES rows, evenly spaced, the one is taken to which most
+    rows have a cosine above TWIN_COSINE.
     """
     exact = matrix.astype(np.float64)
     candidates = exact[:: len(exact) // TWIN_CANDIDATES + 1]
@@ -6958,12 +7044,13 @@ def find_twins(matrix: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def regression_of(known: np.ndarray) -> np.ndarray:
-    """What a column takes of those before it: float64 (c + 1, c + 1), in COEFFICIENT_PARTS.
+    """Coefficients that predict a column from those before it: float64 (c + 1, c + 1).
 
-    known: integers (c, n), columns as far as they are known; a constant 1 goes before them.
-    Entry [j, k] is the share of column k's innovation, what it has beyond its own expectation, in
-    the expectation of column j. This is the L of L D L^T, the matrix of products with a ridge.
-    Products are whole and below 2^53; the rest is + - * / of float64 (see prior_counts).
+    known: int (c, n), the columns as far as they are known; a column of ones is put before them. A
+    column's innovation is its difference from its prediction. Entry [j, k] is the factor, in
+    COEFFICIENT_PARTS, of column k's innovation in the prediction of column j. It is an entry of L
+    in L D L^T, the matrix of the columns' scalar products with a ridge. Scalar products are whole
+    and below 2^53; the rest is + - * / of float64 (see prior_counts).
     """
     rows = np.ones((len(known) + 1, known.shape[1]))
     rows[1:] = known
@@ -6988,35 +7075,36 @@ def blocks_of(rows: int) -> Iterator[slice]:
         start = stop
 
 
-def predict(lines: np.ndarray, alone: np.ndarray, top: int, settle: SettleLine) -> None:
-    """Call settle(j, block, expected) for the columns of each block of rows in turn.
+def predict(lines: np.ndarray, excluded: np.ndarray, top: int, settle: SettleLine) -> None:
+    """Go through blocks of rows, and in each through the columns: settle(j, block, prediction).
 
-    lines: integers (columns, rows), of which settle() makes lines[j, block] known if they are not.
-    alone: bool (rows,), rows that are not predicted, nor learned from; 0 is expected of them.
+    lines: integers (columns, rows). A decoder's settle() fills in lines[j, block], which later
+    predictions use.
+    excluded: bool (rows,), rows that are predicted as 0 and not learned from.
     """
     for block in blocks_of(lines.shape[1]):
-        learned = lines[:, : block.start][:, ~alone[: block.start]]
+        learned = lines[:, : block.start][:, ~excluded[: block.start]]
         regression = regression_of(learned)
         innovations = np.full((len(regression), block.stop - block.start), INNOVATION_PARTS, float)
         for j, line in enumerate(lines):
             shares = regression[j + 1, : j + 1] @ innovations[: j + 1]
             fine = np.floor(shares / COEFFICIENT_PARTS + 0.5)
             fine = fine.clip(-top * INNOVATION_PARTS, top * INNOVATION_PARTS)
-            fine[alone[block]] = 0
+            fine[excluded[block]] = 0
             settle(j, block, np.floor(fine / INNOVATION_PARTS + 0.5).astype(np.int64))
             innovations[j + 1] = INNOVATION_PARTS * line[block] - fine
 
 
-def differences(matrix: np.ndarray, alone: np.ndarray, top: int) -> np.ndarray:
-    """An integer matrix (r, c) less what is expected of it, modulo 2 top + 1."""
+def differences(matrix: np.ndarray, excluded: np.ndarray, top: int) -> np.ndarray:
+    """An integer matrix (r, c) minus its predictions, modulo 2 top + 1; see predict()."""
     lines = matrix.T.copy()
-    left = np.empty_like(lines)
+    rest = np.empty_like(lines)
 
-    def settle(j: int, block: slice, expected: np.ndarray) -> None:
-        left[j, block] = wrap_integers(lines[j, block] - expected, top)
+    def settle(j: int, block: slice, prediction: np.ndarray) -> None:
+        rest[j, block] = wrap_integers(lines[j, block] - prediction, top)
 
-    predict(lines, alone, top, settle)
-    return left.T.copy()
+    predict(lines, excluded, top, settle)
+    return rest.T.copy()
 
 
 SettleLine = Callable[[int, slice, np.ndarray], None]
@@ -7024,36 +7112,36 @@ SettleLine = Callable[[int, slice, np.ndarray], None]
 
 @dataclass
 class IntegerModel:
-    """All tables of an artifact: those of profiles, and those of integers by the grid's end."""
+    """All tables that code an artifact: those of profiles, and those of matrices by their `top`."""
 
     profiles: AdaptiveTables = field(default_factory=lambda: AdaptiveTables(PROFILE_TOP))
     integers: dict[int, AdaptiveTables] = field(default_factory=dict)
-    predicted: int = 0  # matrices so far
+    predicted: int = 0  # the number of matrices predicted so far
 
     def may_predict(self, rows: int, columns: int) -> bool:
         """Whether a matrix of this shape may be predicted."""
-        fits = columns <= MAX_PREDICTED_COLUMNS and rows >= ROWS_A_COLUMN * columns
+        fits = columns <= MAX_PREDICTED_COLUMNS and rows >= LEAST_ROWS_PER_COLUMN * columns
         return fits and self.predicted < MAX_PREDICTED_MATRICES
 
     def tables(self, top: int) -> AdaptiveTables:
-        """The tables of integers within +-top."""
+        """The tables of integers from -top to top."""
         if top not in self.integers:
             self.integers[top] = AdaptiveTables(top)
         return self.integers[top]
 
     def code_steps(self, coder: Coder, steps: np.ndarray, spread: int) -> None:
-        """Code a profile's steps in place; spread: 0 where all are 0, else 1 + their level."""
+        """Code a profile's steps in place; spread: 0 if all are 0, else 1 + their level."""
         if spread:
             zeros = np.zeros(len(steps), np.int64)
             self.profiles.code(coder, steps[None], spread - 1, zeros[:1], zeros)
 
 
 def encode_matrix(encoder: RangeEncoder, model: IntegerModel, matrix: np.ndarray) -> None:
-    """Code an integer matrix (r, c) of at least one element within +-128.
+    """Code an integer matrix (r, c) of at least one element from -128 to 128.
 
-    Facts: bits of its grid, the two highest bits set where there are twins and where it is
-    predicted; level; shifts and spreads of rows and of columns; with twins a bit for each row and
-    the row they differ from.
+    Its facts: a byte with the bits of `top`, where bit 6 is set if the matrix is predicted and bit
+    7 if it has twins (see find_twins); the level; the shifts and the spreads of rows and columns;
+    with twins, a bit for each row and the number of the row that is subtracted.
     """
     top = grid_top(int(np.abs(matrix).max()))
     twins, first = find_twins(matrix)
@@ -7061,11 +7149,11 @@ def encode_matrix(encoder: RangeEncoder, model: IntegerModel, matrix: np.ndarray
     coded[twins] = wrap_integers(coded[twins] - coded[first], top)
     is_predicted = False
     if model.may_predict(*coded.shape):
-        left = differences(coded, twins, top)
-        # As in find_twins().
-        saved = np.log2(np.abs(coded) + 0.5).sum() - np.log2(np.abs(left) + 0.5).sum()
+        rest = differences(coded, twins, top)
+        # Bits are estimated as in find_twins().
+        saved = np.log2(np.abs(coded) + 0.5).sum() - np.log2(np.abs(rest) + 0.5).sum()
         is_predicted = saved > LEAST_SAVED_BITS * coded.size
-        coded = left if is_predicted else coded
+        coded = rest if is_predicted else coded
     profile = fit_profile(coded)
     spreads = [
         1 + level_of(float(np.abs(steps).mean())) if steps.any() else 0
@@ -7094,8 +7182,8 @@ def encode_matrix(encoder: RangeEncoder, model: IntegerModel, matrix: np.ndarray
 def decode_matrix(
     decoder: RangeDecoder, model: IntegerModel, rows: int, columns: int
 ) -> np.ndarray:
-    """The next matrix, int16 (rows, columns); raises ValueError where there cannot be one."""
-    kind, level, shifts, row_spread, column_spread = decoder.told(5)
+    """The next matrix, int16 (rows, columns); raises ValueError if that cannot be decoded."""
+    kind, level, shifts, row_spread, column_spread = decoder.read_facts(5)
     top = top_of_bits(kind & 63)
     is_predicted = bool(kind & 64)
     if is_predicted and not model.may_predict(rows, columns):
@@ -7103,11 +7191,11 @@ def decode_matrix(
     twins: np.ndarray = np.zeros(rows, bool)
     first = 0
     if kind >> 7:
-        told = np.frombuffer(decoder.told((rows + 7) // 8), np.uint8)
-        twins = np.unpackbits(told, count=rows).astype(bool)
-        first = int.from_bytes(decoder.told(4), "little")
+        packed_bits = np.frombuffer(decoder.read_facts(divide_up(rows, 8)), np.uint8)
+        twins = np.unpackbits(packed_bits, count=rows).astype(bool)
+        first = int.from_bytes(decoder.read_facts(4), "little")
         if first >= rows or twins[first]:
-            raise ValueError(f"row {first:,} of {rows:,} is no row for others to differ from")
+            raise ValueError(f"row {first:,} of {rows:,} cannot be the one that others differ from")
     row_steps = np.zeros(rows, np.int64)
     column_steps = np.zeros(columns, np.int64)
     model.code_steps(decoder, row_steps, row_spread)
@@ -7117,10 +7205,10 @@ def decode_matrix(
     tables = model.tables(top)
     row_levels, column_levels = profile.levels()
 
-    def settle(j: int, block: slice, expected: np.ndarray) -> None:
+    def settle(j: int, block: slice, prediction: np.ndarray) -> None:
         line = lines[j, block]  # a view
         tables.code(decoder, line[None], level, column_levels[j : j + 1], row_levels[block])
-        line[:] = wrap_integers(line + expected, top)
+        line[:] = wrap_integers(line + prediction, top)
 
     if is_predicted:
         model.predicted += 1
@@ -7139,9 +7227,9 @@ def lanes_for(integers: int) -> int:
 
 
 def encode_integers(matrices: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
-    """Pack integer matrices within +-128 into facts, which LZMA can shorten, and a stream.
+    """Pack matrices of integers from -128 to 128 into facts, which LZMA can shorten, and a stream.
 
-    The same matrices always give the same bytes. Raises ValueError for what no decoder would read.
+    The same matrices always give the same bytes. Raises ValueError for shapes that decoders refuse.
     """
     check_shapes([matrix.shape for matrix in matrices])
     encoder, model, integers = RangeEncoder(), IntegerModel(), 0
@@ -7155,8 +7243,8 @@ def encode_integers(matrices: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
 def decode_integers(facts: bytes, stream: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
     """The int8 matrices of these shapes that encode_integers() packed.
 
-    Raises ValueError for anything that it cannot have written. Takes time and memory in
-    proportion to the integers that `shapes` claims, however few bytes there are.
+    Raises ValueError for anything that encode_integers() cannot have written. Time and memory grow
+    with the number of integers that `shapes` claims, however few bytes there are.
     """
     check_shapes(shapes)
     decoder = RangeDecoder(facts, stream, lanes_for(sum(math.prod(shape) for shape in shapes)))
@@ -7183,18 +7271,18 @@ def check_shapes(shapes: Sequence[Shape]) -> None:
         raise ValueError(f"matrices, lines and integers are {sizes}; the bounds are {bounds}")
 
 
-# LZMA packs everything else of a body: its header, its floats, its packed text, and the facts
-# that go with the integers.
+# LZMA packs everything in a body but the integers: its header, its floats, its packed text, and the
+# facts that go with the integers.
 FACTS_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "pb": 0}]
-RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts and text, and of what LZMA made
+RANGE_LENGTHS = struct.Struct("<4I")  # bytes of header, facts, text, and of LZMA's output
 MAX_FACTS = 1 << 20  # bytes of facts and flags, which the body itself does not hold
 
 
 def float_planes(floats: Sequence[np.ndarray]) -> bytes:
     """fp16 tensors as bytes: a flag for each, then all high bytes, then all low bytes.
 
-    The flag is 1 if the tensor's bit patterns ascend, as sorted scales do; then their differences
-    are written instead.
+    The flag is 1 if a tensor's bit patterns ascend, as those of sorted scales do; then their
+    differences are written instead of them.
     """
     flags = bytearray()
     words: list[np.ndarray] = [np.empty(0, np.uint16)]
@@ -7207,28 +7295,29 @@ def float_planes(floats: Sequence[np.ndarray]) -> bytes:
     return bytes(flags) + planes[1::2].tobytes() + planes[::2].tobytes()
 
 
-def read_float_planes(told: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
-    """What float_planes() made of flat tensors of these sizes; ValueError if that cannot be."""
-    flags, planes = told[: len(sizes)], np.frombuffer(told, np.uint8, offset=len(sizes))
+def read_float_planes(content: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
+    """The flat fp16 tensors, of these sizes, in what float_planes() made; or raises ValueError."""
+    flags = content[: len(sizes)]
+    planes = np.frombuffer(content, np.uint8, offset=len(sizes))
     if len(planes) != 2 * sum(sizes) or any(flag > 1 for flag in flags):
-        raise ValueError(f"{len(told):,} bytes are not {sum(sizes):,} floats")
+        raise ValueError(f"{len(content):,} bytes are not {sum(sizes):,} floats")
     high, low = planes.reshape(2, -1).astype(np.uint16)
     words = high << 8 | low
     tensors: list[np.ndarray] = []
-    at = 0
+    start = 0
     for flag, size in zip(flags, sizes, strict=True):
-        patterns: np.ndarray = words[at : at + size]
+        patterns: np.ndarray = words[start : start + size]
         if flag:
             patterns = patterns.cumsum(dtype=np.uint16)
         tensors.append(np.frombuffer(patterns.astype("<u2").tobytes(), "<f2").astype(np.float16))
-        at += size
+        start += size
     return tensors
 
 
 def pack_by_range(body: bytes) -> bytes:
-    """An artifact's body under the range coder: lengths, what LZMA packs, the integers' stream.
+    """Pack an artifact's body by the range coder: lengths, LZMA's output, the integers' stream.
 
-    Raises one of MALFORMED for bytes that are no body.
+    Raises one of MALFORMED if the bytes are not a body.
     """
     header, rows, start = header_of(body, ARTIFACT_VERSION)
     streams: dict[str, list[np.ndarray]] = {dtype: [] for dtype in STREAM_TYPES}
@@ -7243,31 +7332,33 @@ def pack_by_range(body: bytes) -> bytes:
 
 
 def unpack_by_range(packed: bytes, size: int) -> bytes:
-    """The body of `size` bytes that pack_by_range() was given; or one of MALFORMED is raised.
+    """The body of `size` bytes that pack_by_range() was given; raises one of MALFORMED if damaged.
 
-    What the header promises is checked to be `size` bytes in all before any integer is decoded.
+    Before any integer is decoded, what the header promises must be `size` bytes in all.
     """
     header_size, facts_size, text_size, packed_size = RANGE_LENGTHS.unpack_from(packed)
     end = RANGE_LENGTHS.size + packed_size
     plain = unpack_lzma(packed[RANGE_LENGTHS.size : end], size + MAX_FACTS)
     parts = io.BytesIO(plain)
     head = struct.pack("<I", header_size) + parts.read(header_size)
-    facts, text, floats = parts.read(facts_size), parts.read(text_size), parts.read()
+    facts = parts.read(facts_size)
+    text = parts.read(text_size)
+    float_bytes = parts.read()
     _, rows, _ = header_of(head, ARTIFACT_VERSION)
     shapes: dict[str, list[Shape]] = {dtype: [] for dtype in STREAM_TYPES}
     for _, dtype, shape in streams_in_body(rows):
         shapes[dtype].append(shape)
-    integers, halves, texts = (sum(map(math.prod, shapes[dtype])) for dtype in STREAM_TYPES)
-    if texts != text_size or len(head) + integers + 2 * halves + texts != size:
+    integers, floats, text_bytes = (sum(map(math.prod, shapes[dtype])) for dtype in STREAM_TYPES)
+    if text_bytes != text_size or len(head) + integers + 2 * floats + text_bytes != size:
         raise ValueError("its header and lengths disagree")
-    numbers = read_float_planes(floats, [math.prod(shape) for shape in shapes["<f2"]])
+    fp16_tensors = read_float_planes(float_bytes, [math.prod(shape) for shape in shapes["<f2"]])
     matrices = decode_integers(facts, packed[end:], shapes["<i1"])
-    arrays = [*matrices, *(half.astype("<f2") for half in numbers)]
+    arrays = [*matrices, *(tensor.astype("<f2") for tensor in fp16_tensors)]
     return b"".join([head, *(array.tobytes() for array in arrays), text])
 
 
 def unpack_lzma(packed: bytes, most: int) -> bytes:
-    """What LZMA packed, if it is at most `most` bytes; raises ValueError if not."""
+    """What LZMA packed; raises ValueError if that is damaged or more than `most` bytes."""
     reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FACTS_FILTERS)
     try:
         plain = reader.decompress(packed, max_length=most)
@@ -7281,19 +7372,19 @@ def unpack_lzma(packed: bytes, most: int) -> bytes:
 # =================================================================================================
 # Size
 # The artifact has a budget of bytes as training has one of seconds. Where CLIP_SIGMAS sets the
-# steps of grids, one factor makes all of them coarser, and so the artifact smaller; the smallest
+# scales, a factor of CLIP_SIGMAS makes all grids coarser, and so the artifact smaller; the smallest
 # factor that meets the budget is searched for.
 # =================================================================================================
 
-SIZE_FORESEEN_AT = 0.1  # of the run, when the log predicts the artifact's size
-FACTOR_BYTES = 0.2  # for each number of a correction's factors, about
-LEAST_CODED = 0.96  # of the integers' entropy is what a codec takes at least
+SIZE_FORESEEN_AT = 0.1  # the share of the run after which the log predicts the artifact's size
+FACTOR_BYTES = 0.2  # about what an element of a correction's factors takes
+LEAST_CODED = 0.96  # a codec takes at least this share of the integers' entropy
 
-SOLVER_PASSES = 8  # of quantizing and packing the whole model
-SOLVER_OCTAVES = (-4.0, 4.0)  # binary logarithms of the finest and the coarsest factor
-SOLVER_HALVINGS = 12  # of that range, by estimates
-SOLVER_AIM = 0.997  # of the target is what a pass aims at
-SOLVER_LEAST = 0.99  # of ARTIFACT_TARGET_BYTES is what a pass must reach
+SOLVER_PASSES = 8  # how often the whole model is quantized and packed at most
+SOLVER_OCTAVES = (-4.0, 4.0)  # binary logarithms of the smallest and the largest factor
+SOLVER_HALVINGS = 12  # how often that range is halved, by estimates of the size
+SOLVER_AIM = 0.997  # a pass aims at this share of the target
+SOLVER_LEAST = 0.99  # a pass must reach this share of ARTIFACT_TARGET_BYTES
 
 
 def entropy_bytes(integers: Tensor) -> float:
@@ -7305,7 +7396,7 @@ def entropy_bytes(integers: Tensor) -> float:
 
 @torch.no_grad()
 def estimated_bytes(model: GPT, factor: float) -> float:
-    """Entropy in bytes of all matrices, rounded to nearest at their coarsest clip candidates.
+    """Entropy in bytes of all matrices, rounded to nearest by their largest candidates for scales.
 
     factor: what CLIP_SIGMAS is multiplied by.
     """
@@ -7317,13 +7408,13 @@ def estimated_bytes(model: GPT, factor: float) -> float:
         weight = parameter.detach().float()
         top = largest_integer(bits)
         sigmas = factor * setting_of(model, name, model.cfg.sigmas_by_role)
-        step = clip_candidates(weight, bits, model.cfg, sigmas)[-1]
-        total += entropy_bytes(torch.round(weight / step[:, None]).clamp_(-top, top))
+        scale = clip_candidates(weight, bits, model.cfg, sigmas)[-1]
+        total += entropy_bytes(round_to_grid(weight, scale[:, None], top))
     return total
 
 
 def solve_factor(model: GPT, goal: float) -> float:
-    """The smallest factor of CLIP_SIGMAS, so the finest steps, estimated to take `goal` bytes."""
+    """The smallest factor of CLIP_SIGMAS with which matrices take `goal` bytes, by estimate."""
     finest, coarsest = SOLVER_OCTAVES
     for _ in range(SOLVER_HALVINGS):
         middle = 0.5 * (finest + coarsest)
@@ -7335,7 +7426,7 @@ def solve_factor(model: GPT, goal: float) -> float:
 
 
 def correction_bytes(model: GPT) -> float:
-    """About what low-rank corrections take, if it is the largest matrices that get them."""
+    """An estimate of the bytes of low-rank corrections, as if the largest matrices got them."""
     cfg = model.cfg
     matrices = [model.get_parameter(name) for name in model.kinds if bits_of(model, name)]
     largest = sorted(matrices, key=Tensor.numel, reverse=True)[: cfg.lqer_top_k]
@@ -7348,9 +7439,9 @@ def correction_bytes(model: GPT) -> float:
 
 
 def foresee_size(model: GPT, step: int, run: Run) -> None:
-    """Log what code and artifact of the present weights would take; warn if they will not fit.
+    """Log an estimate of the size of code and artifact; warn if they will not fit.
 
-    The estimate knows neither Hessians nor codec and is rather too low: it takes integers near
+    The estimate knows neither Hessians nor the codec and tends to be low: it counts integers near
     their entropy, and a byte for each float. It holds early in a run because CLIP_SIGMAS are
     relative to the rows' deviations, so that rows may grow without taking more bytes.
     """
@@ -7385,20 +7476,20 @@ def foresee_size(model: GPT, step: int, run: Run) -> None:
 class SizeSolver:
     """Finds the factor of CLIP_SIGMAS at which code and artifact end just below a target.
 
-    It is the secant method on estimated_bytes(): one pass tells how far the estimate is off, two
-    passes how many bytes follow a byte of estimate. Once passes lie on both sides of the target,
-    the next factor lies between theirs, since a codec's size is not a smooth function.
+    This is the secant method on estimated_bytes(): one pass shows how far the estimate is off, two
+    passes show how many real bytes correspond to an estimated one. Once passes lie on both sides of
+    the target, the next factor lies between theirs, since a codec's size is not a smooth function.
     """
 
     def __init__(self, model: GPT, target: int) -> None:
         self.model = model
         self.target = target
-        self.largest_over = 0.0  # of the factors whose artifact is over the target
-        self.smallest_fitting = math.inf  # of the factors whose artifact fits
-        self.totals: dict[float, int] = {}  # bytes by their estimate
+        self.largest_over = 0.0  # the largest factor whose artifact is over the target
+        self.smallest_fitting = math.inf  # the smallest factor whose artifact fits
+        self.totals: dict[float, int] = {}  # real bytes by estimated bytes
 
     def next_factor(self, factor: float, total: int) -> float:
-        """The factor to try after one that gave `total` bytes; the same at the range's end."""
+        """The factor to try after one that gave `total` bytes; the same one at the range's end."""
         if total > self.target:
             self.largest_over = max(self.largest_over, factor)
         else:
@@ -7414,7 +7505,7 @@ class SizeSolver:
         return solved
 
     def slope(self, estimate: float, total: int) -> float:
-        """Real bytes for each byte of estimate, by this and the last other pass; 0.5 to 2."""
+        """Real bytes for each estimated one, by this pass and the last other one: 0.5 to 2."""
         slopes = [
             (total - other_total) / (estimate - other)
             for other, other_total in self.totals.items()
@@ -7428,9 +7519,9 @@ def fit_artifact(
 ) -> tuple[dict[str, Stored], bytes]:
     """Quantize and pack until the artifact fits; returns the tensors and the artifact's bytes.
 
-    Where CLIP_SIGMAS sets the steps, a pass must end just below ARTIFACT_TARGET_BYTES if that is
+    Where CLIP_SIGMAS sets the scales, a pass must end just below ARTIFACT_TARGET_BYTES if that is
     set, and anywhere below the limit if not. Of up to SOLVER_PASSES passes the largest artifact
-    that fits is kept, or else the smallest. Other clips have no factor: there is one pass.
+    that fits is kept, or the smallest if none fits. Elsewhere there is no factor, and so one pass.
     """
     cfg = run.cfg
     target = cfg.artifact_target_bytes or cfg.artifact_limit_bytes
@@ -7457,10 +7548,10 @@ def fit_artifact(
         if following == factor:
             break
         factor = following
-    fitting = [one for one in tries if one[0] <= target]
+    fitting = [attempt for attempt in tries if attempt[0] <= target]
     if fitting:
-        return max(fitting, key=lambda one: one[0])[1:]
-    return min(tries, key=lambda one: one[0])[1:]
+        return max(fitting, key=lambda attempt: attempt[0])[1:]
+    return min(tries, key=lambda attempt: attempt[0])[1:]
 
 
 def export(
@@ -7510,7 +7601,7 @@ def stored_text(packed_text: bytes) -> dict[str, Stored]:
 
 
 def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
-    """Log what each role takes: its integers, their entropy in bytes, and its floats.
+    """Log for each role the number of its integers, their entropy in bytes, and its floats' bytes.
 
     The factors of corrections are integers with a histogram of their own.
     """
@@ -7542,7 +7633,7 @@ def log_sizes(model: GPT, stored: dict[str, Stored], run: Run) -> None:
 
 
 def grid_label(model: GPT, stored: dict[str, Stored]) -> str:
-    """What log lines call the artifact's grid, by its MLP matrices: int6 or the like."""
+    """How log lines name the artifact's format, by its MLP matrices: int6 or the like."""
     mlps = [stored[name] for name, kind in model.kinds.items() if kind.role == "mlp"]
     if any(tensor.scale is not None for tensor in mlps):
         return f"int{model.cfg.bits_by_role['mlp']}"
@@ -7551,14 +7642,16 @@ def grid_label(model: GPT, stored: dict[str, Stored]) -> str:
 
 # =================================================================================================
 # Counts
-# N-grams and repeats of the training text and of the validation text that is already scored,
-# mixed with the network's distribution. Every distribution is over the whole vocabulary and sums
-# to one; nothing that predicts a token depends on that token or on a later one. The equation of
-# the mixture stands at Mixture, that of the n-grams at CountModel.
+# The network's distribution mixed with n-gram counts and repeats of the training text and of the
+# validation text that is already scored. Every distribution is over the whole vocabulary and sums
+# to one; nothing that predicts a token depends on that token or on a later one. Mixture has the
+# equation of the mixture, CountModel that of the n-grams.
+#
+# An n-gram's order is its number of tokens. Its context is all of it but the last token.
 # =================================================================================================
 
 MAX_VOCABULARY = 65_536  # ids are stored as uint16
-MAX_ORDER = 16  # tokens of the longest n-gram
+MAX_ORDER = 16  # of an n-gram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -7571,39 +7664,39 @@ class CountSettings(Part):
     counts: str = scoring_knob(
         "off",
         ("off", "scored", "artifact", "both"),
-        "Mix the network with n-gram counts of the text that is scored already, of training text "
-        "that the artifact carries, or of both.",
+        "Mix the network with n-gram counts of the validation text that is already scored "
+        "(scored), of training text that the artifact carries (artifact), or of both.",
         absent="off",
     )
     count_bytes: int = training_knob(
         4_000_000, (1, 1 << 40), "Put training text of up to this many bytes into the artifact."
     )
     count_orders: str = scoring_knob(
-        "2,8", (), "Count n-grams of these orders; none may be.", absent="2,8", tries=("2,3",)
+        "2,8", (), "Count n-grams of these orders; may be empty.", absent="2,8", tries=("2,3",)
     )
     count_recent_tokens: int = scoring_knob(
         2048,
         (0, 1 << 20),
-        "Expect tokens and pairs of this many last tokens again; 0 is off.",
+        "Expect tokens and pairs among this many last tokens to come again; 0 turns that off.",
         absent=2048,
         tries=(8,),
     )
     count_longest_match: int = scoring_knob(
-        32, (0, 256), "Find repeats of up to this many tokens; 0 is off.", absent=32, tries=(4,)
+        32, (0, 256), "Find repeats of up to this many tokens; 0 finds none.", absent=32, tries=(4,)
     )
     count_chunk_tokens: int = scoring_knob(
-        64, (1, 4096), "Learn whenever this many targets are scored.", absent=64, tries=(7,)
+        64, (1, 4096), "Update the mixture after each this many targets.", absent=64, tries=(7,)
     )
     count_gate_rate: float = scoring_knob(
-        0.02, (0.0, 10.0), "Train the mixture's weights at this rate; 0 keeps them.", absent=0.02
+        0.02, (0.0, 10.0), "Train the mixture's weights at this rate; 0 fixes them.", absent=0.02
     )
     count_match_rate: float = scoring_knob(
-        0.2, (0.0, 10.0), "Train the biases for repeats at this rate; 0 keeps them.", absent=0.2
+        0.2, (0.0, 10.0), "Train the biases for repeats at this rate; 0 fixes them.", absent=0.2
     )
 
     @property
     def orders(self) -> tuple[int, ...]:
-        """COUNT_ORDERS as numbers, perhaps none; or Refusal."""
+        """COUNT_ORDERS as numbers, perhaps none; raises Refusal if they cannot be parsed."""
         if not self.count_orders:
             return ()
         return parse_orders("COUNT_ORDERS", self.count_orders)
@@ -7627,42 +7720,40 @@ class CountSettings(Part):
         )
         yield (
             cfg.counts == "off" or cfg.eval_stride > 0,
-            "COUNTS needs sliding windows, not EVAL_STRIDE",
+            "COUNTS needs sliding windows: EVAL_STRIDE must be above 0",
         )
 
 
 def parse_orders(name: str, text: str) -> tuple[int, ...]:
-    """Different numbers, ascending, from a text like 2,4,8 in any order; or Refusal."""
+    """Parse distinct numbers like 2,4,8, in any order, to ascending ones; or raises Refusal."""
     numbers = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[1-9]\d?", number) for number in numbers):
-        raise Refusal(f"{name}={text!r}: expected numbers like 2,4,8")
-    if len(set(numbers)) < len(numbers):
-        raise Refusal(f"{name}={text!r}: expected different numbers")
+    are_numbers = all(re.fullmatch(r"[1-9]\d?", number) for number in numbers)
+    if not are_numbers or len(set(numbers)) < len(numbers):
+        raise Refusal(f"{name}={text!r}: expected distinct numbers like 2,4,8")
     return tuple(sorted(map(int, numbers)))
 
 
 @dataclass(frozen=True)
 class GramTable:
-    """The n-grams of one order in a text, numbered in the order of (context, last token).
+    """The n-grams of one order in a text, numbered by context and then by last token.
 
-    A gram's context is all of it but its last token, a gram of the order below. All grams with one
-    context have neighbouring numbers. Places whose context occurs nowhere else have no number: no
-    other place could learn from them.
+    All grams with one context, which is a gram of the order below, have neighbouring numbers. A
+    gram whose context occurs only once has no number: no other place could learn from it.
     """
 
     gram_at: np.ndarray  # int32 (N,): number of the gram that ends at each token, or -1
-    is_first: np.ndarray  # bool (N,): no earlier token ends the same gram
+    is_first: np.ndarray  # bool (N,): whether no earlier token ends the same gram
     first_gram: np.ndarray  # int32 (contexts + 1,): where the grams of each context begin
-    last_token: np.ndarray  # uint16 (grams,)
+    last_token: np.ndarray  # uint16 (grams,): of each gram
 
 
 class TextIndex:
     """Numbers for the n-grams of a text, and the longest earlier repeat before each token.
 
     The numbers are names only: what a text holds later never changes which earlier places share a
-    name. Numbering by sorting is exact; nothing is hashed. Tokens from `boundary` on are those to
-    predict. What lies before is training text; repeats are looked for there alone, or, if there is
-    none, in all that came earlier.
+    name. They come from sorting, so they are exact; nothing is hashed. Tokens from `boundary` on
+    are those to predict, and the text before is training text. Repeats are looked for in training
+    text alone, or, if there is none, in all earlier text.
     """
 
     def __init__(
@@ -7673,7 +7764,7 @@ class TextIndex:
         self.tables: list[GramTable] = []
         targets = len(tokens) - boundary
         self.match = MatchModel(targets if longest_match else 0)
-        # Of each gram to number: the place of its last token, ascending, and its context's number.
+        # For each gram to number: the place of its last token, ascending; its context's number.
         places: np.ndarray = np.arange(len(tokens), dtype=np.int32)
         contexts: np.ndarray = np.zeros(len(tokens), np.int32)
         num_contexts = 1
@@ -7683,26 +7774,26 @@ class TextIndex:
             sorted_keys, permutation = (
                 x.numpy() for x in torch.sort(torch.from_numpy(keys), stable=True)
             )
-            del keys  # a text of many million tokens leaves no room for what is not needed
-            opens = np.ones(len(places), bool)
-            opens[1:] = sorted_keys[1:] != sorted_keys[:-1]
-            gram_sorted = np.cumsum(opens, dtype=np.int32) - 1
-            grams = np.empty_like(gram_sorted)
-            grams[permutation] = gram_sorted
+            del keys  # a text of many million tokens leaves no memory for what is not needed
+            is_new = np.ones(len(places), bool)  # whether another gram begins, among sorted ones
+            is_new[1:] = sorted_keys[1:] != sorted_keys[:-1]
+            sorted_grams = np.cumsum(is_new, dtype=np.int32) - 1
+            grams = np.empty_like(sorted_grams)
+            grams[permutation] = sorted_grams
             if order <= longest_order:
-                is_first = np.empty_like(opens)
-                is_first[permutation] = opens
-                self.add_table(places, grams, is_first, sorted_keys[opens], num_contexts)
+                is_first = np.empty_like(is_new)
+                is_first[permutation] = is_new
+                self.add_table(places, grams, is_first, sorted_keys[is_new], num_contexts)
             del sorted_keys
             if order <= longest_match:
-                group_start = np.flatnonzero(opens).astype(np.int32)[gram_sorted]
+                group_start = np.flatnonzero(is_new).astype(np.int32)[sorted_grams]
                 self.note_matches(order, places[permutation], group_start)
                 del group_start
-            del permutation, gram_sorted
-            num_contexts = int(opens.sum())
+            del permutation, sorted_grams
+            num_contexts = int(is_new.sum())
             is_context = np.bincount(grams, minlength=num_contexts) > 1
             if order >= longest_order:
-                # Only matches are looked for from here on, and only grams before targets matter.
+                # From here on only repeats are looked for, and only grams before targets matter.
                 before_target = np.zeros(num_contexts, bool)
                 before_target[grams[places + 1 + longest_match - order >= boundary]] = True
                 is_context &= before_target
@@ -7718,9 +7809,9 @@ class TextIndex:
         keys: np.ndarray,
         num_contexts: int,
     ) -> None:
-        """Keep the numbers `grams` of the next order's grams, which end at `places`.
+        """Add the table of the next order, whose grams end at `places`; grams: their numbers.
 
-        keys: of each gram by number, its context's number * MAX_VOCABULARY + its last token.
+        keys: for each gram by number, its context's number * MAX_VOCABULARY + its last token.
         """
         gram_at = np.full(len(self.tokens), -1, np.int32)
         gram_at[places] = grams
@@ -7732,14 +7823,14 @@ class TextIndex:
         self.tables.append(GramTable(gram_at, first_anywhere, first_gram, last_token))
 
     def note_matches(self, length: int, places: np.ndarray, group_start: np.ndarray) -> None:
-        """Keep the latest repeat of each target's last `length` tokens.
+        """Note for each target the latest earlier occurrence of the `length` tokens before it.
 
-        `places` end grams of that length, sorted by gram and then by place; `group_start` says
-        where in them each one's gram begins.
+        places: where the grams of that length end, sorted by gram and then by place.
+        group_start: for each of these, where in `places` its gram begins.
         """
         earlier = np.arange(-1, len(places) - 1, dtype=np.int32)
         if self.boundary:
-            # The latest source up to each place, from which the search goes on at the next.
+            # The latest place in training text among the sorted places up to each.
             is_source = places + 1 < self.boundary
             latest = np.where(is_source, np.arange(len(places), dtype=np.int32), np.int32(-1))
             earlier[1:] = np.maximum.accumulate(latest)[:-1]
@@ -7751,11 +7842,11 @@ class TextIndex:
 
 
 class MatchModel:
-    """For each target, the latest place that follows the longest repeat of the tokens before it."""
+    """For each target, the longest repeat of the tokens before it, and what followed it there."""
 
     def __init__(self, targets: int) -> None:
-        self.length = np.zeros(targets, np.int16)  # tokens that agree; 0: none does
-        self.source = np.zeros(targets, np.int32)  # place in the text of what followed them there
+        self.length = np.zeros(targets, np.int16)  # of the repeat in tokens; 0 if there is none
+        self.source = np.zeros(targets, np.int32)  # the place after its latest earlier occurrence
 
 
 class Tally:
@@ -7767,7 +7858,7 @@ class Tally:
         self.unnumbered = 0  # grams without a number, which are counted once
 
     def add(self, grams: np.ndarray, weights: np.ndarray) -> None:
-        """Count each gram `weights` (0 or 1) more times; grams may repeat, -1 has no number."""
+        """Add a weight (0 or 1) to each gram's count; grams may repeat, -1 has no number."""
         numbered = grams >= 0
         self.unnumbered += int(weights[~numbered].sum())
         grams = grams[numbered]
@@ -7784,9 +7875,9 @@ class Tally:
     def discounts(self) -> np.ndarray:
         """Discounts of the counts 0, 1, 2 and 3 or more, float64 (4,).
 
-        D_c = c - (c + 1) Y n_(c+1) / n_c with Y = n_1 / (n_1 + 2 n_2) and n_c the grams counted c
-        times (Chen & Goodman 1998, equation 26). Too few counts to estimate them give 0.5, 1 and
-        1.5. A discount stays within 0.1 and its count, so that every token keeps a probability.
+        D_c = c - (c + 1) Y n_(c+1) / n_c with Y = n_1 / (n_1 + 2 n_2), where n_c grams were counted
+        c times (Chen & Goodman 1998, equation 26). If some n_c is 0, they are 0.5, 1 and 1.5. A
+        discount lies between 0.1 and its count, so that every token keeps a probability.
         """
         n = self.grams_with.astype(np.float64)
         n[1] += self.unnumbered
@@ -7800,11 +7891,11 @@ class Tally:
 
 @dataclass
 class Evidence:
-    """What the longest context that was seen before each target has shown: int64 (n,) each."""
+    """What is known of the longest context of each target that was seen before: int64 (n,) each."""
 
-    order: np.ndarray  # tokens of that context and one, 1 if there is none
-    count: np.ndarray  # occurrences
-    continuations: np.ndarray  # different tokens after it
+    order: np.ndarray  # of the n-grams with that context; 1 if no context was seen
+    count: np.ndarray  # how often it was seen
+    continuations: np.ndarray  # how many different tokens followed it
 
     @classmethod
     def of_nothing(cls, n: int) -> Evidence:
@@ -7820,8 +7911,8 @@ class CountModel:
         p(w|h) = (c - D(c)) / sum_w c + sum_w D(c) / sum_w c * p(w|h'),    p() = 1/V.
 
     A model of order K counts occurrences at order K and, below it, the different tokens that came
-    before: c(h w) = |{v: v h w was seen}|. Models of several orders share what is below them.
-    `log_probs` reads counts up to each target; the lowest order alone is as of the last lesson.
+    before: c(h w) = |{v: v h w was seen}|. Models of several orders share the counts below them.
+    probs() uses all tokens before each target, except at order 1, which is as learn() left it.
     """
 
     def __init__(
@@ -7830,7 +7921,7 @@ class CountModel:
         self.index = index
         self.orders = orders
         self.vocab_size = vocab_size
-        self.learned = 0  # tokens of the text that are counted
+        self.learned = 0  # how many tokens of the text are counted
         self.occurrences = {order: self.empty_tally(order) for order in orders}
         self.predecessors = {order: self.empty_tally(order) for order in range(1, max(orders))}
         self.learn(learned)
@@ -7840,11 +7931,11 @@ class CountModel:
         return Tally(len(self.index.tables[order - 1].last_token))
 
     def learn(self, until: int) -> None:
-        """Count the tokens from the last lesson up to `until`, exclusive."""
+        """Count the tokens that are not counted yet, up to `until`, exclusive."""
         places = np.arange(self.learned, until)
         for order, tally in self.occurrences.items():
-            whole = places[places >= order - 1]
-            tally.add(self.index.tables[order - 1].gram_at[whole], np.ones(len(whole), np.int32))
+            ends = places[places >= order - 1]  # where grams of this order end
+            tally.add(self.index.tables[order - 1].gram_at[ends], np.ones(len(ends), np.int32))
         for order, tally in self.predecessors.items():
             tally.add(
                 self.index.tables[order - 1].gram_at[places], self.new_predecessors(order, places)
@@ -7859,7 +7950,7 @@ class CountModel:
     def lowest_order(self) -> np.ndarray:
         """p(w) without a context, float64 (V,)."""
         tally = self.predecessors[1]
-        # Over the vocabulary, so that no sum's rounding knows which tokens come later.
+        # Sums are over the whole vocabulary, so that their rounding shows nothing of later tokens.
         counts = np.zeros(self.vocab_size)
         counts[self.index.tables[0].last_token] = tally.counts
         discount = tally.discounts()[np.minimum(counts, 3).astype(np.int64)]
@@ -7870,7 +7961,7 @@ class CountModel:
     def probs(self, places: np.ndarray, online: bool) -> tuple[dict[int, np.ndarray], Evidence]:
         """Distributions of the tokens at neighbouring places, float64 (n, V) by order.
 
-        online: tokens since the last lesson count too, each for the places after it.
+        online: whether tokens that are not learned yet count too, each for the places after it.
         """
         n = len(places)
         lower = np.tile(self.lowest_order(), (n, 1))
@@ -7906,7 +7997,7 @@ class Continuations:
         self.row = np.repeat(np.arange(len(places)), end - first)
         self.gram = np.arange(len(self.row)) + np.repeat(first - row_start, end - first)
         self.cell = self.row * model.vocab_size + table.last_token[self.gram]
-        # Tokens that the tallies do not hold yet join the rows of the places after them.
+        # Tokens that the tallies do not count yet are added to the rows of the places after them.
         self.pending = np.arange(model.learned, places[-1] if online else model.learned)
         same_context = contexts[:, None] == self.contexts_of(self.pending)
         is_earlier = self.pending < places[:, None]
@@ -7920,7 +8011,7 @@ class Continuations:
         return np.where(places >= self.order - 1, numbers, -1).astype(np.int64)
 
     def counts(self, tally: Tally, pending_weights: np.ndarray) -> np.ndarray:
-        """Counts of the matrix's entries at the time of their rows, float64."""
+        """Counts of the matrix's entries, each as of the place of its row: float64 (entries,)."""
         counts = tally.counts[self.gram].astype(np.float64)
         np.add.at(counts, self.pending_entry, pending_weights[self.earlier])
         return counts
@@ -7937,7 +8028,7 @@ class Continuations:
         return probs
 
     def note(self, seen: Evidence, counts: np.ndarray) -> None:
-        """Write down the evidence of the contexts that were seen."""
+        """Write into `seen` what is known of the contexts that were seen."""
         total = np.bincount(self.row, counts, len(seen.order)).astype(np.int64)
         kinds = np.bincount(self.row, counts > 0, len(seen.order)).astype(np.int64)
         is_known = total > 0
@@ -7946,34 +8037,35 @@ class Continuations:
         seen.continuations[is_known] = kinds[is_known]
 
 
-# Hints: tokens that may come next, by rules that read earlier tokens alone
+# Hints: tokens that may come next, by rules that read only earlier tokens
 
-PROBABILITY_CLASSES = 10  # of a hint's token, by powers of two
-START_BIAS = 0.1  # for each token of a repeat
-GAP_CLASSES = 17
-FOLLOWED_FROM = 6  # tokens of a repeat from which on it is followed
-FOLLOWED_SURELY = 16  # tokens that agree, from which on no other repeat is better
-FOLLOWED_MISSES = 8  # tokens that differ, of the last 16, with which it is given up
+PROBABILITY_CLASSES = 10  # classes of the probability of a hint's token, by powers of two
+START_BIAS = 0.1  # the initial bias of a hint, for each token of its repeat
+GAP_CLASSES = 17  # classes of the distance to a token's last occurrence, by powers of two
+FOLLOWED_FROM = 6  # a repeat of this many tokens is followed
+FOLLOWED_SURELY = 16  # once this many tokens in a row agree, another repeat is no better
+FOLLOWED_MISSES = 8  # a repeat is given up once this many of its last 16 tokens differ
 
 
 @dataclass(frozen=True)
 class Hint:
-    """A token that may come at each place of a text, and how much speaks for it."""
+    """For each place of a text a token that may come there, and how strong the evidence is."""
 
     tokens: np.ndarray  # int32 (N,): the token, -1 where the rule knows none
-    strength: np.ndarray  # int16 (N,): a class of evidence for it
-    start: np.ndarray  # float64 (classes,): the bias of each class before anything is learned
+    strength: np.ndarray  # int16 (N,): the class of the evidence for the token
+    start: np.ndarray  # float64 (classes,): the initial bias of each class
 
     def biases(self, rate: float) -> AdagradTable:
-        """Its biases: by strength, then by two classes of probability."""
+        """The hint's biases: by strength, then by the token's probability in two distributions."""
         table = AdagradTable((len(self.start) + 2 * PROBABILITY_CLASSES,), rate)
         table.values[: len(self.start)] = torch.from_numpy(self.start)
         return table
 
     def at(self, places: slice, network: Tensor, longest: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens at n places (n,), -1 for none, and which three biases count (3, n).
+        """The tokens at n places (n,), -1 for none, and the indices of their three biases (3, n).
 
-        The network's and the longest order's log-probabilities (n, V) class the tokens.
+        network, longest: log-probabilities (n, V) of the network and of the longest order, from
+        which a token's classes of probability come.
         """
         tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
         buckets = [torch.from_numpy(self.strength[places].astype(np.int64))]
@@ -7986,16 +8078,16 @@ class Hint:
 
 
 def hint_of_match(index: TextIndex, longest: int) -> Hint:
-    """What followed the longest repeat, by its length."""
+    """The hint at what followed the longest repeat, its strength the repeat's length."""
     match = index.match
     tokens = np.where(match.length > 0, index.tokens[match.source].astype(np.int32), -1)
     return Hint(tokens, match.length, START_BIAS * np.arange(longest + 1))
 
 
 def hint_past_differences(tokens: np.ndarray, match: MatchModel, longest: int) -> Hint:
-    """What follows a repeat that is followed on past tokens that differ.
+    """The hint of a repeat that is followed on even if some tokens differ.
 
-    Its strength tells how many tokens agreed since one differed, and how many of 16 differed.
+    Its strength: how many tokens agreed since the last that differed, and how many of 16 differed.
     """
     hinted = np.full(len(tokens), -1, np.int32)
     strength = np.zeros(len(tokens), np.int16)
@@ -8003,7 +8095,7 @@ def hint_past_differences(tokens: np.ndarray, match: MatchModel, longest: int) -
     lengths, sources = match.length.data, match.source.data
     source = -1  # the place whose token is expected
     agreed = 0
-    differed = 0  # a bit for each of the last 16 tokens
+    differed = 0  # a bit for each of the last 16 tokens, 1 if it differed
     for place in range(1, len(tokens)):
         if source >= 0:
             is_right = text[source] == text[place - 1]
@@ -8026,7 +8118,7 @@ def hint_past_differences(tokens: np.ndarray, match: MatchModel, longest: int) -
 
 
 def previous_places(tokens: np.ndarray) -> np.ndarray:
-    """Of each place, the latest earlier one with the same token, or -1: int32 (N,)."""
+    """For each place, the latest earlier place with the same token, or -1: int32 (N,)."""
     order = np.argsort(tokens, kind="stable").astype(np.int32)
     is_same = tokens[order[1:]] == tokens[order[:-1]]
     previous = np.full(len(tokens), -1, np.int32)
@@ -8035,34 +8127,33 @@ def previous_places(tokens: np.ndarray) -> np.ndarray:
 
 
 def gap_classes(previous: np.ndarray) -> np.ndarray:
-    """How far before each place its token came, by powers of two, 0 if it is new: int16 (N,)."""
+    """The distance to each token's last occurrence, by powers of two; 0 if new: int16 (N,)."""
     gap = np.arange(len(previous), dtype=np.int32) - previous
     classes = 1 + log2_class(gap, GAP_CLASSES - 2)
     return np.where(previous >= 0, classes, 0).astype(np.int16)
 
 
 def hint_of_last_follower(tokens: np.ndarray, previous: np.ndarray, gaps: np.ndarray) -> Hint:
-    """What followed the last token the last time, by how long ago that was."""
+    """The hint at what followed the last token last time, its strength how long ago that was."""
     hinted = np.full(len(tokens), -1, np.int32)
     followers = tokens[previous[:-1] + 1].astype(np.int32)
     hinted[1:] = np.where(previous[:-1] >= 0, followers, -1)
     return Hint(hinted, np.append(np.int16(0), gaps[:-1]), np.zeros(GAP_CLASSES))
 
 
-# What came lately
+# Distributions of recent tokens
 
-RECENT_DECAY = 0.99  # a token counts so much less than the one after it
-RECENT_NETWORK = 20.0  # tokens that the network's distribution counts as among recent ones
-FOLLOWERS = 32  # latest places of the last token whose next tokens count
-FOLLOWER_DECAY = 0.9
-FOLLOWERS_NETWORK = 3.0
+RECENT_DECAY = 0.99  # a recent token counts this many times what the one after it counts
+RECENT_NETWORK = 20.0  # the network's distribution counts as this many recent tokens
+FOLLOWERS = 32  # at most this many occurrences of the last token count
+FOLLOWER_DECAY = 0.9  # an occurrence counts this many times what the next one counts
+FOLLOWERS_NETWORK = 3.0  # the network's distribution counts as this many occurrences
 
 
 def expect_recent(tokens: np.ndarray, first: int, W: int, network: np.ndarray) -> np.ndarray:
-    """The last W tokens before places, each counted RECENT_DECAY times the one after it.
+    """The distribution of the last W tokens before each place, mixed with the network's.
 
-    The network's distribution (n, V) of the places from `first` on counts as RECENT_NETWORK tokens.
-    float64 (n, V).
+    network: its distributions (n, V) at the n places from `first` on -> float64 (n, V).
     """
     n, V = network.shape
     ages = np.arange(min(first, W))[::-1]
@@ -8073,9 +8164,9 @@ def expect_recent(tokens: np.ndarray, first: int, W: int, network: np.ndarray) -
         counts[row] = RECENT_DECAY * counts[row - 1]
         counts[row, tokens[place - 1]] += 1
         if place > W:
-            left = tokens[place - 1 - W]
-            # Rounding may leave less than nothing of a token that the text has no more.
-            counts[row, left] = max(0.0, counts[row, left] - RECENT_DECAY**W)
+            leaving = tokens[place - 1 - W]
+            # Rounding may leave a count below 0 for a token that is not among the W any more.
+            counts[row, leaving] = max(0.0, counts[row, leaving] - RECENT_DECAY**W)
     total = counts.sum(1, keepdims=True) + RECENT_NETWORK
     return (counts + RECENT_NETWORK * network) / total
 
@@ -8083,10 +8174,11 @@ def expect_recent(tokens: np.ndarray, first: int, W: int, network: np.ndarray) -
 def expect_followers(
     tokens: np.ndarray, previous: np.ndarray, first: int, W: int, network: np.ndarray
 ) -> np.ndarray:
-    """What followed the last token each time in the last W, the latest FOLLOWERS times.
+    """The distribution of what followed earlier occurrences of the last token, with the network's.
 
-    Each time counts FOLLOWER_DECAY times the next, the network's distribution (n, V) of the places
-    from `first` on FOLLOWERS_NETWORK times. previous: see previous_places(). float64 (n, V).
+    Of its occurrences among the last W tokens the latest FOLLOWERS count. previous: see
+    previous_places(). network: its distributions (n, V) at the n places from `first` on
+    -> float64 (n, V).
     """
     n = len(network)
     rows: np.ndarray = np.arange(n)
@@ -8104,34 +8196,35 @@ def expect_followers(
     return counts / total[:, None]
 
 
-# Weights before anything is learned, rounded from what was learned on held-out training text. The
-# shortest order's is negative: what is likely in any context counts less as evidence.
+# Initial weights of distributions, rounded from those that were learned on held-out training text.
+# That of the shortest order is negative, since what is likely in any context is weak evidence.
 START_NETWORK = 0.6
 START_LONGEST_ORDER = 0.4
 START_SHORTEST_ORDER = -0.15
 START_RECENT = 0.2
 START_FOLLOWERS = 0.1
-MAX_LOG2_COUNT = 5  # counts are told apart by powers of two up to here
-MATCH_CLASSES = np.array([4, 6, 8, 10, 12, 16, 24, 32])  # shortest length of each class but none
-LOG_OF_NOTHING = -1e4  # stands for -inf in the rows that are mixed, as -inf times 0 is nan
+MAX_LOG2_COUNT = 5  # counts are put into classes by powers of two, up to 2^5
+# Classes of a repeat's length: the shortest length in each class but the first, which begins at 0.
+MATCH_CLASSES = np.array([4, 6, 8, 10, 12, 16, 24, 32])
+LOG_OF_NOTHING = -1e4  # stands for -inf in the rows that are mixed, since -inf times 0 is nan
 
 
 class Mixture:
-    """The network's and the counts' distributions and the hints as one; it learns as it scores.
+    """One distribution from the network's, the counts' and the hints; it learns as it scores.
 
-        p(w) = softmax over w of ( sum_i a_i log p_i(w) + sum_m b_m [w is what hint m expects] )
+        p(w) = softmax over w of ( sum_i a_i log p_i(w) + sum_m b_m [w is the token of hint m] )
 
-    The p_i are the network's, Kneser-Ney's of each order, recent tokens' and followers'. A weight
-    a_i is a constant to start from plus one learned weight from each gate, a table by buckets of
-    what is known before the target. A bias b_m is the sum of three learned ones, which go by the
-    hint's strength and by the probabilities that the network and the longest order give its token.
-    After a chunk of targets is scored, all go one Adagrad step (Duchi et al. 2011) down the
-    gradient of the chunk's nats, and the chunk's tokens are counted:
+    The p_i are the distributions of the network, of Kneser-Ney for each order, of recent tokens and
+    of followers. Each of several gates puts a target into a bucket, by what is known before it, and
+    has a weight for each bucket and i; a_i is the initial weight plus those of all gates. b_m is
+    the sum of three biases: by the hint's strength, and by the probabilities that the network and
+    the longest order give its token. After a chunk of targets is scored, all weights and biases
+    take an Adagrad step (Duchi et al. 2011) down the gradient of the chunk's nats,
 
-        d nats / d a_i = sum_w p(w) log p_i(w) - log p_i(target)
-        d nats / d b_m = p(hint) - [hint is the target]
+        d nats / d a_i = sum_w p(w) log p_i(w) - log p_i(target),
+        d nats / d b_m = p(hint) - [hint is the target],
 
-    Weights are float64, and all state depends on the data alone.
+    and the chunk's tokens are counted. Weights are float64. All state depends on the data alone.
     """
 
     def __init__(
@@ -8142,9 +8235,9 @@ class Mixture:
         vocab_size: int,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        """Index and count the training tokens; targets are validation_tokens[1:].
+        """Index and count the training tokens; the targets are validation_tokens[1:].
 
-        dtype is that of rows over the vocabulary: float32 halves their time.
+        dtype: the type of rows over the vocabulary; float32 halves their time.
         """
         self.cfg = cfg
         self.vocab_size = vocab_size
@@ -8152,10 +8245,10 @@ class Mixture:
         self.tokens = np.asarray(validation_tokens, np.uint16)
         self.previous = previous_places(self.tokens)
         self.gaps = gap_classes(self.previous)
-        self.scored = 0  # targets
-        self.largest_sum_error = 0.0
+        self.scored = 0  # the number of targets
+        self.largest_sum_error = 0.0  # of a distribution's sum, which should be 1
         self.model: CountModel | None = None
-        self.matches: list[MatchModel] = []  # of the texts that are read
+        self.matches: list[MatchModel] = []
         self.hints: list[Hint] = []
         self.read_texts(training_tokens)
         starts = [START_NETWORK, *(start_of_order(order, cfg.orders) for order in cfg.orders)]
@@ -8165,7 +8258,7 @@ class Mixture:
         shapes = [(size, len(starts)) for size in self.gate_sizes()]
         self.gates = [AdagradTable(shape, cfg.count_gate_rate) for shape in shapes]
         if self.hints and starts == [START_NETWORK] and cfg.count_gate_rate == 0:
-            self.gates = []  # a lone weight that is kept: hints alone tilt the network, see tilt()
+            self.gates = []  # one fixed weight alone: hints tilt the network, see tilt()
         self.biases = [hint.biases(cfg.count_match_rate) for hint in self.hints]
         self.pending: list[Lesson] = []
 
@@ -8192,7 +8285,7 @@ class Mixture:
                 self.hints.append(hint_of_last_follower(self.tokens, self.previous, self.gaps))
 
     def gate_sizes(self) -> list[int]:
-        """Buckets of each gate, in the order of gate_buckets()."""
+        """The number of each gate's buckets, in the order of gate_buckets()."""
         varieties = (1 + MAX_LOG2_COUNT) ** 2
         lengths = (1 + len(MATCH_CLASSES)) ** len(self.matches)
         agreements = 8
@@ -8201,7 +8294,7 @@ class Mixture:
     def score(self, network: Tensor) -> Tensor:
         """Nats of the next n targets, float64 (n,), given the network's log-probabilities (n, V).
 
-        Chunks lie on a fixed grid of targets: how the rows are dealt to calls changes nothing.
+        Chunks begin at fixed targets, so it changes nothing how rows are divided among calls.
         """
         chunk = self.cfg.count_chunk_tokens
         nats = [torch.zeros(0, dtype=torch.float64)]
@@ -8233,7 +8326,7 @@ class Mixture:
         return lesson.tilted(network, target, [table.values for table in self.biases])
 
     def note_sums(self, probs: Tensor) -> None:
-        """Keep the largest difference between 1 and a sum of probs (n, V)."""
+        """Keep the largest difference between 1 and the sum of a row of probs (n, V)."""
         sum_error = float((probs.sum(1) - 1).abs().max())
         self.largest_sum_error = max(self.largest_sum_error, sum_error)
 
@@ -8263,22 +8356,22 @@ class Mixture:
         return log_probs, lesson
 
     def distributions(self, network: Tensor) -> tuple[list[Tensor], Evidence]:
-        """The rows log p_i (n, V) of the next targets, and what the counts know of each."""
+        """The rows log p_i (n, V) of the next targets, and what is known of their contexts."""
         n = len(network)
         first = self.scored + 1
         evidence = Evidence.of_nothing(n)
-        found: list[np.ndarray] = []
+        experts: list[np.ndarray] = []
         if self.model:
-            # The validation text ends the text that is counted.
+            # The indexed text ends with the validation text.
             place = len(self.model.index.tokens) - len(self.tokens) + first
             online = self.cfg.counts_scored_text
-            probs, evidence = self.model.probs(np.arange(place, place + n), online)
-            found += [probs[order] for order in self.model.orders]
+            by_order, evidence = self.model.probs(np.arange(place, place + n), online)
+            experts += [by_order[order] for order in self.model.orders]
         if W := self.cfg.count_recent_tokens:
-            by_network = network.exp().numpy()
-            found.append(expect_recent(self.tokens, first, W, by_network))
-            found.append(expect_followers(self.tokens, self.previous, first, W, by_network))
-        rows = [torch.from_numpy(probs).log().clamp_min(LOG_OF_NOTHING) for probs in found]
+            of_network = network.exp().numpy()
+            experts.append(expect_recent(self.tokens, first, W, of_network))
+            experts.append(expect_followers(self.tokens, self.previous, first, W, of_network))
+        rows = [torch.from_numpy(probs).log().clamp_min(LOG_OF_NOTHING) for probs in experts]
         return [network, *(row.to(self.dtype) for row in rows)], evidence
 
     def gate_buckets(
@@ -8322,7 +8415,7 @@ def log2_class(counts: np.ndarray, most: int = MAX_LOG2_COUNT) -> np.ndarray:
 
 
 def start_of_order(order: int, orders: tuple[int, ...]) -> float:
-    """The weight of an order's distribution before anything is learned."""
+    """The initial weight of an order's distribution."""
     if order == max(orders):
         return START_LONGEST_ORDER
     if order == min(orders):
@@ -8334,23 +8427,24 @@ class Lesson:
     """What the mixture needs of some targets to learn from them once they are scored."""
 
     def __init__(self, rows: list[Tensor], buckets: Tensor) -> None:
-        self.rows = rows  # (n, V) each
-        self.probs = torch.zeros(0)  # of the mixture, (n, V)
+        self.rows = rows  # log p_i, (n, V) each
+        self.probs = torch.zeros(0)  # the mixture's, (n, V)
         self.buckets = buckets  # int64 (gates, n)
-        self.hinted: list[Tensor] = []  # of each hint, int64 (n,), any token where there is none
-        self.is_hinted: list[Tensor] = []  # of each hint, bool (n,)
-        self.bias_buckets: list[Tensor] = []  # of each hint, int64 (3, n)
-        self.weight_gradients = torch.zeros(0)  # float64 (n, experts)
-        self.bias_gradients: list[Tensor] = []  # of each hint, float64 (n,)
+        # For each hint:
+        self.hinted: list[Tensor] = []  # the tokens, int64 (n,); any token where there is none
+        self.is_hinted: list[Tensor] = []  # where there is one, bool (n,)
+        self.bias_buckets: list[Tensor] = []  # int64 (3, n)
+        self.bias_gradients: list[Tensor] = []  # float64 (n,)
+        self.weight_gradients = torch.zeros(0)  # float64 (n, number of rows)
 
     def take_hint(self, tokens: Tensor, buckets: Tensor) -> None:
-        """Note a hint's tokens (n,), -1 for none, and the places of its biases (3, n)."""
+        """Take in a hint's tokens (n,), -1 for none, and the indices of its biases (3, n)."""
         self.hinted.append(tokens.clamp_min(0))
         self.is_hinted.append(tokens >= 0)
         self.bias_buckets.append(buckets)
 
     def graded(self, target: Tensor) -> Lesson:
-        """Compute the gradients of the targets' nats, int64 (n,), and let go of what is large."""
+        """Compute the gradients for targets (n,), and drop the rows, which are large."""
         probs = self.probs
         expected = torch.stack([(probs * row).sum(1) for row in self.rows], 1)
         place = target[:, None]
@@ -8365,18 +8459,20 @@ class Lesson:
         return self
 
     def tilted(self, network: Tensor, target: Tensor, biases: list[Tensor]) -> Tensor:
-        """Nats (n,) of the targets if hints alone tilt the network's log-probabilities (n, V).
+        """Nats (n,) of the targets if hints alone change the network's log-probabilities (n, V).
 
-        With b(w) the biases of all hints at w,
+        With b(w) the sum of the biases of all hints at token w,
 
             p(w) = p_network(w) exp(b(w)) / Z,  Z = 1 + sum_hinted p_network(w) (exp(b(w)) - 1),
 
-        which takes no sum over the vocabulary. Keeps the gradients of the biases.
+        where no sum goes over the whole vocabulary. Keeps the gradients of the biases.
         """
         token = torch.stack(self.hinted)  # (hints, n)
         is_hinted = torch.stack(self.is_hinted)
-        chosen = [values[of] for values, of in zip(biases, self.bias_buckets, strict=True)]
-        bias = torch.stack([of_hint.sum(0) for of_hint in chosen]) * is_hinted
+        chosen = [
+            values[buckets] for values, buckets in zip(biases, self.bias_buckets, strict=True)
+        ]
+        bias = torch.stack([three.sum(0) for three in chosen]) * is_hinted
         log_probs = network.gather(1, token.T).T.double()
         is_same = token[:, None] == token  # (hints, hints, n)
         tilted = log_probs + (is_same * bias).sum(1)
@@ -8392,7 +8488,7 @@ class Lesson:
 
 
 class AdagradTable:
-    """A table of weights by bucket, each with its own sum of squared gradients."""
+    """A table of weights by bucket that Adagrad trains, each with its sum of squared gradients."""
 
     def __init__(self, shape: tuple[int, ...], rate: float) -> None:
         self.values = torch.zeros(shape, dtype=torch.float64)
@@ -8400,7 +8496,7 @@ class AdagradTable:
         self.rate = rate
 
     def step(self, bucket: Tensor, gradients: Tensor) -> None:
-        """Move the weights of each target's bucket by its gradients: (n,), (n, ...)."""
+        """Move weights by gradients (n, ...) of n targets, whose buckets are `bucket` (n,)."""
         total = torch.zeros_like(self.values).index_add_(0, bucket, gradients)
         self.squares.index_add_(0, bucket, gradients.square())
         self.values -= self.rate * total / self.squares.sqrt()
@@ -8408,19 +8504,19 @@ class AdagradTable:
 
 # Training text is stored in the artifact as a little-endian uint32, the number of tokens, and then
 # the tokens as uint16 in a raw LZMA2 stream. Coding them with the counts themselves would save a
-# tenth, but decoding would take one token after the other.
+# tenth, but then tokens would have to be decoded one by one.
 
 PACKED_COUNT = struct.Struct("<I")
 MAX_PACKED_TOKENS = 100_000_000  # an unpacked text takes two bytes a token
 # Two-byte units: lp and pb let the coder know which byte of a token it is at.
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 24, "lp": 1, "pb": 1}]
-PACKING_LOOKS_AT = 8  # tokens for each byte of COUNT_BYTES
-HOLDOUT_EVERY = 20  # documents, of which one shows what the others are worth
-TYPICAL_DOCUMENT = 1000  # tokens of average worth that every document is taken to have besides
+PACKING_LOOKS_AT = 8  # tokens that are considered for each byte of COUNT_BYTES
+HOLDOUT_EVERY = 20  # one document in this many is held out, to measure the worth of the others
+TYPICAL_DOCUMENT = 1000  # tokens of average worth that are added to every document as a prior
 
 
 def pack_tokens(tokens: np.ndarray) -> bytes:
-    """The tokens' bytes in an artifact; unpack_tokens() reads them."""
+    """The bytes that hold tokens in an artifact; unpack_tokens() reads them."""
     body = lzma.compress(tokens.astype("<u2").tobytes(), lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     return PACKED_COUNT.pack(len(tokens)) + body
 
@@ -8447,7 +8543,7 @@ def unpack_tokens(packed: bytes, vocab_size: int) -> np.ndarray:
 
 
 def text_of_artifact(stored: dict[str, Stored], cfg: Config) -> np.ndarray:
-    """The training tokens in an artifact, uint16 (n,); or Refusal."""
+    """The training tokens in an artifact, uint16 (n,); raises Refusal if there are none."""
     if TRAINING_TEXT not in stored:
         raise Refusal(
             f"COUNTS={cfg.counts} counts training text, and the artifact holds none: "
@@ -8457,9 +8553,10 @@ def text_of_artifact(stored: dict[str, Stored], cfg: Config) -> np.ndarray:
 
 
 def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
-    """On rank 0, training text of at most COUNT_BYTES for the artifact; empty without COUNTS.
+    """Pack training text of at most COUNT_BYTES for the artifact; empty unless COUNTS asks for it.
 
-    The time counts as training. Only the first tokens are considered, several times what can fit.
+    Only rank 0 does so. The time counts as training. Of the text the first tokens are considered,
+    several times as many as can fit.
     """
     cfg = run.cfg
     if not cfg.counts_training_text or not run.ranks.is_main:
@@ -8479,11 +8576,11 @@ def pack_training_text(rows: TrainingRows, run: Run) -> bytes:
 
 
 def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
-    """The documents of a text, most useful first: by the held-out tokens predicted per own token.
+    """The documents of a text, the most useful first.
 
-    Every HOLDOUT_EVERY-th document is held out. Each of its tokens that is predicted rightly by the
-    longest repeat of what precedes it counts for the document which holds that repeat. Held-out
-    documents are taken to be of average worth.
+    One document in HOLDOUT_EVERY is held out. Each of its tokens that the longest repeat of the
+    tokens before it predicts rightly is credited to the document that has the repeat. A document's
+    worth is its credit per token; held-out documents get the average.
     """
     documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
     held_out = documents[::HOLDOUT_EVERY]
@@ -8505,7 +8602,7 @@ def documents_by_worth(tokens: np.ndarray, bos: int) -> list[np.ndarray]:
 
 
 def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
-    """The most useful documents of a training text, packed, as many as `limit` bytes hold.
+    """Pack the most useful documents of a training text, as many as `limit` bytes hold.
 
     Raises Refusal if not even the first document fits.
     """
@@ -8528,9 +8625,9 @@ def pack_within(tokens: np.ndarray, limit: int, bos: int) -> bytes:
 
 # =================================================================================================
 # N-gram tilt
-# Long passages of a validation text occur twice. The token that followed the same context before
-# has its logit raised, which fixes the distribution before the target is seen (parameter-golf
-# #2135).
+# Long passages of a validation text occur twice. The logit of the token that followed the same
+# context before, the hint, is raised. Hints come from earlier text alone, so that a distribution is
+# fixed before its target is seen (parameter-golf #2135).
 # =================================================================================================
 
 
@@ -8544,15 +8641,18 @@ class TiltSettings(Part):
     ngram_tilt: float = scoring_knob(
         0.0,
         (0.0, 20.0),
-        "Add this to the logit of the token that followed the same context before; 0 is off.",
+        "Add this to the logit of the token that followed the same context before; 0 turns it off.",
         absent=0.0,
         tries=(2.625,),
     )
     ngram_order: int = scoring_knob(
-        16, (2, 16), "Let a context and the token after it be this many tokens.", absent=16
+        16, (2, 16), "Take contexts of this many tokens minus one.", absent=16
     )
     ngram_threshold: float = scoring_knob(
-        0.8, (0.0, 1.0), "Require that it followed this fraction of the contexts.", absent=0.8
+        0.8,
+        (0.0, 1.0),
+        "Require that the token followed this fraction of the context's occurrences.",
+        absent=0.8,
     )
 
     @staticmethod
@@ -8564,7 +8664,7 @@ class TiltSettings(Part):
         )
 
 
-# Factors of the hash of a context, oldest token first; the next one is the following token's.
+# Factors in the hash of a context, oldest token first; the next factor is for the token after it.
 HASH_FACTORS = (
     *(36313, 27191, 51647, 81929, 131071, 196613, 262147, 393241),
     *(524309, 655373, 786433, 917521, 1048583, 1179653, 1310729, 1441801),
@@ -8574,10 +8674,10 @@ PAIR_FACTOR = 1000003
 
 @dataclass(frozen=True)
 class Hints:
-    """For each target, the token that followed its context most often before it: (N,) each."""
+    """For each target, the token that most often followed its context earlier: (N,) each."""
 
     tokens: np.ndarray  # int64; 0 where the context is new
-    shares: np.ndarray  # float32, how often it was this token, from 0 to 1; 0 where it is new
+    shares: np.ndarray  # float32: the share of the context's occurrences; 0 where it is new
 
     def gates(self, threshold: float) -> np.ndarray:
         """The targets whose hint is sure enough: bool (N,)."""
@@ -8585,11 +8685,11 @@ class Hints:
 
 
 def context_keys(targets: np.ndarray, order: int) -> np.ndarray:
-    """Hashes of the order - 1 tokens before each target that has so many: uint64.
+    """Hashes of the order - 1 tokens before each target, for targets with that many: uint64.
 
-    As published, the first target stands in for the BOS before it, so that target order - 2 is the
-    first to have enough. The hash has about 37 bits: on streams of many million tokens contexts do
-    collide, which makes a hint worse but never non-causal.
+    As published, the BOS before the first target is replaced by that target, so that target
+    order - 2 is the first with enough tokens. The hash has about 37 bits: in streams of many
+    million tokens contexts do collide, which makes hints worse but never non-causal.
     """
     length = order - 1
     stream = np.concatenate([targets[:1], targets]).astype(np.uint64)
@@ -8601,29 +8701,30 @@ def context_keys(targets: np.ndarray, order: int) -> np.ndarray:
 
 
 def earlier_equals(keys: np.ndarray) -> np.ndarray:
-    """How many earlier elements are equal to each: int64 (N,)."""
-    order, new = grouped(keys)
+    """For each element, how many earlier ones are equal to it: int64 (N,)."""
+    order, is_new = grouped(keys)
     places = np.arange(len(keys))
-    starts = np.maximum.accumulate(np.where(new, places, 0))
+    starts = np.maximum.accumulate(np.where(is_new, places, 0))
     earlier = np.empty(len(keys), np.int64)
     earlier[order] = places - starts
     return earlier
 
 
 def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An order that puts equal keys side by side, earliest first, and where each group begins."""
+    """An order that puts equal keys side by side, earliest first, and where groups begin in it."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    new = np.ones(len(keys), bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    return order, new
+    is_new = np.ones(len(keys), bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    return order, is_new
 
 
 def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
-    """The hints of all targets (N,), which are the stream's token ids without its first BOS.
+    """The hints for all targets (N,), which are the stream's token ids without its first BOS.
 
-    They are those of a sequential pass that looks a context up and then counts its target. A
-    context's hint is the token that was the last to exceed all counts there.
+    They are equal to those of a sequential pass that, at each target, looks up the hint for its
+    context and then counts the target. The hint is the token whose count was the last to exceed all
+    others.
     """
     hints = np.zeros(len(targets), np.int64)
     shares = np.zeros(len(targets), np.float32)
@@ -8635,24 +8736,24 @@ def find_hints(targets: np.ndarray, order: int = 16) -> Hints:
     pairs = (keys * np.uint64(PAIR_FACTOR)) ^ (followers * np.uint64(HASH_FACTORS[order - 1]))
     counts = earlier_equals(pairs) + 1
 
-    by_context, new = grouped(keys)
+    by_context, is_new = grouped(keys)
     counts = counts[by_context]
     places = np.arange(len(keys))
     # Each group of equal contexts gets an offset above all counts of the groups before it, so that
     # one running maximum serves all groups.
-    offsets = np.cumsum(new) * (len(keys) + 1)
+    offsets = np.cumsum(is_new) * (len(keys) + 1)
     best = np.maximum.accumulate(counts + offsets)
     leads = np.ones(len(keys), bool)
     leads[1:] = best[1:] > best[:-1]
     leaders = np.maximum.accumulate(np.where(leads, places, 0))
-    starts = np.maximum.accumulate(np.where(new, places, 0))
+    starts = np.maximum.accumulate(np.where(is_new, places, 0))
     # A target's hint is the state of its group after the target before it.
-    found = np.flatnonzero(~new)
-    before = found - 1
-    at = by_context[found] + first
-    hints[at] = followers[by_context[leaders[before]]]
-    totals = found - starts[found]
-    shares[at] = (best - offsets)[before] / totals
+    repeated = np.flatnonzero(~is_new)
+    before = repeated - 1
+    hinted = by_context[repeated] + first
+    hints[hinted] = followers[by_context[leaders[before]]]
+    occurrences = repeated - starts[repeated]
+    shares[hinted] = (best - offsets)[before] / occurrences
     return Hints(hints, shares)
 
 
@@ -8661,18 +8762,18 @@ def tilted_nats(
 ) -> Tensor:
     """Nats of targets under the tilted distribution, given those of target and hint, any shape.
 
-    p'(w) = p(w) exp(beta [w is the hint]) / (1 + p(hint) (exp(beta) - 1)) where the gate is open.
+    p'(w) = p(w) exp(beta [w is the hint]) / (1 + p(hint) (exp(beta) - 1)) where `gates` is true.
     """
     growth = torch.expm1(torch.tensor(beta, dtype=torch.float64)).to(nats.dtype)
-    normaliser = torch.log1p(torch.exp(-hint_nats) * growth)
-    return torch.where(gates, nats - beta * is_hint + normaliser, nats)
+    log_normalizer = torch.log1p(torch.exp(-hint_nats) * growth)
+    return torch.where(gates, nats - beta * is_hint + log_normalizer, nats)
 
 
 def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.ndarray | None:
-    """The hint of each target, int64 (N,), -1 where its gate is closed; None without NGRAM_TILT.
+    """The hint for each target, int64 (N,), -1 where none is sure enough; None without NGRAM_TILT.
 
-    order: the targets (N,) in the order in which they are scored; None for that of the text. No
-    hint comes from what is scored later.
+    order: the targets (N,) in the order in which they are scored; None for the order of the text.
+    No hint comes from what is scored later.
     """
     cfg = run.cfg
     if cfg.ngram_tilt == 0:
@@ -8692,7 +8793,7 @@ def hints_in_order(val: Validation, order: np.ndarray | None, run: Run) -> np.nd
 def nats_and_scores(
     model: GPT, batch: Batch, beta: float, row_deltas: RowDeltas | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nats of the targets (B, T) to learn from, and those to score: tilted by beta to the hints."""
+    """Nats of the targets (B, T) to learn from, and those to score, with hints raised by beta."""
     hidden, input_ids = model.hidden_at_targets(batch, row_deltas=row_deltas)
     head = None if row_deltas is None else row_deltas.head
     logits = model.logits(hidden, input_ids, head).flatten(0, 1)
@@ -8701,20 +8802,21 @@ def nats_and_scores(
     scores = nats.detach()
     if batch.hint_ids is not None:
         hints = batch.hint_ids.flatten()
-        of_hints = F.cross_entropy(logits.detach(), hints.clamp_min(0), reduction="none")
-        scores = tilted_nats(scores, of_hints, targets == hints, hints >= 0, beta)
+        hint_nats = F.cross_entropy(logits.detach(), hints.clamp_min(0), reduction="none")
+        scores = tilted_nats(scores, hint_nats, targets == hints, hints >= 0, beta)
     return nats.view_as(batch.target_ids), scores.view_as(batch.target_ids)
 
 
 # =================================================================================================
 # Evaluation
-# A target is a token to predict: target n is token n + 1 of the text. A window is a row of three
-# targets: its start, the first that it scores, and the end of those. One loop scores any windows.
-# Batches are formed before they are dealt to ranks, so the number of ranks never changes a score.
+# Target n is token n + 1 of the text. A window is a stretch of text that the model reads; it scores
+# its last targets. It is given by three numbers: its first target, the first target that it scores,
+# and the end of both (exclusive). One loop scores any windows. Batches are formed before they are
+# dealt to ranks, so the number of ranks never changes a score.
 # =================================================================================================
 
 
-MAX_BATCH_TOKENS = 1 << 23  # of one evaluation forward; an artifact's header may ask for any
+MAX_BATCH_TOKENS = 1 << 23  # in a batch, whatever the header of a hostile artifact asks for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -8725,12 +8827,12 @@ class EvaluationSettings(Part):
 
     eval_seq_len: int = scoring_knob(2048, (2, 1 << 20), "Score windows of this many tokens.")
     eval_stride: int = scoring_knob(
-        64, (0, 1 << 20), "Start a window every so many targets; 0 lays windows side by side."
+        64, (0, 1 << 20), "Start windows this many targets apart; 0 lays windows side by side."
     )
     sliding: str = scoring_knob(
         "cover",
         ("cover", "published_s1", "published_s3"),
-        "Score every target once (cover), or add a score in a published system's windows.",
+        "Score every target once (cover), or add a second score by a published system's windows.",
     )
     eval_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Score this many windows in a batch.")
     eval_truncate: bool = scoring_knob(
@@ -8739,7 +8841,7 @@ class EvaluationSettings(Part):
 
     @staticmethod
     def checks(cfg: Config) -> Checks:
-        """Windows leave no gap, and no header of an artifact can ask for too large a forward."""
+        """Windows leave no gap, and no artifact's header can ask for too large a batch."""
         yield cfg.eval_stride <= cfg.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
         yield (
             cfg.eval_seq_len * cfg.eval_batch_seqs <= MAX_BATCH_TOKENS,
@@ -8757,14 +8859,15 @@ class AdaptationSettings(Part):
     ttt_mode: str = scoring_knob(
         "off",
         ("off", "score_first", "lora", "train_then_score"),
-        "Adapt to text that is scored, as a whole or each document for itself (lora); "
-        "train_then_score trains first and gives no legal score.",
+        "Adapt the model to text that is already scored: all weights to the whole text "
+        "(score_first), or a low-rank change of its own to each document (lora). train_then_score "
+        "trains before it scores, which gives no legal score.",
     )
     ttt_lr: float = scoring_knob(0.002, (0.0, 1.0), "Adapt by SGD at this peak learning rate.")
     ttt_momentum: float = scoring_knob(0.9, (0.0, 0.9999), "Adapt by SGD with this momentum.")
     ttt_epochs: int = scoring_knob(3, (1, 1000), "Pass over each scored chunk this many times.")
     ttt_chunk_tokens: int = scoring_knob(
-        32768, (1, 1 << 30), "Adapt whenever this many targets are scored."
+        32768, (1, 1 << 30), "Adapt after each this many scored targets."
     )
     ttt_batch_seqs: int = scoring_knob(32, (1, 1 << 16), "Adapt on this many rows a step.")
     ttt_grad_clip: float = scoring_knob(
@@ -8779,7 +8882,7 @@ class AdaptationSettings(Part):
         """Adaptation needs sliding windows, some layers that learn, and a batch that fits."""
         if cfg.ttt_mode in ("off", "lora"):
             return
-        yield cfg.eval_stride > 0, "TTT_MODE needs sliding windows, not EVAL_STRIDE"
+        yield cfg.eval_stride > 0, "TTT_MODE needs sliding windows: EVAL_STRIDE must be above 0"
         yield (
             cfg.ttt_freeze_blocks < cfg.num_layers,
             "TTT_FREEZE_BLOCKS leaves none of NUM_LAYERS to adapt",
@@ -8799,7 +8902,7 @@ class LoraSettings(Part):
 
     lora_rank: int = scoring_knob(80, (1, 1024), "Give a delta B A this rank.", absent=80)
     lora_alpha: float = scoring_knob(
-        144.0, (0.0, 1e6), "Add a delta LORA_ALPHA / LORA_RANK times.", absent=144.0
+        144.0, (0.0, 1e6), "Multiply a delta by LORA_ALPHA / LORA_RANK.", absent=144.0
     )
     lora_places: str = scoring_knob(
         "q,k,v,o,mlp,head",
@@ -8812,57 +8915,68 @@ class LoraSettings(Part):
         1e-4, (0.0, 1.0), "Train deltas by AdamW at this rate.", absent=1e-4
     )
     lora_beta2: float = scoring_knob(
-        0.99, (0.0, 0.99999), "Let AdamW's mean of squares decay by this; beta 1 is 0.", absent=0.99
+        0.99,
+        (0.0, 0.99999),
+        "Keep this fraction of AdamW's mean squared gradient at each step; beta 1 is 0.",
+        absent=0.99,
     )
     lora_decay: float = scoring_knob(
         0.5, (0.0, 100.0), "Train deltas with this weight decay.", absent=0.5
     )
     lora_chunk_tokens: int = scoring_knob(
-        48, (1, 1 << 20), "Train deltas whenever this many targets are scored.", absent=48
+        48, (1, 1 << 20), "Train deltas after each chunk of this many targets.", absent=48
     )
     lora_short_chunks: str = scoring_knob(
         "",
         (),
-        "Take other chunks by a batch's longest document: 256:8 means 8 up to 256 (#2014).",
+        "Take shorter chunks for short documents: 256:8 means chunks of 8 targets in batches whose "
+        "longest document has up to 256 (#2014).",
         absent="",
         tries=("256:8,2000:24",),
     )
     lora_batch_docs: int = scoring_knob(
-        64, (1, 4096), "Score this many documents of like length in step.", absent=64
+        64, (1, 4096), "Score this many documents of similar length together.", absent=64
     )
     lora_lanes: int = scoring_knob(
-        8, (1, 256), "Deal batches to this many lanes, and each lane to one rank.", absent=8
+        8,
+        (1, 256),
+        "Deal batches to this many lanes, whose deltas pass from batch to batch, and each lane to "
+        "one rank.",
+        absent=8,
     )
     lora_phases: int = scoring_knob(
-        0, (0, 100), "Train all weights this many times on documents that are scored.", absent=0
+        0, (0, 100), "Train all weights this many times on documents already scored.", absent=0
     )
     lora_phase_docs: int = scoring_knob(
         2500, (1, 1 << 30), "End LORA_PHASES once this many documents are scored.", absent=2500
     )
     lora_phase_lr: float = scoring_knob(
-        1e-3, (0.0, 1.0), "Train all weights at this peak rate, with TTT_MOMENTUM.", absent=1e-3
+        1e-3, (0.0, 1.0), "Use this peak rate in LORA_PHASES, with TTT_MOMENTUM.", absent=1e-3
     )
     lora_phase_chunk_tokens: int = scoring_knob(
-        32768, (2, 1 << 30), "Train all weights on this many targets a step.", absent=32768
+        32768, (2, 1 << 30), "Train on this many targets in a step of LORA_PHASES.", absent=32768
     )
     lora_phase_row_tokens: int = scoring_knob(
-        0, (0, 1 << 20), "Train all weights on rows of this many tokens; 0: EVAL_SEQ_LEN.", absent=0
+        0, (0, 1 << 20), "Use rows of this many tokens in LORA_PHASES; 0: EVAL_SEQ_LEN.", absent=0
     )
 
     @property
     def delta_names(self) -> tuple[str, ...]:
-        """LORA_PLACES one by one; or Refusal."""
+        """The names in LORA_PLACES; raises Refusal if they are not distinct ones of DELTA_NAMES."""
         names = tuple(name.strip() for name in self.lora_places.split(","))
         if len(set(names)) < len(names) or not set(names) <= set(DELTA_NAMES):
             raise Refusal(
-                f"LORA_PLACES={self.lora_places!r}: expected different ones of "
+                f"LORA_PLACES={self.lora_places!r}: expected distinct ones of "
                 f"{', '.join(DELTA_NAMES)}"
             )
         return names
 
     @property
     def short_chunks(self) -> dict[int, int]:
-        """Chunks by the longest document of a batch, the shortest first; or Refusal."""
+        """LORA_SHORT_CHUNKS as {longest document of a batch: targets in a chunk}, ascending.
+
+        Raises Refusal if it cannot be parsed.
+        """
         pairs = [part.strip() for part in self.lora_short_chunks.split(",") if part.strip()]
         if not all(re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,5}", pair) for pair in pairs):
             raise Refusal(
@@ -8875,7 +8989,7 @@ class LoraSettings(Part):
     @staticmethod
     def checks(cfg: Config) -> Checks:
         """A chunk fits into a window, a row into a chunk, and the counts see the text in order."""
-        assert cfg.delta_names  # or Refusal
+        assert cfg.delta_names  # raises Refusal if it cannot be parsed
         largest = max((cfg.lora_chunk_tokens, *cfg.short_chunks.values()))
         if cfg.ttt_mode != "lora":
             return
@@ -8899,6 +9013,7 @@ class LoraSettings(Part):
 
 
 DELTA_NAMES = ("q", "k", "v", "o", "mlp", "head")
+STEP_PASSES = 4.0  # a step of learning, forward and backward, is taken to last this many forwards
 
 
 @dataclass(frozen=True)
@@ -8926,9 +9041,9 @@ class EvalResult:
 def windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows over `num_targets` targets as rows (start, first scored, end): int64 (windows, 3).
 
-    They start at 0, stride, 2 stride, ..., but none so late that it would pass the end. The first
-    scores all its targets, each later one those that are not scored yet. Stride 0 lays windows
-    side by side instead, and the last may be short.
+    They start at 0, stride, 2 stride, ..., but the last one early enough to end with the text. The
+    first window scores all its targets, each later one those that are not scored yet. With stride 0
+    windows lie side by side instead, and the last may be short.
     """
     starts: np.ndarray = np.arange(0, num_targets, stride or seq_len)
     if stride > 0:
@@ -8946,11 +9061,11 @@ def window_batch(
     cfg: Config,
     hints: np.ndarray | None = None,
 ) -> Batch:
-    """The windows `spans`, padded to `size` rows, each with a strip of `width` places to predict.
+    """The windows `spans` (n, 3), padded to `size` rows, each with a strip of `width` targets.
 
-    The strip holds all that the window scores. Places, targets, bytes and what is scored are
-    (size, width); places are None where the strip is the whole window. Padding scores nothing, and
-    since attention is causal, no scored place sees any.
+    The strip has all targets that the window scores. Places, targets, their bytes and whether they
+    are scored: (size, width). Places are None where the strip is the whole window. Padding scores
+    nothing, and since attention is causal, no scored place sees it.
     """
     T = cfg.eval_seq_len
     last = val.num_targets(cfg) - 1
@@ -8977,14 +9092,14 @@ def ints(numbers: np.ndarray) -> Tensor:
 
 
 def scored_sums(nats: Tensor, batch: Batch) -> Tensor:
-    """Nats, targets and bytes of what a batch scores, float64 (3,), given all its nats (B, T)."""
+    """Sums of nats, targets and bytes over what a batch scores, float64 (3,); nats: (B, S)."""
     assert batch.scored is not None and batch.target_bytes is not None
-    counted = (nats.cpu().double(), batch.scored, batch.target_bytes)
-    return torch.stack([(numbers * batch.scored).sum().double() for numbers in counted])
+    addends = (nats.cpu().double(), batch.scored, batch.target_bytes)
+    return torch.stack([(numbers * batch.scored).sum().double() for numbers in addends])
 
 
 def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """The rows `size` at a time; the last batch may be short."""
+    """Divide rows into batches of `size`; the last batch may be short."""
     return np.array_split(rows, range(size, len(rows), size))
 
 
@@ -8999,9 +9114,9 @@ def score_windows(
     bar: tqdm,
     hints: np.ndarray | None = None,
 ) -> Tensor:
-    """Nats, targets and bytes of the windows `spans`, added in the order of batches: (3,).
+    """Sums of nats, targets and bytes over the windows `spans`: float64 (3,).
 
-    hints: of each target of the text, see hints_in_order().
+    Batches are added in a fixed order. hints: for each target of the text, see hints_in_order().
     """
     cfg = run.cfg
     batches = in_batches(strips_of(spans, width), cfg.eval_batch_seqs)
@@ -9010,9 +9125,9 @@ def score_windows(
         for rows in in_batches(batches[index], run.scored_rows):
             batch = window_batch(val, rows, run.scored_rows, width, cfg, hints)
             if hints is None:
-                nats, _ = forward(model, batch.moved(run.put))
+                nats, _ = forward(model, batch.moved(run.to_device))
             else:
-                _, nats = nats_and_scores(model, batch.moved(run.put), cfg.ngram_tilt)
+                _, nats = nats_and_scores(model, batch.moved(run.to_device), cfg.ngram_tilt)
             sums[index] += scored_sums(nats, batch)
         bar.update(run.ranks.world_size)
     run.ranks.add_up([sums])
@@ -9029,20 +9144,20 @@ def score_mixed(
     run: Run,
     bar: tqdm,
 ) -> Tensor:
-    """As score_windows(), but by the mixture of the model's distributions and the counts'.
+    """Like score_windows(), but by the mixture of the model's distributions with those of counts.
 
-    Each rank asks the model for every world_size-th batch. The mixture learns from what it has
-    scored, so each rank shows it all batches, in the order of the text.
+    Each rank runs the model on one batch in a round. The mixture learns from what it has scored, so
+    every rank gives it all batches, in the order of the text.
     """
     cfg, ranks = run.cfg, run.ranks
     batches = in_batches(strips_of(spans, width), cfg.eval_batch_seqs)
     sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(batches), ranks.world_size):
-        at_once = batches[first : first + ranks.world_size]
+        round_of_batches = batches[first : first + ranks.world_size]
         own = None
-        if ranks.rank < len(at_once):
-            own = log_probabilities(model, val, at_once[ranks.rank], width, run)
-        for owner, batch in enumerate(at_once):
+        if ranks.rank < len(round_of_batches):
+            own = log_probabilities(model, val, round_of_batches[ranks.rank], width, run)
+        for owner, batch in enumerate(round_of_batches):
             targets = int((batch[:, 2] - batch[:, 1]).sum())
             log_probs = ranks.copy_of(own, owner, (targets, cfg.vocab_size))
             start = int(batch[0, 1])
@@ -9051,17 +9166,17 @@ def score_mixed(
                 nats = mixture.score(log_probs).sum()
             sums += torch.stack([nats, torch.tensor(targets), torch.tensor(num_bytes)]).double()
             bar.update()
-    # The ranks' sums are equal unless their processors round differently; then rank 0's hold.
+    # The ranks' sums are equal unless their processors round differently; rank 0's are taken.
     return torch.tensor([ranks.agree(x) for x in sums.tolist()], dtype=torch.float64)
 
 
 def log_probabilities(
     model: GPT, val: Validation, strips: np.ndarray, width: int, run: Run
 ) -> Tensor:
-    """The model's distributions for all targets that the strips score, in order: float32 (n, V)."""
+    """The model's log-probabilities for all targets that the strips score: float32 (n, V)."""
     rows = []
-    for few in in_batches(strips, run.scored_rows):
-        batch = window_batch(val, few, run.scored_rows, width, run.cfg).moved(run.put)
+    for at_once in in_batches(strips, run.scored_rows):
+        batch = window_batch(val, at_once, run.scored_rows, width, run.cfg).moved(run.to_device)
         assert batch.scored is not None
         hidden, input_ids = model.hidden_at_targets(batch)
         scored = batch.scored.bool()
@@ -9071,16 +9186,16 @@ def log_probabilities(
 
 
 def strips_of(spans: np.ndarray, width: int) -> np.ndarray:
-    """Windows, each repeated until no row scores more than `width` targets: (rows, 3).
+    """Divide what each window scores into strips of at most `width` targets: windows (rows, 3).
 
-    The head makes logits for a strip of `width` places only, so that a window which scores more,
-    as the first does, is shown to the model once a strip.
+    Logits are computed for `width` places of a window only, so a window that scores more, as the
+    first one does, passes through the model once for each strip.
     """
     return np.array(
         [
-            (start, at, min(at + width, end))
+            (start, strip, min(strip + width, end))
             for start, first, end in spans.tolist()
-            for at in range(first, end, width)
+            for strip in range(first, end, width)
         ]
     )
 
@@ -9089,7 +9204,7 @@ class Learner(Protocol):
     """Learns from validation text; evaluate() shows it only text that has been scored."""
 
     chunk_targets: int  # how many targets are scored before it learns from them
-    operations: int  # counted, of its learning so far
+    operations: int  # floating-point operations of its learning so far
 
     def learn_from(self, scored: ScoredChunk) -> None:
         """Learn from a chunk, all of whose targets have been scored."""
@@ -9097,9 +9212,9 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """A run of neighbouring targets that has just been scored, and how far the scoring is."""
+    """Neighbouring targets that have just been scored, and how far the scoring is."""
 
-    number: int  # of this chunk, from 0
+    number: int  # the number of this chunk, counted from 0
     num_chunks: int
     first: int  # its targets are first to end - 1
     end: int
@@ -9125,9 +9240,9 @@ def evaluate(
 ) -> EvalResult:
     """Score the validation split in windows of EVAL_SEQ_LEN, `stride` targets apart; see windows().
 
-    The loop is the rule of a legal score: a chunk of targets is scored, and only then may a learner
-    learn from it. Scores are by the model's distributions, by their tilt to `hints` (see
-    hints_in_order()), or by their mixture with the counts'. `spans` replaces the windows by others.
+    The loop makes a score legal: a chunk of targets is scored, and only then may a learner learn
+    from it. Scores are by the model's distributions, as they are, tilted towards `hints` (see
+    hints_in_order()), or mixed with those of counts. `spans`: other windows (n, 3) to score.
     """
     cfg = run.cfg
     started = time.perf_counter()
@@ -9138,13 +9253,13 @@ def evaluate(
     chunk_of = spans[:, 1] // chunk_targets
     num_chunks = int(chunk_of[-1]) + 1
     sums = torch.zeros(3, dtype=torch.float64)
-    num_batches = -(-len(spans) // cfg.eval_batch_seqs)
+    num_batches = divide_up(len(spans), cfg.eval_batch_seqs)
     width = stride or cfg.eval_seq_len  # how many targets a window scores, the first one aside
     operations = scoring_operations(model, spans, width, all_places=mixture is None)
     with run.folder.progress(name, total=num_batches, unit="batch") as bar:
         for chunk in range(num_chunks):
             of_chunk = spans[chunk_of == chunk]
-            # A window may score several chunks, and then only the first of them has a window.
+            # A window may score several chunks; it then belongs to the first of them.
             if len(of_chunk) > 0:
                 if mixture is not None:
                     sums += score_mixed(mixture, model, val, of_chunk, width, run, bar)
@@ -9162,10 +9277,10 @@ def evaluate(
 
 
 class Adapter:
-    """Test-time training by SGD on text that was scored, within the evaluation budget.
+    """A Learner: test-time training by SGD on text that was scored, within the evaluation budget.
 
-    A learner: after each chunk of TTT_CHUNK_TOKENS targets it passes TTT_EPOCHS times over them,
-    at a rate that falls as a cosine over the chunks, unless scoring the rest needs the time.
+    After each chunk of TTT_CHUNK_TOKENS targets it passes TTT_EPOCHS times over them, at a rate
+    that falls as a cosine over the chunks, unless the time is needed to score the rest.
     """
 
     def __init__(self, forward: Forward, model: GPT, val: Validation, run: Run) -> None:
@@ -9180,10 +9295,10 @@ class Adapter:
         frozen = frozen_parameters(model, cfg)
         self.parameters = [p for p in model.parameters() if p not in frozen]
         self.optimizer = torch.optim.SGD(self.parameters, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
-        run.ledger.occasions["ttt"] = 0  # a split of one chunk leaves it none
+        run.ledger.occasions["ttt"] = 0  # so that it is logged even if the split has one chunk
 
     def learn_from(self, scored: ScoredChunk) -> None:
-        """Adapt to the chunk, if what is left of the budget then still holds the scoring."""
+        """Adapt to the chunk if the budget allows that and the scoring of the rest."""
         cfg, run = self.run.cfg, self.run
         run.ledger.occasions["ttt"] += 1
         if run.ranks.agree(float(self.seconds_needed(scored) > cfg.eval_wallclock_seconds)):
@@ -9193,19 +9308,22 @@ class Adapter:
         started = time.perf_counter()
         for _ in range(cfg.ttt_epochs):
             self.learn(scored.first, scored.end, lr, math.inf)
-        run.settle()
+        run.wait_for_gpu()
         self.seconds += time.perf_counter() - started
         run.ledger.activity["ttt"] += 1
 
     def seconds_needed(self, scored: ScoredChunk) -> float:
-        """Seconds of the budget once this chunk is learned and all is scored, with a margin."""
-        scoring_a_chunk = (scored.seconds - self.seconds) / (scored.number + 1)
-        learning_a_chunk = self.seconds / max(self.run.ledger.activity["ttt"], 1)
-        to_come = 1.1 * scoring_a_chunk * scored.chunks_left + 1.5 * learning_a_chunk
+        """Seconds of the budget if this chunk is learned and all is scored, with a margin."""
+        seconds_to_score = (scored.seconds - self.seconds) / (scored.number + 1)  # a chunk
+        seconds_to_learn = self.seconds / max(self.run.ledger.activity["ttt"], 1)
+        to_come = 1.1 * seconds_to_score * scored.chunks_left + 1.5 * seconds_to_learn
         return self.run.ledger.scoring_clock.elapsed() + to_come
 
     def learn(self, first: int, end: int, lr: float, deadline: float) -> int:
-        """SGD on the targets first to end, begun before `deadline`; returns steps taken."""
+        """Pass by SGD over the targets first to end - 1; returns the number of steps.
+
+        No step begins after `deadline` seconds of the scoring clock.
+        """
         cfg, run = self.run.cfg, self.run
         T = cfg.eval_seq_len
         rows = windows(min(end, self.val.num_targets(cfg)) - first, T, 0) + first
@@ -9215,12 +9333,13 @@ class Adapter:
             if run.ranks.agree(float(run.ledger.scoring_clock.elapsed() > deadline)):
                 return steps
             self.operations += adaptation_operations(self.model, len(batch))
-            mine = batch[run.ranks.rank :: run.ranks.world_size]
-            shown = window_batch(self.val, mine, run.adaptation_rows, T, cfg).moved(run.put)
-            assert shown.scored is not None
-            nats, _ = self.forward(self.model, shown)
+            own = batch[run.ranks.rank :: run.ranks.world_size]
+            own_batch = window_batch(self.val, own, run.adaptation_rows, T, cfg)
+            own_batch = own_batch.moved(run.to_device)
+            assert own_batch.scored is not None
+            nats, _ = self.forward(self.model, own_batch)
             num_targets = float((batch[:, 2] - batch[:, 1]).sum())
-            ((nats * shown.scored).sum() / num_targets).backward()
+            ((nats * own_batch.scored).sum() / num_targets).backward()
             reduce_gradients(self.parameters, [], run)
             if cfg.ttt_grad_clip:
                 torch.nn.utils.clip_grad_norm_(self.parameters, cfg.ttt_grad_clip)
@@ -9243,7 +9362,7 @@ def frozen_parameters(model: GPT, cfg: Config) -> set[nn.Parameter]:
 
 
 def documents_of(val: Validation, cfg: Config) -> np.ndarray:
-    """Documents as rows (first target, end of targets); a document's last is the next one's BOS."""
+    """Documents as rows (first target, end of targets); the last target is the next one's BOS."""
     num_targets = val.num_targets(cfg)
     begins = np.flatnonzero(val.tokens[:num_targets] == BOS)
     firsts = np.union1d(begins, [0]).astype(np.int64)
@@ -9251,7 +9370,7 @@ def documents_of(val: Validation, cfg: Config) -> np.ndarray:
 
 
 def document_queue(val: Validation, cfg: Config) -> list[np.ndarray]:
-    """Batches of documents of like length, the longest batch first; in one, the shortest first."""
+    """Batches of documents of similar length, the longest documents first, ascending in a batch."""
     documents = documents_of(val, cfg)
     lengths = documents[:, 1] - documents[:, 0]
     by_length = documents[np.argsort(lengths, kind="stable")]
@@ -9266,17 +9385,17 @@ def chunk_batch(
     cfg: Config,
     hints: np.ndarray | None,
 ) -> Batch:
-    """A batch with the targets `at` to at + width - 1 of each document, which end its window.
+    """A batch with the targets `at` to at + width - 1 of each document.
 
-    A window has up to EVAL_SEQ_LEN tokens of the document and begins its row. The rest of a row is
-    padding, which scores nothing and which attention, being causal, never shows to a scored place.
+    A row begins with a window: up to EVAL_SEQ_LEN tokens of the document, which end before the last
+    of these targets. The rest of the row is padding, which scores nothing, and which no scored
+    place sees, since attention is causal.
     """
     first, end = np.split(documents, 2, axis=1)
-    asked = first + at
-    stop = np.minimum(asked + width, end)
+    stop = np.minimum(first + at + width, end)
     start = np.maximum(stop - cfg.eval_seq_len, first)
     inputs = start + np.arange(int((stop - start).max()))
-    targets = asked + np.arange(width)
+    targets = first + at + np.arange(width)
     scored = targets < stop
     targets = np.minimum(targets, stop - 1)
     return Batch(
@@ -9290,38 +9409,40 @@ def chunk_batch(
 
 
 def wide_chunks(lengths: np.ndarray, at: int, run: Run) -> Iterator[tuple[slice, int, int]]:
-    """Documents, place and width of each call that scores from `at` on without learning.
+    """Yield documents, first target and width of each forward that scores from `at` on.
 
-    lengths: of a batch of documents, in targets, rising.
+    These chunks are wide because nothing is learned between them. lengths: of the documents in a
+    batch, in targets, ascending.
     """
     T = run.cfg.eval_seq_len
     while at < lengths[-1]:
-        width = T if at == 0 else -(-T // 2)
-        for few in in_batches(np.flatnonzero(lengths > at), run.scored_rows):
-            yield slice(int(few[0]), int(few[-1]) + 1), at, width
+        width = T if at == 0 else divide_up(T, 2)
+        for rows in in_batches(np.flatnonzero(lengths > at), run.scored_rows):
+            yield slice(int(rows[0]), int(rows[-1]) + 1), at, width
         at += width
 
 
 def wide_work(lengths: np.ndarray, at: int, run: Run) -> np.ndarray:
-    """Calls of wide_chunks() and places in their windows: float64 (2,)."""
+    """The numbers of forwards in wide_chunks(), and of places in their windows: float64 (2,)."""
     work = np.zeros(2)
-    for few, start, width in wide_chunks(lengths, at, run):
-        window = min(run.cfg.eval_seq_len, start + width, int(lengths[few][-1]))
-        work += 1, len(lengths[few]) * window
+    for rows, start, width in wide_chunks(lengths, at, run):
+        window = min(run.cfg.eval_seq_len, start + width, int(lengths[rows][-1]))
+        work += 1, len(lengths[rows]) * window
     return work
 
 
 def delta_outputs(cfg: Config) -> dict[str, int]:
-    """Width of what each place of LORA_PLACES adds to."""
+    """The width of the output to which the delta at each of LORA_PLACES is added."""
     kv_width = cfg.num_kv_heads * cfg.head_dim
     widths = {"k": kv_width, "v": kv_width, "head": cfg.vocab_size}
     return {name: widths.get(name, cfg.model_dim) for name in cfg.delta_names}
 
 
 class DocumentDeltas:
-    """Deltas alpha / r B A for the documents of a batch, and the AdamW that trains them.
+    """Deltas (alpha / rank) B A for the documents of a batch, and the AdamW that trains them.
 
-    A is uniform in +-1 / sqrt(width), B zero: a document begins with the network as it is.
+    A starts uniform in +-1 / sqrt(width) and B at zero, so that a document begins with the network
+    as it is.
     """
 
     def __init__(
@@ -9332,15 +9453,15 @@ class DocumentDeltas:
         width, outputs = cfg.model_dim, delta_outputs(cfg)
         of_layers = [name for name in cfg.delta_names if name != "head"]
 
-        def drawn(name: str) -> Delta:
-            """A drawn, B zero."""
+        def new_delta(name: str) -> Delta:
+            """A random A and a B of zeros."""
             down = torch.rand(rows, cfg.lora_rank, width, generator=generator)
             down = (2.0 * down - 1.0) / math.sqrt(width)
             up = torch.zeros(rows, outputs[name], cfg.lora_rank)
             return down.to(device).requires_grad_(), up.to(device).requires_grad_()
 
-        self.layers = [{name: drawn(name) for name in of_layers} for _ in range(depth)]
-        self.head = drawn("head") if "head" in cfg.delta_names else None
+        self.layers = [{name: new_delta(name) for name in of_layers} for _ in range(depth)]
+        self.head = new_delta("head") if "head" in cfg.delta_names else None
         self.restart()
 
     def pairs(self) -> list[Delta]:
@@ -9350,7 +9471,7 @@ class DocumentDeltas:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin new documents: B is zero and AdamW remembers nothing, but A is kept."""
+        """Begin new documents: B becomes zero and AdamW's state empty, but A is kept."""
         for _, up in self.pairs():
             up.zero_()
         self.optimizer = torch.optim.AdamW(
@@ -9361,78 +9482,91 @@ class DocumentDeltas:
             weight_decay=self.cfg.lora_decay,
         )
 
-    def of_rows(self, first: int, end: int, dtype: torch.dtype) -> RowDeltas:
-        """The deltas of some of the batch's documents, as the network takes them."""
+    def of_rows(self, rows: slice, dtype: torch.dtype) -> RowDeltas:
+        """The scaled deltas of some of the batch's documents."""
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
 
-        def given(delta: Delta) -> Delta:
+        def scaled_rows(delta: Delta) -> Delta:
             """The rows of one delta, scaled."""
             down, up = delta
-            return down[first:end].to(dtype), (scale * up[first:end]).to(dtype)
+            return down[rows].to(dtype), (scale * up[rows]).to(dtype)
 
-        layers = [{name: given(delta) for name, delta in own.items()} for own in self.layers]
-        return RowDeltas(tuple(layers), None if self.head is None else given(self.head))
+        layers = [
+            {name: scaled_rows(delta) for name, delta in deltas.items()} for deltas in self.layers
+        ]
+        return RowDeltas(tuple(layers), None if self.head is None else scaled_rows(self.head))
 
     def learn(self, loss: Tensor) -> None:
-        """A step down the gradient of the loss."""
+        """Take an AdamW step on the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
 
 
 class DocumentBudget:
-    """Whether the evaluation budget holds one more step of learning before the rest is scored.
+    """Whether the evaluation budget allows one more step of learning and the scoring of the rest.
 
-    The rest is known as calls of the network and places in them, in wide chunks without learning;
-    what either takes is measured, again and again, since a machine may slow down. Estimates err to
-    the long side, so that a budget that holds the scoring without learning is kept.
+    The rest is counted as forwards, and places in them, in wide chunks without learning. What each
+    costs is measured again and again, since a machine may slow down. Estimates tend to be too long,
+    so that a budget that suffices for scoring without learning is kept.
     """
 
-    MARGIN = 1.15  # on what is measured
-    # Costs are measured again after this share of the budget, and so many times what that takes.
+    MARGIN = 1.15  # the estimate of scoring the rest is multiplied by this
+    # Costs are measured again after at least MEASURED_EACH of the budget, and after at least
+    # MEASURED_AFTER times the seconds that measuring takes.
     MEASURED_EACH, MEASURED_AFTER = 0.05, 50
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.costs = np.zeros(2)  # seconds of a call and of a place, without deltas
-        self.work_left = np.zeros(2)  # calls and places of this rank's batches to come
-        self.measure_at = 0.0  # of the scoring clock
-        # Of the last steps: seconds of scoring a place with deltas, and of the whole step.
+        self.costs = np.zeros(2)  # seconds of a forward, and of a place in it, without deltas
+        self.work_left = np.zeros(2)  # forwards and places of this rank's batches to come
+        self.measure_at = 0.0  # seconds of the scoring clock
+        # For the last steps: seconds of scoring a place with deltas, and of the whole step.
         self.recent: deque[tuple[float, float]] = deque(maxlen=8)
 
     def measure(self, forward: Callable[[int], int]) -> None:
-        """Find the costs by `forward`, which scores so many rows and says how many places.
+        """Measure the costs: forward(n) scores n rows and returns the number of places in them.
 
-        Each rank for itself, whenever it likes: nothing here waits for another.
+        Each rank measures for itself, at any time: nothing here waits for another rank.
         """
         clock = self.run.ledger.scoring_clock
         began = clock.elapsed()
-        for rows, kind in ((1, 0), (self.run.scored_rows, 1)):
-            forward(rows)
-            start = time.perf_counter()
-            places = forward(rows)
-            self.costs[kind] = (time.perf_counter() - start) / (places if kind else 1)
+        one_row_seconds, _ = self.time_forward(forward, 1)
+        seconds, places = self.time_forward(forward, self.run.scored_rows)
+        self.costs[:] = one_row_seconds, seconds / places
         pause = self.MEASURED_EACH * self.run.cfg.eval_wallclock_seconds
         took = clock.elapsed() - began
         self.measure_at = clock.elapsed() + max(pause, self.MEASURED_AFTER * took)
 
+    @staticmethod
+    def time_forward(forward: Callable[[int], int], rows: int) -> tuple[float, int]:
+        """Seconds of a second forward(rows), when all is warm, and the places in it."""
+        forward(rows)
+        start = time.perf_counter()
+        places = forward(rows)
+        return time.perf_counter() - start, places
+
     @property
     def wants_measuring(self) -> bool:
-        """Whether the costs may have changed since they were measured."""
+        """Whether it is time to measure the costs again."""
         return self.run.ledger.scoring_clock.elapsed() >= self.measure_at
 
     def note_step(self, places: int, scoring: float, learning: float) -> None:
-        """Take in the seconds of a step: its scoring with deltas, its learning."""
+        """Take in the seconds of a step: of scoring `places` with deltas, and of learning."""
         self.recent.append((scoring / places, scoring + learning))
 
-    def is_short(self, work: np.ndarray, step_seconds: float = 0.0) -> bool:
-        """Whether a step of learning, a batch's own rest, and all other batches take too long.
+    def is_short(self, work: np.ndarray | None = None, step_seconds: float = 0.0) -> bool:
+        """Whether a step of learning, the rest of a batch, and all batches to come take too long.
 
-        work: calls and places of the batch's rest. A step takes `step_seconds` at least.
+        work: forwards and places in the rest of the batch, None if there is none. A step is taken
+        to need at least `step_seconds`.
         """
-        a_place, a_step = np.max(self.recent, axis=0) if self.recent else (0.0, 0.0)
-        rest = work @ np.maximum(self.costs, [0.0, a_place]) + self.work_left @ self.costs
-        needed = max(a_step, step_seconds) + self.MARGIN * rest
+        seconds = float(self.work_left @ self.costs)
+        if work is not None:
+            place_seconds = max((place for place, _ in self.recent), default=0.0)
+            seconds += float(work @ np.maximum(self.costs, [0.0, place_seconds]))
+        step_seconds = max([step_seconds, *(step for _, step in self.recent)])
+        needed = step_seconds + self.MARGIN * seconds
         elapsed = self.run.ledger.scoring_clock.elapsed()
         return elapsed + needed > self.run.cfg.eval_wallclock_seconds
 
@@ -9440,10 +9574,10 @@ class DocumentBudget:
 class DocumentScorer:
     """Scores documents, each with deltas of its own that learn from what is scored of it.
 
-    Documents of like length advance together. One forward scores a chunk of each and gives the
-    gradient of an AdamW step, unless the chunk is its document's last. When the rest of the budget
-    is just enough to score what is left, scoring goes on in wide chunks, without learning.
-    (parameter-golf #1855)
+    Documents of similar length advance together. One forward scores a chunk of each, and unless the
+    chunk is its document's last, the gradient of the same nats makes an AdamW step. When the rest
+    of the budget is just enough to score what is left, scoring goes on in wide chunks, without
+    learning. (parameter-golf #1855)
     """
 
     def __init__(
@@ -9454,22 +9588,22 @@ class DocumentScorer:
         self.val = val
         self.run = run
         self.hints = hints
-        self.phase = 0
+        self.phase = 0  # the number of LORA_PHASES that are over
         self.lanes: dict[int, DocumentDeltas] = {}
-        self.generators: dict[int, torch.Generator] = {}
-        self.is_late = False  # whether the budget holds no more learning
+        self.generators: dict[int, torch.Generator] = {}  # by lane: they draw the deltas
+        self.is_late = False  # whether the budget allows no more learning
         self.budget = DocumentBudget(run)
         self.operations = 0
-        self.cut_short = 0  # documents that learned less than they could
+        self.cut_short = 0  # the number of documents that were adapted to less than they could be
         run.ledger.occasions["ttt"] = 0
 
     def begin(self, queue: list[np.ndarray]) -> None:
-        """Take in this rank's batches, and find what their scoring takes without learning."""
+        """Take in this rank's batches, and measure what scoring them without learning takes."""
         for documents in queue:
             self.budget.work_left += wide_work(documents[:, 1] - documents[:, 0], 0, self.run)
         if queue:
             self.measure(queue[0])
-            self.is_late = self.budget.is_short(np.zeros(2))
+            self.is_late = self.budget.is_short()
 
     def measure(self, documents: np.ndarray) -> None:
         """Measure what scoring in wide chunks takes, on the longest of these documents."""
@@ -9477,17 +9611,17 @@ class DocumentScorer:
 
         @torch.no_grad()
         def forward(rows: int) -> int:
-            """Score the first window of some documents; returns its places."""
-            few = documents[-rows:]
+            """Score the first window of `rows` documents; returns the number of its places."""
             width = cfg.eval_seq_len if rows > 1 else 1
-            batch = chunk_batch(self.val, few, 0, width, cfg, None).moved(run.put)
+            batch = chunk_batch(self.val, documents[-rows:], 0, width, cfg, None)
+            batch = batch.moved(run.to_device)
             nats_and_scores(self.model, batch, 0.0)[1].sum().item()
             return batch.input_ids.numel()
 
         self.budget.measure(forward)
 
     def deltas_for(self, lane: int, rows: int) -> DocumentDeltas:
-        """The lane's deltas for a new batch: those of its last batch, if that had as many rows."""
+        """The lane's deltas for a new batch, restarted if its last batch had as many rows."""
         if lane not in self.generators:
             seed = self.phase * self.run.cfg.lora_lanes + lane
             self.generators[lane] = torch.Generator().manual_seed(seed)
@@ -9500,14 +9634,12 @@ class DocumentScorer:
         return self.lanes[lane]
 
     def score(self, documents: np.ndarray, lane: int) -> Tensor:
-        """Score a batch of documents, the shortest first: nats, targets and bytes (3,)."""
+        """Score a batch of documents in ascending length: sums of nats, targets and bytes (3,)."""
         cfg = self.run.cfg
         lengths = documents[:, 1] - documents[:, 0]
         longest = int(lengths[-1])
-        chunk = next(
-            (chunk for most, chunk in cfg.short_chunks.items() if longest <= most),
-            cfg.lora_chunk_tokens,
-        )
+        fitting = [chunk for most, chunk in cfg.short_chunks.items() if longest <= most]
+        chunk = fitting[0] if fitting else cfg.lora_chunk_tokens
         self.run.ledger.occasions["ttt"] += (longest - 1) // chunk
         if self.budget.wants_measuring and not self.is_late:
             self.measure(documents)
@@ -9521,9 +9653,8 @@ class DocumentScorer:
             at += chunk
         if at < longest:
             self.cut_short += int((lengths > max(at, chunk)).sum())
-        for few, start, width in wide_chunks(lengths, at, self.run):
-            rows = few.start, few.stop
-            sums += self.score_chunk(documents[few], start, width, deltas, rows)[0]
+        for rows, start, width in wide_chunks(lengths, at, self.run):
+            sums += self.score_chunk(documents[rows], start, width, deltas, rows)[0]
         return sums
 
     def score_chunk(
@@ -9532,19 +9663,20 @@ class DocumentScorer:
         at: int,
         width: int,
         deltas: DocumentDeltas | None,
-        rows: tuple[int, int],
+        rows: slice,
         learns: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Nats, targets and bytes (3,) of a chunk of each document; and the nats to learn from.
+        """Sums of nats, targets and bytes (3,) over a chunk of each document; and its nats (n, S).
 
-        rows: the first and the end of these documents in the batch to which the deltas belong.
+        The nats have a gradient if the deltas shall learn. rows: which documents of the batch these
+        are, to which the deltas belong.
         """
         cfg, run = self.run.cfg, self.run
         batch = chunk_batch(self.val, documents, at, width, cfg, self.hints)
         with torch.set_grad_enabled(learns):
-            row_deltas = None if deltas is None else deltas.of_rows(*rows, self.model.dtype)
+            row_deltas = None if deltas is None else deltas.of_rows(rows, self.model.dtype)
             nats, scores = nats_and_scores(
-                self.model, batch.moved(run.put), cfg.ngram_tilt, row_deltas
+                self.model, batch.moved(run.to_device), cfg.ngram_tilt, row_deltas
             )
         depth = 0 if row_deltas is None else len(row_deltas.layers)
         self.operations += chunk_operations(self.model, batch, depth, learns)
@@ -9553,24 +9685,24 @@ class DocumentScorer:
     def score_and_learn(
         self, documents: np.ndarray, first: int, at: int, chunk: int, deltas: DocumentDeltas
     ) -> Tensor:
-        """Score a chunk of the documents from `first` on: nats, targets and bytes (3,).
+        """Score a chunk of the documents from `first` on: sums of nats, targets and bytes (3,).
 
         Then the deltas of documents that go on learn from it; its score is final by then.
         """
         run = self.run
+        rows = slice(first, len(documents))
         documents = documents[first:]
-        goes_on = torch.from_numpy(documents[:, 1] - documents[:, 0] > at + chunk)
+        lengths = documents[:, 1] - documents[:, 0]
+        goes_on = torch.from_numpy(lengths > at + chunk)
         learns = bool(goes_on.any())
-        rows = first, first + len(documents)
         began = time.perf_counter()
         sums, nats = self.score_chunk(documents, at, chunk, deltas, rows, learns)
         scoring_seconds = time.perf_counter() - began
-        lengths = documents[:, 1] - documents[:, 0]
         rest = wide_work(lengths, at + chunk, run)
-        self.is_late = self.budget.is_short(rest, 4.0 * scoring_seconds)
+        self.is_late = self.budget.is_short(rest, STEP_PASSES * scoring_seconds)
         if learns and not self.is_late:
-            deltas.learn((nats * run.put(goes_on)[:, None]).sum() / chunk)
-            run.settle()
+            deltas.learn((nats * run.to_device(goes_on)[:, None]).sum() / chunk)
+            run.wait_for_gpu()
             learning_seconds = time.perf_counter() - began - scoring_seconds
             places = len(documents) * min(at + chunk, run.cfg.eval_seq_len)
             self.budget.note_step(places, scoring_seconds, learning_seconds)
@@ -9578,64 +9710,74 @@ class DocumentScorer:
         return sums
 
     def learn_together(self, documents: np.ndarray) -> None:
-        """Train all weights by SGD on documents that have been scored; a new phase begins.
+        """Train all weights by SGD on documents that have been scored, as one of LORA_PHASES.
 
-        Their tokens are laid end to end and cut into chunks, of which the last is left out; each
-        chunk is a step, at a rate that falls as a cosine. (phased global SGD, parameter-golf #1855)
+        Their tokens are joined and cut into chunks, and the last chunk, which may be short, is left
+        out. Each chunk is a step, at a rate that falls as a cosine. Documents after this begin with
+        new deltas. (phased global SGD, parameter-golf #1855)
         """
         cfg, run, model = self.run.cfg, self.run, self.model
-        shown = [self.val.tokens[first : end + 1] for first, end in documents]
-        tokens = torch.from_numpy(np.concatenate(shown).astype(np.int64))
+        texts = [self.val.tokens[first : end + 1] for first, end in documents]
+        tokens = torch.from_numpy(np.concatenate(texts).astype(np.int64))
         chunk, T = cfg.lora_phase_chunk_tokens, cfg.phase_row_tokens
-        steps = -(-(len(tokens) - 1) // chunk) - 1
-        used = chunk - chunk % T
+        steps = divide_up(len(tokens) - 1, chunk) - 1
+        num_targets = chunk - chunk % T  # whole rows of a chunk
         parameters = list(model.parameters())
         optimizer = torch.optim.SGD(parameters, lr=cfg.lora_phase_lr, momentum=cfg.ttt_momentum)
         run.ledger.occasions["ttt_phases"] += steps
-        # Until a step is measured, a pass forward and backward is taken for four forward.
-        seconds = 4.0 * used * self.budget.costs[1] / run.ranks.world_size
+        # Until a step is measured, its seconds are estimated from those of a place in a forward.
+        place_seconds = float(self.budget.costs[1])
+        seconds = STEP_PASSES * num_targets * place_seconds / run.ranks.world_size
         for step in range(steps):
-            late = self.budget.is_short(np.zeros(2), seconds)
-            if run.ranks.any_of(self.is_late or late):
+            is_short = self.budget.is_short(step_seconds=seconds)
+            if run.ranks.any_of(self.is_late or is_short):
                 break
             began = time.perf_counter()
             rate = cfg.lora_phase_lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = rate
-            ids = tokens[step * chunk : step * chunk + used + 1]
+            ids = tokens[step * chunk : step * chunk + num_targets + 1]
             own = slice(run.ranks.rank, None, run.ranks.world_size)
-            rows = ids[:-1].view(-1, T)[own], ids[1:].view(-1, T)[own]
-            self.add_gradients(*rows, used)
+            inputs = ids[:-1].view(-1, T)[own]
+            targets = ids[1:].view(-1, T)[own]
+            self.add_gradients(inputs, targets, num_targets)
             reduce_gradients(parameters, [], run)
             if cfg.ttt_grad_clip:
                 torch.nn.utils.clip_grad_norm_(parameters, cfg.ttt_grad_clip)
             optimizer.step()
             model.zero_grad(set_to_none=True)
-            run.settle()
+            run.wait_for_gpu()
             seconds = time.perf_counter() - began
-            a_token = hidden_operations(model, T) + head_operations(model)
-            self.operations += 3 * rows[0].numel() * a_token
+            # A backward pass counts as two forward passes.
+            forward_operations = hidden_operations(model, T) + head_operations(model)
+            self.operations += 3 * inputs.numel() * forward_operations
             run.ledger.activity["ttt_phases"] += 1
         self.phase += 1
         self.lanes.clear()
         self.generators.clear()
 
     def add_gradients(self, inputs: Tensor, targets: Tensor, num_targets: int) -> None:
-        """Gradients of the mean nats of a chunk, of this rank's rows (n, T), which may be none."""
+        """Add the gradient of sum(nats) / num_targets over this rank's rows (n, T), if it has any.
+
+        num_targets: how many targets all ranks have together.
+        """
         cfg, run = self.run.cfg, self.run
         if len(inputs) == 0:
             return
-        at_once = max(1, run.scored_rows * cfg.eval_seq_len // cfg.phase_row_tokens)
-        for few, asked in zip(inputs.split(at_once), targets.split(at_once), strict=True):
-            batch = Batch(few, asked)
+        rows = max(1, run.scored_rows * cfg.eval_seq_len // cfg.phase_row_tokens)
+        for some_inputs, some_targets in zip(inputs.split(rows), targets.split(rows), strict=True):
+            batch = Batch(some_inputs, some_targets)
             if cfg.attn_docs:
                 batch = batch.by_document(cfg.eval_seq_len)
-            nats, _ = self.forward(self.model, batch.moved(run.put))
+            nats, _ = self.forward(self.model, batch.moved(run.to_device))
             (nats.sum() / num_targets).backward()
 
 
 @contextlib.contextmanager
-def at_rest(model: GPT, row_length: int) -> Iterator[None]:
-    """Inside, weights have no gradient, and positions are those of rows of this length."""
+def frozen_weights(model: GPT, row_length: int) -> Iterator[None]:
+    """Inside the block the weights have no gradients, and every input is the start of a row.
+
+    row_length: the tokens of that row, which set the rotary base.
+    """
     model.requires_grad_(False)
     model.row_place = (0, row_length)
     try:
@@ -9648,11 +9790,11 @@ def at_rest(model: GPT, row_length: int) -> Iterator[None]:
 def evaluate_documents(
     name: str, forward: Forward, model: GPT, val: Validation, run: Run
 ) -> EvalResult:
-    """Score the validation split document by document, each of which adapts to itself.
+    """Score the validation split document by document, with deltas that adapt to each document.
 
     Batches go to LORA_LANES lanes in the order of the queue, and each lane to one rank, so that the
-    deltas with which a document begins depend on the text alone. No hint comes from a document that
-    is scored later.
+    deltas with which a document begins do not depend on the number of ranks. With NGRAM_TILT, no
+    hint comes from a document that is scored later.
     """
     cfg, ranks = run.cfg, run.ranks
     started = time.perf_counter()
@@ -9663,28 +9805,29 @@ def evaluate_documents(
         run.ledger.occasions["ttt_phases"] = 0
     lanes, num_documents = cfg.lora_lanes, sum(map(len, queue))
     lengths = [int((batch[:, 1] - batch[:, 0]).sum()) for batch in queue]
-    owned = [n for n in range(len(queue)) if n % lanes % ranks.world_size == ranks.rank]
+    own = [n for n in range(len(queue)) if n % lanes % ranks.world_size == ranks.rank]
     last = min(cfg.lora_phase_docs, num_documents)
+    # For each phase, the number of scored documents after which it comes, and from which it learns.
     phases = [last * (n + 1) // cfg.lora_phases for n in range(cfg.lora_phases)]
     sums = torch.zeros(len(queue), 3, dtype=torch.float64)
-    with at_rest(model, cfg.eval_seq_len):
-        scorer.begin([queue[n] for n in owned])
+    with frozen_weights(model, cfg.eval_seq_len):
+        scorer.begin([queue[n] for n in own])
     scorer.is_late = ranks.any_of(scorer.is_late)
     with run.folder.progress(name, total=len(order), unit="target") as bar:
         for first in range(0, len(queue), lanes):
             end = min(first + lanes, len(queue))
-            with at_rest(model, cfg.eval_seq_len):
+            with frozen_weights(model, cfg.eval_seq_len):
                 for number in range(first, end):
-                    if number in owned:
+                    if number in own:
                         sums[number] = scorer.score(queue[number], number - first)
             scorer.is_late = ranks.any_of(scorer.is_late)
             bar.update(sum(lengths[first:end]))
-            scored = np.concatenate(queue[:end][::-1])
+            scored = np.concatenate(queue[:end][::-1])  # ascending in length
             if phases and len(scored) >= phases[0] and end < len(queue):
                 scorer.learn_together(scored[: phases.pop(0)])
-    told = torch.tensor([scorer.cut_short, scorer.operations], dtype=torch.float64)
-    ranks.add_up([sums, told])
-    cut_short, operations = map(int, told.tolist())
+    counts = torch.tensor([scorer.cut_short, scorer.operations], dtype=torch.float64)
+    ranks.add_up([sums, counts])
+    cut_short, operations = map(int, counts.tolist())
     if cut_short:
         run.folder.log(
             f"warning: {cut_short} of {num_documents} documents were adapted to less than "
@@ -9696,7 +9839,7 @@ def evaluate_documents(
 
 
 def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool = True) -> None:
-    """Log a score under the name of what was scored; FloatingPointError if it is not finite."""
+    """Log a score under the name of what was scored; raises FloatingPointError if not finite."""
     if not math.isfinite(result.nats):
         raise FloatingPointError(f"{result.name}: the loss is {result.nats}")
     run.folder.log(
@@ -9716,7 +9859,7 @@ def report(label: str, result: EvalResult, run: Run, step: int = 0, legal: bool 
 
 
 class ArtifactScores:
-    """The scores of the model rebuilt from an artifact, each logged under what was scored.
+    """Scores the model rebuilt from an artifact in several ways, and logs each score.
 
     The settings of `run` are those of the artifact.
     """
@@ -9750,9 +9893,9 @@ class ArtifactScores:
         return self.score("artifact_chunked", f"final_{self.grid}_roundtrip_exact", **how)
 
     def diagnostics(self) -> None:
-        """Scores beside the headline: in chunks, in published windows, without each addition."""
+        """Scores besides the headline: in chunks, in published windows, without each addition."""
         cfg, grid, stride = self.run.cfg, self.grid, self.run.cfg.eval_stride
-        if stride > 0 or cfg.ttt_mode == "lora":  # else it is the headline
+        if stride > 0 or cfg.ttt_mode == "lora":  # otherwise the score in chunks is the headline
             self.in_chunks()
         if stride == 0:
             return
@@ -9771,7 +9914,7 @@ class ArtifactScores:
                 self.score(f"artifact_sliding_{name}", f"final_{grid}_{name}", stride=stride)
 
     def headline(self) -> EvalResult:
-        """The score by which runs are compared, with all that the settings add."""
+        """The score by which runs are compared, with everything that the settings ask for."""
         cfg, val, run = self.run.cfg, self.val, self.run
         if cfg.ttt_mode == "lora":
             name = "artifact_documents"
@@ -9803,7 +9946,7 @@ class ArtifactScores:
         return result
 
     def after_training_on_it(self, scoring_seconds: float) -> None:
-        """The score that is not legal: the model has trained on the text that it predicts."""
+        """A score that is not legal: the model has trained on the text that it predicts."""
         train_then_score(Adapter(self.forward, self.model, self.val, self.run), scoring_seconds)
         name = "artifact_sliding_train_then_score"
         self.score(name, "illegal_ttt", stride=self.run.cfg.eval_stride, legal=False)
@@ -9812,7 +9955,11 @@ class ArtifactScores:
 def score_artifact(
     stored: dict[str, Stored], val: Validation, forward: Forward, run: Run, diagnostics: bool
 ) -> list[EvalResult]:
-    """Score an artifact's model; the last result is the headline, whose time is limited."""
+    """Score an artifact's model; the last result is the headline.
+
+    Only the headline's time counts against EVAL_WALLCLOCK_SECONDS. diagnostics: whether to compute
+    the other scores too.
+    """
     scores = ArtifactScores(stored, val, forward, run)
     cfg, ledger = scores.run.cfg, run.ledger
     if diagnostics:
@@ -9829,7 +9976,7 @@ def score_artifact(
 
 
 def make_mixture(stored: dict[str, Stored], val: Validation, run: Run) -> Mixture | None:
-    """The mixture that scores the split with an artifact's counts; None if COUNTS is off."""
+    """The mixture of the network with the counts that COUNTS asks for; None if it is off."""
     cfg = run.cfg
     if cfg.counts == "off":
         return None
@@ -9858,54 +10005,54 @@ def announce_scoring(batch_seconds: float, val: Validation, run: Run) -> None:
     run.folder.log(f"scoring expected:{seconds:.0f}s budget:{budget:.0f}s")
     if seconds > budget:
         run.folder.log(
-            "warning: scoring will pass EVAL_WALLCLOCK_SECONDS; it runs to the end all the "
-            "same, and the run will not be eligible as a record"
+            "warning: scoring will take longer than EVAL_WALLCLOCK_SECONDS; it runs to the end, "
+            "but the run will not be eligible as a record"
         )
 
 
 # =================================================================================================
 # Sampling
-# Text that an artifact's model draws token by token, through the same forward that is trained and
-# scored. The attention kernel keeps the keys and values of earlier positions.
+# Text drawn token by token from an artifact's model, through the same forward that is trained and
+# scored. The attention kernel caches the keys and values of earlier positions.
 # =================================================================================================
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings(Part):
-    """How --sample draws; SEED makes it repeat."""
+    """How --sample draws text; with the same SEED it draws the same."""
 
     title = "Sampling"
     prefixes: ClassVar[tuple[str, ...]] = ("SAMPLE_",)
 
     sample_tokens: int = run_knob(256, (1, 1 << 20), "Draw up to this many tokens.")
     sample_temperature: float = run_knob(
-        0.8, (0.0, 100.0), "Divide logits by this; 0 always takes the likeliest token."
+        0.8, (0.0, 100.0), "Divide logits by this; 0 always takes the most probable token."
     )
     sample_top_p: float = run_knob(
-        0.95, (0.0, 1.0), "Draw from the likeliest tokens of this total probability."
+        0.95, (0.0, 1.0), "Draw from the most probable tokens, of this total probability."
     )
 
 
-# How many earlier tokens the input at a position depends on: SmearGate mixes in the embedding of
-# the one before, and that one's BigramHash reads one more.
+# On how many earlier tokens the first layer's input at a position depends: SmearGate mixes in the
+# embedding of the token before, and the BigramHash of that one reads one more.
 LOOKS_BACK = 2
 
 
 class CachedAttention:
-    """A causal attention kernel that keeps keys and values of a row's earlier positions.
+    """A causal attention kernel that caches the keys and values of a row's earlier positions.
 
     All layers call it, in the same order in every forward, so that the number of a call tells which
-    layer's keys and values to take. Of a forward's positions only the last `new` are new; at the
-    others its output is 0, which nothing reads.
+    layer's keys and values to take. Only the last `new` positions of a forward are new; at the
+    others the output is 0, which nothing reads.
     """
 
     def __init__(self) -> None:
         self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (1, t, G, K), by call
-        self.calls = 0  # in this forward
-        self.new = 0
+        self.calls = 0  # the number of calls in this forward
+        self.new = 0  # the number of new positions in this forward
 
     def begin(self, new: int, forget: bool = False) -> None:
-        """Start a forward with `new` new positions; the first of a row forgets what was kept."""
+        """Start a forward with `new` new positions; `forget` the cache if a new row begins."""
         self.calls = 0
         self.new = new
         if forget:
@@ -9925,7 +10072,7 @@ class CachedAttention:
         groups = q.size(2) // k.size(2)
         query = q[:, -self.new :].transpose(1, 2)
         keys, values = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (keys, values))
-        # A single new position may see all that is kept, so it needs no mask.
+        # A single new position may attend to all that is cached, so it needs no mask.
         y = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
         return torch.cat([torch.zeros_like(q[:, : -self.new]), y], dim=1)
 
@@ -9934,32 +10081,32 @@ class CachedAttention:
 def draw_tokens(
     model: GPT, cache: CachedAttention, ids: list[int], cfg: Config, device: torch.device
 ) -> Iterator[int]:
-    """Up to SAMPLE_TOKENS tokens that the model draws after `ids`; BOS ends the text before them.
+    """Yield up to SAMPLE_TOKENS tokens that the model draws after `ids`; a BOS ends the text early.
 
-    The model sees less than EVAL_SEQ_LEN tokens; once a row is full, it goes on with its second
-    half.
+    The model reads fewer than EVAL_SEQ_LEN tokens: when a row is full, its second half begins the
+    next row.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     T = cfg.eval_seq_len
     row = ids[-(T - 1) :]
-    begins = True  # whether nothing of the row is cached
+    is_new_row = True  # whether nothing of the row is cached
     for _ in range(cfg.sample_tokens):
-        shown = row if begins else row[-1 - LOOKS_BACK :]
-        cache.begin(new=len(row) if begins else 1, forget=begins)
-        model.row_place = (len(row) - len(shown), T)
-        input_ids = torch.tensor([shown], device=device)
+        inputs = row if is_new_row else row[-1 - LOOKS_BACK :]
+        cache.begin(new=len(row) if is_new_row else 1, forget=is_new_row)
+        model.row_place = (len(row) - len(inputs), T)
+        input_ids = torch.tensor([inputs], device=device)
         last = model.hidden(input_ids)[:, -1:]
         logits = model.logits(last, input_ids[:, -1:])[0, 0].cpu()
         token = draw(logits, cfg.sample_temperature, cfg.sample_top_p, generator)
         if token == BOS:
             return
         yield token
-        begins = len(row) == T - 1
-        row = [*row[T // 2 :], token] if begins else [*row, token]
+        is_new_row = len(row) == T - 1
+        row = [*row[T // 2 :], token] if is_new_row else [*row, token]
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token from logits (V,), among the likeliest ones of total probability `top_p`."""
+    """Draw a token from logits (V,): from the most probable ones, of total probability `top_p`."""
     if temperature == 0:
         return int(logits.argmax())
     probs, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
@@ -9972,7 +10119,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 def stream_text(
     tokenizer: sentencepiece.SentencePieceProcessor, prompt: list[int], drawn: Iterator[int]
 ) -> None:
-    """Write the prompt and the drawn tokens to the console as soon as they are text."""
+    """Write the prompt, and then the drawn tokens as soon as they complete characters."""
     ids = list(prompt)
     text = decode_text(tokenizer, ids)
     write_text(text)
@@ -9987,7 +10134,7 @@ def stream_text(
 
 
 def write_text(text: str) -> None:
-    """Write to stdout at once, whatever its encoding."""
+    """Write text to stdout at once; what stdout cannot encode becomes a question mark."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
@@ -9996,7 +10143,7 @@ def write_text(text: str) -> None:
 # =================================================================================================
 # Faster on a CPU
 # Functions with hand-written derivatives that take fewer passes over memory than torch's on a CPU.
-# Each says which plain expression it stands for; on a GPU the compiler fuses that by itself.
+# Each names the plain expression that it replaces; on a GPU the compiler fuses that expression.
 # =================================================================================================
 
 
@@ -10021,22 +10168,23 @@ class RmsNorm(torch.autograd.Function):
 
 
 class HeadsAttention(torch.autograd.Function):
-    """What Attention does between its products, on a CPU, with few passes over memory.
+    """What Attention does between its projections, on a CPU, with few passes over memory.
 
-    Of a head's query x: z = R x / rms(x), with R the rotation, and q = gain z / sqrt(K). Keys are
-    the same without gain and 1 / sqrt(K). P = softmax(q k^T) up to a query's own place, o = P v,
-    and y = o - a v, a = o.v / v.v, where attention is exclusive. See rotate(), sdpa_attention() and
-    exclude_own_value(). Channels that rotate together are neighbours here, one complex number.
+    A head's query x becomes z = R x / rms(x), where R is the rotation, and then q = gain z /
+    sqrt(K). Keys do so without gain and 1 / sqrt(K). P = softmax(q k^T) over the places up to the
+    query's own, o = P v, and if attention is exclusive, y = o - a v with a = o.v / v.v. It replaces
+    rotate(), sdpa_attention() and exclude_own_value(). Channels that rotate as a pair are
+    neighbours here, and form one complex number.
 
-    Queries go through in blocks, each with the keys up to its end. P is kept for the backward, so
-    that memory grows with T^2: LONGEST bounds T.
+    Queries are processed in blocks, each with the keys up to the block's end. P is kept for the
+    backward pass, so that memory grows with T^2: LONGEST bounds T.
     """
 
-    QUERIES, LONGEST = 64, 512
+    QUERIES, LONGEST = 64, 512  # places in a block, and in a row
 
     @staticmethod
     def takes(x: Tensor, K: int, kernel: AttentionKernel) -> bool:
-        """Whether it stands in for this kernel at a layer's inputs (B, T, D) and heads of K."""
+        """Whether this replaces `kernel` for a layer's inputs x (B, T, D) and heads of width K."""
         if not trains_on_cpu(x) or kernel is not sdpa_attention:
             return False
         return K % 2 == 0 and x.size(1) <= HeadsAttention.LONGEST
@@ -10050,12 +10198,12 @@ class HeadsAttention(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         exclusive: bool,
-        products: torch.dtype,
+        product_dtype: torch.dtype,
     ) -> Tensor:
-        """Queries and keys (B, T, H + G, K), v (B, T, G, K), gains (H,) -> (B, T, H, K).
+        """Queries and keys qk (B, T, H + G, K), v (B, T, G, K), gains (H,) -> (B, T, H, K).
 
-        cos and sin: of rotary_tables(); channels of qk are as pairs_together() has them. Matrices
-        are multiplied, and P is kept, in the type `products`.
+        cos, sin: from rotary_tables(). The channels of qk are in the order of pairs_together().
+        Matrices are multiplied, and P is kept, in `product_dtype`.
         """
         B, T, G, K = v.shape
         H = len(gains)
@@ -10066,9 +10214,11 @@ class HeadsAttention(torch.autograd.Function):
         r = torch.rsqrt(norm.square() / K + RMS_EPS)
         z = times_complex(qk * r, turns)
         scales = torch.cat([gains / math.sqrt(K), gains.new_ones(G)]).unsqueeze(1)
-        q = by_key_head(z[:, :, :H] * scales[:H], G, products)
-        k, values = by_key_head(z[:, :, H:], G, products), by_key_head(v, G, products)
-        o, shares = torch.empty_like(q), []
+        q = by_key_head(z[:, :, :H] * scales[:H], G, product_dtype)
+        k = by_key_head(z[:, :, H:], G, product_dtype)
+        values = by_key_head(v, G, product_dtype)
+        o = torch.empty_like(q)
+        probabilities = []  # P of each block
         mask = q.new_full((HeadsAttention.QUERIES,) * 2, -math.inf).triu(1)
         mask = mask.repeat_interleave(H // G, dim=0)
         for first, last, rows in query_blocks(T, H // G):
@@ -10077,7 +10227,7 @@ class HeadsAttention(torch.autograd.Function):
             logits[:, :, first:] += mask[: len(logits[0]), :size]
             P = torch.softmax(logits, -1)
             torch.bmm(P, values[:, :last], out=o[:, rows])
-            shares.append(P)
+            probabilities.append(P)
         y = by_place(o, G, T).to(v.dtype)
         own, square, along = v, y.new_zeros(()), y.new_zeros(())
         if exclusive:
@@ -10085,18 +10235,19 @@ class HeadsAttention(torch.autograd.Function):
             square = torch.linalg.vector_norm(own, dim=-1, keepdim=True).clamp_min(1e-12).square()
             along = (y * own).sum(-1, keepdim=True) / square
             y.addcmul_(along, own, value=-1)
-        ctx.save_for_backward(z, r, scales, q, k, values, y, turns, own, square, along, *shares)
+        of_exclusion = (own, square, along)
+        ctx.save_for_backward(z, r, scales, q, k, values, y, turns, *of_exclusion, *probabilities)
         ctx.exclusive = exclusive
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Of queries and keys, of values, and of gains.
+        """The gradients of queries and keys, of values, and of gains; the other inputs have none.
 
-        With g the gradient of y, that of o is f = g - b v, b = g.v / v.v, and v takes -(b y + a f)
-        beside what it has from P v. With d that of z, that of x is R^T (d - z mean(d z)) / rms(x).
+        With g the gradient of y, that of o is f = g - b v, b = g.v / v.v, and that of v is the one
+        from P v minus (b y + a f). With d that of z, that of x is R^T (d - z mean(d z)) / rms(x).
         """
-        z, r, scales, q, k, values, y, turns, own, square, along, *shares = ctx.saved_tensors
+        z, r, scales, q, k, values, y, turns, own, square, along, *probabilities = ctx.saved_tensors
         T, H, K = y.shape[1:]
         G = z.size(2) - H
         of_own = None
@@ -10106,7 +10257,7 @@ class HeadsAttention(torch.autograd.Function):
             of_own = torch.addcmul(part * y, along, grad).unflatten(2, (G, -1)).sum(3)
         g, of_q = by_key_head(grad, G, q.dtype), torch.empty_like(q)
         of_k, of_v = (torch.zeros(k.shape, dtype=grad.dtype) for _ in range(2))
-        for (_, last, rows), P in zip(query_blocks(T, H // G), shares, strict=True):
+        for (_, last, rows), P in zip(query_blocks(T, H // G), probabilities, strict=True):
             of_v[:, :last] += P.mT @ g[:, rows]
             of_P = g[:, rows] @ values[:, :last].mT
             of_logits = torch._softmax_backward_data(of_P, P, -1, P.dtype)
@@ -10123,27 +10274,30 @@ class HeadsAttention(torch.autograd.Function):
 
 
 def query_blocks(T: int, queries: int) -> Iterator[tuple[int, int, slice]]:
-    """Blocks of places: the first, the last plus 1, and the rows of so many queries of each."""
+    """Yield blocks of places: the first, the last plus 1, and the rows of their queries.
+
+    queries: how many query heads share a key head, and so how many rows a place has.
+    """
     for first in range(0, T, HeadsAttention.QUERIES):
         last = min(first + HeadsAttention.QUERIES, T)
         yield first, last, slice(first * queries, last * queries)
 
 
 def by_key_head(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
-    """(B, T, H, K) -> (B G, T H/G, K): what has the same key head together, place by place."""
+    """(B, T, H, K) -> (B G, T H/G, K): the heads of a key head side by side, place by place."""
     return x.to(dtype).unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def by_place(x: Tensor, G: int, T: int) -> Tensor:
-    """(B G, T H/G, K) -> (B, T, H, K), as before by_key_head()."""
+    """Undo by_key_head(): (B G, T H/G, K) -> (B, T, H, K)."""
     return x.unflatten(1, (T, -1)).unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)
 
 
 @functools.cache
 def pairs_together(R: int, K: int) -> Tensor:
-    """The order of a head's K channels in which those of a pair of rotate() are neighbours."""
-    turned = torch.arange(R).view(2, -1).t().flatten()
-    return torch.cat([turned, torch.arange(R, K)])
+    """The order of a head's K channels in which those that rotate() pairs are neighbours."""
+    rotated = torch.arange(R).view(2, -1).t().flatten()
+    return torch.cat([rotated, torch.arange(R, K)])
 
 
 def times_complex(x: Tensor, factors: Tensor) -> Tensor:
@@ -10153,7 +10307,7 @@ def times_complex(x: Tensor, factors: Tensor) -> Tensor:
 
 
 class SquaredLeaky(torch.autograd.Function):
-    """leaky_relu(u)^2 in fewer passes on a CPU; it keeps one tensor for the backward."""
+    """leaky_relu(u)^2 in fewer passes on a CPU; it keeps one tensor for the backward pass."""
 
     @staticmethod
     def forward(ctx, u: Tensor, slope: float) -> Tensor:
@@ -10171,14 +10325,15 @@ class SquaredLeaky(torch.autograd.Function):
 
 
 class HeadNats(torch.autograd.Function):
-    """Nats of the targets under capped logits, and their weights in the loss.
+    """Nats of the targets under softcapped logits, and their weights in the loss.
 
-    For the backward it keeps one matrix (B*T, V): the derivative of each target's nats by its row
-    of logits before the cap, computed while the row is in the processor's cache. The gradient of
-    the nats, known only in the backward, then multiplies rows of width D instead of V.
+    For the backward pass it keeps one matrix (B*T, V): the derivative of each target's nats by its
+    row of logits before the softcap, computed while the row is in the processor's cache. The
+    gradient of the nats, which is known only in the backward pass, then multiplies rows of width D
+    instead of V.
     """
 
-    ROWS = 128  # of logits, at a time
+    ROWS = 128  # rows of logits at a time
 
     @staticmethod
     def forward(
@@ -10192,73 +10347,75 @@ class HeadNats(torch.autograd.Function):
         input_ids: Tensor,
         penalty: Tensor | None,
         prefixes: tuple[Tensor, Tensor] | None = None,
-        products: torch.dtype | None = None,
+        product_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What GPT.forward returns for hidden (B, T, D), head (V, D), targets and inputs (B, T).
+        """What GPT.forward() returns, for hidden (B, T, D), head (V, D), targets and inputs (B, T).
 
         penalty: the token mask (V, V), or None without it.
-        prefixes: what GPT.prefix_targets() gives, second targets (B, T) and their weights (B, T).
-        products: type in which the backward multiplies; logits keep that of hidden.
+        prefixes: from prefix_targets(), second targets (B, T) and their weights (B, T).
+        product_dtype: in which the backward pass multiplies; logits have the type of hidden.
         """
         shape = targets.shape
         hidden = hidden.flatten(0, 1)
-        bends = hidden.new_empty(HeadNats.ROWS, len(head))
-        pull = torch.empty(len(hidden), len(head), dtype=products or hidden.dtype)
+        tanh_buffer = hidden.new_empty(HeadNats.ROWS, len(head))
+        derivative = torch.empty(len(hidden), len(head), dtype=product_dtype or hidden.dtype)
         nats, weights, one = [], [], hidden.new_ones(())
-        columns = [hidden, targets.reshape(-1, 1), input_ids.flatten(), pull]
+        columns = [hidden, targets.reshape(-1, 1), input_ids.flatten(), derivative]
         columns += [column.reshape(-1, 1) for column in prefixes or ()]
         blocks = zip(*(column.split(HeadNats.ROWS) for column in columns), strict=True)
-        for own, at, before, pulled, *second in blocks:
-            bent = bends[: len(own)]  # tanh(z / cap)
-            torch.addmm(bent, own, head.t(), beta=0, alpha=1 / cap, out=bent).tanh_()
-            logits = cap * bent
+        for rows, target, previous, row_derivative, *second in blocks:
+            tanh = tanh_buffer[: len(rows)]  # tanh(z / cap)
+            torch.addmm(tanh, rows, head.t(), beta=0, alpha=1 / cap, out=tanh).tanh_()
+            logits = cap * tanh
             if penalty is not None:
-                logits += penalty.index_select(0, before)
+                logits += penalty.index_select(0, previous)
             weights.append(mile_weights(logits, gamma, clamp_min))
             if second:
-                other, share = second
-                # By how many nats the second target is less likely than the first.
-                farther = logits.gather(1, at) - logits.gather(1, other)
-            own_nats, p = nats_and_shares(logits, at, cap, penalty is not None)
-            excess = p
+                prefix, prefix_weight = second
+                # By how many nats the prefix is less likely than the target.
+                difference = logits.gather(1, target) - logits.gather(1, prefix)
+            row_nats, probs = nats_and_probs(logits, target, cap, penalty is not None)
+            # The derivative by softcapped logits is p minus 1 at the target.
+            by_logits = probs
             if second:
-                own_nats = own_nats + share * (own_nats + farther)
-                excess = p.mul_(1.0 + share).scatter_add_(1, other, -share)
-            nats.append(own_nats)
-            excess.scatter_add_(1, at, p.new_full(at.shape, -1.0))
-            slope = torch.addcmul(one, bent, bent, value=-1, out=bent)
-            torch.mul(slope, excess, out=pulled)
-        ctx.save_for_backward(hidden, head, pull)
-        of_loss = torch.cat(weights).view(shape)
-        ctx.mark_non_differentiable(of_loss)
-        return torch.cat(nats).view(shape), of_loss
+                row_nats = row_nats + prefix_weight * (row_nats + difference)
+                by_logits = probs.mul_(1.0 + prefix_weight)
+                by_logits.scatter_add_(1, prefix, -prefix_weight)
+            nats.append(row_nats)
+            by_logits.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
+            slope = torch.addcmul(one, tanh, tanh, value=-1, out=tanh)  # of the softcap
+            torch.mul(slope, by_logits, out=row_derivative)
+        ctx.save_for_backward(hidden, head, derivative)
+        loss_weights = torch.cat(weights).view(shape)
+        ctx.mark_non_differentiable(loss_weights)
+        return torch.cat(nats).view(shape), loss_weights
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden and head; the other inputs have none."""
-        hidden, head, pull = ctx.saved_tensors
+        hidden, head, derivative = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(-1, 1)
-        of_hidden = (grad * (pull @ head.to(pull.dtype))).view(*shape, -1)
-        of_head = pull.t() @ (grad * hidden).to(pull.dtype)
+        of_hidden = (grad * (derivative @ head.to(derivative.dtype))).view(*shape, -1)
+        of_head = derivative.t() @ (grad * hidden).to(derivative.dtype)
         return of_hidden, of_head.to(head.dtype), *[None] * 8
 
 
 LOG2_E = math.log2(math.e)
 
 
-def nats_and_shares(
+def nats_and_probs(
     logits: Tensor, targets: Tensor, cap: float, masked: bool
 ) -> tuple[Tensor, Tensor]:
-    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which it overwrites."""
-    if cap <= 30 and not masked:  # no share is so small that float32 has no logarithm of it
-        shares = torch.softmax(logits, -1)
-        return -shares.gather(1, targets).log(), shares
+    """Nats of the targets (n, 1), and the softmax of the logits (n, V), which it may overwrite."""
+    if cap <= 30 and not masked:  # then no probability is too small for float32
+        probs = torch.softmax(logits, -1)
+        return -probs.gather(1, targets).log(), probs
     if masked:
-        log_shares = torch.log_softmax(logits, -1)
-        nats = -log_shares.gather(1, targets)
-        # On a CPU exp() takes ten times as long where it gives 0; exp2() does not.
-        return nats, log_shares.mul_(LOG2_E).exp2_()
+        log_probs = torch.log_softmax(logits, -1)
+        nats = -log_probs.gather(1, targets)
+        # On a CPU exp() takes ten times as long where its result is 0; exp2() does not.
+        return nats, log_probs.mul_(LOG2_E).exp2_()
     total = logits.logsumexp(-1, keepdim=True)
     nats = total - logits.gather(1, targets)
     return nats, logits.sub_(total).exp_()
@@ -10266,34 +10423,34 @@ def nats_and_shares(
 
 # =================================================================================================
 # Published variants
-# What only a published system needs to be reproduced, and names that its command lines use.
-# Nothing here is recommended; a reader of the main path may leave the section out.
+# What only the reproduction of a published system needs, and names that its command lines use.
+# Nothing here is recommended; a reader of the main path may skip the section.
 # =================================================================================================
 
 
 def gptq_simple(W: Tensor, H: Tensor, bits: int, cfg: Config, sigmas: float = 0.0) -> Stored:
-    """The GPTQ of #1361: it never updates the inverse of H, and so corrects too much.
+    """The GPTQ of parameter-golf #1361; arguments as in gptq().
 
-    Its scales are not yet fp16 when it rounds, and it chooses the clip by the error of rounding to
-    nearest.
+    It never updates the inverse of H, and so corrects too much. It rounds by scales that are not
+    fp16 yet, and chooses the clip by the error of rounding to nearest.
     """
     top = largest_integer(bits)
     U = inverse_factor(H)
     inverse = U.mT @ U
     scales = clip_candidates(W, bits, cfg, sigmas)
-    step = scales.unsqueeze(-1)
+    scale = scales.unsqueeze(-1)
     tops = torch.full((W.size(1),), float(top))
-    Q = feed_back(W, step, inverse / inverse.diagonal()[:, None], tops, cfg)
-    error = W - torch.round(W / step).clamp(-top, top) * step
+    Q = round_columns(W, scale, inverse / inverse.diagonal()[:, None], tops, cfg)
+    error = W - round_to_grid(W, scale, top) * scale
     return pick_clip(error.square().mean(dim=2), Q, scales.half(), cfg)
 
 
 def published_windows(num_targets: int, seq_len: int, stride: int, form: str) -> np.ndarray:
     """Windows of published systems, as rows like those of windows(): int64 (windows, 3).
 
-    published_s1 begins a window every `stride` targets to the end, so the last ones are short;
-    published_s3 has full windows only. The first scores all its targets, the others their last
-    `stride`, which may have been scored before.
+    published_s1 begins a window every `stride` targets up to the end, so the last ones are short;
+    published_s3 has full windows only. The first window scores all its targets, the others their
+    last `stride`, some of which may have been scored before.
     """
     starts: np.ndarray = np.arange(0, num_targets, stride)
     if form == "published_s3":
@@ -10306,13 +10463,13 @@ def published_windows(num_targets: int, seq_len: int, stride: int, form: str) ->
 def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
     """Train on the whole validation split; the score that follows is not legal.
 
-    scoring_seconds: of the budget, are left for that score.
+    scoring_seconds: the part of the evaluation budget that is left for that score.
     """
     cfg, run = adapter.run.cfg, adapter.run
     end = adapter.val.num_targets(cfg)
     deadline = cfg.eval_wallclock_seconds - 1.1 * scoring_seconds
-    steps_an_epoch = -(-end // (cfg.eval_seq_len * cfg.ttt_batch_seqs))
-    run.ledger.occasions["ttt"] = cfg.ttt_epochs * steps_an_epoch
+    steps_per_epoch = divide_up(end, cfg.eval_seq_len * cfg.ttt_batch_seqs)
+    run.ledger.occasions["ttt"] = cfg.ttt_epochs * steps_per_epoch
     for _ in range(cfg.ttt_epochs):
         run.ledger.activity["ttt"] += adapter.learn(0, end, cfg.ttt_lr, deadline)
     run.folder.log(
@@ -10320,8 +10477,8 @@ def train_then_score(adapter: Adapter, scoring_seconds: float) -> None:
     )
 
 
-# Published names of settings that have another name here: (our name, {published value: ours}).
-# Without a table of values, values are the same; the value None leaves our setting as it is.
+# Published names of settings that have another name here: (our name, {published value: our value}).
+# Where there is no table of values, they are the same. None leaves our setting as it is.
 ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     "BACKOUT_LAMBDA_INIT": ("BACKOUT_INIT", None),
     "MUON_NS_STEPS": ("MUON_BACKEND_STEPS", None),
@@ -10348,8 +10505,8 @@ ALIASES: dict[str, tuple[str, dict[str, str | None] | None]] = {
     },
 }
 
-# Published names that are no settings here: the values that change nothing, since a technique is
-# off by them or a constant is the same. None accepts any value, since nothing here would read it.
+# Published names that are no settings here, with the values that are accepted because they change
+# nothing: they turn a technique off, or are equal to a constant. None accepts any value.
 RETIRED: dict[str, tuple[str, ...] | None] = {
     "DTG_ENABLED": ("0",),
     "GATED_ATTENTION": ("0",),
@@ -10383,10 +10540,11 @@ RETIRED: dict[str, tuple[str, ...] | None] = {
 
 
 def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -> Iterator[str]:
-    """Add to `given` what published names in `env` mean, with a note for each; or Refusal.
+    """Add to `given` the settings that published names in `env` mean, and yield a note for each.
 
     Of two published switches for one setting, the one that is on wins: EMA_ENABLED=0 SWA_ENABLED=1
-    means AVG_MODE=swa. So those that are on are read first.
+    means AVG_MODE=swa. So those that are on are read first. Raises Refusal for an unknown value, or
+    one that contradicts the setting itself.
     """
     translated = set()
     for alias in sorted(set(ALIASES) & set(env), key=lambda alias: (env[alias] == "0", alias)):
@@ -10410,19 +10568,19 @@ def translate_aliases(env: dict[str, str], given: dict[str, str], known: dict) -
 
 
 def retired_names(env: dict[str, str]) -> Iterator[str]:
-    """A note for each of RETIRED in `env`; raises Refusal if its value asks for something."""
+    """Yield a note for each of RETIRED in `env`; raises Refusal if its value has an effect."""
     for name in sorted(set(RETIRED) & set(env)):
-        off = RETIRED[name]
-        if off is not None and env[name] not in off:
-            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={off[0]} is")
+        accepted = RETIRED[name]
+        if accepted is not None and env[name] not in accepted:
+            raise Refusal(f"{name}={env[name]!r}: not available here, only {name}={accepted[0]} is")
         yield f"{name}={show_setting(env[name])} has no effect here"
 
 
 # =================================================================================================
 # Configuration
 # All parts of the settings put together, the presets, and how the environment is read. Every wrong
-# name or value and every contradiction that can be known before a run is refused here, in one line.
-# Environment names are the upper-case names of the fields.
+# name or value, and every contradiction that can be known before a run, is refused here in one
+# line. A setting's environment variable has the name of its field in upper case.
 # =================================================================================================
 
 
@@ -10457,7 +10615,7 @@ class Config(
 ):
     """All settings of a run, checked; the defaults are the recommended combination.
 
-    Properties that need settings of several parts stand here.
+    Properties that need settings of several parts are here.
     """
 
     @property
@@ -10468,8 +10626,8 @@ class Config(
     @property
     def has_input_gates(self) -> bool:
         """Whether some gate reads the first GATE_WINDOW channels of its input."""
-        smears = self.smear_enabled and self.smear_form == "input"
-        return smears or self.attn_gate != "none"
+        smear_reads_input = self.smear_enabled and self.smear_form == "input"
+        return smear_reads_input or self.attn_gate != "none"
 
     @property
     def backout_layer(self) -> int:
@@ -10501,26 +10659,27 @@ class Config(
                     raise Refusal(self.with_values(complaint))
 
     def with_values(self, complaint: str) -> str:
-        """The text with each setting's name followed by its value."""
+        """The text with =VALUE after each name of a setting that does not have it yet."""
 
-        def with_value(name: re.Match) -> str:
-            if name[0].lower() not in SETTINGS:
-                return name[0]
-            return f"{name[0]}={show_setting(getattr(self, name[0].lower()))}"
+        def with_value(found: re.Match) -> str:
+            word = found[0]
+            if word.lower() not in SETTINGS:
+                return word
+            return f"{word}={show_setting(getattr(self, word.lower()))}"
 
         return re.sub(r"\b[A-Z][A-Z_0-9]+\b(?!=)", with_value, complaint)
 
     def for_model(self) -> Config:
-        """A view of the settings that the network may read; reading another one is refused."""
+        """The settings as the network may read them: reading any of another reach is refused."""
         return cast(Config, LimitedSettings(self, ("model",), "the model"))
 
     def for_scoring(self) -> Config:
-        """A view of the settings that scoring may read; reading another one is refused."""
+        """The settings as scoring may read them: reading any of another reach is refused."""
         return cast(Config, LimitedSettings(self, ("run", "model", "scoring"), "scoring"))
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> tuple[Config, list[str]]:
-        """Settings by the defaults, overridden by PRESET, then by `env`; and notes for the log.
+        """The defaults, overridden by PRESET and then by `env`; and notes for the log.
 
         Raises Refusal for a name, value or combination that is wrong.
         """
@@ -10533,8 +10692,8 @@ class Config(
         for name, text in given.items():
             values[name.lower()] = parse_setting(name, text, known[name])
         if "WARMDOWN_ITERS" in given and "WARMDOWN_FRAC" not in given:
-            values["warmdown_frac"] = 0.0  # a preset's fraction would win over what was asked for
-        # A run has one budget: the one asked for replaces that of the defaults or a preset.
+            values["warmdown_frac"] = 0.0  # otherwise a preset's fraction would win
+        # A run has one budget: the one in `env` replaces that of the defaults or a preset.
         if values["max_train_tflops"] and "MAX_WALLCLOCK_SECONDS" not in given:
             values["max_wallclock_seconds"] = 0.0
         elif "MAX_WALLCLOCK_SECONDS" in given and "MAX_TRAIN_TFLOPS" not in given:
@@ -10542,7 +10701,7 @@ class Config(
         return cls(**values), notes
 
     def listing(self) -> Iterator[str]:
-        """The settings as --help and the log show them, marked * if they differ from defaults."""
+        """The lines of --help and the log on all settings; * marks those that are not defaults."""
         for part in PARTS:
             yield f"{part.title}:"
             for name in settings_of(part):
@@ -10550,19 +10709,20 @@ class Config(
 
     def line_of(self, name: str) -> str:
         """One setting as --help shows it: value, meaning, what it accepts, default."""
-        value, setting = getattr(self, name), SETTINGS[name]
-        about = knob_of(setting)
+        value = getattr(self, name)
+        setting = SETTINGS[name]
+        declared = knob_of(setting)
         if isinstance(setting.default, bool):
             accepted = "0 or 1"
         elif isinstance(setting.default, str):
-            accepted = "|".join(about.accepts) or "text"
+            accepted = "|".join(declared.accepts) or "text"
         else:
-            accepted = f"{about.accepts[0]:g} to {about.accepts[1]:g}"
+            accepted = f"{declared.accepts[0]:g} to {declared.accepts[1]:g}"
         mark = " "
         if value != setting.default:
             mark = "*"
             accepted += f"; default {show_setting(setting.default)}"
-        return f"{mark} {name.upper():<29}{show_setting(value):<12} {about.meaning} [{accepted}]"
+        return f"{mark} {name.upper():<29}{show_setting(value):<12} {declared.meaning} [{accepted}]"
 
 
 SETTINGS: dict[str, Field] = {setting.name: setting for setting in fields(Config)}
@@ -10586,10 +10746,12 @@ def settings_of_reach(*reaches: str) -> list[str]:
 
 @functools.cache
 def refuse_bad_declarations() -> None:
-    """Raise Refusal if a setting travels in artifacts but older ones could not be read."""
+    """Raise Refusal if a setting is declared so that older artifacts could not be read any more."""
     for name, setting in SETTINGS.items():
         if not isinstance(setting.metadata.get("knob"), Knob):
-            raise Refusal(f"{name.upper()} is declared without a knob: use training_knob or so")
+            raise Refusal(
+                f"{name.upper()} is declared without a knob: use training_knob or another"
+            )
         if not knob_of(setting).travels or name in VERSION_1_SETTINGS:
             continue
         if knob_of(setting).absent is UNSAID:
@@ -10604,27 +10766,30 @@ def refuse_bad_declarations() -> None:
 
 
 def preset_names(text: str) -> list[str]:
-    """The names in PRESET; raises Refusal for an unknown one, or names that cannot be combined."""
+    """The names in PRESET; raises Refusal if one is unknown, or if they cannot be combined."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PRESETS:
             raise Refusal(f"PRESET={name!r}: expected one of {', '.join(PRESETS)}")
     if "mini" in names[:-1]:
-        raise Refusal(f"PRESET={','.join(names)}: mini scales the others: it goes last")
+        raise Refusal(f"PRESET={','.join(names)}: mini scales the others, so it must come last")
     if "cpu" in names and len(names) > 1:
-        raise Refusal(f"PRESET={','.join(names)}: cpu is a whole recipe: it stands alone")
+        raise Refusal(f"PRESET={','.join(names)}: cpu cannot be combined with other presets")
     return names
 
 
-def scaled(before: Any, value: Any) -> Any:
-    """A preset's value; a Fraction is of the value before, at least 1 unless that was 0."""
+def scaled(previous: Any, value: Any) -> Any:
+    """The value that a preset gives to a setting; a Fraction multiplies the previous value.
+
+    The product is rounded, and at least 1 unless the previous value was 0.
+    """
     if not isinstance(value, Fraction):
         return value
-    return before and max(1, round(before * value))
+    return max(1, round(previous * value)) if previous else previous
 
 
-# What the first five published systems share: no masks at document starts, text in stream order,
-# the last short validation row dropped.
+# What the first five published systems below have in common: SmearGate and BigramHash reach across
+# the starts of documents, text is read in order, and a last short validation row is left out.
 PUBLISHED = {
     "loader": "sequential",
     "smear_bos_mask": False,
@@ -10632,7 +10797,8 @@ PUBLISHED = {
     "eval_truncate": True,
 }
 
-# #1855 as it ran; #2135 differs in few settings. The capitals of their text are marks (CaseOps).
+# Pull request 1855 as it ran; 2135 differs in few settings. Their tokenizer knows lower case and
+# marks for capitals (CaseOps).
 FRONTIER = {
     "data_path": "./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
     "tokenizer_path": "./data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
@@ -10669,20 +10835,21 @@ FRONTIER = {
     "clip_sigmas": "mlp:11.5,attn:13,emb:14,aux:13",
     "lqer_top_k": 3,
     "gate_storage": "int8",
-    "codec": "range",  # in place of ZPAQ
+    "codec": "range",  # instead of ZPAQ, which is not available here
     "bits": "mlp:6,attn:6,emb:7,aux:8",
     "gptq_calib_batches": 16,
     "eval_truncate": True,
     "eval_stride": 0,
-    # Each of eight ranks had a row of 4,096 tokens in a step of a phase.
+    # In a step of a phase each of eight ranks had a row of 4,096 tokens.
     "ttt_mode": "lora",
     "lora_phases": 3,
     "lora_phase_row_tokens": 4096,
 }
 
 PRESETS: dict[str, dict] = {
-    # openai/parameter-golf pull requests, as their scripts ran; records/SYSTEMS.md has every line.
-    # Averages that were computed, never applied, are left out: #1361, #569, #703 SWA; #334 EMA.
+    # Pull requests of openai/parameter-golf as their scripts ran; records/SYSTEMS.md explains every
+    # value. Averages that a script computed but never applied are left out: SWA in 1361, 569 and
+    # 703, EMA in 334.
     "pr1361": PUBLISHED
     | {
         "warmdown_iters": 3200,
@@ -10703,7 +10870,7 @@ PRESETS: dict[str, dict] = {
         "qat_targets": "linears",
         "qat_clip": "quantile",
         "bits": "mlp:6,attn:6,emb:8,aux:6",
-        # Asked for, but there the threshold came out as 0, so that nothing was pruned.
+        # As its script sets it; but there the threshold came out as 0, so that nothing was pruned.
         "prune_pct": 0.02,
     },
     "pr703": PUBLISHED
@@ -10724,7 +10891,7 @@ PRESETS: dict[str, dict] = {
         "mile_gamma": 1.1,
         "codec": "lzma",
         "sliding": "published_s1",
-        "qat_targets": "aux",  # its late QAT reached no other linears
+        "qat_targets": "aux",  # its late QAT rounded no other linear weights
     },
     "pr334": PUBLISHED
     | {
@@ -10786,7 +10953,7 @@ PRESETS: dict[str, dict] = {
         "warmdown_iters": 3000,
         "avg_mode": "swa",
         "qat_mode": "always",
-        "qat_targets": "blocks",  # the last keys too, which are stored as fp16
+        "qat_targets": "blocks",  # also the key matrices that are stored as fp16, see bits
         "q_scale_floor": "tiny",
         "gptq_variant": "off",
         "bits": "mlp:5,attn:6,emb:fp16,aux:6,blocks.8.attn.c_k:fp16,blocks.9.attn.c_k:fp16",
@@ -10809,7 +10976,7 @@ PRESETS: dict[str, dict] = {
         "lora_phases": 1,
         "ngram_tilt": 2.625,
     },
-    # The best recipe that was found for two CPU cores and the built-in corpus (records/NOTES.md).
+    # The best recipe found for two CPU cores and the built-in corpus (see records/NOTES.md).
     "cpu": {
         "data_path": "./data/datasets/docs_sp4096",
         "tokenizer_path": "./data/tokenizers/docs_4096_bpe.model",
@@ -10822,7 +10989,7 @@ PRESETS: dict[str, dict] = {
         "rope_dims": 8,
         "xsa_last_n": 4,
         "cache_layer": 2,
-        # Looking a row up is no product of matrices, and bytes are plenty: large tables.
+        # Tables are large: a lookup costs little time, and the limit on bytes leaves room for them.
         "ve_layers": "0,1,2,3",
         "ve_dim": 96,
         "bigram_vocab_size": 65536,
@@ -10842,8 +11009,8 @@ PRESETS: dict[str, dict] = {
         "int8_keep_float_max_numel": 1024,
         "counts": "both",
     },
-    # Scales any system down to two CPU cores, the built-in corpus and five minutes. It goes last;
-    # fractions are of the value that the presets before it give.
+    # Scales any other preset down to two CPU cores, the built-in corpus and five minutes. It must
+    # come last; a Fraction multiplies the value that the presets before it give.
     "mini": {
         "data_path": "./data/datasets/docs_sp1024",
         "tokenizer_path": "./data/tokenizers/docs_1024_bpe.model",
@@ -10867,7 +11034,7 @@ PRESETS: dict[str, dict] = {
         "int8_keep_float_max_numel": 1024,
         "ttt_chunk_tokens": Fraction(1, 8),
         "lora_batch_docs": Fraction(1, 4),
-        "lora_lanes": Fraction(1, 4),  # of 98 documents several batches are left after a phase
+        "lora_lanes": Fraction(1, 4),  # few enough that batches of the 98 documents follow a phase
         "lora_phase_docs": Fraction(1, 50),
         "lora_phase_chunk_tokens": Fraction(1, 16),
         "lora_phase_row_tokens": 0,
@@ -10876,7 +11043,10 @@ PRESETS: dict[str, dict] = {
 
 
 def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], list[str]]:
-    """The settings in `env` under our names, and notes on names that are not; or Refusal."""
+    """The settings in `env` under our names, and notes for the log on all other names.
+
+    Raises Refusal for a name or value that cannot be meant as it stands.
+    """
     given = {name: env[name] for name in known if name in env}
     notes = [
         *translate_aliases(env, given, known),
@@ -10887,25 +11057,25 @@ def translate_names(env: dict[str, str], known: dict) -> tuple[dict[str, str], l
 
 
 def misspelled_names(env: dict[str, str], known: dict) -> Iterator[str]:
-    """Raise Refusal for a name like that of a setting, if its value could be the setting's.
+    """Raise Refusal for a name similar to a setting's, if the value could be that setting's.
 
-    If it could not, the name is taken for another program's variable and gets a note.
+    If it could not, the variable is taken to be another program's, and a note is yielded.
     """
     excused = {name.strip() for name in env.get("NOT_OURS", "").split(",")}
     for name in sorted(env.keys() - known.keys() - ALIASES.keys() - RETIRED.keys() - excused):
-        resembled = resembled_names(name, known)
-        if fitting := [near for near in resembled if value_fits(near, env[name], known)]:
+        similar = similar_names(name, known)
+        if fitting := [near for near in similar if value_fits(near, env[name], known)]:
             raise Refusal(
                 f"{name} is not a setting; did you mean {fitting[0]}? (--help lists them; "
                 f"NOT_OURS={name} says that it is another program's)"
             )
-        if resembled:
+        if similar:
             yield f"{name}={show_setting(env[name])} is not read here: it is no setting"
 
 
-def resembled_names(name: str, known: dict) -> list[str]:
-    """Settings and aliases that a name could be meant for, the likeliest first."""
-    # Short names must be closer: other programs have many a short name (SPEED is not SEED).
+def similar_names(name: str, known: dict) -> list[str]:
+    """Settings and aliases that a name could be meant for, the most similar first."""
+    # Short names must be more similar, since other programs use many (SPEED is not SEED).
     cutoff = 0.88 if len(name) > 8 else 0.92
     if near := difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=cutoff):
         return near
@@ -10915,7 +11085,7 @@ def resembled_names(name: str, known: dict) -> list[str]:
 
 
 def value_fits(name: str, text: str, known: dict) -> bool:
-    """Whether a text could be the value of a setting or alias; a path only if it exists."""
+    """Whether a text could be the value of a setting or alias; a path must exist for that."""
     name, values = ALIASES.get(name, (name, None))
     if values is not None:
         return text in values
@@ -10930,8 +11100,8 @@ def value_fits(name: str, text: str, known: dict) -> bool:
 
 # =================================================================================================
 # Main
-# verb_train() is the story of a run. What follows are its steps that have no other section, the
-# verbs that do less than train, and main().
+# verb_train() is the course of a run. After it come those of its steps that have no other section,
+# then what --check, --plan, --eval, --sample and --help do, and main().
 # =================================================================================================
 
 
@@ -10940,7 +11110,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
     with Run.start(cfg) as run:
         with run.ranks.together():
             rows, val = load_inputs(cfg, run.device)
-            weights = initial_weights(cfg, val)
+            weights = weights_to_start_from(cfg, val)
         attention = pick_attention(cfg, run.ranks)
         run.folder.open()
         run.log_header(notes)
@@ -10949,7 +11119,7 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
         forward = make_forward(run)
         calibration_seconds, batch_seconds = prime(forward, model, rows, run)
         reserve = budget_reserve(model, calibration_seconds, run)
-        state = Training(model, reserve, origin(rows, val, cfg), run)
+        state = Training(model, reserve, data_identity(rows, val, cfg), run)
         if saved := run.folder.last_checkpoint():
             state.restore(saved)
         packed_text = pack_training_text(rows, run)
@@ -10966,14 +11136,14 @@ def verb_train(cfg: Config, notes: list[str]) -> int:
 
 
 def load_inputs(cfg: Config, device: torch.device) -> tuple[TrainingRows, Validation]:
-    """Load training rows and validation split; raises Refusal for all that can be known to fail."""
+    """Load training rows and validation split; raises Refusal for all that is bound to fail."""
     if cfg.codec == "brotli":
         brotli_module()
     if cfg.log_to == "tensorboard":
         tensorboard_writer()
     if cfg.cpu_bf16 == "1" and device.type == "cpu" and not has_bf16_products():
         raise Refusal(
-            "CPU_BF16=1: this processor has no products of bfloat16 (avx512_bf16 or AMX); "
+            "CPU_BF16=1: this processor cannot multiply in bfloat16 (avx512_bf16 or AMX); "
             "use CPU_BF16=auto"
         )
     refuse_unreadable_network(cfg)
@@ -10987,11 +11157,11 @@ def load_inputs(cfg: Config, device: torch.device) -> tuple[TrainingRows, Valida
     return rows, val
 
 
-def initial_weights(cfg: Config, val: Validation) -> dict[str, Tensor]:
-    """Read the weights in INIT_FROM, by parameter; empty without it.
+def weights_to_start_from(cfg: Config, val: Validation) -> dict[str, Tensor]:
+    """Read the weights in INIT_FROM, by parameter name; empty without INIT_FROM.
 
-    The file may be a stranger's: nothing in it is executed, and no shape is trusted. Raises
-    Refusal if it cannot be read, or holds another model or the model of another tokenizer.
+    The file may come from a stranger: nothing in it is executed, and no shape is trusted. Raises
+    Refusal if it cannot be read, or if its model has other shapes or another tokenizer.
     """
     if not cfg.init_from:
         return {}
@@ -11009,7 +11179,8 @@ def initial_weights(cfg: Config, val: Validation) -> dict[str, Tensor]:
         }
     else:
         weights = weights_of_checkpoint(path)
-    expected = {name: tuple(weight.shape) for name, weight in laid_out(cfg).named_parameters()}
+    parameters = unallocated_model(cfg).named_parameters()
+    expected = {name: tuple(weight.shape) for name, weight in parameters}
     given = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted(expected.keys() | given.keys()):
         if given.get(name) != expected.get(name):
@@ -11023,7 +11194,7 @@ def initial_weights(cfg: Config, val: Validation) -> dict[str, Tensor]:
 
 
 def weights_of_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the model's weights in a checkpoint; raises Refusal if the file is none."""
+    """Read the model's weights in a checkpoint; raises Refusal if the file is not a checkpoint."""
     try:
         content = io.BytesIO(read_checkpoint(path))
         weights = torch.load(content, "cpu", weights_only=True)["model"]
@@ -11038,8 +11209,8 @@ def weights_of_checkpoint(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def origin(rows: TrainingRows, val: Validation, cfg: Config) -> list:
-    """Identify by content what a run learns from, to recognise its own checkpoints."""
+def data_identity(rows: TrainingRows, val: Validation, cfg: Config) -> list:
+    """Identify a run's data and initial weights; checkpoints with another identity are refused."""
     initial = [sha256_of(Path(cfg.init_from))] if cfg.init_from else []
     return [val.fingerprint, rows.num_tokens, *initial]
 
@@ -11047,9 +11218,9 @@ def origin(rows: TrainingRows, val: Validation, cfg: Config) -> list:
 def make_model(
     kernel: AttentionKernel, val: Validation, weights: dict[str, Tensor], run: Run
 ) -> GPT:
-    """The model with its initial weights, the same on all ranks, and what it knows of tokens.
+    """The model with its initial weights, the same on all ranks, its token mask and prefixes.
 
-    weights: those to start from instead of random ones; may be empty.
+    weights: those to start from; random ones if empty.
     """
     cfg = run.cfg
     model = GPT(cfg, kernel, run.dtype)
@@ -11065,7 +11236,7 @@ def make_model(
 
 
 def score_float_model(forward: Forward, model: GPT, val: Validation, run: Run) -> EvalResult:
-    """The score of the trained weights before they are quantized, in windows side by side."""
+    """Score the trained weights before they are quantized, in windows side by side."""
     run.phase = "scoring the float model"
     result = evaluate("float_chunked", forward, model, val, run)
     label = "DIAGNOSTIC"
@@ -11076,7 +11247,7 @@ def score_float_model(forward: Forward, model: GPT, val: Validation, run: Run) -
 
 
 def score_export(blob: bytes, forward: Forward, val: Validation, run: Run) -> list[EvalResult]:
-    """The scores of an artifact's bytes, headline last: by its own settings alone, as --eval."""
+    """Score an artifact's bytes by the settings in them alone, as --eval does; headline last."""
     run.phase = "scoring the artifact"
     header, stored = decode_artifact(blob)
     cfg, _ = settings_within(header, environment_of(run.cfg, "run"))
@@ -11086,16 +11257,42 @@ def score_export(blob: bytes, forward: Forward, val: Validation, run: Run) -> li
 def log_work(
     model: GPT, rows: TrainingRows, val: Validation, attention: ChosenAttention, run: Run
 ) -> None:
-    """Log what is about to be trained, and on what; note what keeps the run from being a record."""
+    """Log what will be trained, and on what; note what keeps the run from being a record."""
     cfg = run.cfg
-    first_xsa = cfg.num_layers - cfg.xsa_last_n
     machine = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
     if "H100" not in machine or run.ranks.world_size != 8:
         run.ledger.mark_ineligible(
             f"ran on {run.ranks.world_size} x {machine}, the track asks for 8 x H100"
         )
-    for reason in static_ineligibility(cfg):
+    for reason in ineligible_settings(cfg):
         run.ledger.mark_ineligible(reason)
+    log_data(rows, val, run)
+    run.folder.log(
+        "model_params:{params}", "model", params=sum(p.numel() for p in model.parameters())
+    )
+    most_rows = max((count for _, count in micro_batches(cfg, run)), default=0)
+    xsa_layers = [*range(cfg.num_layers - cfg.xsa_last_n, cfg.num_layers)]
+    lines = (
+        f"XSA:last_{cfg.xsa_last_n} active_layers:{xsa_layers}",
+        f"world_size:{run.ranks.world_size} rows_per_step:{cfg.rows_per_step} "
+        f"micro_batch_rows:{most_rows}",
+        *attention_lines(attention, cfg),
+        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+        f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
+        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f} "
+        f"max_train_tflops:{cfg.max_train_tflops:g}",
+        f"work of a step:{step_operations(model) / 1e12:.6g} TFLOP",
+        *plan_lines(model),
+        *routing_table(cfg, model),
+        f"repeats:{repeats(run)}",
+        f"seed:{cfg.seed}",
+    )
+    run.folder.log("\n".join(lines))
+
+
+def log_data(rows: TrainingRows, val: Validation, run: Run) -> None:
+    """Log which training and validation data the run uses."""
+    cfg = run.cfg
     run.folder.log(
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}"
     )
@@ -11119,33 +11316,10 @@ def log_work(
     )
     if val.accounting:
         run.folder.log(f"val_bytes:{val.accounting}")
-    run.folder.log(
-        "model_params:{params}", "model", params=sum(p.numel() for p in model.parameters())
-    )
-    most = max((count for _, count in micro_batches(cfg, run)), default=0)
-    run.folder.log(
-        "\n".join(
-            (
-                f"XSA:last_{cfg.xsa_last_n} active_layers:{list(range(first_xsa, cfg.num_layers))}",
-                f"world_size:{run.ranks.world_size} rows_per_step:{cfg.rows_per_step} "
-                f"micro_batch_rows:{most}",
-                *attention_lines(attention, cfg),
-                f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
-                f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
-                f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f} "
-                f"max_train_tflops:{cfg.max_train_tflops:g}",
-                f"work of a step:{step_operations(model) / 1e12:.6g} TFLOP",
-                *plan_lines(model),
-                *routing_table(cfg, model),
-                f"repeats:{repeats(run)}",
-                f"seed:{cfg.seed}",
-            )
-        )
-    )
 
 
 def attention_lines(attention: ChosenAttention, cfg: Config) -> Iterator[str]:
-    """Say which kernel attends, and what its trial was."""
+    """Log lines on the attention kernel and the trial by which it was chosen."""
     yield (
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads} "
         f"kernel:{attention.name}"
@@ -11155,7 +11329,7 @@ def attention_lines(attention: ChosenAttention, cfg: Config) -> Iterator[str]:
 
 
 def plan_lines(model: GPT) -> Iterator[str]:
-    """One line a layer in the order of execution, after the blocks' order before layers loop."""
+    """A log line for each layer in the order of execution; before them that without loops."""
     if model.cfg.num_loops:
         before = ",".join(str(layer.block) for layer in model.plan_before_looping)
         yield f"before ENABLE_LOOPING_AT={model.cfg.enable_looping_at:g}, blocks: {before}"
@@ -11164,7 +11338,7 @@ def plan_lines(model: GPT) -> Iterator[str]:
 
 
 def repeats(run: Run) -> str:
-    """Whether another run with these settings, seed included, would give the same bits."""
+    """Say whether another run with these settings, seed included, would give the same bits."""
     if run.device.type != "cpu":
         return "no, whatever the settings: a GPU's attention sums its gradients in no fixed order"
     if not run.cfg.step_driven:
@@ -11173,7 +11347,7 @@ def repeats(run: Run) -> str:
 
 
 def routing_table(cfg: Config, model: GPT) -> Iterator[str]:
-    """One line a parameter group: how many parameters it has and how they learn."""
+    """A log line for each parameter group: how many parameters it has and how they learn."""
     for group in route_parameters(cfg, model):
         yield (
             f"{sum(p.numel() for p in group['params']):>12,} parameters  {group['optimizer']}  "
@@ -11182,7 +11356,7 @@ def routing_table(cfg: Config, model: GPT) -> Iterator[str]:
 
 
 def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult], run: Run) -> int:
-    """Log at the end what was trained, its size and its scores; returns the exit code."""
+    """Log at the end of a run what was trained, its size and its scores; returns the exit code."""
     cfg = run.cfg
     if run.device.type == "cuda":
         run.folder.log(
@@ -11197,7 +11371,7 @@ def log_summary(model: GPT, steps: int, num_bytes: int, scores: list[EvalResult]
     )
     if (used := run.ledger.training_clock.elapsed()) > cfg.max_wallclock_seconds > 0:
         run.ledger.mark_ineligible(f"training and calibration took {used:.1f} s")
-    run.ledger.tell_pause("after training")
+    run.ledger.note_pause("after training")
     run.folder.log(
         "eligible:{eligible} {reasons}",
         "eligibility",
@@ -11253,8 +11427,8 @@ def log_counted_work(run: Run) -> None:
     )
 
 
-def static_ineligibility(cfg: Config) -> list[str]:
-    """Settings that keep a run from standing as a record of the 10-minute, 16 MB track."""
+def ineligible_settings(cfg: Config) -> list[str]:
+    """Which settings keep a run from being a record of the 10-minute, 16 MB track, in words."""
     return [
         reason
         for wrong, reason in (
@@ -11267,18 +11441,18 @@ def static_ineligibility(cfg: Config) -> list[str]:
                 "GPTQ_CALIB=train_after_cap: training data was used after the budget",
             ),
             (not Path(cfg.data_path).name.startswith("fineweb10B_"), "the text is not FineWeb"),
-            (cfg.init_from, "INIT_FROM: the run began with the weights of another"),
+            (cfg.init_from, "INIT_FROM: the run began with the weights of another run"),
         )
         if wrong
     ]
 
 
 def verb_check(cfg: Config, notes: list[str]) -> int:
-    """Check settings, data and tokenizer as a run would, and do nothing else."""
+    """Do --check: check settings, data and tokenizer as a run would, and nothing else."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, val = load_inputs(cfg, device)
     pick_attention(cfg, Ranks(device=device))
-    initial_weights(cfg, val)
+    weights_to_start_from(cfg, val)
     if cfg.run_id and not cfg.resume and Path(cfg.runs_dir, cfg.run_id).exists():
         raise Refusal(
             f"RUN_ID={cfg.run_id}: {Path(cfg.runs_dir, cfg.run_id)} exists already; "
@@ -11294,7 +11468,7 @@ def verb_check(cfg: Config, notes: list[str]) -> int:
 
 
 def verb_plan(cfg: Config, notes: list[str]) -> int:
-    """Say what a run would do, without data and without training, by running plan.py."""
+    """Do --plan: say what a run would do, without data and without training, by plan.py."""
     script = Path(__file__).resolve().with_name("plan.py")
     if not script.is_file():
         raise Refusal("--plan needs plan.py, which stands beside train_gpt.py in its repository")
@@ -11304,9 +11478,10 @@ def verb_plan(cfg: Config, notes: list[str]) -> int:
 
 
 def locate_validation(cfg: Config, header: dict) -> Config:
-    """The settings with the paths of the split and tokenizer an artifact was scored on; or Refusal.
+    """The settings with the paths of an artifact's validation split and tokenizer.
 
-    They are known by their fingerprints: first those of the settings are tried, then all in data/.
+    The split is known by its fingerprint, the tokenizer by its sha256. First the paths in the
+    settings are tried, then everything in data/. Raises Refusal if either is not found.
     """
     for folder in (cfg.data_path, *map(str, sorted(Path("data/datasets").glob("*")))):
         with contextlib.suppress(Refusal):
@@ -11316,7 +11491,7 @@ def locate_validation(cfg: Config, header: dict) -> Config:
         also = ""
         try:
             locate_tokenizer(cfg, header)
-        except Refusal as refusal:  # all that is missing is said at once
+        except Refusal as refusal:  # one message names all that is missing
             also = f"; and {refusal}"
         raise Refusal(
             f"no validation split with fingerprint {header['validation'][:12]} in "
@@ -11326,7 +11501,7 @@ def locate_validation(cfg: Config, header: dict) -> Config:
 
 
 def locate_tokenizer(cfg: Config, header: dict) -> Config:
-    """The settings with the path of an artifact's tokenizer, known by its sha256; or Refusal."""
+    """The settings with the path of an artifact's tokenizer; raises Refusal if it is not found."""
     for path in (Path(cfg.tokenizer_path), *sorted(Path("data/tokenizers").glob("*.model"))):
         if path.is_file() and sha256_of(path) == header["tokenizer"]:
             return replace(cfg, tokenizer_path=str(path))
@@ -11337,7 +11512,7 @@ def locate_tokenizer(cfg: Config, header: dict) -> Config:
 
 
 def verb_eval(path: Path, env: dict[str, str]) -> int:
-    """Score an artifact again, by what it holds alone; returns the exit code."""
+    """Do --eval: score an artifact again by the settings in it; returns the exit code."""
     header, stored = read_artifact(path)
     cfg, notes = settings_within(header, env)
     cfg = locate_validation(cfg, header)
@@ -11346,7 +11521,7 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
         with run.ranks.together():
             val = load_validation(cfg)
         forward = make_forward(run)
-        if run.compiled:  # off the clock, as in the run that made it
+        if run.compiled:  # before the clock starts, as in the run that made the artifact
             prime_scoring(forward, rebuild_model(cfg, stored, run), run)
         run.phase = "scoring the artifact"
         score = score_artifact(stored, val, forward, run, diagnostics=False)[-1]
@@ -11358,7 +11533,7 @@ def verb_eval(path: Path, env: dict[str, str]) -> int:
 
 
 def verb_sample(path: Path, prompt: str, env: dict[str, str]) -> int:
-    """Write text that an artifact's model draws after the prompt; returns the exit code."""
+    """Do --sample: write text that an artifact's model draws after the prompt."""
     header, stored = read_artifact(path)
     cfg, _ = settings_within(header, env)
     cfg = locate_tokenizer(cfg, header)
@@ -11375,7 +11550,7 @@ def verb_sample(path: Path, prompt: str, env: dict[str, str]) -> int:
 
 
 def verb_help(cfg: Config, notes: list[str]) -> int:
-    """Print every setting with value, range and meaning."""
+    """Do --help: print every setting with value, range and meaning."""
     print(__doc__ or "", *cfg.listing(), sep="\n")  # python -OO leaves no docstrings
     print(f"\nPresets: {', '.join(PRESETS)}. * marks what differs from the defaults.")
     return 0
@@ -11396,21 +11571,22 @@ def main(arguments: list[str]) -> int:
     try:
         return run_verb(arguments)
     except Refusal as refusal:
-        code, said = EXIT_REFUSED, str(refusal)
-    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        lead_nowhere(sys.stdout)
+        code, message = EXIT_REFUSED, str(refusal)
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
+        discard_output(sys.stdout)
         return EXIT_FAILED
     except OSError as error:
-        code, said = EXIT_FAILED, str(error)
+        code, message = EXIT_FAILED, str(error)
     except KeyboardInterrupt:
-        code, said = EXIT_INTERRUPTED, "interrupted; what the run folder holds was kept"
-    if code != EXIT_REFUSED or os.environ.get("LOCAL_RANK", "0") == "0":  # one a host is enough
-        say(f"error: {said}", to_stderr=True)
+        code, message = EXIT_INTERRUPTED, "interrupted; what the run folder holds was kept"
+    # All ranks refuse for the same reason, so one line per host is enough.
+    if code != EXIT_REFUSED or os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"error: {message}", to_stderr=True)
     return code
 
 
 def run_verb(arguments: list[str]) -> int:
-    """Find the verb, read the settings and run it; returns the verb's exit code."""
+    """Find the command, read the settings and run it; returns the command's exit code."""
     if arguments[:1] == ["--eval"] and len(arguments) == 2:
         return verb_eval(Path(arguments[1]), dict(os.environ))
     if arguments[:1] == ["--sample"] and len(arguments) in (2, 3):
@@ -11428,6 +11604,6 @@ def run_verb(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    # All is done, and while Python exits a handler could not say anything any more.
+    # All is done, and signals that come while Python exits shall change nothing.
     handle_end_signals(lambda number, frame: None)
     sys.exit(exit_code)

@@ -309,7 +309,7 @@ def measure_preset(settings: dict[str, str], tiny: bool) -> list[dict]:
     for moment in moments:
         for number in range(WARM_STEPS):
             bench.step(number, moment)
-    bench.run.settle()
+    bench.run.wait_for_gpu()
     ready = time.perf_counter() - started
     if CUDA:
         torch.cuda.empty_cache()
@@ -327,7 +327,7 @@ def timed_steps(bench: Bench, moment: t.Moment, steps: int) -> dict:
     for number in range(steps):
         stats = bench.step(WARM_STEPS + number, moment)
         marks.append(mark())
-    bench.run.settle()
+    bench.run.wait_for_gpu()
     ms = median(between(*pair) for pair in zip(marks, marks[1:], strict=False))
     operations = t.step_operations(bench.model, moment.looping)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
@@ -378,7 +378,7 @@ def operators(bench: Bench, moment: t.Moment) -> list[tuple[str, float, float]]:
     with profile(activities=kinds) as profiler:
         for number in range(PROFILED_STEPS):
             bench.step(number, moment)
-        bench.run.settle()
+        bench.run.wait_for_gpu()
     rows = profiler.key_averages()
     if CUDA:
         found = [

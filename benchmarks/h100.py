@@ -284,11 +284,11 @@ def measure(tokens: int) -> None:
     for name, work in trials(cfg, tokens, run.device):
         times = []
         for _ in range(12):
-            run.settle()
+            run.wait_for_gpu()
             clock = t.Clock()
             with clock.running():
                 work()
-                run.settle()
+                run.wait_for_gpu()
             times.append(1e3 * clock.elapsed())
         bound = f"{bounds[name]:8.2f} ms at the roofline" if name in bounds else ""
         print(f"{name:<40} {median(times[2:]):8.2f} ms {bound}", flush=True)

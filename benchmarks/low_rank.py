@@ -29,7 +29,7 @@ BITS = 4
 
 def integers(rows: torch.Tensor) -> Stored:
     """Components, (rank, n), as integers of BITS bits under their largest."""
-    scale = (rows.abs().amax(dim=1) / largest_integer(BITS)).clamp_min(train_gpt.TINY_STEP).half()
+    scale = (rows.abs().amax(dim=1) / largest_integer(BITS)).clamp_min(train_gpt.TINY_SCALE).half()
     return Stored(torch.round(rows / scale.float()[:, None]).to(torch.int8), scale)
 
 

@@ -49,7 +49,9 @@ class Bench:
         self.moment = t.Moment(lr_scale=1.0, momentum=0.9, qat=False, done=False)
         t.pick_products(self.forward, self.model, self.rows, self.moment, self.run)
         groups = t.route_parameters(self.cfg, self.model)
-        self.optimizers = t.build_optimizers(self.cfg, groups, self.run.products, self.run.ranks)
+        self.optimizers = t.build_optimizers(
+            self.cfg, groups, self.run.product_dtype, self.run.ranks
+        )
         t.compile_blocks(self.forward, self.model, self.rows, [self.moment], self.run)
 
     def step(self, number: int, moment: t.Moment | None = None) -> torch.Tensor:

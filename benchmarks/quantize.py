@@ -36,7 +36,7 @@ BATCHES = 32
 PHASES = (
     "clip_candidates",
     "inverse_factor",
-    "feed_back",
+    "round_columns",
     "pick",
     "weighted_error",
     "int8_rows",

@@ -34,7 +34,7 @@ def costs(W: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
     return -(counts / counts.sum()).log2()
 
 
-def feed_back(
+def round_columns(
     W: torch.Tensor,
     step: torch.Tensor,
     U: torch.Tensor,
@@ -42,7 +42,7 @@ def feed_back(
     cfg: Config,
     weight: float,
 ) -> torch.Tensor:
-    """train_gpt.feed_back with the choice above; W: (r, c), step: (n, r, 1) -> Q: (n, r, c)."""
+    """train_gpt.round_columns with the choice above; W: (r, c), step: (n, r, 1) -> Q: (n, r, c)."""
     levels, rest = int(tops[0]), W.repeat(len(step), 1, 1)
     Q, bit_costs = torch.empty_like(rest), costs(W, step, levels)
     price = weight * 2 * math.log(2) / 12 * float((1 / U.diagonal()).square().mean())
@@ -64,12 +64,12 @@ def feed_back(
 @contextmanager
 def rounding(weight: float) -> Iterator[None]:
     """Let train_gpt round so."""
-    before = train_gpt.feed_back
-    train_gpt.feed_back = lambda *arguments: feed_back(*arguments, weight)
+    before = train_gpt.round_columns
+    train_gpt.round_columns = lambda *arguments: round_columns(*arguments, weight)
     try:
         yield
     finally:
-        train_gpt.feed_back = before
+        train_gpt.round_columns = before
 
 
 def main(settings: str, folders: list[str]) -> None:

@@ -520,7 +520,7 @@ def instrument(patch_code: Callable) -> None:
         train_gpt.decode_artifact,
         train_gpt.header_of,
         train_gpt.tensor_row,
-        train_gpt.cut_payload,
+        train_gpt.tensors_in_body,
         train_gpt.decompress,
         train_gpt.unpack_by_range,
         train_gpt.decode_matrix,

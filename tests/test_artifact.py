@@ -512,7 +512,7 @@ def test_hostile_artifacts_are_read_or_refused_within_bounds() -> None:
 
 # By what the fuzzer says of them.
 PLANTED_FAULTS = {
-    "ZeroDivisionError": "train_gpt.cut_payload = lambda body, start, rows: 1 / 0",
+    "ZeroDivisionError": "train_gpt.tensors_in_body = lambda body, start, rows: 1 / 0",
     "TimeoutError": "fuzz_artifact.SECONDS = 0",
     "MemoryError": "decode = train_gpt.decode_artifact; train_gpt.decode_artifact = "
     "lambda blob: [bytearray(2 << 30), decode(blob)][1]",

@@ -30,8 +30,8 @@ from train_gpt import (
     Training,
     TrainingRows,
     artifact_header,
-    attention_by_length,
     compile_blocks,
+    document_attention_by_length,
     encode_artifact,
     evaluate,
     initialize,
@@ -190,7 +190,7 @@ def by_length(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     """Stands in for the kernel of a GPU: an operator that takes documents by their boundaries."""
-    return attention_by_length(q, k, v, ends).contiguous()
+    return document_attention_by_length(q, k, v, ends).contiguous()
 
 
 by_length.register_fake(lambda q, k, v, ends: torch.empty_like(q))
@@ -200,17 +200,15 @@ by_length.register_fake(lambda q, k, v, ends: torch.empty_like(q))
 def test_any_number_of_documents_is_one_graph(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a graph takes their boundaries, and how many there are no priming knows."""
     if on == "a GPU":
-        monkeypatch.setattr(train_gpt, "attention_by_length", by_length)
-        monkeypatch.setattr(
-            train_gpt, "what_attention_sees", lambda documents, ends, in_graph: ends
-        )
+        monkeypatch.setattr(train_gpt, "document_attention_by_length", by_length)
+        monkeypatch.setattr(train_gpt, "document_extents", lambda documents, ends, in_graph: ends)
     cfg = Config(**SYSTEMS["pr1855"])
     run, model = compiled_run(cfg), GPT(cfg)
     forward, sizes = make_forward(run), set()
     for step in (2, 5, 11):
         ids = torch.full((2, 257), train_gpt.BOS + 1)
         ids[:, ::step] = train_gpt.BOS
-        batch = Batch(ids[:, :-1], ids[:, 1:]).by_document(64).moved(run.put)
+        batch = Batch(ids[:, :-1], ids[:, 1:]).by_document(64).moved(run.to_device)
         sizes.add(len(batch.boundaries))
         with torch.no_grad():
             found = [function(model, batch)[0] for function in (forward, training_nats)]

@@ -182,10 +182,10 @@ class LearnsFirst(train_gpt.DocumentScorer):
     """A scorer of documents that learns from a chunk and then scores it."""
 
     def score_and_learn(self, documents, first, at, chunk, deltas) -> Tensor:
-        own, rows = documents[first:], (first, len(documents))
+        own, rows = documents[first:], slice(first, len(documents))
         batch = train_gpt.chunk_batch(self.val, own, at, chunk, self.run.cfg, None)
         nats, _ = train_gpt.nats_and_scores(
-            self.model, batch, 0.0, deltas.of_rows(*rows, torch.float32)
+            self.model, batch, 0.0, deltas.of_rows(rows, torch.float32)
         )
         deltas.learn(nats.sum())
         self.run.ledger.activity["ttt"] += 1

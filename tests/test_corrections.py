@@ -263,7 +263,7 @@ def corrected(rows: int, columns: int, rank: int, group: int, protects: bool, se
         A, B = torch.randn(rows, rank), torch.randn(rank, columns)
         low_rank = train_gpt.quantize_factors(A, B, group)
     if protects:
-        protected = train_gpt.Protected(1, columns - 1, torch.rand(rows).half())
+        protected = train_gpt.ProtectedColumns(1, columns - 1, torch.rand(rows).half())
     values = torch.randint(-31, 32, (rows, columns), dtype=torch.int8)
     return Stored(values, torch.rand(rows).half(), protected, low_rank)
 

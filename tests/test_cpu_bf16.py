@@ -94,7 +94,7 @@ def test_gradients_in_bf16_are_near_those_in_float32_and_scoring_is_untouched() 
         with torch.no_grad():
             scored = training_nats(model, batch)[0]
         found[in_bf16] = torch.cat(gradients), scored
-    assert run.products == torch.bfloat16
+    assert run.product_dtype == torch.bfloat16
     assert torch.equal(found[True][1], found[False][1])
     (plain, _), (rounded, _) = found[False], found[True]
     assert not torch.equal(plain, rounded)
@@ -140,14 +140,14 @@ def test_bf16_is_taken_where_it_is_asked_for_or_quicker(
     run, model, now = Run(cfg, 0, 1, CPU), random_model(cfg, dtype=torch.float32), [0.0]
 
     def pass_time(*_: object) -> None:
-        now[0] += 1.0 / speed if run.products == torch.bfloat16 else 1.0
+        now[0] += 1.0 / speed if run.product_dtype == torch.bfloat16 else 1.0
 
     monkeypatch.setattr(train_gpt, "backward", pass_time)
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(train_gpt, "has_bf16_products", lambda: able)
     moment = Moment(1.0, 0.9, False, False)
     pick_products(training_nats, model, TrainingRows(cfg), moment, run)
-    assert (run.products == torch.bfloat16) == kept
+    assert (run.product_dtype == torch.bfloat16) == kept
     assert {module.in_bf16 for module in model.modules() if isinstance(module, Linear)} == {kept}
 
 

@@ -332,7 +332,7 @@ TYPE_MISTAKES = {
         lambda old: lambda y, v: old(y.float(), v.float()).to(y.dtype),
     ),
     "the mix of streams is not cast": patch_of(
-        train_gpt, "like", lambda old: lambda p, x: p if p.shape == (2, 512) else old(p, x)
+        train_gpt, "cast_like", lambda old: lambda p, x: p if p.shape == (2, 512) else old(p, x)
     ),
     "float32 from the embedding on": patch_of(
         GPT,
@@ -575,7 +575,7 @@ def test_rows_are_pinned_whole() -> None:
         run = Run(Config(), 0, 1, device)
         with mock.patch.object(Tensor, "pin_memory", lambda x: (pinned.append(x), x)[1]):
             for part in (rows[:, :-1], rows[:, 1:]):
-                assert run.put(part).device.type == "cuda"
+                assert run.to_device(part).device.type == "cuda"
     assert [x.is_contiguous() for x in pinned] == [True, True]
 
 

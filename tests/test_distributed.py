@@ -317,11 +317,11 @@ def test_resume_refuses_what_is_not_the_same_run(
     before = {path: path.stat().st_mtime_ns for path in alone.iterdir()}
     refused("exists already")
     refused("MATRIX_LR=0.3, but the run in", RESUME="1", MATRIX_LR="0.3")
-    refused("of the run to go on with", RESUME="1", RUN_ID="")
+    refused("of the run to continue", RESUME="1", RUN_ID="")
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "__file__", str(tmp_path / "other.py"))
         (tmp_path / "other.py").write_text("x = 1\n")
-        refused("train_gpt.py began this run", RESUME="1")
+        refused("the run began with", RESUME="1")
     assert before == {path: path.stat().st_mtime_ns for path in alone.iterdir()}
 
 

@@ -445,14 +445,14 @@ class LearnsFirst(DocumentScorer):
     """A scorer that learns from a chunk and then scores it."""
 
     def score_and_learn(self, documents, first, at, chunk, deltas):
-        own = documents[first:]
+        own, rows = documents[first:], slice(first, len(documents))
         goes_on = torch.from_numpy(own[:, 1] - own[:, 0] > at + chunk)
         if goes_on.any():
             batch = train_gpt.chunk_batch(self.val, own, at, chunk, self.run.cfg, self.hints)
-            row_deltas = deltas.of_rows(first, first + len(own), torch.float32)
+            row_deltas = deltas.of_rows(rows, torch.float32)
             nats, _ = train_gpt.nats_and_scores(self.model, batch, 0.0, row_deltas)
             deltas.learn((nats * goes_on[:, None]).sum() / chunk)
-        return self.score_chunk(own, at, chunk, deltas, (first, first + len(own)))[0]
+        return self.score_chunk(own, at, chunk, deltas, rows)[0]
 
 
 def test_a_chunk_is_scored_before_it_is_learned(model: GPT) -> None:

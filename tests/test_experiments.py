@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from conftest import ROOT
 
-from train_gpt import Config, feed_back, inverse_factor
+from train_gpt import Config, inverse_factor, round_columns
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import full_size
@@ -27,8 +27,8 @@ def test_without_a_price_of_bits_rounding_is_that_of_the_trainer() -> None:
     W, H = problem()
     U, step = inverse_factor(H), torch.full((1, 24, 1), 0.4)
     tops = torch.full((W.size(1),), 31.0)
-    plain = feed_back(W, step, U, tops, Config())
-    assert torch.equal(rate_aware.feed_back(W, step, U, tops, Config(), 0.0), plain)
+    plain = round_columns(W, step, U, tops, Config())
+    assert torch.equal(rate_aware.round_columns(W, step, U, tops, Config(), 0.0), plain)
 
 
 def test_a_price_of_bits_buys_bits_for_error() -> None:
@@ -37,7 +37,7 @@ def test_a_price_of_bits_buys_bits_for_error() -> None:
     tops = torch.full((W.size(1),), 31.0)
     bits, errors = [], []
     for weight in (0.0, 0.5, 2.0):
-        Q = rate_aware.feed_back(W, step, U, tops, Config(), weight)[0]
+        Q = rate_aware.round_columns(W, step, U, tops, Config(), weight)[0]
         _, counts = np.unique(Q.numpy(), return_counts=True)
         bits.append(-(counts / Q.numel() * np.log2(counts / Q.numel())).sum())
         D = (W - Q * step[0]).double()

@@ -454,7 +454,7 @@ def test_the_page_states_the_bounds_and_numbers_of_the_file() -> None:
     assert "version 3." in page
     for number in (
         train_gpt.MAX_PREDICTED_COLUMNS,
-        train_gpt.ROWS_A_COLUMN,
+        train_gpt.LEAST_ROWS_PER_COLUMN,
         train_gpt.MAX_PREDICTED_MATRICES,
         train_gpt.FIRST_BLOCK,
         train_gpt.COEFFICIENT_PARTS,

@@ -49,7 +49,7 @@ def test_loops_begin_with_the_first_step_whose_share_of_the_run_is_over(
     }
     begins = [step for step in range(iterations) if step / iterations >= at]
     if not begins or at == 1.0:
-        with pytest.raises(Refusal, match="NUM_LOOPS=2 never act"):
+        with pytest.raises(Refusal, match="NUM_LOOPS=2 has no effect"):
             Config(**given_settings)
         return
     schedule = Schedule(Config(**given_settings))

@@ -775,10 +775,10 @@ def test_ways_of_attention_inside_documents_agree(longest: int, seed: int) -> No
     ]
     found = []
     for in_graph in (False, True):
-        inside = train_gpt.what_attention_sees(batch.documents, batch.boundaries, in_graph)
+        inside = train_gpt.document_extents(batch.documents, batch.boundaries, in_graph)
         assert inside.ndim == (4 if in_graph else 1)
         q, k, v = (x.clone().requires_grad_() for x in given)
-        y = train_gpt.attention_inside(q, k, v, inside)
+        y = train_gpt.document_attention(q, k, v, inside)
         y.square().sum().backward()
         found.append([y.detach(), q.grad, k.grad, v.grad])
     for ours, expected in zip(*found, strict=True):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import plan
 from train_gpt import Config, Moment, Refusal, Schedule, decay_scale
 
 
@@ -174,7 +175,7 @@ def test_rates_have_a_floor_and_switches_do_not(floor: float, shape: str) -> Non
     assert [m.lr_scale for m in floored] == [max(m.lr_scale, floor) for m in plain]
     assert [replace(m, lr_scale=0.0) for m in floored] == [replace(m, lr_scale=0.0) for m in plain]
     assert any(moment.qat for moment in floored)
-    points = dict(Schedule(stepped(min_lr=floor, **choices)).turning_points())
+    points = dict(plan.turning_points(stepped(min_lr=floor, **choices)))
     if 0 < floor < 1:
         reached = next(n for n, m in enumerate(floored) if m.lr_scale == floor)
         assert reached == pytest.approx(100 - 40 * points[f"rate floor of {floor:g}"], abs=1)
@@ -262,7 +263,7 @@ def test_what_starts_at_a_rate_scale_starts_when_it_is_said_to(
     warmdown: int, threshold: float, shape: str
 ) -> None:
     cfg = stepped(warmdown_iters=warmdown, late_qat_threshold=threshold, warmdown_type=shape)
-    left = dict(Schedule(cfg).turning_points())["late QAT"] * warmdown
+    left = dict(plan.turning_points(cfg))["late QAT"] * warmdown
     moments = imagine(cfg, lambda n: 1.0)
     for n, moment in enumerate(moments):
         if abs(100 - n - left) > 1e-6:
@@ -310,7 +311,7 @@ def test_documents_never_shrink_again_and_grow_only_where_attention_keeps_to_the
     schedule.observe(646, 60.1)
     assert schedule.at(648, 10.0).longest_document == 2048
     assert schedule.at(648, 10.0).lr_scale == 0.5
-    assert list(schedule.dates()) == [("documents of up to 2,048 tokens", 0.1)]
+    assert list(plan.dates(cfg)) == [("documents of up to 2,048 tokens", 0.1)]
     plain = Schedule(replace(cfg, attn_docs=False))
     assert plain.at(646, 60.1).lr_scale == 1.0
     assert "short_documents" not in plain.acting(plain.at(0, 0.0))

@@ -424,7 +424,7 @@ def test_the_ledger_counts_what_acted(setting, capsys) -> None:
     ("calib", "reason"), [("train_after_cap", True), ("train", False), ("selfgen", False)]
 )
 def test_training_data_after_the_budget_is_not_eligible(calib: str, reason: bool) -> None:
-    reasons = train_gpt.static_ineligibility(Config(gptq_calib=calib))
+    reasons = train_gpt.ineligible_settings(Config(gptq_calib=calib))
     assert any("GPTQ_CALIB" in text for text in reasons) == reason
 
 

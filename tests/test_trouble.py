@@ -829,10 +829,10 @@ CASES: dict[str, Case] = {
     "weights spoiled before scoring": during(weights_become(float("nan"), "evaluate")),
     "shard cut while it is read": during(shard_cut),
     "shards exchanged while they are read": during(shards_exchanged),
-    "stopped and continued": during(
+    "paused and continued": during(
         signalled(signal.SIGCONT, "train_step", 1), code=0, ITERATIONS="2"
     ),
-    "stopped and continued after training": during(
+    "paused and continued after training": during(
         signalled(signal.SIGCONT, "quantize", 1), code=0, ITERATIONS="2"
     ),
     "ranks that differ": during(replicas_differ),
@@ -935,7 +935,7 @@ CAUSED_ELSEWHERE = (
     "warning: training ended before ENABLE_LOOPING_AT: exported without loops",  # test_loops.py
     "the artifact's body does not decompress (...: ...)",  # test_codec.py, fuzz_artifact.py
     # test_cpu_bf16.py, test_artifact.py
-    "CPU_BF16=1: this processor has no products of bfloat16 (avx512_bf16 or AMX); use CPU_BF16=auto",
+    "CPU_BF16=1: this processor cannot multiply in bfloat16 (avx512_bf16 or AMX); use CPU_BF16=auto",
     "no validation split with fingerprint ... in DATA_PATH=... or data/datasets/*; make it with "
     "data/prepare.py; and ...",
 )

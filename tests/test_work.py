@@ -204,7 +204,7 @@ def test_adaptation_by_document_counts_what_torch_counts(setting, places: str) -
     val = train_gpt.load_validation(cfg)
     lengths = np.array([[0, 30], [0, 33]])
     scorer = train_gpt.DocumentScorer(train_gpt.training_nats, model, val, run, None)
-    with train_gpt.at_rest(model, cfg.eval_seq_len), Products() as counter:
+    with train_gpt.frozen_weights(model, cfg.eval_seq_len), Products() as counter:
         scorer.score(lengths, 0)
     learned, scored = run.ledger.activity["ttt"], 9  # chunks of one or two documents
     assert learned == 4
@@ -274,7 +274,7 @@ def test_a_step_is_the_naive_sum() -> None:
         for _ in range(5):
             total += 2 * short * long * short + 2 * short**3 + 2 * short * short * long
     cfg = Config(**sizes, max_wallclock_seconds=0.0)
-    assert train_gpt.step_operations(train_gpt.laid_out(cfg)) == total
+    assert train_gpt.step_operations(train_gpt.unallocated_model(cfg)) == total
 
 
 # The schedule's clock
@@ -342,7 +342,7 @@ def test_a_budget_without_room_for_a_step_is_refused(setting, step: int) -> None
     assert calibration > 0
     least = (calibration + train_gpt.step_operations(model)) / 1e12
     train_gpt.refuse_small_budget(train_gpt.replace(cfg, max_train_tflops=least))
-    with pytest.raises(Refusal, match="does not hold a step of"):
+    with pytest.raises(Refusal, match="does not suffice for a step of"):
         train_gpt.refuse_small_budget(train_gpt.replace(cfg, max_train_tflops=0.999 * least))
 
 
@@ -484,7 +484,7 @@ def test_counts_say_their_processor_seconds(tiny_data: TinyData, tmp_path: Path)
 def test_the_plan_says_the_steps_of_the_budget_and_the_work_of_scoring(tiny_data: TinyData) -> None:
     env = {"PRESET": "mini", **tiny_data.env, "MAX_TRAIN_TFLOPS": "1"}
     cfg = Config.from_env(env)[0]
-    model = train_gpt.laid_out(cfg)
+    model = train_gpt.unallocated_model(cfg)
     calibration = train_gpt.calibration_operations(model, train_gpt.calibration_tokens(cfg))
     steps = (10**12 - calibration) // train_gpt.step_operations(model)
     with environment(**env):

@@ -613,7 +613,7 @@ def a_stop(bench: Bench, name: str, rng: random.Random, number: int) -> str:
     assert job.said() == ""
     assert sha_of(job.folder) == bench.expected[1]
     if not ended:
-        assert re.search("^eligible:0 .*stopped and continued", job.log, re.M)
+        assert re.search("^eligible:0 .*paused and continued", job.log, re.M)
     return f"stopped in {phase}"
 
 
