@@ -11008,6 +11008,9 @@ PRESETS: dict[str, dict] = {
         "gptq_calib_batches": 32,
         "int8_keep_float_max_numel": 1024,
         "counts": "both",
+        # For COUNTS=off TTT_MODE=lora: so small a model learns much from the document it reads.
+        "lora_lr": 0.001,
+        "lora_chunk_tokens": 24,
     },
     # Scales any other preset down to two CPU cores, the built-in corpus and five minutes. It must
     # come last; a Fraction multiplies the value that the presets before it give.
