@@ -218,6 +218,8 @@ def draw_scores(axis: plt.Axes, ranked: Sequence[dict], key: str, factor: float)
             fontweight="bold",
         )
     axis.margins(0.2)
+    # From 0 on, so that a difference of a thousandth does not fill the axis.
+    axis.set_xlim(0, 1.15 * factor * max(claims[key] for claims in ranked if key in claims))
     axis.grid(color=PALE, linewidth=0.5)
 
 
@@ -247,21 +249,25 @@ def draw_board(path: Path, found: Sequence[dict]) -> None:
             ylabel="bits per byte (less is better)",
             xlabel="code and artifact, MB (the limit is 16)",
         )
-        if with_work:
-            draw_scores(row[1], ranked, "tflops", 1.0)
-            row[1].set(xlabel="counted training, TFLOP", title="the same against work")
-            row[1].sharey(row[0])
+        right = row[0]
+        if any("tflops" in claims for claims in mine):
+            right = row[1]
+            draw_scores(right, ranked, "tflops", 1.0)
+            right.set(xlabel="counted training, TFLOP", title="the same against work")
+            right.sharey(row[0])
+        elif with_work:
+            row[1].set_axis_off()
         names = [
             f"{rank}  {plain(claims['name'], 34)}  {claims['val_bpb']:.4f}"
             for rank, claims in enumerate(ranked, start=1)
         ]
         if len(names) > NAMES_SHOWN:
             names[NAMES_SHOWN:] = [f"and {len(names) - NAMES_SHOWN} more"]
-        row[-1].text(
+        right.text(
             1.02,
             1.0,
             "\n".join(names),
-            transform=row[-1].transAxes,
+            transform=right.transAxes,
             va="top",
             fontsize=9,
             linespacing=1.6,

@@ -757,8 +757,13 @@ def test_the_board_ranks_within_one_text_and_shows_counted_work(
     assert ranked == [("1", "Good", "12.5"), ("2", "Bad", "20")]
     assert f"Not ranked: [{NAME}]" in page
     assert "Not ranked: [empty]" in page
-    width = int.from_bytes((root / "board.png").read_bytes()[16:20], "big")
-    alone = int.from_bytes((ROOT / "records" / "board.png").read_bytes()[16:20], "big")
+    import pictures
+
+    claims = [claims_of(root / TRACK / f"2026-01-02_{name}") for name in ("Good", "Bad")]
+    without_work = [{key: claim[key] for key in claim if key != "tflops"} for claim in claims]
+    pictures.draw_board(root / "alone.png", without_work)
+    pictures_of = [(root / name).read_bytes() for name in ("board.png", "alone.png")]
+    width, alone = (int.from_bytes(png[16:20], "big") for png in pictures_of)
     assert width > alone  # a second panel, against counted work
     for track, rules in tracks.TRACKS.items():
         is_open = rules.state == tracks.OPEN
