@@ -64,7 +64,9 @@ def test_an_artifact_gives_the_nats_that_its_own_trainer_gave(entry: Path) -> No
 def test_every_entry_is_recorded_and_each_differs() -> None:
     recorded = json.loads(RECORDED.read_text())
     assert recorded.keys() == {entry.name for entry in ENTRIES}
-    assert len({tuple(kept["nats"]) for kept in recorded.values()}) == len(ENTRIES) > 0
+    assert len({kept["sha256"] for kept in recorded.values()}) == len(ENTRIES) > 0
+    # Two entries hold one network, which is scored in two ways.
+    assert len({tuple(kept["nats"]) for kept in recorded.values()}) == len(ENTRIES) - 1
 
 
 def events_of(metrics: Path, kind: str) -> list[dict]:
