@@ -10370,19 +10370,10 @@ class HeadNats(torch.autograd.Function):
             if penalty is not None:
                 logits += penalty.index_select(0, previous)
             weights.append(mile_weights(logits, gamma, clamp_min))
-            if second:
-                prefix, prefix_weight = second
-                # By how many nats the prefix is less likely than the target.
-                difference = logits.gather(1, target) - logits.gather(1, prefix)
-            row_nats, probs = nats_and_probs(logits, target, cap, penalty is not None)
-            # The derivative by softcapped logits is p minus 1 at the target.
-            by_logits = probs
-            if second:
-                row_nats = row_nats + prefix_weight * (row_nats + difference)
-                by_logits = probs.mul_(1.0 + prefix_weight)
-                by_logits.scatter_add_(1, prefix, -prefix_weight)
+            row_nats, by_logits = nats_and_derivative(
+                logits, target, second, cap, penalty is not None
+            )
             nats.append(row_nats)
-            by_logits.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
             slope = torch.addcmul(one, tanh, tanh, value=-1, out=tanh)  # of the softcap
             torch.mul(slope, by_logits, out=row_derivative)
         ctx.save_for_backward(hidden, head, derivative)
@@ -10399,6 +10390,25 @@ class HeadNats(torch.autograd.Function):
         of_hidden = (grad * (derivative @ head.to(derivative.dtype))).view(*shape, -1)
         of_head = derivative.t() @ (grad * hidden).to(derivative.dtype)
         return of_hidden, of_head.to(head.dtype), *[None] * 8
+
+
+def nats_and_derivative(
+    logits: Tensor, targets: Tensor, prefixes: Sequence[Tensor], cap: float, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """Nats of targets (n, 1), and their derivative by the logits (n, V), which it may overwrite.
+
+    prefixes: second targets (n, 1) and their weights (n, 1), whose nats are added; or empty.
+    """
+    if prefixes:
+        prefix, weight = prefixes
+        # By how many nats the prefix is less likely than the target.
+        difference = logits.gather(1, targets) - logits.gather(1, prefix)
+    nats, derivative = nats_and_probs(logits, targets, cap, masked)
+    if prefixes:
+        nats = nats + weight * (nats + difference)
+        derivative.mul_(1.0 + weight).scatter_add_(1, prefix, -weight)
+    # The derivative of a target's nats is p, minus 1 at the target.
+    return nats, derivative.scatter_add_(1, targets, derivative.new_full(targets.shape, -1.0))
 
 
 LOG2_E = math.log2(math.e)

@@ -130,15 +130,17 @@ def draw_runs(path: Path, runs: Sequence[tuple[str, Run]], by: str) -> None:
     figure, panels = plt.subplots(2, 2, figsize=(12, 7.5), sharex=True, layout="constrained")
     (loss, validation), (rate, sizes) = panels
     # Nats a token of different tokenizers cannot be compared, bits per byte can.
-    factors = [bits_of_a_nat(run) for _, run in runs]
-    unit = "bits per byte, tokens as long as in validation" if all(factors) else "nats a token"
+    known = [factor for _, run in runs if (factor := bits_of_a_nat(run))]
+    unit, factors = "bits per byte, tokens as long as in validation", known
+    if len(known) < len(runs):
+        unit, factors = "nats a token", [1.0] * len(runs)
     for number, (name, run) in enumerate(runs):
         x, colour = positions(run, by), COLOURS[number % len(COLOURS)]
         if not len(x):
             continue
         shown = plain(name, 34) if number < NAMES_SHOWN else "_"
-        factor = (factors[number] or 1.0) if all(factors) else 1.0
-        draw_training(loss, rate, run, x, factor, {"color": colour, "label": shown})
+        style = {"color": colour, "label": shown}
+        draw_training(loss, rate, run, x, factors[number], style)
         draw_validation(validation, run, x, colour)
         draw_sizes(sizes, run, x, colour)
     words = AXES[by][1]

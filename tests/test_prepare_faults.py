@@ -32,6 +32,7 @@ from test_prepare import (
     words,
 )
 
+import train_gpt
 from data import prepare
 
 import documents  # isort: skip
@@ -146,10 +147,7 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
-ENDINGS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
-
-
-@pytest.mark.parametrize("number", [getattr(signal, name) for name in ENDINGS])
+@pytest.mark.parametrize("number", train_gpt.END_SIGNALS)  # whatever ends a run ends this too
 def test_a_signal_is_one_line_and_the_next_run_goes_on(build, expected, number):
     program = str(ROOT / "data" / "prepare.py")
     argv = [str(number.value), program, *map(str, build.argv)]
